@@ -1,1 +1,16 @@
-"""qlora-jax."""
+"""Floor 2: what is a QLoRA layer? `QuantDense`, its adapters, and turning any module into one."""
+
+from qlora_jax.nn.convert import add_lora, quantize_module
+from qlora_jax.nn.dense import QuantDense
+from qlora_jax.nn.linen import linen_quant_dense
+from qlora_jax.nn.lora import LoraConfig
+from qlora_jax.nn.variables import FrozenParam
+
+__all__ = [
+    "FrozenParam",
+    "LoraConfig",
+    "QuantDense",
+    "add_lora",
+    "linen_quant_dense",
+    "quantize_module",
+]

@@ -1,0 +1,147 @@
+"""Turning anyone's Flax NNX module into a QLoRA one, in place.
+
+    quantize_module(model, QuantConfig())                        every nnx.Linear → frozen 4-bit QuantDense
+    add_lora(model, LoraConfig(target_modules=("q", "v")), rngs=nnx.Rngs(0))
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)  exactly the adapters, and all the rest
+
+A module is found by walking attributes, lists and dicts; what is not linear is left alone.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qlora_jax.nn.dense import QuantDense
+from qlora_jax.nn.lora import LoraConfig
+from qlora_jax.quant import QuantConfig
+
+
+def quantize_module(
+    module: nnx.Module,
+    config: QuantConfig | None = QuantConfig(),
+    *,
+    skip: tuple[str, ...] = (),
+    compute_dtype: Any = None,
+    implementation: str | None = None,
+) -> nnx.Module:
+    """Replaces every `nnx.Linear` inside a module by a frozen `QuantDense`.
+
+    Args:
+        module: changed in place; must not be an `nnx.Linear` itself.
+        config: how weights are stored; None freezes them unquantized (16-bit LoRA).
+        skip: layers to leave as they are, by the last part of their path or by the whole path.
+        compute_dtype: of the new layers; None keeps each layer's own dtype.
+        implementation: which kernel multiplies.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: there is no linear layer to replace.
+    """
+
+    def convert(path: str, linear: nnx.Linear) -> nnx.Module:
+        if path in skip or path.rpartition(".")[2] in skip:
+            return linear
+        kernel = linear.kernel.get_value()
+        if kernel.ndim != 2:
+            raise ValueError(
+                f"{path} has a kernel of shape {kernel.shape}; quantize_module takes layers of "
+                "one matrix: convert the layer before stacking it with nnx.vmap"
+            )
+        return QuantDense.from_weight(
+            kernel.T,
+            None if linear.bias is None else linear.bias.get_value(),
+            quant=config,
+            lora=None,
+            compute_dtype=compute_dtype or linear.dtype or kernel.dtype,
+            implementation=implementation,
+            rngs=nnx.Rngs(0),
+        )
+
+    if not _replace(module, nnx.Linear, convert):
+        raise ValueError(f"{type(module).__name__} holds no nnx.Linear; nothing to quantize")
+    return module
+
+
+def add_lora(module: nnx.Module, lora: LoraConfig = LoraConfig(), *, rngs: nnx.Rngs) -> nnx.Module:
+    """Gives adapters to the `QuantDense` layers of a module that `lora.target_modules` names.
+
+    An `nnx.Linear` that is named is first frozen, unquantized. Dropout draws from `rngs` in
+    training mode (`module.train()`).
+
+    Args:
+        module: changed in place.
+        lora: the adapters' configuration.
+        rngs: draws A, and dropout's keys.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: no layer has such a name; the message lists the ones there are.
+    """
+    seen: list[str] = []
+
+    def freeze(path: str, linear: nnx.Linear) -> nnx.Module:
+        if not lora.targets(path):
+            return linear
+        holder = nnx.Dict(linear=linear)
+        quantize_module(holder, None)
+        return holder["linear"]
+
+    def adapt(path: str, layer: QuantDense) -> nnx.Module:
+        seen.append(path)
+        if lora.targets(path):
+            layer._adapt(lora, rngs, rngs)
+        return layer
+
+    _replace(module, nnx.Linear, freeze)
+    _replace(module, QuantDense, adapt)
+    if not any(map(lora.targets, seen)):
+        raise ValueError(
+            f"target_modules is {lora.target_modules!r}, which names no linear layer of "
+            f"{type(module).__name__}; it has {', '.join(sorted(set(seen))) or 'none'}"
+        )
+    return module
+
+
+def _replace(module: Any, kind: type, convert: Callable[[str, Any], nnx.Module]) -> int:
+    """Puts `convert(path, layer)` in the place of each layer of a type; a layer that is used in
+    two places stays one layer. Returns how many there were."""
+    converted: dict[int, nnx.Module] = {}
+    visited: set[int] = set()
+
+    def visit(node: Any, path: str) -> None:
+        if id(node) in visited:
+            return
+        visited.add(id(node))
+        for name, child in list(_children(node)):
+            child_path = f"{path}.{name}" if path else str(name)
+            if isinstance(child, kind):
+                if id(child) not in converted:
+                    converted[id(child)] = convert(child_path, child)
+                _assign(node, name, converted[id(child)])
+            elif isinstance(child, (nnx.Module, list, tuple, dict, nnx.List, nnx.Dict)):
+                visit(child, child_path)
+
+    visit(module, "")
+    return len(converted)
+
+
+def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(node, dict):
+        return iter(node.items())
+    if isinstance(node, (list, tuple, nnx.List)):
+        return enumerate(node)
+    return iter([(k, v) for k, v in vars(node).items() if not k.startswith("_pytree__")])
+
+
+def _assign(node: Any, name: Any, value: nnx.Module) -> None:
+    if isinstance(node, (dict, list, nnx.List)):
+        node[name] = value
+    else:
+        setattr(node, name, value)

@@ -1,0 +1,83 @@
+"""x · Wᵀ through a frozen quantized W, with gradients for x alone.
+
+Plain autodiff of `x @ dequantize(w).T` would keep the 16-bit weight as a residual of the backward
+pass: the memory that quantization saved. Here the rule is written out instead, and the residual is
+the packed codes themselves, which are there anyway:
+
+    y  = x · doubleDequant(w)ᵀ         dx = dy · doubleDequant(w)         (QLoRA, eq. 5)
+
+W takes no gradient: it is frozen, and its codes are integers.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import nf4_matmul, nf4_matmul_transposed
+from qlora_jax.quant.tensor import QuantizedTensor
+
+
+def quantized_matmul(
+    x: Float[Array, "*batch in"],
+    w: QuantizedTensor,
+    bias: Float[Array, " out"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "*batch out"]:
+    """x · wᵀ (+ bias), differentiable in x and bias.
+
+    Args:
+        x: float32, bfloat16 or float16; the weight is dequantized to this dtype, and products are
+            summed in float32.
+        w: a single quantized matrix [out, in].
+        bias: added to the product, or None.
+        implementation: which kernel; None lets `pallas_kernels` choose (see its `dispatch`).
+
+    Returns:
+        The product, in x's dtype.
+
+    Raises:
+        ValueError: w is not a matrix, is a stack, or does not fit x.
+    """
+    if w.ndim != 2 or w.stack_shape:
+        raise ValueError(
+            f"w is {w!r}; quantized_matmul takes one matrix: use jax.vmap or jax.lax.scan on stacks"
+        )
+    if x.shape[-1] != w.shape[1]:
+        raise ValueError(f"x has shape {x.shape}, but w takes {w.shape[1]} inputs: {w!r}")
+    return _matmul(implementation, x, w, bias)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(
+    implementation: str | None, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None
+) -> jax.Array:
+    return nf4_matmul(x, *_arrays(w), bias, **_static(w), implementation=implementation)
+
+
+def _forward(
+    implementation: str | None, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None
+) -> tuple[jax.Array, tuple]:
+    return _matmul(implementation, x, w, bias), (w, bias)
+
+
+def _backward(implementation: str | None, residuals: tuple, dy: jax.Array) -> tuple:
+    w, bias = residuals
+    dx = nf4_matmul_transposed(dy, *_arrays(w), **_static(w), implementation=implementation)
+    dbias = None
+    if bias is not None:
+        dbias = jnp.sum(dy, axis=range(dy.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
+    return dx, None, dbias
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def _arrays(w: QuantizedTensor) -> tuple:
+    return w.codes, w.absmax, w.nested_absmax, w.offset
+
+
+def _static(w: QuantizedTensor) -> dict:
+    return {"shape": w.shape, "quant_type": w.quant_type, "blocksize": w.blocksize}

@@ -1,0 +1,63 @@
+"""`quantize`: an array in, a `QuantizedTensor` out."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qlora_jax.quant.blockwise import encode, pack_nibbles, quantize_absmax, scale_blocks
+from qlora_jax.quant.config import QuantConfig
+from qlora_jax.quant.tensor import QuantizedTensor
+
+
+def quantize(
+    weight: Float[Array, "*shape"], config: QuantConfig = QuantConfig()
+) -> QuantizedTensor:
+    """Quantizes an array block by block, bit for bit as bitsandbytes' CUDA kernels do.
+
+    Args:
+        weight: float32, bfloat16 or float16 of any shape with at least one element; NumPy arrays
+            are taken too. `jax.vmap(quantize)` quantizes a stack, each of its tensors on its own.
+        config: data type, blocksize and double quantization.
+
+    Returns:
+        The quantized tensor; `dtype` and `shape` are the weight's.
+
+    Raises:
+        TypeError: the weight is not one of these dtypes.
+        ValueError: it is empty or has no dimension.
+    """
+    dtype = jnp.result_type(weight)
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise TypeError(
+            f"weight is {dtype.name}; quantize takes float32, bfloat16 or float16: cast it first"
+        )
+    if jnp.ndim(weight) == 0 or jnp.size(weight) == 0:
+        raise ValueError(
+            f"weight has shape {jnp.shape(weight)}; quantize takes an array of at least one element"
+        )
+    return _quantize(jnp.asarray(weight), config)
+
+
+@partial(jax.jit, static_argnames="config")
+def _quantize(weight: Float[Array, "*shape"], config: QuantConfig) -> QuantizedTensor:
+    flat = weight.reshape(-1)
+    if config.quant_type == "int8":
+        scaled, absmax = scale_blocks(flat, config.blocksize)
+        codes = encode(scaled, config.quant_type).reshape(weight.shape)
+    else:
+        # An odd tensor gets one zero, so that its last byte is full; bitsandbytes does the same.
+        scaled, absmax = scale_blocks(jnp.pad(flat, (0, flat.size % 2)), config.blocksize)
+        codes = pack_nibbles(encode(scaled, config.quant_type))
+        if weight.shape[-1] % 2 == 0:
+            codes = codes.reshape(*weight.shape[:-1], -1)
+    constants = quantize_absmax(absmax) if config.double_quant else (absmax,)
+    return QuantizedTensor(
+        codes,
+        *constants,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        quant_type=config.quant_type,
+        blocksize=config.blocksize,
+    )

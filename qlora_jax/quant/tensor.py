@@ -1,0 +1,150 @@
+"""What a 4-bit tensor is: packed codes, and the constants that turn them back into numbers.
+
+    weight[i] ≈ table[code[i]] · absmax[i // blocksize]
+    absmax[j] = DYNAMIC_SIGNED[absmax_code[j]] · nested_absmax[j // 256] + offset      (double_quant)
+
+A `QuantizedTensor` is a pytree. Its arrays are leaves, so jit, vmap, scan, sharding and Orbax see
+ordinary arrays; its logical shape, dtype, quant_type and blocksize are static. A *stack* of
+tensors (the layers of a model) is one whose leaves carry leading axes: `jax.vmap(quantize)` makes
+it, `jax.lax.scan` slices it, and `shape` stays that of one tensor.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from pallas_kernels import nf4_dequantize
+
+_LEAVES = ("codes", "absmax", "nested_absmax", "offset")
+_STATIC = ("shape", "dtype", "quant_type", "blocksize")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class QuantizedTensor:
+    """A block-wise quantized array in bitsandbytes' byte layout.
+
+    Attributes:
+        codes: uint8, two codes to a byte, high nibble first: [..., k/2] where the logical last
+            dimension k is even, else flat [(n + 1) // 2]. int8 keeps one byte a code, [..., k].
+        absmax: one constant per block of the row-major flattened tensor: float32 [blocks], or,
+            double-quantized, uint8 [blocks].
+        nested_absmax: float32 [ceil(blocks / 256)], or None without double quantization.
+        offset: float32 scalar, or None.
+        shape: the logical shape, without stacking axes.
+        dtype: what the tensor was before, and what `dequantize` returns by default.
+        quant_type: a key of `pallas_kernels.codebooks.CODEBOOKS`.
+        blocksize: weights per absmax.
+    """
+
+    codes: Any
+    absmax: Any
+    nested_absmax: Any
+    offset: Any
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    quant_type: str
+    blocksize: int
+
+    def __init__(
+        self,
+        codes: Any,
+        absmax: Any,
+        nested_absmax: Any = None,
+        offset: Any = None,
+        *,
+        shape: tuple[int, ...],
+        dtype: Any,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+    ) -> None:
+        # No checks here: JAX rebuilds pytrees with leaves that are no arrays (specs, None, names).
+        self.codes, self.absmax = codes, absmax
+        self.nested_absmax, self.offset = nested_absmax, offset
+        self.shape, self.dtype = tuple(shape), jnp.dtype(dtype)
+        self.quant_type, self.blocksize = quant_type, blocksize
+
+    def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
+        """Leaves with their attribute names, and the static part (JAX's pytree protocol)."""
+        leaves = tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in _LEAVES)
+        return leaves, tuple(getattr(self, n) for n in _STATIC)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple, leaves: tuple) -> "QuantizedTensor":
+        """The inverse of flattening (JAX's pytree protocol)."""
+        return cls(*leaves, **dict(zip(_STATIC, static, strict=True)))
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the absmax constants are quantized themselves."""
+        return self.nested_absmax is not None
+
+    @property
+    def size(self) -> int:
+        """Weights in one tensor of the stack."""
+        return math.prod(self.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of one tensor of the stack."""
+        return len(self.shape)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Leading axes of a stack; () for a single tensor."""
+        return tuple(self.codes.shape[: self.codes.ndim - len(self._codes_shape)])
+
+    @property
+    def _codes_shape(self) -> tuple[int, ...]:
+        if self.quant_type == "int8":
+            return self.shape
+        if self.shape[-1] % 2 == 0:
+            return (*self.shape[:-1], self.shape[-1] // 2)
+        return ((self.size + 1) // 2,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves, the stack included; the shared code tables are not counted."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage per weight: 4.127 for NF4, blocksize 64, double-quantized in blocks of 256."""
+        return 8 * self.nbytes / (self.size * math.prod(self.stack_shape))
+
+    def dequantize(self, dtype: Any = None) -> Shaped[Array, "..."]:
+        """The numbers the codes stand for.
+
+        Args:
+            dtype: float32, bfloat16 or float16; None for the dtype the tensor had. The product
+                table · absmax is taken in float32 and rounded once.
+
+        Returns:
+            An array [*stack_shape, *shape].
+        """
+        dtype = self.dtype if dtype is None else jnp.dtype(dtype)
+
+        def one(leaves: tuple) -> jax.Array:
+            return nf4_dequantize(
+                *leaves,
+                shape=self.shape,
+                dtype=dtype,
+                quant_type=self.quant_type,
+                blocksize=self.blocksize,
+            )
+
+        function: Callable = one
+        for _ in self.stack_shape:
+            function = jax.vmap(function)
+        return function(tuple(getattr(self, n) for n in _LEAVES))
+
+    def __repr__(self) -> str:
+        stack = f"{list(self.stack_shape)} × " if hasattr(self.codes, "ndim") else ""
+        double = " double_quant" if self.double_quant else ""
+        return (
+            f"QuantizedTensor({stack}{list(self.shape)} {self.dtype.name}: "
+            f"{self.quant_type} blocksize={self.blocksize}{double})"
+        )

@@ -1,0 +1,1 @@
+"""Agreement with frozen results of bitsandbytes, PEFT and transformers."""
