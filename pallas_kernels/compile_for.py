@@ -1,0 +1,255 @@
+"""Compile for a GPU that is not in this machine, and read what the compiler made of it.
+
+XLA compiles for a *description* of a card (`Card.target_config`), not for a device. So a machine
+without any GPU can tell whether a kernel fits a card's shared memory, how many bytes a whole
+training step takes (`Compiled.memory_analysis()`), and what instructions will run. What it cannot
+tell is whether the numbers are right (interpret mode does) and how fast they come (a card does).
+
+Three things make it work: the arguments are shapes that carry a sharding on the described device;
+the *abstract mesh* of that device is in force while the function is traced, because Pallas asks it
+for the card's kind; and the two XLA plugin wheels are installed, which hold the GPU compiler and
+need neither driver nor CUDA libraries.
+
+    compiled = compile_for(CARDS["h200"], step, state, batch)     # shapes or arrays, any pytree
+    for kernel in inspect_kernels(CARDS["h200"], nf4_matmul, x, codes, absmax):
+        print(kernel.name, kernel.registers, kernel.spill_bytes, kernel.smem)
+
+In such a compile `jax.default_backend()` is still "cpu": whatever chooses by it chooses wrongly.
+Pass the implementation as an argument.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from pallas_kernels.cards import Card
+
+PLUGIN_HINT = (
+    "Compiling for a card needs XLA's GPU plugin: pip install --no-deps "
+    f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}"
+)
+
+
+def gpu_compiler_available() -> bool:
+    """Whether the XLA plugin for CUDA is installed (a GPU is not needed)."""
+    names = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    return any(importlib.util.find_spec(name) is not None for name in names)
+
+
+@functools.cache
+def card_mesh(card: Card) -> jax.sharding.Mesh:
+    """A mesh of one described device: what arguments are laid out on. RuntimeError without plugin."""
+    if not gpu_compiler_available():
+        raise RuntimeError(PLUGIN_HINT)
+    topology = topologies.get_topology_desc(
+        "1x1x1", platform="cuda", target_config=card.target_config(), topology="1x1x1"
+    )
+    return topologies.make_mesh(topology, (1,), ("x",))
+
+
+def on_card(card: Card, tree: Any) -> Any:
+    """The tree's arrays (or shapes) as shapes on the card, replicated over its one device."""
+    sharding = jax.sharding.NamedSharding(card_mesh(card), jax.sharding.PartitionSpec())
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jax.dtypes.result_type(leaf)
+        return jax.ShapeDtypeStruct(np.shape(leaf), dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree)
+
+
+def lower_for(card: Card, fn: Callable[..., Any], *args: Any) -> jax.stages.Lowered:
+    """Trace and lower `fn` (jitted already or not) for the card; arguments may be shapes."""
+    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
+    with jax.sharding.use_abstract_mesh(card_mesh(card).abstract_mesh):
+        return jitted.lower(*on_card(card, args))
+
+
+def compile_for(
+    card: Card,
+    fn: Callable[..., Any],
+    *args: Any,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> jax.stages.Compiled:
+    """Compile `fn` for the card. Raises RuntimeError where the plugin wheels are missing.
+
+    Args:
+      card: the target; nothing of it needs to be in this machine.
+      fn: a function, or the result of `jax.jit` (static and donated arguments are honoured).
+      *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are read.
+      compiler_options: XLA options for this compile alone.
+
+    Returns:
+      `jax.stages.Compiled`: `.memory_analysis()` in bytes, `.as_text()`, `.cost_analysis()`.
+    """
+    return lower_for(card, fn, *args).compile(compiler_options=dict(compiler_options or {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCode:
+    """One GPU kernel as the compiler left it. Counts are None where no ptxas was found."""
+
+    name: str
+    ptx: str
+    smem: int
+    """Bytes of shared memory per thread block, as XLA will launch it."""
+    grid: tuple[int, ...]
+    threads: int
+    """Threads per block."""
+    registers: int | None
+    """Registers per thread."""
+    spill_bytes: int | None
+    """Bytes of registers stored to and loaded from local memory: 0 in a good kernel."""
+    sass: str | None
+    """Machine code as text, one instruction a line; None where no nvdisasm was found."""
+
+
+def find_tool(name: str) -> str | None:
+    """The path of `ptxas` or `nvdisasm`: from the wheels nvidia-cuda-nvcc and -nvdisasm, a CUDA
+    toolkit on the PATH, or inside the wheel triton; None where there is none."""
+    site = Path(sysconfig.get_paths()["purelib"])
+    inside = (site / "nvidia/cu13/bin" / name, site / "triton/backends/nvidia/bin" / name)
+    if os.access(inside[0], os.X_OK):
+        return str(inside[0])
+    return shutil.which(name) or (str(inside[1]) if os.access(inside[1], os.X_OK) else None)
+
+
+def inspect_kernels(
+    card: Card, fn: Callable[..., Any], *args: Any
+) -> tuple[jax.stages.Compiled, list[KernelCode]]:
+    """Compile `fn` for the card and take apart every GPU kernel in it.
+
+    Returns the compiled program and its kernels, XLA's own fusions included, in PTX order.
+    """
+    with tempfile.TemporaryDirectory() as folder, _mosaic_dump(folder):
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        compiled = compile_for(card, fn, *args, compiler_options=options)
+        launches = _launches(Path(folder))
+        kernels = []
+        for path in sorted(Path(folder).rglob("*.ptx")):
+            if path.stat().st_size:
+                kernels += _take_apart(card, path.read_text(), launches)
+    return compiled, list({kernel.name: kernel for kernel in kernels}.values())
+
+
+@contextlib.contextmanager
+def _mosaic_dump(folder: str) -> Iterator[None]:
+    """Mosaic GPU reads its own variable where XLA reads its options."""
+    name = "MOSAIC_GPU_DUMP_TO"
+    before = os.environ.get(name)
+    os.environ[name] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    grid: tuple[int, ...]
+    threads: int
+    smem: int
+
+
+_LAUNCH = re.compile(
+    r"\] (?P<name>[\w.$-]+) grid: \[(?P<grid>[\d, ]+)\] threads: \[(?P<threads>[\d, ]+)\]"
+    r"\s+shared_memory: (?P<smem>\d+)"
+)
+
+
+def _launches(folder: Path) -> dict[str, _Launch]:
+    """Kernel name -> how XLA launches it, from the dump of its thunks."""
+    found = {}
+    for path in folder.glob("*thunk_sequence*.txt"):
+        for match in _LAUNCH.finditer(path.read_text()):
+            grid = tuple(int(n) for n in match["grid"].split(","))
+            threads = int(np.prod([int(n) for n in match["threads"].split(",")]))
+            found[match["name"]] = _Launch(grid, threads, int(match["smem"]))
+    return found
+
+
+def _take_apart(card: Card, ptx: str, launches: dict[str, _Launch]) -> list[KernelCode]:
+    parts = re.split(r"(?=^[ \t]*(?:\.visible |\.weak )?\.entry )", ptx, flags=re.MULTILINE)
+    header, entries = parts[0], parts[1:]
+    usage, sass = _assemble(card, ptx)
+    kernels = []
+    for entry in entries:
+        named = re.search(r"\.entry\s+([\w.$]+)", entry)
+        assert named is not None
+        name = named[1]
+        launch = launches.get(name, _Launch((), _declared_threads(entry), 0))
+        registers, spill_bytes = usage.get(name, (None, None))
+        kernels.append(
+            KernelCode(
+                name=name,
+                ptx=header + entry,
+                smem=max(launch.smem, _declared_smem(header + entry)),
+                grid=launch.grid,
+                threads=launch.threads,
+                registers=registers,
+                spill_bytes=spill_bytes,
+                sass=sass.get(name),
+            )
+        )
+    return kernels
+
+
+def _declared_threads(entry: str) -> int:
+    match = re.search(r"\.(?:reqntid|maxntid)\s+([\d, ]+)", entry)
+    return int(np.prod([int(n) for n in match[1].split(",")])) if match else 0
+
+
+def _declared_smem(ptx: str) -> int:
+    """Bytes of statically declared shared memory: XLA's fusions declare theirs, Triton does not."""
+    return sum(int(n) for n in re.findall(r"\.shared[^;\[]*\.b8 [\w.$]+\[(\d+)\]", ptx))
+
+
+_USAGE = re.compile(
+    r"Compiling entry function '(?P<name>[^']+)'.*?(?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def _assemble(card: Card, ptx: str) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """name -> (registers, spilled bytes), name -> SASS; empty where the tools are missing."""
+    ptxas, nvdisasm = find_tool("ptxas"), find_tool("nvdisasm")
+    if ptxas is None:
+        return {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        source.write_text(ptx)
+        target = re.search(r"\.target\s+(\w+)", ptx)
+        arch = target[1] if target else card.arch
+        report = _run(ptxas, "-v", f"-arch={arch}", str(source), "-o", str(cubin)).stderr
+        usage = {
+            m["name"]: (int(m["registers"]), int(m["stores"]) + int(m["loads"]))
+            for m in _USAGE.finditer(report)
+        }
+        text = _run(nvdisasm, "-c", str(cubin)).stdout if nvdisasm else ""
+    sections = re.split(r"^//-+ \.text\.([\w.$]+)\s+-+$", text, flags=re.MULTILINE)[1:]
+    return usage, dict(zip(sections[::2], sections[1::2], strict=True))
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed ({done.returncode}): {done.stderr.strip()}")
+    return done
