@@ -1,4 +1,4 @@
-"""The code tables: what a 4-bit (or 8-bit) code stands for, before it is multiplied by its block's absmax.
+"""The code tables: what a 4- or 8-bit code stands for, before its block's absmax multiplies it.
 
 Every data type of the QLoRA paper is a *lookup type*: a code of b bits is an index into a table of
 2^b numbers in [-1, 1], and a block of weights shares one scale, its largest magnitude (absmax):
@@ -11,9 +11,11 @@ What differs is only where the numbers of the table stand:
   used about equally often by normally distributed weights, with an exact zero.
 - **FP4** (E2M1: 2 exponent bits, 1 mantissa bit) in bitsandbytes' bit patterns, and **FP4 (E3M0)**,
   3 exponent bits and no mantissa: powers of two.
-- **INT4**, **INT8**: evenly spaced, symmetric about zero; code c stands for (c − 2^(b−1)) / (2^(b−1) − 1).
+- **INT4**, **INT8**: evenly spaced, symmetric about zero; code c of b bits stands for
+  (c − 2^(b−1)) / (2^(b−1) − 1).
 - **dynamic** 8-bit maps (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"): the
-  signed one holds the absmax constants in double quantization, the unsigned one Adam's second moment.
+  signed one holds the absmax constants in double quantization, the unsigned one Adam's second
+  moment.
 
 The values agree with bitsandbytes 0.50 bit for bit (tests/vectors/test_codebooks.py). They stand
 here once, for the kernels and for `qlora_jax.quant` alike.

@@ -1,0 +1,164 @@
+"""What a packed weight is, checked once for every op before anything is traced.
+
+A weight of any shape is flattened in row-major order and cut into *blocks* of `blocksize`
+consecutive elements, so a block may cross rows and the last one may be short. Two 4-bit codes share
+a byte, the first in the high nibble; an 8-bit code is a byte. Each block has one absmax: a float32,
+or, with double quantization, a uint8 code into the dynamic map, whose own scale (`nested_absmax`)
+is shared by 256 blocks and whose mean (`offset`) was subtracted first.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from pallas_kernels.codebooks import BLOCKSIZES, CODEBOOKS, NESTED_BLOCKSIZE
+
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The static description of a packed weight: everything about it but its bytes."""
+
+    shape: tuple[int, ...]
+    quant_type: str
+    blocksize: int
+    double_quant: bool
+
+    @property
+    def size(self) -> int:
+        """Elements of the weight."""
+        return math.prod(self.shape)
+
+    @property
+    def codes_per_byte(self) -> int:
+        """2 for the 4-bit types, 1 for int8."""
+        return 1 if self.quant_type == "int8" else 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes."""
+        return -(-self.size // self.codes_per_byte)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks, the short last one included: the length of `absmax`."""
+        return -(-self.size // self.blocksize)
+
+    @property
+    def nested_blocks(self) -> int:
+        """The length of `nested_absmax`."""
+        return -(-self.blocks // NESTED_BLOCKSIZE)
+
+    @property
+    def rows_are_whole_blocks(self) -> bool:
+        """Whether no block crosses a row: what the GPU kernels need."""
+        return self.shape[-1] % self.blocksize == 0
+
+
+def check_float(name: str, dtype: DTypeLike) -> None:
+    """Refuse a dtype that is not bfloat16, float16 or float32."""
+    if jnp.dtype(dtype) not in [jnp.dtype(f) for f in FLOATS]:
+        raise ValueError(
+            f"{name} is {jnp.dtype(dtype).name}; "
+            "expected bfloat16, float16 or float32: cast it first"
+        )
+
+
+def check_packed(
+    codes: Array,
+    absmax: Array,
+    nested_absmax: Array | None,
+    offset: Array | None,
+    *,
+    shape: tuple[int, ...] | None,
+    quant_type: str,
+    blocksize: int,
+) -> Layout:
+    """Check that the parts of a packed weight belong together and return its layout.
+
+    Raises:
+        ValueError: in one sentence, naming the argument that does not fit.
+    """
+    if quant_type not in CODEBOOKS:
+        raise ValueError(f"quant_type is {quant_type!r}; expected one of {sorted(CODEBOOKS)}")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize is {blocksize!r}; expected one of {list(BLOCKSIZES)}")
+    if codes.dtype != jnp.uint8:
+        raise ValueError(f"codes has dtype {codes.dtype}; expected uint8, packed bytes")
+    per_byte = 1 if quant_type == "int8" else 2
+    if shape is None:
+        if codes.ndim < 2:
+            raise ValueError(
+                f"codes has shape {codes.shape} and shape= is not given; "
+                "expected codes [n, k/2], or flat bytes together with shape=(n, k)"
+            )
+        shape = (*codes.shape[:-1], codes.shape[-1] * per_byte)
+    shape = tuple(int(d) for d in shape)
+    if not shape or min(shape) < 1:
+        raise ValueError(f"shape is {shape}; expected one or more dimensions, each at least 1")
+
+    layout = Layout(shape, quant_type, blocksize, double_quant=absmax.dtype == jnp.uint8)
+    if math.prod(codes.shape) != layout.nbytes:
+        raise ValueError(
+            f"codes has shape {codes.shape}, {math.prod(codes.shape)} bytes; "
+            f"expected {layout.nbytes} for a {quant_type} weight of shape {shape}"
+        )
+    if absmax.dtype not in (jnp.uint8, jnp.float32):
+        raise ValueError(
+            f"absmax has dtype {absmax.dtype}; "
+            "expected float32, or uint8 codes of double quantization"
+        )
+    if absmax.shape != (layout.blocks,):
+        raise ValueError(
+            f"absmax has shape {absmax.shape}; expected ({layout.blocks},): one per block of "
+            f"{blocksize} elements of a weight of shape {shape}"
+        )
+    if not layout.double_quant:
+        for name, value in (("nested_absmax", nested_absmax), ("offset", offset)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} is given but absmax is float32; "
+                    "expected it only with uint8 absmax codes"
+                )
+        return layout
+    for name, value, wanted in (
+        ("nested_absmax", nested_absmax, (layout.nested_blocks,)),
+        ("offset", offset, ()),
+    ):
+        if value is None:
+            raise ValueError(f"{name} is missing; uint8 absmax codes need it as float32 {wanted}")
+        if jnp.shape(value) != wanted or jnp.result_type(value) != jnp.float32:
+            raise ValueError(
+                f"{name} is {jnp.result_type(value)} {jnp.shape(value)}; expected float32 {wanted}"
+            )
+    return layout
+
+
+def check_matmul(
+    name: str, x: Array, contracted: int, bias: Array | None, layout: Layout
+) -> tuple[int, int]:
+    """Check the activations of a matmul and return the weight's (n, k).
+
+    `contracted` is the weight's axis that `x`'s last axis is summed over: 1 for x·Wᵀ, 0 for dy·W.
+    """
+    if len(layout.shape) != 2:
+        raise ValueError(f"shape is {layout.shape}; expected a matrix (n, k)")
+    check_float(f"{name}'s dtype", x.dtype)
+    n, k = layout.shape
+    if x.ndim < 1 or x.shape[-1] != layout.shape[contracted]:
+        raise ValueError(
+            f"{name} has shape {x.shape}; expected [..., {layout.shape[contracted]}] "
+            f"to go with a weight of shape {layout.shape}"
+        )
+    if bias is not None and (bias.shape != (n,) or not jnp.issubdtype(bias.dtype, jnp.floating)):
+        raise ValueError(f"bias is {bias.dtype} {bias.shape}; expected a float array ({n},)")
+    return n, k
+
+
+def rows_of(x: Array) -> int:
+    """Rows of `x` when all its axes but the last are one."""
+    return math.prod(x.shape[:-1])

@@ -1,0 +1,1 @@
+"""Packed 4-bit weight -> dense weight."""

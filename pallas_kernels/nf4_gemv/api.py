@@ -1,0 +1,49 @@
+"""`nf4_gemv`: x · Wᵀ for 1 to 16 rows, where reading the weight is all the work there is."""
+
+from jaxtyping import Array, Float, Float32, UInt8
+
+from pallas_kernels import dispatch
+from pallas_kernels._arguments import check_matmul, check_packed, rows_of
+from pallas_kernels.nf4_gemv.reference import nf4_gemv_xla
+
+MAX_ROWS = 16
+"""Rows of x beyond which `nf4_matmul` is the better kernel."""
+
+
+def nf4_gemv(
+    x: Float[Array, "*batch k"],
+    codes: UInt8[Array, "..."],
+    absmax: UInt8[Array, " blocks"] | Float32[Array, " blocks"],
+    nested_absmax: Float32[Array, " nested"] | None = None,
+    offset: Float32[Array, ""] | None = None,
+    bias: Float[Array, " n"] | None = None,
+    *,
+    shape: tuple[int, int] | None = None,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    implementation: str | None = None,
+) -> Float[Array, "*batch n"]:
+    """x · Wᵀ + bias as `nf4_matmul`, for at most 16 rows of x: decoding token by token.
+
+    `nf4_matmul` comes here by itself for so few rows. Arguments, result and errors are its own.
+
+    Raises:
+        ValueError: more than 16 rows, parts that do not belong together, or an implementation that
+            cannot run.
+    """
+    layout = check_packed(
+        codes,
+        absmax,
+        nested_absmax,
+        offset,
+        shape=shape,
+        quant_type=quant_type,
+        blocksize=blocksize,
+    )
+    check_matmul("x", x, 1, bias, layout)
+    if rows_of(x) > MAX_ROWS:
+        raise ValueError(
+            f"x has {rows_of(x)} rows; nf4_gemv takes up to {MAX_ROWS}: use nf4_matmul"
+        )
+    dispatch.check_name(implementation)
+    return nf4_gemv_xla(x, codes, absmax, nested_absmax, offset, bias, layout=layout)

@@ -1,0 +1,1 @@
+"""x · Wᵀ with W packed."""

@@ -1,0 +1,1 @@
+"""dy · W with W packed."""

@@ -1,0 +1,29 @@
+"""`nf4_matmul_transposed` in plain XLA: dequantize to dy's dtype, multiply, round once."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, UInt8
+
+from pallas_kernels._arguments import Layout
+from pallas_kernels.nf4_dequantize.reference import nf4_dequantize_xla
+
+
+def nf4_matmul_transposed_xla(
+    dy: Float[Array, "*batch n"],
+    codes: UInt8[Array, "..."],
+    absmax: UInt8[Array, " blocks"] | Float32[Array, " blocks"],
+    nested_absmax: Float32[Array, " nested"] | None,
+    offset: Float32[Array, ""] | None,
+    *,
+    layout: Layout,
+) -> Float[Array, "*batch k"]:
+    """dy · W with W rounded to dy's dtype and sums in float32."""
+    weight = nf4_dequantize_xla(codes, absmax, nested_absmax, offset, layout=layout, dtype=dy.dtype)
+    out = jax.lax.dot_general(
+        dy,
+        weight,
+        (((dy.ndim - 1,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if dy.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(dy.dtype)
