@@ -1,1 +1,60 @@
-"""qlora-jax."""
+"""Instruction datasets: from rows to batches.
+
+The journey of an example, each step one file:
+
+    load_rows (sources)      file or hub name -> rows
+    FORMATS (templates)      row -> text segments, each trained on or not
+    load_tokenizer           model folder -> Tokenizer
+    tokenize_rows            rows -> Examples: token ids and labels
+    Batches                  Examples -> Batch of a fixed shape, for any step of the run
+
+Everything here is NumPy on the host; nothing needs JAX.
+"""
+
+from qlora_jax.data.batches import Batch, Batches, length_buckets
+from qlora_jax.data.examples import IGNORE, Example, Examples, TokenizeReport
+from qlora_jax.data.sources import load_rows
+from qlora_jax.data.templates import (
+    FORMATS,
+    ChatStyle,
+    ConversationFormat,
+    FlatChatFormat,
+    Format,
+    InstructionFormat,
+    PairFormat,
+    Segment,
+    TextFormat,
+    check_columns,
+    detect_format,
+    formats_for,
+    get_format,
+)
+from qlora_jax.data.tokenize import tokenize_rows
+from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "FORMATS",
+    "IGNORE",
+    "Batch",
+    "Batches",
+    "ChatStyle",
+    "ConversationFormat",
+    "Example",
+    "Examples",
+    "FlatChatFormat",
+    "Format",
+    "InstructionFormat",
+    "PairFormat",
+    "Segment",
+    "TextFormat",
+    "TokenizeReport",
+    "Tokenizer",
+    "check_columns",
+    "detect_format",
+    "formats_for",
+    "get_format",
+    "length_buckets",
+    "load_rows",
+    "load_tokenizer",
+    "tokenize_rows",
+]

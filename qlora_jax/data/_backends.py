@@ -1,0 +1,188 @@
+"""The two tokenizer libraries, wrapped to what `tokenizer.Tokenizer` needs.
+
+Both come in up to four variants: as the start or the continuation of a text, with special tokens
+read as such or as plain characters. Each variant is a library object of its own, made when first
+needed, because neither library takes these choices per call.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+
+# A serialized protobuf is extended by appending: this says normalizer_spec (field 3 of the model)
+# {add_dummy_prefix (field 3): false}, and a later value wins over an earlier one.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class JsonBackend:
+    """A `tokenizer.json` of the `tokenizers` library."""
+
+    def __init__(self, file: Path):
+        self._spec = _load_spec(file)
+        self._variants: dict[tuple[bool, bool], tokenizers.Tokenizer] = {}
+        try:
+            self._plain = self._variant(continues=False, special=True)
+        except Exception as error:  # `tokenizers` raises nothing narrower
+            raise ValueError(f"{file} is not a tokenizer of `tokenizers`: {error}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id + 1, added tokens included."""
+        return max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether the file's own post-processor puts a token in front of every text."""
+        return self.own_special_id("bos") is not None
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a piece, None where there is none."""
+        return self._plain.token_to_id(token)
+
+    def own_special_id(self, kind: str) -> int | None:
+        """The bos that the post-processor puts in front; the file names no others by role."""
+        if kind != "bos":
+            return None
+        bare, framed = (
+            self._plain.encode("a", add_special_tokens=added).ids for added in (False, True)
+        )
+        # "[CLS] a [SEP]" frames too; only a family with nothing behind the text begins with a bos.
+        return framed[0] if framed[1:] == bare else None
+
+    def encode_batch(
+        self, texts: Sequence[str], *, continues: bool, special: bool
+    ) -> list[list[int]]:
+        """Ids without bos or eos."""
+        variant = self._variant(continues=continues, special=special)
+        encodings = variant.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        """The text of ids."""
+        return self._plain.decode(list(ids), skip_special_tokens=skip_special)
+
+    def _variant(self, *, continues: bool, special: bool) -> tokenizers.Tokenizer:
+        if (continues, special) not in self._variants:
+            spec = {**self._spec, "truncation": None, "padding": None}
+            if continues:
+                spec["normalizer"] = _without_prefix(spec.get("normalizer"))
+                spec["pre_tokenizer"] = _without_prefix(spec.get("pre_tokenizer"))
+            variant = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            variant.encode_special_tokens = not special
+            self._variants[continues, special] = variant
+        return self._variants[continues, special]
+
+
+def _load_spec(file: Path) -> dict[str, Any]:
+    try:
+        spec = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): fetch it again.") from error
+    if not isinstance(spec, dict) or "model" not in spec:
+        raise ValueError(f"{file} is not a tokenizer of `tokenizers`: it has no 'model' in it.")
+    return spec
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer that puts no space before a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        name = "normalizers" if "normalizers" in part else "pretokenizers"
+        parts = [kept for inner in part[name] if (kept := _without_prefix(inner)) is not None]
+        return {**part, name: parts}
+    if part["type"] == "Metaspace":
+        return {**part, "prepend_scheme": "never", "add_prefix_space": False}
+    if part["type"] == "ByteLevel":
+        return {**part, "add_prefix_space": False}
+    return part
+
+
+class SentencePieceBackend:
+    """A `tokenizer.model` or `spiece.model` of SentencePiece."""
+
+    begins_with_bos: bool
+
+    def __init__(self, file: Path):
+        self._proto = file.read_bytes()
+        self._start = _processor(self._proto, file)
+        self._continuation: sentencepiece.SentencePieceProcessor | None = None
+        # Llama, Mistral and Gemma have a bos and begin with it; T5 has none.
+        self.begins_with_bos = self._start.bos_id() >= 0
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of pieces."""
+        return self._start.vocab_size()
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a piece, None where there is none."""
+        found = self._start.piece_to_id(token)
+        return found if self._start.id_to_piece(found) == token else None
+
+    def own_special_id(self, kind: str) -> int | None:
+        """The id the model itself gives to bos, eos or pad; None where it has none."""
+        found = {"bos": self._start.bos_id, "eos": self._start.eos_id, "pad": self._start.pad_id}[
+            kind
+        ]()
+        return found if found >= 0 else None
+
+    def encode_batch(
+        self, texts: Sequence[str], *, continues: bool, special: bool
+    ) -> list[list[int]]:
+        """Ids without bos or eos."""
+        if not special:
+            return self._processor_for(continues).encode(list(texts), out_type=int)
+        return [self._encode_special(text, continues) for text in texts]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        """The text of ids."""
+        if skip_special:
+            return self._start.decode(list(ids))
+        # The library drops control pieces: write them out and decode what lies between.
+        text = ""
+        run: list[int] = []
+        for token in ids:
+            if self._start.is_control(token):
+                text += self._start.decode(run) + self._start.id_to_piece(token)
+                run = []
+            else:
+                run.append(token)
+        return text + self._start.decode(run)
+
+    @cached_property
+    def _control_pieces(self) -> dict[str, int]:
+        sp = self._start
+        return {sp.id_to_piece(i): i for i in range(sp.vocab_size()) if sp.is_control(i)}
+
+    def _encode_special(self, text: str, continues: bool) -> list[int]:
+        pieces = "|".join(map(re.escape, sorted(self._control_pieces, key=len, reverse=True)))
+        ids: list[int] = []
+        for index, part in enumerate(re.split(f"({pieces})", text) if pieces else [text]):
+            if index % 2:
+                ids.append(self._control_pieces[part])
+            elif part:
+                ids += self._processor_for(continues or index > 0).encode(part)
+        return ids
+
+    def _processor_for(self, continues: bool) -> sentencepiece.SentencePieceProcessor:
+        if not continues:
+            return self._start
+        if self._continuation is None:
+            self._continuation = _processor(self._proto + _NO_DUMMY_PREFIX, Path())
+        return self._continuation
+
+
+def _processor(proto: bytes, file: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=proto)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{file} is not a SentencePiece model ({error}): fetch it again."
+        ) from error

@@ -1,0 +1,207 @@
+"""Rows of a dataset, from a file, a folder or the Hugging Face hub, through `datasets`.
+
+`datasets` reads every format into memory-mapped Arrow files in its cache, so a set of millions of
+rows costs no memory here; what comes back is its `Dataset`: a sequence of dicts.
+
+What is a path and what is a hub name is never guessed from the network: whatever exists locally is
+local, only `owner/name` can be a hub name, and something that looks like a path and does not exist
+is an error. Datasets that are programs (loading scripts) are never run: `datasets` 4 and later do
+not know how to, and `trust_remote_code` is not passed.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# `datasets` takes two seconds to import: only those who read a dataset pay them.
+if TYPE_CHECKING:
+    import datasets
+
+# File ending -> the packaged reader of `datasets`.
+_READERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_PREFIX = "hub:"
+
+
+def load_rows(
+    source: str | Path,
+    split: str | None = None,
+    *,
+    name: str | None = None,
+    data_files: str | list[str] | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> "datasets.Dataset":
+    """The rows of a dataset, as a sequence of dicts from column to value.
+
+    Args:
+        source: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt, each also .gz, .bz2, .xz, .zst),
+            a folder of such files, or a hub name "owner/name" ("hub:owner/name" where a local
+            folder of the first name is in the way).
+        split: which split, slices included ("train", "test", "train[:500]", "train[90%:]"). A file
+            is one split, "train". None: the only split there is, or "train".
+        name: the hub dataset's configuration, where it has several.
+        data_files: read only these files of the hub dataset or folder.
+        revision: the hub dataset's branch, tag or commit.
+        cache_dir: where `datasets` keeps its Arrow files; None: its own default (HF_HOME).
+
+    Raises:
+        FileNotFoundError: a path that does not exist, a hub dataset that does not exist.
+        ConnectionError: the hub cannot be reached and the dataset is not in the cache.
+        ValueError: a file that cannot be read, an unknown split, no rows.
+    """
+    text = os.fspath(source)
+    hub_name = _hub_name(text)
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    if hub_name is not None:
+        rows = _load_hub(
+            hub_name, split, name=name, data_files=data_files, revision=revision, cache_dir=cache
+        )
+    else:
+        if name is not None or revision is not None:
+            raise ValueError(f"{text} is local: name and revision belong to a hub dataset.")
+        rows = _load_local(Path(text).expanduser(), split, data_files=data_files, cache_dir=cache)
+    if len(rows) == 0:
+        raise ValueError(f"{text} (split {split or 'train'}) is empty: there is not one row in it.")
+    return rows
+
+
+def _hub_name(source: str) -> str | None:
+    """The hub name that `source` means, None for a local path that exists; else refuses."""
+    if source.startswith(_HUB_PREFIX):
+        name = source.removeprefix(_HUB_PREFIX)
+        if not _HUB_NAME.fullmatch(name):
+            raise ValueError(f"{source!r} is no hub name: expected {_HUB_PREFIX}owner/name.")
+        return name
+    path = Path(source).expanduser()
+    if path.exists():
+        return None
+    suffixes = {suffix.lower() for suffix in path.suffixes}
+    looks_like_file = not suffixes.isdisjoint({*_READERS, *_COMPRESSIONS})
+    if looks_like_file or not _HUB_NAME.fullmatch(source):
+        raise FileNotFoundError(
+            f"{source} does not exist: expected a file ({', '.join(_READERS)}, perhaps "
+            "compressed), a folder of such files, or a hub name of the form owner/name."
+        )
+    if path.parent.exists():
+        raise FileNotFoundError(
+            f"{source} does not exist, though the folder {path.parent} does; if the hub dataset of "
+            f"that name is meant, write {_HUB_PREFIX}{source}."
+        )
+    return source
+
+
+def _load_local(
+    path: Path, split: str | None, *, data_files: str | list[str] | None, cache_dir: str | None
+) -> "datasets.Dataset":
+    import datasets
+    import pyarrow
+
+    options: dict[str, Any] = {}
+    if path.is_dir():
+        reader, options["data_files"] = str(path), data_files
+    else:
+        reader = _reader(path)
+        options["data_files"] = str(path)
+        if ".tsv" in path.suffixes:
+            options["sep"] = "\t"
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is empty: there is not one row in it.")
+    try:
+        with _no_bars():
+            return _one_split(
+                datasets.load_dataset(reader, split=split, cache_dir=cache_dir, **options),
+                str(path),
+            )
+    except (
+        datasets.exceptions.DatasetGenerationError,
+        datasets.exceptions.DataFilesNotFoundError,
+        pyarrow.ArrowException,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"{path} cannot be read as a dataset{'' if split is None else f' (split {split!r})'}: "
+            f"{_reason(error)}"
+        ) from error
+
+
+def _load_hub(
+    hub_name: str, split: str | None, *, cache_dir: str | None, **options: Any
+) -> "datasets.Dataset":
+    import datasets
+
+    try:
+        return _one_split(
+            datasets.load_dataset(hub_name, split=split, cache_dir=cache_dir, **options), hub_name
+        )
+    # A missing dataset is a FileNotFoundError to `datasets`, an unreachable hub an OSError.
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"the hub has no dataset {hub_name!r} that you may read: check the name, or log in "
+            "(hf auth login) if it is gated."
+        ) from error
+    except (ConnectionError, TimeoutError) as error:
+        raise ConnectionError(
+            f"the dataset {hub_name!r} is not in the cache and the hub cannot be reached: connect "
+            "to the network, or download the files elsewhere and give their path."
+        ) from error
+    except (datasets.exceptions.DatasetGenerationError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the hub dataset {hub_name!r} cannot be read: {_reason(error)}"
+        ) from error
+
+
+def _reader(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in _READERS:
+        raise ValueError(
+            f"{path} has no ending that tells its format: expected {', '.join(_READERS)}, perhaps "
+            f"followed by {', '.join(_COMPRESSIONS)}."
+        )
+    return _READERS[suffixes[-1]]
+
+
+def _one_split(loaded: Any, source: str) -> "datasets.Dataset":
+    """The dataset itself, or of several splits the only one or "train"."""
+    if not isinstance(loaded, dict):
+        return loaded
+    if len(loaded) == 1:
+        return next(iter(loaded.values()))
+    if "train" in loaded:
+        return loaded["train"]
+    raise ValueError(f"{source} has the splits {', '.join(loaded)}: say which (split=...).")
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in its own words, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of `datasets`: a local file takes less time than reading them."""
+    import datasets
+
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

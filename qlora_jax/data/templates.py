@@ -1,0 +1,392 @@
+"""Prompt formats: from a row of a dataset to the text a model reads and the loss it takes.
+
+A finetune on instructions differs from pretraining in one thing only: which tokens count in the
+loss. So a format turns a row into *segments*, pieces of text that carry that mark, and everything
+after it (`tokenize`, `batches`, the training step) knows nothing of instructions or chats:
+
+    format.segments(row) -> (Segment(prompt, trained=False), Segment(answer, trained=True))
+
+`train_on="response"` takes loss on the answers alone, which the QLoRA paper found better wherever
+instruction and answer are clearly apart (38.6 against 37.5 on MMLU, appendix B); `"all"` takes it
+on everything, as the paper did for OASST1 and HH-RLHF, which it read as whole conversations.
+
+Whitespace is part of a format. A boundary between segments is always a boundary between tokens
+(see `tokenize`), so a space that separates two segments opens the second one, where both
+SentencePiece ("▁answer") and byte-level BPE ("Ġanswer") have their natural pieces.
+
+A format is frozen data with two methods and no base class: `columns`, what it needs of a row, and
+`segments`. A new one is a new small dataclass, or a new instance of one of these.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+Row = Mapping[str, Any]
+TrainOn = Literal["response", "all"]
+
+
+class Segment(NamedTuple):
+    """A piece of an example's text, tokenized on its own.
+
+    `part` says which length limit it falls under: `source_max_len` bounds what an instruction asks,
+    `target_max_len` what is answered; a conversation is all target, as in the paper.
+    `special` lets the tokenizer read its own markers (`<|im_end|>`) in this text: only ever for
+    text that the format wrote, never for a row's content, so that a row about HTML's `<s>` cannot
+    begin a new sequence.
+    """
+
+    text: str
+    trained: bool
+    part: Literal["source", "target"] = "target"
+    special: bool = False
+
+
+class Format(Protocol):
+    """What `tokenize_rows` asks of a prompt format."""
+
+    @property
+    def name(self) -> str:
+        """How the format is called in configurations and messages."""
+        ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns a row must have."""
+        ...
+
+    def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
+        """The row as text in order, each piece marked with whether it is trained on."""
+        ...
+
+
+@dataclass(frozen=True)
+class InstructionFormat:
+    """An instruction, perhaps with an input, inside a fixed prompt; then the answer.
+
+    `prompt` is filled (`str.format`) from the row's columns where its input is not empty,
+    `prompt_no_input` where it is empty or the column is absent.
+    """
+
+    name: str
+    prompt: str
+    prompt_no_input: str
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns a row must have; the input's may be absent."""
+        return (self.instruction, self.output)
+
+    def source(self, row: Row) -> str:
+        """The prompt alone: what to give a finetuned model when asking it something."""
+        instruction = _text(row, self.instruction, self.name)
+        given = row.get(self.input)
+        if given is None or given == "":
+            return self.prompt_no_input.format(instruction=instruction)
+        return self.prompt.format(instruction=instruction, input=_text(row, self.input, self.name))
+
+    def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
+        """Prompt (source), answer (target)."""
+        answer = _text(row, self.output, self.name)
+        return (
+            Segment(self.source(row), _everything(train_on), "source"),
+            Segment(answer, True),
+        )
+
+
+@dataclass(frozen=True)
+class PairFormat:
+    """An input and its output, with nothing added but `separator` in front of the output."""
+
+    name: str
+    input: str
+    output: str
+    separator: str = ""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns a row must have."""
+        return (self.input, self.output)
+
+    def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
+        """Input (source), separator and output (target)."""
+        return (
+            Segment(_text(row, self.input, self.name), _everything(train_on), "source"),
+            Segment(self.separator + _text(row, self.output, self.name), True),
+        )
+
+
+@dataclass(frozen=True)
+class ChatStyle:
+    """How the turns of a conversation are written down.
+
+    `openings` maps a role to what stands before its turn; `closing` ends every turn and is trained
+    on after the assistant's, so that the model learns to hand over. `between` joins turns.
+    `special` says that openings and closings are the tokenizer's own markers. A content that does
+    not begin with whitespace is written after `content_prefix`.
+    """
+
+    openings: Mapping[str, str]
+    content_prefix: str = ""
+    closing: str = ""
+    between: str = ""
+    special: bool = False
+
+
+# Role names of OASST ("prompter"), ShareGPT ("human", "gpt") and the Hugging Face `messages` form.
+_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant"}
+
+GUANACO_STYLE = ChatStyle(
+    # `timdettmers/openassistant-guanaco` flattens OASST1 to this form; a system text stands bare,
+    # as the QLoRA evaluation prompts have it.
+    openings={"user": "### Human:", "assistant": "### Assistant:", "system": ""},
+    content_prefix=" ",
+    between=" ",
+)
+CHATML_STYLE = ChatStyle(
+    openings={role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")},
+    closing="<|im_end|>",
+    between="\n",
+    special=True,
+)
+
+
+@dataclass(frozen=True)
+class ConversationFormat:
+    """A list of turns (`role`, `content`) in a style; `"response"` trains every assistant turn.
+
+    A turn may name its content `text` (OASST) or `value` (ShareGPT) and its role `from` (ShareGPT).
+    """
+
+    name: str
+    style: ChatStyle
+    messages: str = "messages"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns a row must have."""
+        return (self.messages,)
+
+    def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
+        """Turn by turn: opening, content, closing; all of it target."""
+        turns = row.get(self.messages)
+        if not isinstance(turns, (list, tuple)) or not turns:
+            raise ValueError(
+                f"format {self.name!r} expects the column {self.messages!r} to hold a list of "
+                f"turns with role and content, but a row holds {_shown(turns)}."
+            )
+        everything = _everything(train_on)
+        style, segments = self.style, []
+        for index, turn in enumerate(turns):
+            role, content = _turn(turn, self)
+            trained = everything or role == "assistant"
+            opening = (style.between if index else "") + style.openings[role]
+            if content and not content[0].isspace() and (opening or index):
+                content = style.content_prefix + content
+            segments += [
+                Segment(opening, everything, special=style.special),
+                Segment(content, trained),
+                Segment(style.closing, trained, special=style.special),
+            ]
+        return _joined(segments)
+
+
+@dataclass(frozen=True)
+class FlatChatFormat:
+    """A conversation already flattened to one text, split again at the markers of its speakers.
+
+    Whitespace in front of a human marker goes with it: the response ends where its text does.
+
+    With `"all"` the text is one segment, exactly as given. With `"response"` what follows an
+    `assistant` marker is trained on, up to the next `human` marker.
+    """
+
+    name: str
+    human: str
+    assistant: str
+    text: str = "text"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns a row must have."""
+        return (self.text,)
+
+    def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
+        """The text, cut after each assistant marker and before each human marker."""
+        text = _text(row, self.text, self.name)
+        if _everything(train_on):
+            return (Segment(text, True),)
+        pieces = re.split(rf"(\s*{re.escape(self.human)}|{re.escape(self.assistant)})", text)
+        if self.assistant not in pieces:
+            raise ValueError(
+                f"format {self.name!r} expects {self.assistant!r} in the column {self.text!r} to "
+                f"know what the response is, but a row holds {_shown(text)}; train on all of it "
+                "(train_on='all') or choose another format."
+            )
+        # re.split with a group alternates text and marker; the text belongs to the last marker.
+        segments, answering = [], False
+        for index, piece in enumerate(pieces):
+            is_marker = index % 2 == 1
+            segments.append(Segment(piece, answering and not is_marker))
+            if is_marker:
+                answering = piece == self.assistant
+        return _joined(segments)
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """Plain text: every token is trained on, whatever `train_on` says, for there is no prompt."""
+
+    name: str
+    text: str = "text"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns a row must have."""
+        return (self.text,)
+
+    def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
+        """The text as one target segment."""
+        _everything(train_on)
+        return (Segment(_text(row, self.text, self.name), True),)
+
+
+# Stanford Alpaca's training prompts (tatsu-lab/stanford_alpaca, train.py), to the character.
+ALPACA = InstructionFormat(
+    name="alpaca",
+    prompt=(
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    ),
+    prompt_no_input=(
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:"
+    ),
+)
+
+FORMATS: dict[str, Format] = {
+    "alpaca": ALPACA,
+    "input-output": PairFormat("input-output", "input", "output"),
+    "prompt-completion": PairFormat("prompt-completion", "prompt", "completion"),
+    "messages": ConversationFormat("messages", GUANACO_STYLE),
+    "messages-chatml": ConversationFormat("messages-chatml", CHATML_STYLE),
+    "guanaco": FlatChatFormat("guanaco", "### Human:", "### Assistant:"),
+    "hh-rlhf": FlatChatFormat("hh-rlhf", "\n\nHuman:", "\n\nAssistant:", text="chosen"),
+    "text": TextFormat("text"),
+}
+"""The formats by name. `detect_format` names the one that takes given columns."""
+
+
+def get_format(name: str) -> Format:
+    """The format of that name; ValueError lists those that exist."""
+    if name not in FORMATS:
+        raise ValueError(
+            f"there is no prompt format {name!r}; the formats are {', '.join(FORMATS)}."
+        )
+    return FORMATS[name]
+
+
+def formats_for(columns: Iterable[str]) -> list[str]:
+    """The names of the formats that these columns are enough for."""
+    present = set(columns)
+    return [name for name, form in FORMATS.items() if present.issuperset(form.columns)]
+
+
+def detect_format(columns: Iterable[str], *, source: str = "the dataset") -> Format:
+    """The format these columns were made for.
+
+    Raises:
+        ValueError: no format fits, or two fit equally well; the message says which.
+    """
+    found = list(columns)
+    fitting = formats_for(found)
+    if not fitting:
+        raise ValueError(
+            f"{source} has the columns {', '.join(found) or '(none)'}, which no prompt format "
+            "takes; the formats need "
+            + "; ".join(f"{name}: {', '.join(form.columns)}" for name, form in FORMATS.items())
+            + "."
+        )
+    # Alpaca's rows have an `input` and an `output` too, and an instruction besides.
+    if "alpaca" in fitting:
+        return FORMATS["alpaca"]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{source} has the columns {', '.join(found)}, which the formats {', '.join(fitting)} "
+            "all take: name the one you mean."
+        )
+    return FORMATS[fitting[0]]
+
+
+def check_columns(columns: Iterable[str], form: Format, *, source: str = "the dataset") -> None:
+    """Refuses columns that the format cannot read; says which format would take them."""
+    found = list(columns)
+    missing = [column for column in form.columns if column not in found]
+    if not missing:
+        return
+    others = formats_for(found)
+    remedy = (
+        f"the format{'s' if len(others) > 1 else ''} {', '.join(map(repr, others))} would take it"
+        if others
+        else "no format takes these columns: rename them"
+    )
+    raise ValueError(
+        f"{source} has the columns {', '.join(found) or '(none)'}, but the format {form.name!r} "
+        f"needs {', '.join(form.columns)} ({', '.join(missing)} missing); {remedy}."
+    )
+
+
+def _everything(train_on: str) -> bool:
+    if train_on not in ("response", "all"):
+        raise ValueError(f"train_on is {train_on!r}, but must be 'response' or 'all'.")
+    return train_on == "all"
+
+
+def _text(row: Row, column: str, name: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"format {name!r} expects text in the column {column!r}, but a row holds "
+            f"{_shown(value)}."
+        )
+    return value
+
+
+def _turn(turn: Any, form: ConversationFormat) -> tuple[str, str]:
+    if isinstance(turn, Mapping):
+        role = turn.get("role") or turn.get("from")
+        content = next(
+            (turn[k] for k in ("content", "text", "value") if turn.get(k) is not None), None
+        )
+        if isinstance(role, str) and isinstance(content, str):
+            role = _ROLES.get(role, role)
+            if role in form.style.openings:
+                return role, content
+    raise ValueError(
+        f"format {form.name!r} expects turns with a role ({', '.join(form.style.openings)}) and a "
+        f"text content, but a row holds the turn {_shown(turn)}."
+    )
+
+
+def _joined(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Without the empty ones, and neighbours that differ in nothing made one."""
+    joined: list[Segment] = []
+    for segment in segments:
+        if not segment.text:
+            continue
+        if joined and joined[-1][1:] == segment[1:]:
+            joined[-1] = joined[-1]._replace(text=joined[-1].text + segment.text)
+        else:
+            joined.append(segment)
+    return tuple(joined)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,178 @@
+"""Tokenization: from text segments to token ids and labels.
+
+**Boundaries.** Each segment is tokenized on its own and the ids are concatenated, so a token never
+straddles the line between what is asked and what is answered, and the ids of a prompt in training
+are the ids the same prompt has when the model is asked. (Tokenizing both together and masking by
+position would merge, say, ":" and a quotation mark into a piece that no prompt ends in.) Segments
+after the first are tokenized as a *continuation*: without the space that SentencePiece models put
+before a text, which would otherwise appear in the middle of every example. Decoding an example's
+ids therefore gives its text back, to the character, where the tokenizer is lossless at all.
+
+**Lengths.** As in the paper's code, the source part (with the bos token) is cut to `source_max_len`
+tokens and the target part (with the eos token) to `target_max_len`, both on the right. A target
+that is cut loses its eos, so that nothing learns to stop in mid-sentence.
+
+**Labels** are the ids themselves where a segment is trained on, -100 elsewhere, aligned with the
+ids (the loss shifts). The first label is always -100: nothing predicts the first token.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qlora_jax.data.examples import IGNORE, Examples, TokenizeReport
+from qlora_jax.data.templates import Format, Segment, TrainOn, check_columns
+from qlora_jax.data.tokenizer import Tokenizer
+
+# Rows encoded in one call: enough to keep every thread of the tokenizer busy.
+_CHUNK = 1024
+# With fewer rows than this a progress bar would be gone before it is read.
+_PROGRESS_FROM = 5_000
+
+
+def tokenize_rows(
+    rows: Iterable[Mapping[str, Any]],
+    form: Format,
+    tokenizer: Tokenizer,
+    *,
+    train_on: TrainOn = "response",
+    source_max_len: int | None = None,
+    target_max_len: int | None = None,
+    max_len: int | None = None,
+    append_eos: bool = True,
+    progress: bool | None = None,
+    source: str = "the dataset",
+) -> Examples:
+    """Rows of a dataset, in a prompt format, as token ids and labels.
+
+    Args:
+        rows: mappings from column to value (`load_rows`, or a plain list of dicts).
+        form: the prompt format (`FORMATS[...]`).
+        tokenizer: the model's.
+        train_on: loss on the "response" only or on "all" of the text.
+        source_max_len: cut the source part, bos included, to so many tokens; None: never cut.
+        target_max_len: cut the target part, eos included, to so many tokens; None: never cut.
+        max_len: the longest example allowed after cutting: the model's context, say.
+        append_eos: end every uncut target with the eos token, unless it ends with one already.
+        progress: show a progress bar; None: from some thousands of rows on.
+        source: what to call the rows in an error.
+
+    Returns:
+        `Examples`, in the order of the rows; rows left without any trained token (their answers
+        were cut away) are left out and counted in `.report`.
+
+    Raises:
+        ValueError: no rows, columns the format cannot read, an example longer than `max_len`,
+            no example with a trained token, no eos token to append.
+    """
+    for name, limit in (
+        ("source_max_len", source_max_len),
+        ("target_max_len", target_max_len),
+        ("max_len", max_len),
+    ):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} must be at least 1 token (None: no limit), but is {limit}.")
+    if append_eos and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name!r} names no end-of-sequence token to append: give "
+            "load_tokenizer eos_token=..., or set append_eos=False."
+        )
+    eos = tokenizer.eos_token_id if append_eos else None
+    # Encoding nothing gives what every text of the family begins with: bos, or nothing.
+    start = tokenizer.encode("")
+    pairs: list[tuple[list[int], list[int]]] = []
+    count = cut_sources = cut_targets = 0
+    for chunk in _chunks(_tracked(rows, progress), _CHUNK):
+        if count == 0:
+            check_columns(chunk[0], form, source=source)
+        segmented = [form.segments(row, train_on) for row in chunk]
+        for segments, encoded in zip(segmented, _encode(segmented, tokenizer), strict=True):
+            asked, answered = _assemble(segments, encoded, start, eos)
+            cut_sources += source_max_len is not None and len(asked[0]) > source_max_len
+            cut_targets += target_max_len is not None and len(answered[0]) > target_max_len
+            ids, labels = (
+                a[:source_max_len] + b[:target_max_len]
+                for a, b in zip(asked, answered, strict=True)
+            )
+            labels[:1] = [IGNORE] * len(labels[:1])
+            if max_len is not None and len(ids) > max_len:
+                raise ValueError(
+                    f"row {count} of {source} has {len(ids)} tokens, but at most {max_len} are "
+                    "allowed: set source_max_len and target_max_len so that together they do not "
+                    f"exceed {max_len}, or leave the row out."
+                )
+            if any(label != IGNORE for label in labels):
+                pairs.append((ids, labels))
+            count += 1
+    if count == 0:
+        raise ValueError(f"{source} is empty: there is not one row to tokenize.")
+    if not pairs:
+        raise ValueError(
+            f"none of the {count} rows of {source} has a token to train on with format "
+            f"{form.name!r}, train_on={train_on!r}, target_max_len={target_max_len}: allow longer "
+            "targets, or train on 'all'."
+        )
+    report = TokenizeReport(count, cut_sources, cut_targets, count - len(pairs))
+    return Examples.of(pairs, report)
+
+
+# The ids and the labels of one part of an example.
+_Part = tuple[list[int], list[int]]
+
+
+def _assemble(
+    segments: Sequence[Segment], encoded: Sequence[list[int]], start: list[int], eos: int | None
+) -> tuple[_Part, _Part]:
+    """Source and target of one example before cutting, with `start` in front and `eos` behind."""
+    parts: dict[str, _Part] = {
+        "source": (list(start), [IGNORE] * len(start)),
+        "target": ([], []),
+    }
+    for segment, tokens in zip(segments, encoded, strict=True):
+        ids, labels = parts[segment.part]
+        ids += tokens
+        labels += tokens if segment.trained else [IGNORE] * len(tokens)
+    ids, labels = parts["target"]
+    # A chat template ends its last turn with eos itself.
+    if eos is not None and ids[-1:] != [eos]:
+        ids.append(eos)
+        labels.append(eos)
+    return parts["source"], parts["target"]
+
+
+def _encode(
+    segmented: Sequence[Sequence[Segment]], tokenizer: Tokenizer
+) -> Iterator[list[list[int]]]:
+    """The ids of every segment, encoded in as few calls as there are ways to encode."""
+    # The markers of a conversation come again and again: encode each distinct text once.
+    ways: dict[tuple[bool, bool], dict[str, list[int]]] = {}
+    for segments in segmented:
+        for index, segment in enumerate(segments):
+            ways.setdefault((index > 0, segment.special), {})[segment.text] = []
+    for (continues, special), texts in ways.items():
+        encoded = tokenizer.encode_batch(list(texts), continues=continues, special=special)
+        ways[continues, special] = dict(zip(texts, encoded, strict=True))
+    for segments in segmented:
+        yield [
+            ways[index > 0, segment.special][segment.text] for index, segment in enumerate(segments)
+        ]
+
+
+def _chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _tracked(rows: Iterable[Any], progress: bool | None) -> Iterator[Any]:
+    total = len(rows) if isinstance(rows, Sized) else None
+    if progress is None:
+        progress = total is not None and total >= _PROGRESS_FROM
+    if not progress:
+        yield from rows
+        return
+    columns = (TextColumn("tokenizing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        yield from bar.track(rows, total=total)

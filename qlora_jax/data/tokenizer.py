@@ -1,0 +1,209 @@
+"""One face for the two kinds of tokenizer that models come with.
+
+`tokenizer.json` (the `tokenizers` library, "fast" tokenizers) and `tokenizer.model` or
+`spiece.model` (SentencePiece) answer the same questions here: `encode`, `decode`, the ids of the
+special tokens and whether the family begins its texts with bos. Which tokens are special is read
+from where Hugging Face puts it, the first that answers winning: the arguments,
+`tokenizer_config.json`, `special_tokens_map.json`, `config.json`, the SentencePiece model itself.
+
+Two choices that differ from the Hugging Face default:
+
+- **A text is only text.** `<s>` in a web page is three characters; only `special=True` reads the
+  tokenizer's own markers in a text, and that is for text a prompt template wrote.
+- **A continuation has no extra space.** SentencePiece models of the Llama kind put a space before
+  every text. Right for the first piece of an example, it is wrong for the following ones:
+  `continues=True` leaves it out, and pieces encoded one by one decode to the text they came from.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from qlora_jax.data._backends import JsonBackend, SentencePieceBackend
+
+_JSON = "tokenizer.json"
+_MODELS = ("tokenizer.model", "spiece.model")
+
+
+class Backend(Protocol):
+    """What a tokenizer library is wrapped to."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id + 1."""
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a piece, None where there is none."""
+        ...
+
+    def encode_batch(
+        self, texts: Sequence[str], *, continues: bool, special: bool
+    ) -> list[list[int]]:
+        """Ids without bos or eos."""
+        ...
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        """The text of ids."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back, for one model family.
+
+    `name` is the folder's (or what `load_tokenizer` was given). `bos_token_id` is None where the
+    family has none; `add_bos` says whether its texts begin with it. `pad_token_id` fills rows up:
+    the configured one, else eos, else 0 (padding is masked and without loss, so any id will do).
+    `vocab_size` is the largest id + 1; a model's embedding may be larger, never smaller.
+    """
+
+    name: str
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int
+    add_bos: bool
+    vocab_size: int
+    _backend: Backend = field(repr=False, compare=False)
+
+    def encode(
+        self,
+        text: str,
+        *,
+        bos: bool | None = None,
+        eos: bool = False,
+        continues: bool = False,
+        special: bool = False,
+    ) -> list[int]:
+        """The ids of a text.
+
+        Args:
+            text: any string.
+            bos: begin with the bos token; None: as the family does, but not in a continuation.
+            eos: end with the eos token.
+            continues: the text follows other text (see the module's prologue).
+            special: read the tokenizer's special tokens in the text as such.
+
+        Raises:
+            ValueError: bos or eos asked for where the tokenizer has none.
+        """
+        ids = self.encode_batch([text], continues=continues, special=special)[0]
+        if bos is None:
+            bos = self.add_bos and not continues
+        before = [self._required("bos", self.bos_token_id)] if bos else []
+        after = [self._required("eos", self.eos_token_id)] if eos else []
+        return [*before, *ids, *after]
+
+    def _required(self, kind: str, token: int | None) -> int:
+        if token is None:
+            raise ValueError(
+                f"the tokenizer {self.name!r} has no {kind} token: give load_tokenizer "
+                f"{kind}_token=..., or leave {kind} out."
+            )
+        return token
+
+    def encode_batch(
+        self, texts: Sequence[str], *, continues: bool = False, special: bool = False
+    ) -> list[list[int]]:
+        """The ids of many texts, without bos and eos, on all cores."""
+        return self._backend.encode_batch(texts, continues=continues, special=special)
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of ids, by default without special tokens."""
+        return self._backend.decode([int(i) for i in ids], skip_special=skip_special)
+
+
+def load_tokenizer(
+    path: str | Path,
+    *,
+    bos_token: str | None = None,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
+    add_bos: bool | None = None,
+) -> Tokenizer:
+    """The tokenizer of a model folder, or of one tokenizer file.
+
+    In a folder, `tokenizer.json` is taken before `tokenizer.model` / `spiece.model`; given a file,
+    that file is read and its folder asked for the configuration.
+
+    Args:
+        path: a folder or a file `*.json` / `*.model`.
+        bos_token, eos_token, pad_token: override what the folder says.
+        add_bos: override whether texts begin with bos.
+
+    Raises:
+        FileNotFoundError: no such path, or no tokenizer in the folder.
+        ValueError: a file that is no tokenizer, a special token that is not in the vocabulary.
+    """
+    path = Path(path)
+    file = _find(path)
+    backend = JsonBackend(file) if file.suffix == ".json" else SentencePieceBackend(file)
+    folder = file.parent
+    config = _read_json(folder / "tokenizer_config.json")
+    token_map = _read_json(folder / "special_tokens_map.json")
+    model_config = _read_json(folder / "config.json")
+    given = {"bos": bos_token, "eos": eos_token, "pad": pad_token}
+
+    def special_id(kind: str) -> int | None:
+        for token in (given[kind], config.get(f"{kind}_token"), token_map.get(f"{kind}_token")):
+            if token is None:
+                continue
+            text = token["content"] if isinstance(token, dict) else token
+            found = backend.token_id(text)
+            if found is None:
+                raise ValueError(
+                    f"the {kind} token {text!r} is not in the vocabulary of {file}: correct "
+                    f"{kind}_token in tokenizer_config.json or give load_tokenizer {kind}_token=..."
+                )
+            return found
+        # Some families end a text in one of several ways; the first is the one to write.
+        configured = model_config.get(f"{kind}_token_id")
+        if isinstance(configured, list):
+            configured = configured[0] if configured else None
+        return backend.own_special_id(kind) if configured is None else configured
+
+    bos, eos, pad = special_id("bos"), special_id("eos"), special_id("pad")
+    if add_bos is None:
+        add_bos = config.get("add_bos_token")
+    if add_bos is None:
+        add_bos = backend.begins_with_bos
+    return Tokenizer(
+        name=path.name if path.is_dir() else folder.name,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=next((i for i in (pad, eos) if i is not None), 0),
+        add_bos=bool(add_bos) and bos is not None,
+        vocab_size=backend.vocab_size,
+        _backend=backend,
+    )
+
+
+def _find(path: Path) -> Path:
+    if path.is_dir():
+        for name in (_JSON, *_MODELS):
+            if (path / name).is_file():
+                return path / name
+        raise FileNotFoundError(
+            f"{path} holds no tokenizer: expected {_JSON}, {' or '.join(_MODELS)} in it."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: expected a folder with {_JSON} or {' / '.join(_MODELS)}."
+        )
+    if path.suffix not in (".json", ".model"):
+        raise ValueError(f"{path} is not a tokenizer file: expected *.json or *.model.")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object, but holds a {type(content).__name__}.")
+    return content
