@@ -1,1 +1,39 @@
-"""qlora-jax."""
+"""Floor 3: which architectures? One decoder, its configuration per family, and its loss."""
+
+from qlora_jax.models.decoder import (
+    ATTENTION,
+    REMAT,
+    Decoder,
+    DecoderConfig,
+    attention_for,
+    unfreeze,
+)
+from qlora_jax.models.families import FAMILIES, family_of
+from qlora_jax.models.family import Family, Slot
+from qlora_jax.models.loss import (
+    IGNORED,
+    TokenLoss,
+    cross_entropy,
+    next_token_loss,
+    next_tokens,
+)
+from qlora_jax.models.rope import RopeConfig
+
+__all__ = [
+    "ATTENTION",
+    "FAMILIES",
+    "IGNORED",
+    "REMAT",
+    "Decoder",
+    "DecoderConfig",
+    "Family",
+    "RopeConfig",
+    "Slot",
+    "TokenLoss",
+    "attention_for",
+    "cross_entropy",
+    "family_of",
+    "next_token_loss",
+    "next_tokens",
+    "unfreeze",
+]

@@ -1,0 +1,149 @@
+"""A Hugging Face model folder, read one tensor at a time.
+
+A folder holds `config.json` and either one `model.safetensors` or shards of it with
+`model.safetensors.index.json`, which maps each tensor's name to its shard. Opening a folder reads
+headers only, and every check that needs no numbers happens here, before anything is computed.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: give a Hugging Face model folder, whole, with its {path.name}."
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} holds no readable JSON ({error}): fetch it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, but an object is needed.")
+    return value
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside a file and moves the result into its place, so that no half of it is ever seen."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    partial.replace(path)
+
+
+class WeightFolder:
+    """The tensors of a model folder, by name.
+
+    Attributes:
+        folder: where it lies.
+        shapes: every tensor's shape, in the order in which they are best read (shard by shard).
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Opens a folder and checks its files.
+
+        Args:
+            folder: with `model.safetensors`, or shards and their index.
+
+        Raises:
+            FileNotFoundError: the folder, its weights or one of its shards are missing.
+            ValueError: a shard is truncated, the index points outside of the folder or disagrees
+                with its shards, or there are only pickle files.
+        """
+        self.folder = Path(folder)
+        self._shard_of = self._locate()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for shard in dict.fromkeys(self._shard_of.values()):
+            self._read_header(shard)
+
+    def _locate(self) -> dict[str, Path]:
+        """Tensor name → shard. For a single file, the one key "" until its header is read."""
+        if not self.folder.is_dir():
+            raise FileNotFoundError(
+                f"{self.folder} is no folder: give the folder of a Hugging Face checkpoint."
+            )
+        if (self.folder / INDEX).is_file():
+            weight_map = read_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(
+                    f"{self.folder / INDEX} has no weight_map: fetch it again, it names each tensor's "
+                    "shard."
+                )
+            return {name: self._inside(shard) for name, shard in weight_map.items()}
+        if (self.folder / SINGLE).is_file():
+            return {"": self.folder / SINGLE}
+        pickles = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
+        if pickles:
+            raise ValueError(
+                f"{self.folder} holds {pickles[0]}, a pickle, which can run code and is never read "
+                "here: convert it once where torch is installed, with `AutoModelForCausalLM"
+                ".from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)`."
+            )
+        raise FileNotFoundError(
+            f"{self.folder} holds neither {SINGLE} nor {INDEX}: give a folder with safetensors "
+            "weights."
+        )
+
+    def _inside(self, shard: Any) -> Path:
+        plain = isinstance(shard, str) and shard not in ("", ".", "..")
+        # One name, no folders, whatever the system's separators are.
+        if not plain or PurePosixPath(shard).name != shard or PureWindowsPath(shard).name != shard:
+            raise ValueError(
+                f"{self.folder / INDEX} names the shard {shard!r}, which is not a file of the folder "
+                "itself: an index may not point elsewhere."
+            )
+        path = self.folder / shard
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing, but {INDEX} lists it: fetch the shard into the folder."
+            )
+        return path
+
+    def _read_header(self, shard: Path) -> None:
+        expected = {name for name, path in self._shard_of.items() if path == shard and name}
+        try:
+            with safe_open(shard, framework="np") as file:
+                for name in file.keys() if not expected else expected & set(file.keys()):
+                    view = file.get_slice(name)
+                    self.shapes[name] = tuple(view.get_shape())
+                    self._shard_of[name] = shard
+        except SafetensorError as error:
+            raise ValueError(
+                f"{shard} is truncated or no safetensors file ({error}): fetch it again."
+            ) from error
+        self._shard_of.pop("", None)
+        absent = sorted(expected - self.shapes.keys())
+        if absent:
+            raise ValueError(
+                f"{shard} lacks {absent[0]!r} and {len(absent) - 1} more tensors that {INDEX} "
+                "promises there: fetch both again, of one revision."
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor's numbers, copied out of its file (bfloat16 as `ml_dtypes.bfloat16`)."""
+        # Opened for this one tensor: a mapping kept open would count every page read so far as
+        # resident memory.
+        with safe_open(self._shard_of[name], framework="np") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, shard by shard."""
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

@@ -1,0 +1,212 @@
+"""From a Hugging Face folder to a model, quantizing each tensor as it arrives.
+
+    folder → one tensor in host memory → device → quantize → its place in the stacked codes
+
+The model is first built abstractly (shapes alone); every name and shape of the checkpoint is compared
+with it, and only then are numbers read. A tensor is quantized on the device and written into its
+layer's slice of a stack that is donated and updated in place, so that neither the host nor the device
+ever holds more than the result and a few tensors: no full-precision copy of the model exists.
+"""
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Key
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qlora_jax.checkpoints.folder import WeightFolder, read_json
+from qlora_jax.models import Decoder, Slot, attention_for, family_of, unfreeze
+from qlora_jax.nn import FrozenParam, LoraConfig
+from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
+
+# Tensors that older checkpoints carry and that the model computes itself.
+_DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    quant: QuantConfig | None = QuantConfig(),
+    lora: LoraConfig | None = LoraConfig(),
+    compute_dtype: Any = jnp.bfloat16,
+    param_dtype: Any = None,
+    trainable_base: bool = False,
+    remat: str = "full",
+    attention: str | None = None,
+    matmul: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Decoder:
+    """A model from a Hugging Face folder of safetensors.
+
+    Args:
+        folder: with config.json and safetensors, single or sharded.
+        quant: how the layers' linear weights are stored; None keeps them dense.
+        lora: adapters on them, as new; None for none.
+        compute_dtype: dtype of activations and matmuls.
+        param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`, or
+            float32 for a trainable base.
+        trainable_base: makes the dense base weights `nnx.Param` (see `models.unfreeze`).
+        remat: what the backward pass finds saved, one of `models.REMAT`.
+        attention: implementation of attention; None asks for cuDNN where this process's default
+            device is a CUDA card and the case allows it.
+        matmul: implementation of the 4-bit matmul; None lets the op choose.
+        seed: of the adapters' initial A.
+        progress: shows a bar on standard error, if that is a terminal.
+
+    Returns:
+        The model, its arrays on JAX's default device.
+
+    Raises:
+        FileNotFoundError: the folder, its config or a shard is missing.
+        ValueError: an unknown architecture, a damaged file, or tensors that contradict config.json.
+    """
+    folder = Path(folder)
+    if trainable_base and quant is not None:
+        raise ValueError(
+            f"trainable_base is set together with quant={quant}, but codes cannot be trained: give "
+            "quant=None."
+        )
+    raw = read_json(folder / "config.json")
+    family = family_of(raw)
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "an unnamed method")
+        raise ValueError(
+            f"{folder} is quantized already, by {method}: give the folder of the 16- or 32-bit "
+            "checkpoint it was made from."
+        )
+    config = family.read_config(raw)
+    weights = WeightFolder(folder)
+    if param_dtype is None:
+        param_dtype = jnp.float32 if trainable_base else compute_dtype
+
+    def build(key: Key[Array, ""]) -> Decoder:
+        return Decoder(
+            config,
+            quant=quant,
+            lora=lora,
+            compute_dtype=compute_dtype,
+            param_dtype=param_dtype,
+            remat=remat,
+            attention=attention
+            or attention_for(jax.default_backend(), compute_dtype, config.head_dim),
+            matmul=matmul,
+            rngs=nnx.Rngs(params=key),
+        )
+
+    key = jax.random.key(seed)
+    model = nnx.eval_shape(build, key)
+    slots = _matching(weights, family.weight_names(config), model, folder)
+    _fill(model, weights, slots, quant, progress)
+    if lora is not None:
+        # Only the adapters are asked for, so the compiler drops the random base.
+        adapters = jax.jit(lambda key: nnx.state(build(key), nnx.LoRAParam))
+        nnx.update(model, adapters(key))
+    if trainable_base:
+        unfreeze(model)
+    return model
+
+
+def _matching(
+    weights: WeightFolder, names: dict[str, Slot], model: Decoder, folder: Path
+) -> dict[str, Slot]:
+    """The tensors to read, in reading order, after comparing every name and shape with the model."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    read = [name for name in weights if name not in tied and not name.endswith(_DERIVED)]
+    strange = [name for name in read if name not in names]
+    if strange:
+        raise ValueError(
+            f"{folder} holds the tensor {strange[0]!r} (and {len(strange) - 1} more) that a "
+            "model with its config.json has no place for: check that both are of one checkpoint."
+        )
+    absent = [name for name in names if name not in weights.shapes]
+    if absent:
+        raise ValueError(
+            f"{folder} lacks the tensor {absent[0]!r} (and {len(absent) - 1} more) that its "
+            "config.json calls for: check that both are of one checkpoint, and whole."
+        )
+    for name in read:
+        variable = variable_at(model, names[name].path)
+        value = variable.get_value()
+        stacked = names[name].layer is not None
+        if isinstance(value, QuantizedTensor):
+            expected = value.shape
+        else:
+            expected = value.shape[1:] if stacked else value.shape
+        if weights.shapes[name] != tuple(expected):
+            raise ValueError(
+                f"{folder}: tensor {name!r} has shape {list(weights.shapes[name])}, but config.json "
+                f"calls for {list(expected)}: check that both are of one checkpoint."
+            )
+    return {name: names[name] for name in read}
+
+
+def variable_at(model: nnx.Module, path: tuple[str, ...]) -> FrozenParam:
+    """The Variable at a path of attribute names."""
+    return functools.reduce(getattr, path, model)
+
+
+def _fill(
+    model: Decoder,
+    weights: WeightFolder,
+    slots: dict[str, Slot],
+    quant: QuantConfig | None,
+    progress: bool,
+) -> None:
+    """Reads every tensor into its place; the abstract Variables become arrays on the device."""
+    filled: dict[tuple[str, ...], Any] = {}
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("loading"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}% {task.fields[tensor]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not (progress and console.is_terminal),
+    )
+    with bar:
+        sizes = {name: math.prod(weights.shapes[name]) for name in slots}
+        task = bar.add_task("loading", total=sum(sizes.values()), tensor="")
+        for name, (path, layer) in slots.items():
+            bar.update(task, tensor=name)
+            struct = variable_at(model, path).get_value()
+            tensor = jnp.asarray(weights.read(name))
+            if layer is None:
+                filled[path] = tensor.astype(struct.dtype)
+            else:
+                if path not in filled:
+                    filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
+                index = jnp.int32(layer)
+                if isinstance(struct, QuantizedTensor):
+                    filled[path] = _put_quantized(filled[path], tensor, index, quant)
+                else:
+                    filled[path] = _put(filled[path], tensor, index)
+            # Without waiting, the reader runs ahead and tensors pile up in front of the device.
+            jax.block_until_ready(filled[path])
+            bar.advance(task, sizes[name])
+    for path, value in filled.items():
+        variable_at(model, path).set_value(value)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: Array, tensor: Array, layer: Array) -> Array:
+    return stack.at[layer].set(tensor.astype(stack.dtype))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put_quantized(
+    stack: QuantizedTensor, tensor: Array, layer: Array, quant: QuantConfig
+) -> QuantizedTensor:
+    """Quantizes one layer's tensor, from the file's own numbers, into its slice of the stack."""
+    leaves = jax.tree.leaves(quantize(tensor, quant))
+    stacks, treedef = jax.tree.flatten(stack)
+    return treedef.unflatten(
+        [whole.at[layer].set(leaf) for whole, leaf in zip(stacks, leaves, strict=True)]
+    )

@@ -1,0 +1,25 @@
+"""The architectures that can be loaded, by the `model_type` of their config.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_jax.models.family import Family
+from qlora_jax.models.llama import LLAMA
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA,)}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family that a config.json (as a dict) belongs to.
+
+    Raises:
+        ValueError: none of ours.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        named = "names no model_type" if model_type is None else f"has model_type {model_type!r}"
+        raise ValueError(
+            f"config.json {named}, but only these architectures are known: "
+            f"{', '.join(sorted(FAMILIES))}; choose a checkpoint of one of them."
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,120 @@
+"""What one architecture has to tell: how its config.json reads, and what its weights are called.
+
+A family is one small file (`llama.py`) that fills in a `Family`; `families.py` lists them. Nothing
+else in the library knows the names of another library's fields.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from qlora_jax.models.decoder import DecoderConfig
+from qlora_jax.models.rope import RopeConfig
+
+
+class Slot(NamedTuple):
+    """Where a checkpoint's tensor lives in the module tree.
+
+    Attributes:
+        path: attribute names from the model down to a Variable, `("layers", "mlp", "up_proj", "kernel")`.
+        layer: index along the leading axis of stacked layers, or None outside of them.
+    """
+
+    path: tuple[str, ...]
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of Hugging Face's transformers.
+
+    Attributes:
+        model_type: its name in a config.json.
+        read_config: config.json (as a dict) → `DecoderConfig`.
+        write_config: the way back; what transformers 4 and 5 both read.
+        weight_names: the tensors of a checkpoint, by their names there.
+    """
+
+    model_type: str
+    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    write_config: Callable[[DecoderConfig], dict[str, Any]]
+    weight_names: Callable[[DecoderConfig], dict[str, Slot]]
+
+
+def required(config: Mapping[str, Any], key: str) -> Any:
+    """A field that every config.json of the family has.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    if config.get(key) is None:
+        raise ValueError(
+            f"config.json has no {key!r}, which a {config.get('model_type', 'model')!r} needs: "
+            "take the whole config.json of the checkpoint."
+        )
+    return config[key]
+
+
+def read_rope(config: Mapping[str, Any], *, theta: float = 10000.0) -> RopeConfig:
+    """Rotary frequencies from a config.json in either style.
+
+    transformers 4 writes `rope_theta` and `rope_scaling` (with `rope_type`, once `type`);
+    transformers 5 writes one `rope_parameters`.
+
+    Args:
+        config: the file.
+        theta: the family's base where the file names none.
+    """
+    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = given.get("rope_type") or given.get("type") or "default"
+    base = given.get("rope_theta") or config.get("rope_theta") or theta
+    if kind == "default":
+        return RopeConfig(rope_theta=float(base))
+    longest = config.get("max_position_embeddings", 2048)
+    # The growing base is measured from the length in the config itself; the others may name another.
+    original = None if kind == "dynamic" else given.get("original_max_position_embeddings")
+    fields: dict[str, Any] = {
+        "rope_theta": float(base),
+        "rope_type": kind,
+        "original_max_position_embeddings": int(original or longest),
+    }
+    for name in (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+    ):
+        if given.get(name) is not None:
+            fields[name] = float(given[name])
+    if "truncate" in given:
+        fields["truncate"] = bool(given["truncate"])
+    return RopeConfig(**fields)
+
+
+def write_rope(rope: RopeConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` in transformers 4's style, which transformers 5 reads too."""
+    if rope.rope_type == "default":
+        return {"rope_theta": rope.rope_theta, "rope_scaling": None}
+    scaling: dict[str, Any] = {"rope_type": rope.rope_type, "factor": rope.factor}
+    if rope.rope_type in ("yarn", "llama3"):
+        scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    if rope.rope_type == "llama3":
+        scaling |= {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+        }
+    if rope.rope_type == "yarn":
+        scaling |= {
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "truncate": rope.truncate,
+        }
+        optional = {
+            name: getattr(rope, name) for name in ("attention_factor", "mscale", "mscale_all_dim")
+        }
+        scaling |= {name: value for name, value in optional.items() if value is not None}
+    return {"rope_theta": rope.rope_theta, "rope_scaling": scaling}
