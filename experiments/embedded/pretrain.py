@@ -1,0 +1,320 @@
+"""Train the embedded Llamas on the frozen corpus, from nothing, with this project's own decoder.
+
+    python -m experiments.embedded.pretrain --attention cudnn     # both scales: minutes on a GPU
+    python -m experiments.embedded.pretrain stdlib-1m --minutes 15 --batch 16 --sequence 256
+                                                                  # the small one on two CPU cores
+
+Full training of every weight: `Decoder` with `quant=None` keeps its weights dense, and `unfreeze`
+makes them trainable. What makes it fast is that nothing crosses to the device but numbers: the
+corpus is one array of token ids there, a batch is a gather at random offsets, and `CHUNK` steps are
+one `lax.scan` in one jitted call.
+
+With `--minutes` the number of steps is found by timing the first chunks (all of them warm-up), so
+the learning-rate schedule (linear warm-up, then cosine to a tenth) always comes to its end; with
+`--steps` it is given and the run is a function of its seed. The corpus is small: more than
+`--epochs` passes only memorise it, and the weights kept are those with the lowest held-out loss.
+
+Each model is written as a Hugging Face folder in bfloat16: config.json, model.safetensors,
+tokenizer.json, tokenizer_config.json, and training.json with what was run and what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from safetensors.numpy import save_file
+
+from experiments.embedded import MODELS, ROOT
+from experiments.embedded.make_corpus import SPECIAL_TOKENS, read_corpus
+from qlora_jax.models.decoder import ATTENTION, Decoder, DecoderConfig, unfreeze
+from qlora_jax.models.llama import LLAMA
+from qlora_jax.models.loss import cross_entropy
+
+CHUNK = 50
+EVAL_BATCH = 16
+WARMUP_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A model's shape and the learning rate it likes."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    key_heads: int
+    learning_rate: float
+
+
+SCALES = {
+    "stdlib-1m": Scale(hidden=128, mlp=320, layers=4, heads=4, key_heads=2, learning_rate=4e-3),
+    "stdlib-4m": Scale(hidden=256, mlp=640, layers=5, heads=8, key_heads=4, learning_rate=2.5e-3),
+}
+
+
+def decoder_config(scale: Scale, vocab_size: int) -> DecoderConfig:
+    """The decoder of a scale: heads of 32, grouped-query attention, a tied head."""
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=scale.hidden,
+        intermediate_size=scale.mlp,
+        num_hidden_layers=scale.layers,
+        num_attention_heads=scale.heads,
+        num_key_value_heads=scale.key_heads,
+        head_dim=scale.hidden // scale.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+
+
+@functools.cache
+def corpus_tokens() -> tuple[np.ndarray, np.ndarray]:
+    """Ids (int32) of the `pretrain` and the `held_out` texts, each between <s> and </s>."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(ROOT / "tokenizer" / "tokenizer.json"))
+    end = SPECIAL_TOKENS.index("</s>")
+    documents = read_corpus()
+
+    def ids(split: str) -> np.ndarray:
+        # Byte-level BPE reads a file of megabytes as fast as many small ones: 10 s for all.
+        texts = [d.text for d in documents if d.split == split]
+        return np.asarray(
+            [i for e in tokenizer.encode_batch(texts) for i in (*e.ids, end)], np.int32
+        )
+
+    return ids("pretrain"), ids("held_out")
+
+
+def learning_rate(step: jax.Array, total: jax.Array, peak: float) -> jax.Array:
+    """Linear from 0 to `peak` in WARMUP_STEPS, then cosine to a tenth of it at step `total`."""
+    done = jnp.clip((step - WARMUP_STEPS) / jnp.maximum(total - WARMUP_STEPS, 1), 0, 1)
+    cosine = 0.1 + 0.45 * (1 + jnp.cos(jnp.pi * done))
+    return peak * jnp.minimum(step / WARMUP_STEPS, cosine)
+
+
+def token_losses(model: Decoder, windows: jax.Array) -> jax.Array:
+    """Cross-entropy of each next token, `[batch, seq]`, from windows of `seq + 1` ids."""
+    return cross_entropy(model(windows[:, :-1]), windows[:, 1:])
+
+
+def make_steps(
+    graph: nnx.GraphDef, peak: float, batch: int, sequence: int
+) -> tuple[optax.GradientTransformation, Callable[..., Any], Callable[..., Any]]:
+    """The optimizer, and the two jitted programs: a chunk of steps, a mean held-out loss."""
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b1=0.9, b2=0.95),
+        # Stacked norms are [layers, width]: decay what is a matrix in one layer.
+        optax.add_decayed_weights(0.1, mask=_matrices),
+    )
+
+    def loss(weights: Any, windows: jax.Array) -> jax.Array:
+        return token_losses(nnx.merge(graph, weights), windows).mean()
+
+    def train(
+        weights: Any, state: Any, tokens: jax.Array, step: jax.Array, total: jax.Array, key: Any
+    ) -> tuple[Any, Any, jax.Array]:
+        def one(carry: tuple[Any, Any], index: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
+            weights, state = carry
+            starts = jax.random.randint(
+                jax.random.fold_in(key, index), (batch, 1), 0, tokens.size - sequence - 1
+            )
+            windows = tokens[starts + jnp.arange(sequence + 1)]
+            value, gradient = jax.value_and_grad(loss)(weights, windows)
+            update, state = optimizer.update(gradient, state, weights)
+            rate = learning_rate(index, total, peak)
+            return (jax.tree.map(lambda w, u: w - rate * u, weights, update), state), value
+
+        (weights, state), losses = jax.lax.scan(one, (weights, state), step + jnp.arange(CHUNK))
+        return weights, state, losses.mean()
+
+    def evaluate(weights: Any, windows: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, weights)
+        batches = windows[: len(windows) // EVAL_BATCH * EVAL_BATCH]
+        batches = batches.reshape(-1, EVAL_BATCH, windows.shape[1])
+        return jax.lax.map(lambda w: token_losses(model, w).mean(), batches).mean()
+
+    return optimizer, jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate)
+
+
+def _matrices(weights: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "norm" not in jax.tree_util.keystr(path), weights
+    )
+
+
+def pretrain(
+    name: str,
+    out: Path,
+    *,
+    minutes: float | None,
+    steps: int | None,
+    epochs: float,
+    batch: int,
+    sequence: int,
+    seed: int,
+    compute_dtype: Any,
+    attention: str,
+) -> dict[str, Any]:
+    """Train one scale, write its folder, return what `training.json` holds."""
+    scale = SCALES[name]
+    tokens, held_out = corpus_tokens()
+    vocab_size = 1 + int(max(tokens.max(), held_out.max()))
+    vocab_size = -(-vocab_size // 64) * 64
+    model = Decoder(
+        decoder_config(scale, vocab_size),
+        compute_dtype=compute_dtype,
+        param_dtype=jnp.float32,
+        remat="none",
+        attention=attention,
+        rngs=nnx.Rngs(seed),
+    )
+    unfreeze(model)
+    graph, weights = nnx.split(model, nnx.Param)
+    count = sum(leaf.size for leaf in jax.tree.leaves(weights))
+    optimizer, train, evaluate = make_steps(graph, scale.learning_rate, batch, sequence)
+    state = optimizer.init(weights)
+    windows = held_out[: held_out.size // (sequence + 1) * (sequence + 1)]
+    windows = jnp.asarray(windows.reshape(-1, sequence + 1))
+    # While training, an eighth of the held-out text tells which weights to keep.
+    few = windows[::8]
+    device_tokens, key = jnp.asarray(tokens), jax.random.key(seed)
+
+    most = math.ceil(epochs * tokens.size / (batch * sequence))
+    total = most if steps is None else steps
+    print(f"{name}: {count:,} parameters, {tokens.size:,} tokens, {jax.devices()[0]}", flush=True)
+    began = time.perf_counter()
+    best, best_weights, curve, step = math.inf, weights, [], 0
+    timed = began
+    while step < total:
+        weights, state, loss = train(
+            weights, state, device_tokens, jnp.int32(step), jnp.int32(total), key
+        )
+        step += CHUNK
+        train_loss = float(loss)  # waits for the device
+        now = time.perf_counter()
+        if minutes is not None and step <= 3 * CHUNK:
+            if step > CHUNK:  # the first chunk compiles
+                left = minutes * 60 - (now - began)
+                # A tenth is kept for evaluation.
+                total = min(most, step + int(0.9 * left / (now - timed)) * CHUNK)
+            timed = now
+        due = step >= total or (step // CHUNK) % max(1, total // CHUNK // 12) == 0
+        if due:
+            value = float(evaluate(weights, few))
+            rate = step * batch * sequence / (time.perf_counter() - began)
+            print(
+                f"step {step}/{total} loss {train_loss:.4f} held-out {value:.4f} "
+                f"{rate:,.0f} tokens/s",
+                flush=True,
+            )
+            curve.append({"step": step, "loss": train_loss, "held_out_loss": value})
+            if value < best:
+                best, best_weights = value, jax.device_get(weights)
+            timed = time.perf_counter()
+    best = float(evaluate(best_weights, windows))
+    facts = {
+        "parameters": count,
+        "corpus_tokens": int(tokens.size),
+        "steps": step,
+        "tokens_per_step": batch * sequence,
+        "epochs": round(step * batch * sequence / tokens.size, 2),
+        "seed": seed,
+        "learning_rate": scale.learning_rate,
+        "attention": attention,
+        "compute_dtype": jnp.dtype(compute_dtype).name,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "seconds": round(time.perf_counter() - began, 1),
+        "held_out_loss": round(best, 4),
+        "curve": curve,
+    }
+    write_model(out / name, decoder_config(scale, vocab_size), best_weights, facts)
+    return facts
+
+
+def write_model(folder: Path, config: DecoderConfig, weights: Any, facts: dict[str, Any]) -> None:
+    """The model as a Hugging Face folder: every stacked leaf is cut into its layers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = nnx.to_pure_dict(weights)
+    tensors = {}
+    for name, slot in LLAMA.weight_names(config).items():
+        leaf = functools.reduce(lambda node, part: node[part], slot.path, state)
+        array = leaf if slot.layer is None else leaf[slot.layer]
+        tensors[name] = np.ascontiguousarray(np.asarray(array).astype(jnp.bfloat16))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {
+        **LLAMA.write_config(config),
+        "bos_token_id": SPECIAL_TOKENS.index("<s>"),
+        "eos_token_id": SPECIAL_TOKENS.index("</s>"),
+        "pad_token_id": SPECIAL_TOKENS.index("<pad>"),
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ROOT / "tokenizer" / file, folder / file)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train the scales named on the command line, or both."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="SCALE", help=f"of {', '.join(SCALES)}; all")
+    parser.add_argument(
+        "--out", type=Path, default=MODELS["stdlib-1m"].parent, help="parent folder of the models"
+    )
+    parser.add_argument("--minutes", type=float, help="time per model, compilation included")
+    parser.add_argument("--steps", type=int, help="exact number of steps instead")
+    parser.add_argument("--epochs", type=float, default=40, help="most passes over the corpus (40)")
+    parser.add_argument("--batch", type=int, default=64, help="windows per step (64)")
+    parser.add_argument("--sequence", type=int, default=512, help="tokens per window (512)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--compute-dtype",
+        choices=("float32", "bfloat16"),
+        help="of activations and matmuls (bfloat16 on an accelerator, float32 on a CPU)",
+    )
+    parser.add_argument(
+        "--attention", choices=ATTENTION, default="xla", help="cudnn is faster on a GPU (xla)"
+    )
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - set(SCALES)
+    if unknown:
+        parser.error(f"there is no scale {', '.join(sorted(unknown))}: choose {', '.join(SCALES)}.")
+    fallback = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    for name in options.names or SCALES:
+        facts = pretrain(
+            name,
+            options.out,
+            minutes=options.minutes,
+            steps=options.steps,
+            epochs=options.epochs,
+            batch=options.batch,
+            sequence=options.sequence,
+            seed=options.seed,
+            compute_dtype=jnp.dtype(options.compute_dtype or fallback),
+            attention=options.attention,
+        )
+        print(f"{name}: held-out loss {facts['held_out_loss']} in {facts['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
