@@ -1,4 +1,4 @@
-"""Floor 4: how do weights come and go? Hugging Face folders in and out, PEFT adapters in and out."""
+"""Floor 4: how do weights come and go? Hugging Face folders and PEFT adapters, in and out."""
 
 from qlora_jax.checkpoints.adapter import load_adapter, read_adapter_config, save_adapter
 from qlora_jax.checkpoints.folder import WeightFolder

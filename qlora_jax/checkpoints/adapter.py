@@ -1,13 +1,15 @@
 """LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT names a tensor `base_model.model.<module>.lora_A.weight`, where `<module>` is the adapted linear
-layer's name in the Hugging Face model, so an adapter trained here loads there and the reverse. Only
-what a decoder here can apply is read; anything else in a config is refused rather than left out.
+PEFT names a tensor `base_model.model.<module>.lora_A.weight`, where `<module>` is the adapted
+linear layer's name in the Hugging Face model, so an adapter trained here loads there and the
+reverse. Only what a decoder here can apply is read; anything else in a config is refused rather
+than left out.
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
@@ -17,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints.folder import read_json, replace_file
-from qlora_jax.checkpoints.load import variable_at
+from qlora_jax.checkpoints.load import node_at
 from qlora_jax.models import FAMILIES, Decoder
-from qlora_jax.nn import LoraConfig, QuantDense
+from qlora_jax.nn import LoraConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -41,17 +43,26 @@ _UNSUPPORTED = (
 )
 
 
-def _adapted(model: Decoder) -> Iterator[tuple[str, QuantDense, list[str]]]:
-    """Every adapted layer of the tree: its dotted path, itself, and its Hugging Face name per layer."""
+class _Adapted(NamedTuple):
+    """One adapted linear layer of the tree."""
+
+    path: str
+    modules: list[str]  # its Hugging Face names, one for each layer of the stack
+    lora: LoraConfig
+    lora_A: nnx.LoRAParam
+    lora_B: nnx.LoRAParam
+
+
+def _adapted(model: Decoder) -> Iterator[_Adapted]:
     names: dict[tuple[str, ...], list[str]] = {}
     family = FAMILIES[model.config.model_type]
     for name, slot in family.weight_names(model.config).items():
         if slot.path[-1] == "kernel":
             names.setdefault(slot.path[:-1], []).append(name.removesuffix(".weight"))
     for path, modules in names.items():
-        layer = variable_at(model, path)
-        if layer.lora_A is not None:
-            yield ".".join(path), layer, modules
+        layer = node_at(model, path)
+        if layer.lora is not None:
+            yield _Adapted(".".join(path), modules, layer.lora, layer.lora_A, layer.lora_B)
 
 
 def read_adapter_config(folder: str | Path) -> LoraConfig:
@@ -102,9 +113,9 @@ def save_adapter(
     """
     tensors: dict[str, np.ndarray] = {}
     targets = set()
-    for _, layer, modules in _adapted(model):
+    for layer in _adapted(model):
         a, b = np.asarray(layer.lora_A.get_value()), np.asarray(layer.lora_B.get_value())
-        for index, module in enumerate(modules):
+        for index, module in enumerate(layer.modules):
             targets.add(module.rpartition(".")[2])
             tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a[index])
             tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b[index])
@@ -150,8 +161,8 @@ def load_adapter(folder: str | Path, model: Decoder) -> None:
     if not (folder / WEIGHTS).is_file():
         pickle = folder / "adapter_model.bin"
         hint = (
-            f"; {pickle.name} is a pickle and never read here: load it once in PEFT and save it with "
-            "`safe_serialization=True`"
+            f"; {pickle.name} is a pickle and never read here: load it once in PEFT and save it "
+            "with `safe_serialization=True`"
             if pickle.is_file()
             else ": give the folder that PEFT's save_pretrained wrote"
         )
@@ -163,18 +174,18 @@ def load_adapter(folder: str | Path, model: Decoder) -> None:
             f"{folder / WEIGHTS} is truncated or no safetensors file ({error}): fetch it again."
         ) from error
     replacements: list[tuple[nnx.LoRAParam, np.ndarray]] = []
-    for path, layer, modules in _adapted(model):
+    for layer in _adapted(model):
         if layer.lora.scaling != config.scaling:
             raise ValueError(
                 f"{folder} scales its adapters by {config.scaling:g} and the model by "
                 f"{layer.lora.scaling:g}: build the model with read_adapter_config(folder)."
             )
         for name in ("lora_A", "lora_B"):
-            keys = [f"{_PREFIX}{module}.{name}.weight" for module in modules]
+            keys = [f"{_PREFIX}{module}.{name}.weight" for module in layer.modules]
             absent = [key for key in keys if key not in tensors]
             if absent:
                 raise ValueError(
-                    f"{folder} lacks {absent[0]!r}, but the model adapts {path}: build the model "
+                    f"{folder} lacks {absent[0]!r}, but the model adapts {layer.path}: build the model "
                     "with read_adapter_config(folder)."
                 )
             stack = np.stack([tensors.pop(key) for key in keys])

@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside a file and moves the result into its place, so that no half of it is ever seen."""
+    """Writes beside a file and moves the result into its place, so that no half is ever seen."""
     partial = path.with_name(path.name + ".partial")
     write(partial)
     partial.replace(path)
@@ -81,8 +81,8 @@ class WeightFolder:
             weight_map = read_json(self.folder / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(
-                    f"{self.folder / INDEX} has no weight_map: fetch it again, it names each tensor's "
-                    "shard."
+                    f"{self.folder / INDEX} has no weight_map: fetch it again, it names each "
+                    "tensor's shard."
                 )
             return {name: self._inside(shard) for name, shard in weight_map.items()}
         if (self.folder / SINGLE).is_file():
@@ -104,8 +104,8 @@ class WeightFolder:
         # One name, no folders, whatever the system's separators are.
         if not plain or PurePosixPath(shard).name != shard or PureWindowsPath(shard).name != shard:
             raise ValueError(
-                f"{self.folder / INDEX} names the shard {shard!r}, which is not a file of the folder "
-                "itself: an index may not point elsewhere."
+                f"{self.folder / INDEX} names the shard {shard!r}, which is not a file of the "
+                "folder itself: an index may not point elsewhere."
             )
         path = self.folder / shard
         if not path.is_file():

@@ -2,10 +2,11 @@
 
     folder → one tensor in host memory → device → quantize → its place in the stacked codes
 
-The model is first built abstractly (shapes alone); every name and shape of the checkpoint is compared
-with it, and only then are numbers read. A tensor is quantized on the device and written into its
-layer's slice of a stack that is donated and updated in place, so that neither the host nor the device
-ever holds more than the result and a few tensors: no full-precision copy of the model exists.
+The model is first built abstractly (shapes alone); every name and shape of the checkpoint is
+compared with it, and only then are numbers read. A tensor is quantized on the device and written
+into its layer's slice of a stack that is donated and updated in place, so that neither the host nor
+the device ever holds more than the result and a few tensors: no full-precision copy of the model
+exists.
 """
 
 import functools
@@ -21,8 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_jax.checkpoints.folder import WeightFolder, read_json
-from qlora_jax.models import Decoder, Slot, attention_for, family_of, unfreeze
-from qlora_jax.nn import FrozenParam, LoraConfig
+from qlora_jax.models import AttentionName, Decoder, Slot, attention_for, family_of, unfreeze
+from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
 
 # Tensors that older checkpoints carry and that the model computes itself.
@@ -38,7 +39,7 @@ def load_model(
     param_dtype: Any = None,
     trainable_base: bool = False,
     remat: str = "full",
-    attention: str | None = None,
+    attention: AttentionName | None = None,
     matmul: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -116,7 +117,7 @@ def load_model(
 def _matching(
     weights: WeightFolder, names: dict[str, Slot], model: Decoder, folder: Path
 ) -> dict[str, Slot]:
-    """The tensors to read, in reading order, after comparing every name and shape with the model."""
+    """The tensors to read, in reading order, once every name and shape fits the model."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     read = [name for name in weights if name not in tied and not name.endswith(_DERIVED)]
     strange = [name for name in read if name not in names]
@@ -132,7 +133,7 @@ def _matching(
             "config.json calls for: check that both are of one checkpoint, and whole."
         )
     for name in read:
-        variable = variable_at(model, names[name].path)
+        variable = node_at(model, names[name].path)
         value = variable.get_value()
         stacked = names[name].layer is not None
         if isinstance(value, QuantizedTensor):
@@ -141,14 +142,14 @@ def _matching(
             expected = value.shape[1:] if stacked else value.shape
         if weights.shapes[name] != tuple(expected):
             raise ValueError(
-                f"{folder}: tensor {name!r} has shape {list(weights.shapes[name])}, but config.json "
-                f"calls for {list(expected)}: check that both are of one checkpoint."
+                f"{folder}: tensor {name!r} has shape {list(weights.shapes[name])}, but "
+                f"config.json calls for {list(expected)}: check that both are of one checkpoint."
             )
     return {name: names[name] for name in read}
 
 
-def variable_at(model: nnx.Module, path: tuple[str, ...]) -> FrozenParam:
-    """The Variable at a path of attribute names."""
+def node_at(model: nnx.Module, path: tuple[str, ...]) -> Any:
+    """The Variable or module at a path of attribute names."""
     return functools.reduce(getattr, path, model)
 
 
@@ -176,7 +177,7 @@ def _fill(
         task = bar.add_task("loading", total=sum(sizes.values()), tensor="")
         for name, (path, layer) in slots.items():
             bar.update(task, tensor=name)
-            struct = variable_at(model, path).get_value()
+            struct = node_at(model, path).get_value()
             tensor = jnp.asarray(weights.read(name))
             if layer is None:
                 filled[path] = tensor.astype(struct.dtype)
@@ -192,7 +193,7 @@ def _fill(
             jax.block_until_ready(filled[path])
             bar.advance(task, sizes[name])
     for path, value in filled.items():
-        variable_at(model, path).set_value(value)
+        node_at(model, path).set_value(value)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -207,6 +208,6 @@ def _put_quantized(
     """Quantizes one layer's tensor, from the file's own numbers, into its slice of the stack."""
     leaves = jax.tree.leaves(quantize(tensor, quant))
     stacks, treedef = jax.tree.flatten(stack)
-    return treedef.unflatten(
-        [whole.at[layer].set(leaf) for whole, leaf in zip(stacks, leaves, strict=True)]
-    )
+    # The tree's static part is the stack's: its dtype is what the model computes in.
+    filled = [whole.at[layer].set(leaf) for whole, leaf in zip(stacks, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, filled)

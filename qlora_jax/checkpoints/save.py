@@ -1,4 +1,4 @@
-"""A dense model as a Hugging Face folder: config.json and model.safetensors, for any reader of those."""
+"""A dense model as a Hugging Face folder: config.json and model.safetensors."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qlora_jax.checkpoints.folder import SINGLE, replace_file
-from qlora_jax.checkpoints.load import variable_at
+from qlora_jax.checkpoints.load import node_at
 from qlora_jax.models import FAMILIES, Decoder
 from qlora_jax.quant import QuantizedTensor
 
 
 def save_model(folder: str | Path, model: Decoder, *, dtype: jnp.dtype | None = None) -> None:
-    """Writes a dense model's base weights; `load_model(folder, quant=None)` and transformers read it.
+    """Writes a dense model's base weights, for `load_model(folder, quant=None)` and transformers.
 
     Args:
         folder: made if missing; each file is put in place whole or not at all.
@@ -28,11 +28,11 @@ def save_model(folder: str | Path, model: Decoder, *, dtype: jnp.dtype | None = 
     family = FAMILIES[model.config.model_type]
     tensors: dict[str, np.ndarray] = {}
     for name, (path, layer) in family.weight_names(model.config).items():
-        value = variable_at(model, path).get_value()
+        value = node_at(model, path).get_value()
         if isinstance(value, QuantizedTensor):
             raise ValueError(
-                f"{'.'.join(path)} is quantized ({value.quant_type}), but only dense weights can be "
-                "written: save the adapter alone with save_adapter, or load with quant=None."
+                f"{'.'.join(path)} is quantized ({value.quant_type}), but only dense weights can "
+                "be written: save the adapter alone with save_adapter, or load with quant=None."
             )
         array = value if layer is None else value[layer]
         tensors[name] = np.ascontiguousarray(

@@ -1,8 +1,8 @@
 """Floor 3: which architectures? One decoder, its configuration per family, and its loss."""
 
 from qlora_jax.models.decoder import (
-    ATTENTION,
     REMAT,
+    AttentionName,
     Decoder,
     DecoderConfig,
     attention_for,
@@ -20,10 +20,10 @@ from qlora_jax.models.loss import (
 from qlora_jax.models.rope import RopeConfig
 
 __all__ = [
-    "ATTENTION",
     "FAMILIES",
     "IGNORED",
     "REMAT",
+    "AttentionName",
     "Decoder",
     "DecoderConfig",
     "Family",

@@ -1,14 +1,15 @@
 """The decoder-only transformer: one file for every family, differences are configuration.
 
-The architecture is Llama's (arXiv 2302.13971): RMSNorm before each half of a layer, rotary positions
-(`rope.py`), grouped-query attention (arXiv 2305.13245), SwiGLU. Linear layers are `nn.QuantDense`, so
-that the same module is a 4-bit base with adapters, a 16-bit one with adapters, or a plain model.
+The architecture is Llama's (arXiv 2302.13971): RMSNorm before each half of a layer, rotary
+positions (`rope.py`), grouped-query attention (arXiv 2305.13245), SwiGLU. Linear layers are
+`nn.QuantDense`, so that the same module is a 4-bit base with adapters, a 16-bit one with adapters,
+or a plain model.
 
 How to think of it:
 
-- **Layers are stacked.** `decoder.layers` is one `DecoderLayer` whose every Variable carries a leading
-  axis of `num_hidden_layers`; the forward pass is one `jax.lax.scan` along it. So the program is as
-  long for 80 layers as for 2, and compiles as fast.
+- **Layers are stacked.** `decoder.layers` is one `DecoderLayer` whose every Variable carries a
+  leading axis of `num_hidden_layers`; the forward pass is one `jax.lax.scan` along it. So the
+  program is as long for 80 layers as for 2, and compiles as fast.
 - **Nothing outlives its layer but its input.** With `remat="full"` the backward pass recomputes a
   layer from what entered it; a frozen weight is held as packed codes and never as a residual.
 - **Names are Hugging Face's** (`layers.self_attn.q_proj`), so a checkpoint's and an adapter's keys
@@ -20,7 +21,7 @@ holds all logits at once calls them apart.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     # Save everything that the backward pass reads.
     "none": None,
 }
-ATTENTION = ("xla", "cudnn")
+AttentionName = Literal["xla", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DecoderConfig:
         tie_word_embeddings: whether the head is the embedding itself.
         qkv_bias, o_bias, mlp_bias: which linear layers carry a bias.
         rope: rotary frequencies and their scaling.
-        model_type: the family (`families.py`) whose config.json and weight names a saved model takes.
+        model_type: the family (`families.py`) whose config.json and weight names it is saved by.
     """
 
     vocab_size: int
@@ -102,7 +103,7 @@ class DecoderConfig:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · weight over the last axis, in float32, returned in x's dtype (arXiv 1910.07467)."""
+    """x / rms(x) · weight over the last axis, in float32, returned as x's dtype (1910.07467)."""
 
     def __init__(self, size: int, *, eps: float) -> None:
         self.weight = FrozenParam(jnp.ones((size,), jnp.float32))
@@ -116,7 +117,7 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """The vocabulary matrix `[vocab, embed]`: rows looked up on the way in, scores on the way out."""
+    """The vocabulary matrix `[vocab, embed]`: rows on the way in, scores on the way out."""
 
     def __init__(self, vocab: int, embed: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
         init = jax.random.normal(rngs.params(), (vocab, embed), jnp.float32) * 0.02
@@ -170,10 +171,10 @@ class Attention(nnx.Module):
         turns: tuple[Array, Array],
         mask: Bool[Array, "batch 1 1 seq"] | None,
         *,
-        implementation: str,
+        implementation: AttentionName,
         dropout_keys: list[Key[Array, ""] | None],
     ) -> Float[Array, "batch seq embed"]:
-        """`mask` is true where a key is real; `turns` are cos and sin; one dropout key a projection."""
+        """`mask`: true where a key is real; `turns`: cos, sin; one dropout key a projection."""
 
         def heads(projection: QuantDense, key: Array | None) -> Array:
             y = projection(x, dropout_key=key)
@@ -221,7 +222,7 @@ class DecoderLayer(nnx.Module):
         turns: tuple[Array, Array],
         mask: Bool[Array, "batch 1 1 seq"] | None,
         *,
-        implementation: str,
+        implementation: AttentionName,
         dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "batch seq embed"]:
         """The same shape and dtype as x; `dropout_key` is this layer's own."""
@@ -250,7 +251,8 @@ class Decoder(nnx.Module):
         matmul: implementation of the 4-bit matmul (`pallas_kernels`); None lets the op choose.
         rngs: stream `params`. Base weights start random.
 
-    `model.remat` and `model.attention` may be set again later; neither changes results beyond rounding.
+    `model.remat` and `model.attention` may be set again later; neither changes results beyond
+    rounding.
     """
 
     def __init__(
@@ -262,16 +264,14 @@ class Decoder(nnx.Module):
         compute_dtype: Any = jnp.float32,
         param_dtype: Any = None,
         remat: str = "full",
-        attention: str = "xla",
+        attention: AttentionName = "xla",
         matmul: str | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         if remat not in REMAT:
             raise ValueError(f"remat is {remat!r}, but one of {', '.join(REMAT)} is needed.")
-        if attention not in ATTENTION:
-            raise ValueError(
-                f"attention is {attention!r}, but one of {', '.join(ATTENTION)} is needed."
-            )
+        if attention not in get_args(AttentionName):
+            raise ValueError(f"attention is {attention!r}, but 'xla' or 'cudnn' is needed.")
         self.config = config
         self.compute_dtype = compute_dtype
         self.remat = remat
@@ -382,7 +382,7 @@ class Decoder(nnx.Module):
         return (self.embed_tokens if self.lm_head is None else self.lm_head).attend(hidden)
 
 
-def attention_for(platform: str, compute_dtype: Any, head_dim: int) -> str:
+def attention_for(platform: str, compute_dtype: Any, head_dim: int) -> AttentionName:
     """The attention to ask for: "cudnn" where it is a CUDA target and cuDNN takes the case.
 
     Args:
@@ -413,7 +413,7 @@ def unfreeze(model: nnx.Module) -> None:
                 if isinstance(weight, QuantizedTensor):
                     where = ".".join(map(str, (*path, name)))
                     raise ValueError(
-                        f"{where} is quantized, and codes cannot be trained: build or load the model "
-                        "with quant=None to train its base weights."
+                        f"{where} is quantized, and codes cannot be trained: build or load the "
+                        "model with quant=None to train its base weights."
                     )
                 setattr(node, name, nnx.Param(weight))

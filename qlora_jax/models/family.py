@@ -16,7 +16,8 @@ class Slot(NamedTuple):
     """Where a checkpoint's tensor lives in the module tree.
 
     Attributes:
-        path: attribute names from the model down to a Variable, `("layers", "mlp", "up_proj", "kernel")`.
+        path: attribute names from the model down to a Variable, such as
+            `("layers", "mlp", "up_proj", "kernel")`.
         layer: index along the leading axis of stacked layers, or None outside of them.
     """
 
@@ -71,7 +72,7 @@ def read_rope(config: Mapping[str, Any], *, theta: float = 10000.0) -> RopeConfi
     if kind == "default":
         return RopeConfig(rope_theta=float(base))
     longest = config.get("max_position_embeddings", 2048)
-    # The growing base is measured from the length in the config itself; the others may name another.
+    # The growing base is measured from the config's own length; the others may name another.
     original = None if kind == "dynamic" else given.get("original_max_position_embeddings")
     fields: dict[str, Any] = {
         "rope_theta": float(base),

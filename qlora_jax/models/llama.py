@@ -48,8 +48,8 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     """
     if config.qkv_bias != config.o_bias:
         raise ValueError(
-            f"qkv_bias is {config.qkv_bias} and o_bias is {config.o_bias}, but a Llama's config.json "
-            "has one attention_bias for both: make them equal."
+            f"qkv_bias is {config.qkv_bias} and o_bias is {config.o_bias}, but a Llama's "
+            "config.json has one attention_bias for both: make them equal."
         )
     return {
         "architectures": ["LlamaForCausalLM"],

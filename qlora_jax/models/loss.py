@@ -1,8 +1,8 @@
-"""Next-token cross-entropy, as a sum and a count, so that it adds up over micro-batches and devices.
+"""Next-token cross-entropy as a sum and a count, which add up over micro-batches and devices.
 
 `labels` stand where `input_ids` stand (Hugging Face's convention): the model's scores at position t
 are judged by `labels[t + 1]`, and -100 means "do not judge". The mean over all judged tokens of a
-batch is `sum / count`; a mean of micro-batch means is another number, and a known mistake
+batch is `total / tokens`; a mean of micro-batch means is another number, and a known mistake
 (transformers #34191).
 """
 
@@ -23,16 +23,16 @@ class TokenLoss(NamedTuple):
 
     Attributes:
         total: sum of the judged tokens' cross-entropies, nats, float32.
-        count: how many tokens were judged, int32.
+        tokens: how many were judged, int32.
     """
 
     total: Float[Array, ""]
-    count: Int[Array, ""]
+    tokens: Int[Array, ""]
 
     @property
     def mean(self) -> Float[Array, ""]:
         """Nats per judged token; 0 where none is."""
-        return self.total / jnp.maximum(self.count, 1).astype(jnp.float32)
+        return self.total / jnp.maximum(self.tokens, 1).astype(jnp.float32)
 
 
 def next_tokens(labels: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
@@ -48,8 +48,8 @@ def cross_entropy(
 ) -> Float[Array, "*batch"]:
     """-log softmax(logits)[target] in nats, float32; 0 where the target is -100.
 
-    The gradient is one fused pass over the logits, softmax minus one-hot: nothing of the size of the
-    logits is kept for it but they themselves.
+    The gradient is one fused pass over the logits, softmax minus one-hot: nothing of the size of
+    the logits is kept for it but they themselves.
     """
     return _cross_entropy(logits, targets)
 

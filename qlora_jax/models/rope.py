@@ -1,16 +1,17 @@
 """Rotary position embeddings and the scalings that stretch them to longer contexts.
 
-RoPE (arXiv 2104.09864) turns each pair of a head's coordinates by an angle `position · frequency`, so
-that the product of a query and a key depends on their distance alone. Half the coordinates are the
-pairs' first members and half their second ones (Hugging Face's layout: i goes with i + head_dim/2).
+RoPE (arXiv 2104.09864) turns each pair of a head's coordinates by an angle `position · frequency`,
+so that the product of a query and a key depends on their distance alone. Half the coordinates are
+the pairs' first members and half their second ones (Hugging Face's layout: i goes with
+i + head_dim/2).
 
 A model trained on short texts reads longer ones when its frequencies are slowed down:
 
 | rope_type | rule | source |
 |---|---|---|
 | linear | every frequency / factor | arXiv 2306.15595 |
-| dynamic | a larger base, growing with the length that is read ("NTK-aware") | reddit u/emozilla, 2023 |
-| yarn | slow frequencies / factor, fast ones kept, a ramp between; attention sharpened | arXiv 2309.00071 |
+| dynamic | a larger base, growing with the length that is read | "NTK-aware", u/emozilla 2023 |
+| yarn | slow frequencies / factor, fast ones kept, a ramp between | arXiv 2309.00071 |
 | llama3 | as yarn's ramp, by wavelength | Llama 3.1's model card |
 
 Names and defaults are those of a `config.json` (`rope_scaling`, or `rope_parameters` since
@@ -146,7 +147,7 @@ def rotate(
     cos: Float[Array, "batch seq half"],
     sin: Float[Array, "batch seq half"],
 ) -> Float[Array, "batch seq heads dim"]:
-    """Turns each pair (i, i + dim/2) of every head by its angle; computed in float32, in x's dtype."""
+    """Turns each pair (i, i + dim/2) of every head by its angle, in float32, back in x's dtype."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
