@@ -1,0 +1,96 @@
+"""Reading a traced function: what an output depends on, and computing its outputs one by one.
+
+A jaxpr is JAX's record of a function: a list of equations, each with inputs and outputs. `paged`
+uses it twice: to make sure that no parameter's update looks at another parameter, and to carry out
+the update of one parameter at a time with exactly the equations of the whole.
+"""
+
+from typing import Any
+
+import jax
+from jax.extend import core as jex_core
+
+
+def sources(jaxpr: jex_core.Jaxpr) -> list[frozenset[int]]:
+    """For every output of a jaxpr, the inputs that it may depend on (never too few)."""
+    reach: dict[Any, frozenset[int]] = {var: frozenset([i]) for i, var in enumerate(jaxpr.invars)}
+
+    def of(var: Any) -> frozenset[int]:
+        return frozenset() if isinstance(var, jex_core.Literal) else reach.get(var, frozenset())
+
+    for eqn in jaxpr.eqns:
+        into = [of(var) for var in eqn.invars]
+        body = _called(eqn)
+        if body is None:
+            outs = [frozenset[int]().union(*into)] * len(eqn.outvars)
+        else:
+            outs = [
+                frozenset[int]().union(*(into[i] for i in inner)) for inner in sources(body.jaxpr)
+            ]
+        reach.update(zip(eqn.outvars, outs, strict=True))
+    return [of(var) for var in jaxpr.outvars]
+
+
+class LazyOutputs:
+    """A traced function whose outputs are computed one at a time, each equation at most once.
+
+    Calls of jitted functions are opened, so that of a jitted function over many parameters only
+    the part that an output needs is computed.
+
+    Attributes:
+      inputs: the arguments; an entry may be replaced until an output that needs it is asked for.
+    """
+
+    def __init__(self, traced: jex_core.ClosedJaxpr, inputs: list[Any]):
+        self.inputs = inputs
+        self._outvars = traced.jaxpr.outvars
+        self._input_index = {var: i for i, var in enumerate(traced.jaxpr.invars)}
+        self._values: dict[Any, Any] = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
+        self._origin = {
+            var: (eqn, i) for eqn in traced.jaxpr.eqns for i, var in enumerate(eqn.outvars)
+        }
+        self._opened: dict[int, LazyOutputs] = {}
+
+    def output(self, index: int) -> jax.Array:
+        """The index-th output."""
+        return self._value(self._outvars[index])
+
+    def _value(self, var: Any) -> Any:
+        if isinstance(var, jex_core.Literal):
+            return var.val
+        if var in self._input_index:
+            held = self.inputs[self._input_index[var]]
+            return held() if isinstance(held, _Thunk) else held
+        if var not in self._values:
+            eqn, index = self._origin[var]
+            body = _called(eqn)
+            if body is None:
+                outs = _evaluate(eqn, [self._value(v) for v in eqn.invars])
+                self._values.update(zip(eqn.outvars, outs, strict=True))
+            else:
+                if id(eqn) not in self._opened:
+                    arguments = [_Thunk(self, v) for v in eqn.invars]
+                    self._opened[id(eqn)] = LazyOutputs(body, arguments)
+                self._values[var] = self._opened[id(eqn)].output(index)
+        return self._values[var]
+
+
+class _Thunk:
+    """An argument of an opened call, computed when first needed."""
+
+    def __init__(self, outer: LazyOutputs, var: Any):
+        self._outer, self._var = outer, var
+
+    def __call__(self) -> Any:
+        return self._outer._value(self._var)
+
+
+def _called(eqn: jex_core.JaxprEqn) -> jex_core.ClosedJaxpr | None:
+    """The body of a call of a jitted function, None for any other equation."""
+    return eqn.params["jaxpr"] if eqn.primitive.name in ("jit", "pjit") else None
+
+
+def _evaluate(eqn: jex_core.JaxprEqn, values: list[Any]) -> list[Any]:
+    """Carry out one equation."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return out if eqn.primitive.multiple_results else [out]

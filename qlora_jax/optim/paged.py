@@ -1,0 +1,200 @@
+"""Where does Adam live? In host memory, one leaf at a time on the card.
+
+QLoRA (arXiv 2305.14314, section 3, "Paged Optimizers") keeps Adam's moments in CUDA unified
+memory, so that a spike of activation memory pushes them to the host and an optimizer update
+pulls them back. XLA knows every buffer of a step before it runs, so nothing needs to be
+guessed: `paged` keeps the moments in *pinned host memory* always, and the jitted update brings
+one leaf in, updates it, and sends it back before the next but one comes.
+
+The mental model: an optax state is a tree in which some leaves belong to one parameter (the
+moments) and some to none (the step count). The wrapped `update` is traced as it stands, for all
+parameters, and its equations are then carried out parameter by parameter: fetch this parameter's
+state, compute what its update needs, return the state. The arithmetic is therefore the unpaged
+one, equation by equation; what is shared, such as Adam's bias corrections, is computed once. The
+fetch of leaf i is tied to the return of leaf i - 2, so that the compiler may fetch one leaf while
+another computes, but never more than that.
+
+This needs a transformation that treats every parameter alone: Adam, AdamW, Lion, SGD, schedules,
+weight decay with masks. One that looks across parameters, such as clipping by the global norm,
+belongs outside: `optax.chain(optax.clip_by_global_norm(0.3), paged(optax.adamw(2e-4)))`. `paged`
+reads the data flow of the traced update and refuses what mixes parameters.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from qlora_jax.optim.dataflow import LazyOutputs, sources
+
+_HOST = jax.memory.Space.Host
+_DEVICE = jax.memory.Space.Device
+
+
+def paged(
+    inner: optax.GradientTransformation, *, min_size: int = 100_000
+) -> optax.GradientTransformationExtraArgs:
+    """Keep the per-parameter state of `inner` in pinned host memory between updates.
+
+    The state has the structure of `inner`'s own state and, under `jax.jit`, the same bits: only
+    the memory it rests in differs, so a checkpoint moves between paged and unpaged runs. Step
+    counters and other state that belongs to no single parameter stay on the device.
+
+    Args:
+      inner: a transformation that treats every parameter alone, as `optax.adamw(2e-4)`.
+      min_size: state leaves with fewer elements than this stay on the device, since a transfer
+        costs more than the room they take. The default is bitsandbytes'; 0 pages everything.
+
+    Returns:
+      A gradient transformation. A jitted step that returns its state should pass
+      `out_shardings=resting_shardings(state)`, so that the moments rest on the host, and donate
+      the state, so that they are updated in place.
+
+    Raises:
+      ValueError: at `init` or `update`, if `inner` mixes parameters.
+    """
+    if min_size < 0:
+        raise ValueError(f"min_size must be 0 or more elements, but is {min_size}.")
+    inner = optax.with_extra_args_support(inner)
+
+    def moved(leaf: jax.Array, space: jax.memory.Space) -> jax.Array:
+        return jax.device_put(leaf, space) if leaf.size >= min_size else leaf
+
+    def init(params: PyTree) -> PyTree:
+        whole = jax.eval_shape(inner.init, params)
+        owner = _owners(inner, params, whole)
+        # Leaf by leaf, so that the card never holds the whole state.
+        count = len(jax.tree.leaves(params))
+        parts = [dict(_by_path(inner.init(_only(params, None))))]
+        for index in range(count):
+            part = dict(_by_path(inner.init(_only(params, index))))
+            parts.append(
+                {p: moved(jnp.asarray(v), _HOST) for p, v in part.items() if owner[p] == index}
+            )
+        leaves = {path: leaf for part in parts for path, leaf in part.items()}
+        return jax.tree.unflatten(jax.tree.structure(whole), [leaves[p] for p in owner])
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        gradients, treedef = jax.tree.flatten(updates)
+        stored, state_treedef = jax.tree.flatten(state)
+        owner = list(_owners(inner, updates, state).values())
+        count = len(gradients)
+
+        def flat(updates: PyTree, state: PyTree, params: PyTree | None) -> list[Any]:
+            return jax.tree.leaves(inner.update(updates, state, params, **extra))
+
+        traced = jax.make_jaxpr(flat)(_shapes(updates), _shapes(state), _shapes(params))
+        owner_out = [*range(count), *owner]
+        owner_in = [*owner_out, *(range(count) if params is not None else ())]
+        _refuse_mixing(sources(traced.jaxpr), owner_in, owner_out)
+
+        lazy = LazyOutputs(traced, [*gradients, *stored, *jax.tree.leaves(params)])
+        results: list[Any] = [None] * len(owner_out)
+        for index in range(count):
+            mine = [count + i for i, who in enumerate(owner) if who == index]
+            held = [stored[i - count] for i in mine]
+            if index >= 2:
+                # This state is fetched once the one before last is back. (A barrier on the update
+                # would keep XLA from fusing it with the parameter's addition: other last bits.)
+                done = [i for i, who in enumerate(owner_out) if who == index - 2][1:]
+                held, back = jax.lax.optimization_barrier((held, [results[i] for i in done]))
+                for i, leaf in zip(done, back, strict=True):
+                    results[i] = leaf
+            for i, leaf in zip(mine, held, strict=True):
+                lazy.inputs[i] = moved(leaf, _DEVICE)
+            results[index] = lazy.output(index)
+            for i in mine:
+                results[i] = moved(lazy.output(i), _HOST)
+        for i, who in enumerate(owner_out):
+            if who is None:
+                results[i] = lazy.output(i)
+        return treedef.unflatten(results[:count]), state_treedef.unflatten(results[count:])
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def resting_shardings(tree: PyTree) -> PyTree:
+    """`out_shardings` that let every array of `tree` rest where it rests now.
+
+    Arrays in pinned host memory give their sharding, memory kind included; all others give None,
+    which leaves the choice to the compiler. Without this, a jitted step may return paged state
+    on the device (JAX decides by version and platform).
+
+    Args:
+      tree: concrete arrays, such as a training state just initialised.
+
+    Returns:
+      A tree of the same structure for `jax.jit(..., out_shardings=...)`.
+    """
+
+    def rest(leaf: Any) -> jax.sharding.Sharding | None:
+        sharding = getattr(leaf, "sharding", None)
+        return sharding if getattr(sharding, "memory_kind", None) == "pinned_host" else None
+
+    return jax.tree.map(rest, tree)
+
+
+def _by_path(tree: PyTree) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield jax.tree_util.keystr(path), leaf
+
+
+def _only(tree: PyTree, index: int | None) -> PyTree:
+    """`tree` with every leaf but the index-th (None: every leaf) replaced by an empty tree."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten(
+        [leaf if i == index else optax.MaskedNode() for i, leaf in enumerate(leaves)]
+    )
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    """Shapes and dtypes alone: tracing must not see that a leaf lies in host memory."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        aval = jax.typeof(leaf)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+    return jax.tree.map(shape, tree)
+
+
+def _owners(
+    inner: optax.GradientTransformation, params: PyTree, state: PyTree
+) -> dict[str, int | None]:
+    """Path of every state leaf -> the parameter it belongs to (None: to no single one).
+
+    What `inner.init` makes for no parameters at all is shared; what it makes for one parameter
+    beyond that belongs to this parameter.
+    """
+
+    def paths(index: int | None) -> list[str]:
+        return [path for path, _ in _by_path(jax.eval_shape(inner.init, _only(params, index)))]
+
+    found: dict[str, int | None] = {}
+    for index in reversed(range(len(jax.tree.leaves(params)))):
+        found |= dict.fromkeys(paths(index), index)
+    found |= dict.fromkeys(paths(None))
+    whole = [path for path, _ in _by_path(state)]
+    if set(whole) != set(found):
+        raise ValueError(
+            "paged needs a transformation whose state is one part per parameter, but the state of "
+            "the given one cannot be split so; put it outside: optax.chain(it, paged(...))."
+        )
+    return {path: found[path] for path in whole}
+
+
+def _refuse_mixing(
+    depends: list[frozenset[int]], owner_in: list[int | None], owner_out: list[int | None]
+) -> None:
+    """Raise unless each parameter's update and state depend on that parameter alone."""
+    for owner, inputs in zip(owner_out, depends, strict=True):
+        if {owner_in[i] for i in inputs} - {None, owner}:
+            raise ValueError(
+                "paged updates one parameter at a time, but the given transformation mixes "
+                "parameters (as clipping by the global norm does); put that part outside: "
+                "optax.chain(optax.clip_by_global_norm(0.3), paged(optax.adamw(2e-4)))."
+            )

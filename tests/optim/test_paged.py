@@ -1,0 +1,145 @@
+"""`paged` keeps its state on the host and changes no bit of any update."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_jax.optim import decay_mask, paged, resting_shardings
+
+
+def _params(shapes: list[tuple[int, ...]], seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    return {
+        f"layer{i}": {"lora_A": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+        for i, shape in enumerate(shapes)
+    }
+
+
+def _run(tx: optax.GradientTransformation, params, steps: int = 3, donate: bool = False):
+    state = tx.init(params)
+    # Donation ends the caller's arrays.
+    params = jax.tree.map(jnp.copy, params)
+
+    def step(params, state, scale):
+        grads = jax.tree.map(lambda p: jnp.sin(p * scale), params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(
+        step,
+        donate_argnums=(0, 1) if donate else (),
+        out_shardings=(None, resting_shardings(state)),
+    )
+    for i in range(steps):
+        params, state = step(params, state, jnp.float32(3.0 + i))
+    return params, state
+
+
+def _assert_same_bits(one, other) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+TRANSFORMS = {
+    "adamw": lambda: optax.adamw(1e-2, b2=0.999, weight_decay=0.1, mask=decay_mask),
+    "static mask": lambda: optax.adamw(
+        1e-2, weight_decay=0.1, mask={f"layer{i}": {"lora_A": i % 2 == 0} for i in range(4)}
+    ),
+    "schedule": lambda: optax.adamw(optax.linear_schedule(1e-2, 0.0, 10)),
+    "lion": lambda: optax.lion(1e-3),
+    "sgd momentum": lambda: optax.sgd(1e-2, momentum=0.9),
+    "stateless": lambda: optax.sgd(1e-2),
+    "hyperparameters": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2),
+    "bf16 moments": lambda: optax.adamw(1e-2, mu_dtype=jnp.bfloat16),
+    "clip by value": lambda: optax.chain(optax.clip(0.1), optax.adamw(1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_paged_equals_unpaged_bit_for_bit(name):
+    make = TRANSFORMS[name]
+    params = _params([(5, 7), (300,), (2, 3, 4), (129, 33)])
+    clip = optax.clip_by_global_norm(0.3)
+    expected = _run(optax.chain(clip, make()), params)
+    found = _run(optax.chain(clip, paged(make(), min_size=0)), params, donate=True)
+    _assert_same_bits(found, expected)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    shapes=st.lists(
+        st.lists(st.integers(1, 40), min_size=0, max_size=3).map(tuple), min_size=1, max_size=5
+    ),
+    min_size=st.sampled_from([0, 30, 500]),
+    seed=st.integers(0, 100),
+)
+def test_paged_equals_unpaged_for_any_shapes_and_threshold(shapes, min_size, seed):
+    params = _params(shapes, seed)
+    tx = optax.adamw(1e-2, weight_decay=0.01)
+    _assert_same_bits(_run(paged(tx, min_size=min_size), params), _run(tx, params))
+
+
+def test_state_rests_on_the_host_and_counters_and_small_leaves_on_the_device():
+    params = {"large": jnp.ones((64, 64)), "small": jnp.ones(9)}
+    tx = optax.chain(optax.clip_by_global_norm(0.3), paged(optax.adamw(1e-3), min_size=1000))
+    state = tx.init(params)
+    for _ in range(2):
+        adam = state[1][0]
+        assert adam.mu["large"].sharding.memory_kind == "pinned_host"
+        assert adam.nu["large"].sharding.memory_kind == "pinned_host"
+        for leaf in (adam.count, adam.mu["small"], adam.nu["small"]):
+            assert leaf.sharding.memory_kind == "device"
+        params, state = _run(tx, params)
+        assert all(p.sharding.memory_kind == "device" for p in jax.tree.leaves(params))
+
+
+def test_paged_state_of_an_nnx_model():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.one = nnx.LoRA(4, 8, 6, rngs=rngs)
+            self.two = nnx.LoRA(6, 8, 5, rngs=rngs)
+
+    _, lora, _ = nnx.split(Model(nnx.Rngs(0)), nnx.LoRAParam, ...)
+    tx = optax.adamw(1e-2)
+    _assert_same_bits(_run(paged(tx, min_size=0), lora), _run(tx, lora))
+
+
+def test_state_has_the_structure_of_the_unpaged_one():
+    params = _params([(3, 3), (4,)])
+    tx = optax.adamw(1e-3)
+    _assert_same_bits(paged(tx, min_size=0).init(params), tx.init(params))
+
+
+def test_no_parameters():
+    tx = paged(optax.adamw(1e-3))
+    state = tx.init({})
+    assert tx.update({}, state, {})[0] == {}
+
+
+def test_a_transformation_that_mixes_parameters_is_refused():
+    params = _params([(3, 3), (4,)])
+    tx = paged(optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(1e-3)))
+    with pytest.raises(ValueError, match="mixes parameters"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_a_state_that_is_not_one_part_per_parameter_is_refused():
+    params = _params([(3, 3), (4,)])
+    whole = optax.GradientTransformation(
+        lambda p: optax.EmptyState() if len(jax.tree.leaves(p)) < 2 else {"flat": jnp.ones(13)},
+        lambda u, s, p=None: (u, s),
+    )
+    with pytest.raises(ValueError, match="one part per parameter"):
+        paged(whole).init(params)
+
+
+def test_negative_threshold_is_refused():
+    with pytest.raises(ValueError, match="min_size"):
+        paged(optax.adamw(1e-3), min_size=-1)
