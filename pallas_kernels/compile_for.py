@@ -52,7 +52,7 @@ def gpu_compiler_available() -> bool:
 
 @functools.cache
 def card_mesh(card: Card) -> jax.sharding.Mesh:
-    """A mesh of one described device: what arguments are laid out on. RuntimeError without plugin."""
+    """A mesh of one described device, to lay arguments out on. RuntimeError without the plugin."""
     if not gpu_compiler_available():
         raise RuntimeError(PLUGIN_HINT)
     topology = topologies.get_topology_desc(
