@@ -185,8 +185,8 @@ def load_adapter(folder: str | Path, model: Decoder) -> None:
             absent = [key for key in keys if key not in tensors]
             if absent:
                 raise ValueError(
-                    f"{folder} lacks {absent[0]!r}, but the model adapts {layer.path}: build the model "
-                    "with read_adapter_config(folder)."
+                    f"{folder} lacks {absent[0]!r}, but the model adapts {layer.path}: build the "
+                    "model with read_adapter_config(folder)."
                 )
             stack = np.stack([tensors.pop(key) for key in keys])
             variable = getattr(layer, name)

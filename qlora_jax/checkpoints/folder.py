@@ -96,7 +96,7 @@ class WeightFolder:
             )
         raise FileNotFoundError(
             f"{self.folder} holds neither {SINGLE} nor {INDEX}: give a folder with safetensors "
-            "weights."
+            "weights (pickles, such as pytorch_model.bin, are neither read nor fetched)."
         )
 
     def _inside(self, shard: Any) -> Path:

@@ -11,7 +11,6 @@ from qlora_jax.models.decoder import (
 from qlora_jax.models.families import FAMILIES, family_of
 from qlora_jax.models.family import Family, Slot
 from qlora_jax.models.loss import (
-    IGNORED,
     TokenLoss,
     cross_entropy,
     next_token_loss,
@@ -21,7 +20,6 @@ from qlora_jax.models.rope import RopeConfig
 
 __all__ = [
     "FAMILIES",
-    "IGNORED",
     "REMAT",
     "AttentionName",
     "Decoder",

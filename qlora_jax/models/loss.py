@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from qlora_jax.data import IGNORE
 from qlora_jax.models.decoder import Decoder
-
-IGNORED = -100
 
 
 class TokenLoss(NamedTuple):
@@ -40,7 +39,7 @@ def next_tokens(labels: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
 
     Moving the labels, not the logits, spares a copy of the largest array of the step.
     """
-    return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
 
 
 def cross_entropy(
@@ -62,7 +61,7 @@ def _cross_entropy(logits: Array, targets: Array) -> Array:
 def _cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple[Array, ...]]:
     wide = logits.astype(jnp.float32)
     normaliser = jax.nn.logsumexp(wide, axis=-1)
-    judged = targets != IGNORED
+    judged = targets != IGNORE
     index = jnp.where(judged, targets, 0)[..., None]
     chosen = jnp.take_along_axis(wide, index, axis=-1)[..., 0]
     return jnp.where(judged, normaliser - chosen, 0.0), (logits, normaliser, targets)
@@ -72,7 +71,7 @@ def _cross_entropy_backward(
     residuals: tuple[Array, ...], gradient: Array
 ) -> tuple[Array, np.ndarray]:
     logits, normaliser, targets = residuals
-    gradient = jnp.where(targets != IGNORED, gradient, 0.0)[..., None]
+    gradient = jnp.where(targets != IGNORE, gradient, 0.0)[..., None]
     probability = jnp.exp(logits.astype(jnp.float32) - normaliser[..., None])
     # An ignored target, -100, equals no index.
     words = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
@@ -104,4 +103,4 @@ def next_token_loss(
     hidden = model.hidden(input_ids, attention_mask, positions, dropout_key=dropout_key)
     targets = next_tokens(labels)
     losses = cross_entropy(model.head(hidden), targets)
-    return TokenLoss(losses.sum(), (targets != IGNORED).sum(dtype=jnp.int32))
+    return TokenLoss(losses.sum(), (targets != IGNORE).sum(dtype=jnp.int32))
