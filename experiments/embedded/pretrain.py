@@ -36,12 +36,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from safetensors.numpy import save_file
 
 from experiments.embedded import MODELS, ROOT
 from experiments.embedded.make_corpus import SPECIAL_TOKENS, read_corpus
-from qlora_jax.models.decoder import ATTENTION, Decoder, DecoderConfig, unfreeze
-from qlora_jax.models.llama import LLAMA
+from qlora_jax.checkpoints import save_model
+from qlora_jax.models.decoder import Decoder, DecoderConfig, unfreeze
 from qlora_jax.models.loss import cross_entropy
 
 CHUNK = 50
@@ -245,31 +244,20 @@ def pretrain(
         "held_out_loss": round(best, 4),
         "curve": curve,
     }
-    write_model(out / name, decoder_config(scale, vocab_size), best_weights, facts)
+    write_model(out / name, nnx.merge(graph, best_weights), facts)
     return facts
 
 
-def write_model(folder: Path, config: DecoderConfig, weights: Any, facts: dict[str, Any]) -> None:
-    """The model as a Hugging Face folder: every stacked leaf is cut into its layers."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = nnx.to_pure_dict(weights)
-    tensors = {}
-    for name, slot in LLAMA.weight_names(config).items():
-        leaf = functools.reduce(lambda node, part: node[part], slot.path, state)
-        array = leaf if slot.layer is None else leaf[slot.layer]
-        tensors[name] = np.ascontiguousarray(np.asarray(array).astype(jnp.bfloat16))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = {
-        **LLAMA.write_config(config),
-        "bos_token_id": SPECIAL_TOKENS.index("<s>"),
-        "eos_token_id": SPECIAL_TOKENS.index("</s>"),
-        "pad_token_id": SPECIAL_TOKENS.index("<pad>"),
-        "torch_dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(ROOT / "tokenizer" / file, folder / file)
+def write_model(folder: Path, model: Decoder, facts: dict[str, Any]) -> None:
+    """The model as a Hugging Face folder, with its tokenizer and what became of its training."""
+    save_model(folder, model, dtype=jnp.bfloat16)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for kind, token in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>")):
+        config[f"{kind}_token_id"] = SPECIAL_TOKENS.index(token)
+    for name, content in (("config.json", config), ("training.json", facts)):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ROOT / "tokenizer" / name, folder / name)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -293,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="of activations and matmuls (bfloat16 on an accelerator, float32 on a CPU)",
     )
     parser.add_argument(
-        "--attention", choices=ATTENTION, default="xla", help="cudnn is faster on a GPU (xla)"
+        "--attention", choices=("xla", "cudnn"), default="xla", help="cudnn is faster on a GPU (xla)"
     )
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(SCALES)
