@@ -1,8 +1,8 @@
 """Turning anyone's Flax NNX module into a QLoRA one, in place.
 
-    quantize_module(model, QuantConfig())                        every nnx.Linear → frozen 4-bit QuantDense
+    quantize_module(model, QuantConfig())      # every nnx.Linear becomes a frozen QuantDense
     add_lora(model, LoraConfig(target_modules=("q", "v")), rngs=nnx.Rngs(0))
-    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)  exactly the adapters, and all the rest
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)     # the adapters | all the rest
 
 A module is found by walking attributes, lists and dicts; what is not linear is left alone.
 """
@@ -10,8 +10,6 @@ A module is found by walking attributes, lists and dicts; what is not linear is 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.nn.dense import QuantDense

@@ -1,6 +1,6 @@
 """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): what is trained instead of the weight.
 
-    y = x · Wᵀ + s · dropout(x) · Aᵀ · Bᵀ        A [r, in] random, B [out, r] zero: y starts unchanged
+    y = x · Wᵀ + s · dropout(x) · Aᵀ · Bᵀ        A [r, in] is random, B [out, r] zero at first
 
 The scale s is α / r, or α / √r with rank stabilisation (Kalajdzievski 2023, arXiv 2312.03732).
 Names, orientation and initialisation are PEFT's, so that adapters travel both ways unchanged.

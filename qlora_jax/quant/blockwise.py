@@ -108,7 +108,7 @@ def _scale_rows(
 
 
 def pack_nibbles(codes: UInt8[Array, " n"]) -> UInt8[Array, " half"]:
-    """Two 4-bit codes to a byte, the first in the high nibble, as bitsandbytes packs them; n even."""
+    """Two 4-bit codes to a byte, the first in the high nibble, as bitsandbytes does; n is even."""
     pairs = codes.reshape(-1, 2)
     return (pairs[:, 0] << 4) | pairs[:, 1]
 

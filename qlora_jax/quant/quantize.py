@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from qlora_jax.quant.blockwise import encode, pack_nibbles, quantize_absmax, scale_blocks
 from qlora_jax.quant.config import QuantConfig
@@ -12,7 +12,7 @@ from qlora_jax.quant.tensor import QuantizedTensor
 
 
 def quantize(
-    weight: Float[Array, "*shape"], config: QuantConfig = QuantConfig()
+    weight: Shaped[ArrayLike, "*shape"], config: QuantConfig = QuantConfig()
 ) -> QuantizedTensor:
     """Quantizes an array block by block, bit for bit as bitsandbytes' CUDA kernels do.
 

@@ -1,7 +1,9 @@
 """What a 4-bit tensor is: packed codes, and the constants that turn them back into numbers.
 
     weight[i] ≈ table[code[i]] · absmax[i // blocksize]
-    absmax[j] = DYNAMIC_SIGNED[absmax_code[j]] · nested_absmax[j // 256] + offset      (double_quant)
+    absmax[j] = DYNAMIC_SIGNED[absmax_code[j]] · nested_absmax[j // 256] + offset
+
+(the second line where the constants are quantized too).
 
 A `QuantizedTensor` is a pytree. Its arrays are leaves, so jit, vmap, scan, sharding and Orbax see
 ordinary arrays; its logical shape, dtype, quant_type and blocksize are static. A *stack* of

@@ -1,0 +1,98 @@
+"""Any user's NNX module becomes a QLoRA one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qlora_jax as ql
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.query = nnx.Linear(32, 32, rngs=rngs)
+        self.value = nnx.Linear(32, 32, use_bias=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(32, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.value(nnx.gelu(self.query(self.norm(x))))
+
+
+class Model(nnx.Module):
+    """Linear layers as attributes, in a list, in a dict, and one used twice."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.blocks = nnx.List([Block(rngs), Block(rngs)])
+        self.heads = nnx.Dict(a=nnx.Linear(32, 8, rngs=rngs))
+        self.tied = self.heads["a"]
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.heads["a"](x) + self.tied(x)
+
+
+def test_quantize_module() -> None:
+    model, x = Model(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (4, 32))
+    before = model(x)
+    assert ql.quantize_module(model) is model
+    assert isinstance(model.blocks[0].query, ql.QuantDense)
+    assert model.tied is model.heads["a"]
+    after = model(x)
+    assert after.dtype == before.dtype
+    assert 0 < float(jnp.abs(after - before).max()) < 1
+    assert not nnx.state(model, nnx.LoRAParam)
+
+
+def test_unquantized_conversion_changes_nothing() -> None:
+    model, x = Model(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (4, 32))
+    before = model(x)
+    np.testing.assert_allclose(ql.quantize_module(model, None)(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_skip_by_name() -> None:
+    model = ql.quantize_module(Model(nnx.Rngs(0)), skip=("value", "heads.a"))
+    assert isinstance(model.blocks[1].value, nnx.Linear)
+    assert isinstance(model.heads["a"], nnx.Linear)
+    assert isinstance(model.blocks[1].query, ql.QuantDense)
+
+
+def test_add_lora_gives_exactly_the_adapters() -> None:
+    model = ql.quantize_module(Model(nnx.Rngs(0)))
+    lora = ql.LoraConfig(r=4, target_modules=("query",))
+    ql.add_lora(model, lora, rngs=nnx.Rngs(1))
+    _, adapters, _ = nnx.split(model, nnx.LoRAParam, ...)
+    paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(adapters)}
+    assert paths == {f"blocks.{i}.query.lora_{m}" for i in (0, 1) for m in "AB"}
+
+
+def test_only_the_adapters_train() -> None:
+    model = ql.quantize_module(Model(nnx.Rngs(0)))
+    ql.add_lora(model, ql.LoraConfig(r=4), rngs=nnx.Rngs(1))
+    x = jax.random.normal(jax.random.key(1), (4, 32))
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+    @jax.jit
+    def loss(lora):
+        return jnp.mean((nnx.merge(graphdef, lora, rest)(x) - 1) ** 2)
+
+    first = loss(lora)
+    for _ in range(20):
+        lora = jax.tree.map(lambda p, g: p - 0.01 * g, lora, jax.grad(loss)(lora))
+    assert float(loss(lora)) < 0.5 * float(first)
+
+
+def test_add_lora_freezes_a_plain_linear() -> None:
+    model = ql.add_lora(Model(nnx.Rngs(0)), ql.LoraConfig(r=4), rngs=nnx.Rngs(1))
+    kernel = model.blocks[0].query.kernel
+    assert isinstance(kernel, ql.FrozenParam)
+    assert kernel.get_value().shape == (32, 32)
+
+
+def test_errors_name_what_there_is() -> None:
+    model = ql.quantize_module(Model(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"q_proj.*blocks\.0\.query"):
+        ql.add_lora(model, ql.LoraConfig(target_modules=("q_proj",)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"no nnx\.Linear"):
+        ql.quantize_module(nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
