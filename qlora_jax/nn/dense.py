@@ -136,7 +136,7 @@ class QuantDense(nnx.Module):
         """
         x = x.astype(self.compute_dtype)
         y = self._base(x)
-        if self.lora_A is None or self.lora_B is None:
+        if self.lora is None or self.lora_A is None or self.lora_B is None:
             return y
         if dropout_key is None and self.dropout_rngs is not None and not self.deterministic:
             dropout_key = self.dropout_rngs.dropout()

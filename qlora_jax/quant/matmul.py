@@ -10,6 +10,7 @@ W takes no gradient: it is frozen, and its codes are integers.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def quantized_matmul(
 def _matmul(
     implementation: str | None, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None
 ) -> jax.Array:
-    return nf4_matmul(x, *_arrays(w), bias, **_static(w), implementation=implementation)
+    return nf4_matmul(x, **_arguments(w), bias=bias, implementation=implementation)
 
 
 def _forward(
@@ -65,7 +66,7 @@ def _forward(
 
 def _backward(implementation: str | None, residuals: tuple, dy: jax.Array) -> tuple:
     w, bias = residuals
-    dx = nf4_matmul_transposed(dy, *_arrays(w), **_static(w), implementation=implementation)
+    dx = nf4_matmul_transposed(dy, **_arguments(w), implementation=implementation)
     dbias = None
     if bias is not None:
         dbias = jnp.sum(dy, axis=range(dy.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
@@ -75,9 +76,14 @@ def _backward(implementation: str | None, residuals: tuple, dy: jax.Array) -> tu
 _matmul.defvjp(_forward, _backward)
 
 
-def _arrays(w: QuantizedTensor) -> tuple:
-    return w.codes, w.absmax, w.nested_absmax, w.offset
-
-
-def _static(w: QuantizedTensor) -> dict:
-    return {"shape": w.shape, "quant_type": w.quant_type, "blocksize": w.blocksize}
+def _arguments(w: QuantizedTensor) -> dict[str, Any]:
+    """A quantized tensor as the arguments that the ops of `pallas_kernels` take."""
+    return {
+        "codes": w.codes,
+        "absmax": w.absmax,
+        "nested_absmax": w.nested_absmax,
+        "offset": w.offset,
+        "shape": w.shape,
+        "quant_type": w.quant_type,
+        "blocksize": w.blocksize,
+    }

@@ -1,0 +1,51 @@
+# make sweep          the embedded sweep: two tiny pretrained Llamas × their datasets, no network
+# make test           lint, types and all tests, in parallel
+# make test-peers     round trips against transformers, PEFT and bitsandbytes (torch on the CPU)
+# make benchmark-cpu  speed and memory beside bitsandbytes + PEFT
+#
+# Each creates its environment if there is none. PYTHON=python3.12 chooses the interpreter of a new one.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TESTS ?= tests
+WORKERS ?= 2
+
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: sweep test lint types pytest clean
+
+sweep: $(VENV)/.installed
+	$(BIN)/python -m experiments.sweep
+
+test: lint types pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+pytest: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+# The plugin that compiles for NVIDIA cards, of the same version as jax and without CUDA's libraries:
+# 140 MB instead of several GB.
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	version=$$($(BIN)/python -c "import jax; print(jax.__version__)"); \
+	$(BIN)/python -m pip install --quiet --no-deps \
+		jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version libtpu
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
