@@ -1,0 +1,328 @@
+"""The real machine: lane programs as MLIR inside a Mosaic GPU kernel.
+
+A machine is made inside a function decorated with `plgpu.inline_mgpu` under *lane* semantics, where
+code is emitted once for all threads of the block. Words are `i32`, numbers `f32`. Instructions that
+LLVM has no name for are inline PTX; instructions that only compute are left free for LLVM and ptxas
+to schedule.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
+
+
+def _i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)
+
+
+def _f32() -> ir.Type:
+    return ir.F32Type.get()
+
+
+def _const(value: int | float, type_: ir.Type) -> ir.Value:
+    if isinstance(value, float):
+        return arith.constant(type_, ir.FloatAttr.get(type_, value))
+    if value >= 1 << 31:
+        value -= 1 << 32
+    return arith.constant(type_, ir.IntegerAttr.get(type_, value))
+
+
+class Flag:
+    """One bit per thread."""
+
+    def __init__(self, value: ir.Value):
+        self.value = value
+
+    def __and__(self, other: "Flag") -> "Flag":
+        return Flag(arith.andi(self.value, other.value))
+
+
+def _compare(kind: arith.CmpIPredicate) -> Callable[["Word", "int | Word"], Flag]:
+    return lambda self, other: Flag(arith.cmpi(kind, self.value, _value(other)))
+
+
+class Word:
+    """An unsigned 32-bit integer per thread."""
+
+    def __init__(self, value: ir.Value):
+        self.value = value
+
+    def __add__(self, other: "int | Word") -> "Word":
+        return Word(arith.addi(self.value, _value(other)))
+
+    def __sub__(self, other: "int | Word") -> "Word":
+        return Word(arith.subi(self.value, _value(other)))
+
+    def __rsub__(self, other: int) -> "Word":
+        return Word(arith.subi(_value(other), self.value))
+
+    def __mul__(self, other: "int | Word") -> "Word":
+        return Word(arith.muli(self.value, _value(other)))
+
+    def __floordiv__(self, other: "int | Word") -> "Word":
+        return Word(arith.divui(self.value, _value(other)))
+
+    def __mod__(self, other: "int | Word") -> "Word":
+        return Word(arith.remui(self.value, _value(other)))
+
+    def __and__(self, other: "int | Word") -> "Word":
+        return Word(arith.andi(self.value, _value(other)))
+
+    def __or__(self, other: "int | Word") -> "Word":
+        return Word(arith.ori(self.value, _value(other)))
+
+    def __xor__(self, other: "int | Word") -> "Word":
+        return Word(arith.xori(self.value, _value(other)))
+
+    def __lshift__(self, other: "int | Word") -> "Word":
+        return Word(arith.shli(self.value, _value(other)))
+
+    def __rshift__(self, other: "int | Word") -> "Word":
+        return Word(arith.shrui(self.value, _value(other)))
+
+    __radd__, __rmul__ = __add__, __mul__
+    __lt__ = _compare(arith.CmpIPredicate.ult)
+    __ge__ = _compare(arith.CmpIPredicate.uge)
+    __eq__ = _compare(arith.CmpIPredicate.eq)  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Float:
+    """A float32 per thread."""
+
+    def __init__(self, value: ir.Value):
+        self.value = value
+
+    def __add__(self, other: "Float") -> "Float":
+        return Float(arith.addf(self.value, other.value))
+
+    def __mul__(self, other: "Float") -> "Float":
+        return Float(arith.mulf(self.value, other.value))
+
+
+def _value(operand: "int | Word") -> ir.Value:
+    return operand.value if isinstance(operand, Word) else _const(operand, _i32())
+
+
+def _wrap(value: ir.Value) -> Word | Float:
+    return Float(value) if value.type == _f32() else Word(value)
+
+
+def _asm(text: str, outputs: Sequence[ir.Type], inputs: Sequence[ir.Value], **flags: bool) -> list:
+    """Inline PTX; `$0 …` are the outputs, then the inputs."""
+    letter = lambda t: {"i32": "r", "f32": "f", "i1": "b", "i64": "l"}.get(str(t), "l")
+    constraints = [f"={letter(t)}" for t in outputs] + [letter(v.type) for v in inputs]
+    result = ir.Type.parse("!llvm.void")
+    if outputs:
+        result = outputs[0] if len(outputs) == 1 else llvm.StructType.get_literal(list(outputs))
+    made = llvm.inline_asm(
+        result,
+        list(inputs),
+        text,
+        ",".join(constraints),
+        has_side_effects=flags.get("has_side_effects", not outputs),
+    )
+    if len(outputs) < 2:
+        return [made] if outputs else []
+    return [llvm.extractvalue(t, made, [i]) for i, t in enumerate(outputs)]
+
+
+class Machine:
+    """Emits the instructions of one thread.
+
+    Args:
+        cta: the block's index, an i32.
+        shared: the memref of the block's shared memory.
+    """
+
+    def __init__(self, cta: ir.Value, shared: ir.Value):
+        self.thread = Word(mgpu_utils.thread_idx())
+        self.cta = Word(cta)
+        self._shared = mgpu_utils.memref_ptr(shared)
+
+    # -- values ---------------------------------------------------------------------------------
+
+    def word(self, value: int) -> Word:
+        """A constant word."""
+        return Word(_const(value, _i32()))
+
+    def number(self, value: float) -> Float:
+        """A constant float32."""
+        return Float(_const(float(value), _f32()))
+
+    def minimum(self, a: Word, b: int | Word) -> Word:
+        """Unsigned minimum."""
+        return Word(arith.minui(a.value, _value(b)))
+
+    def maximum(self, a: Word, b: int | Word) -> Word:
+        """Unsigned maximum."""
+        return Word(arith.maxui(a.value, _value(b)))
+
+    def maximum_u16x2(self, a: Word, b: Word) -> Word:
+        """Unsigned maximum of each 16-bit half."""
+        return Word(*_asm("max.u16x2 $0, $1, $2;", [_i32()], [a.value, b.value]))
+
+    def where(self, flag: Flag, a: Any, b: Any) -> Any:
+        """a where the flag is set, else b."""
+        return _wrap(arith.select(flag.value, a.value, b.value))
+
+    def as_float(self, word: Word) -> Float:
+        """The float32 with these bits."""
+        return Float(arith.bitcast(_f32(), word.value))
+
+    def as_word(self, number: Float) -> Word:
+        """The bits of a float32."""
+        return Word(arith.bitcast(_i32(), number.value))
+
+    def fma(self, a: Float, b: Float, c: Float) -> Float:
+        """a · b + c, rounded once."""
+        return Float(llvm.intr_fma(a.value, b.value, c.value))
+
+    def half2(self, low: Float, high: Float) -> Word:
+        """Two float32 as two float16 in one word."""
+        return Word(*_asm("cvt.rn.f16x2.f32 $0, $1, $2;", [_i32()], [high.value, low.value]))
+
+    def float_bits(self, number: Float, dtype: str) -> Word:
+        """A float32 rounded to `dtype` ("bfloat16", "float16", "float32"), as the low bits."""
+        if dtype == "float32":
+            return self.as_word(number)
+        kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
+        zero = self.number(0.0)
+        text = f"cvt.rn.{kind}.f32 $0, $1, $2;"
+        return Word(*_asm(text, [_i32()], [zero.value, number.value]))
+
+    def prmt(self, a: Word, b: Word, selector: int | Word) -> Word:
+        """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a)."""
+        return Word(*_asm("prmt.b32 $0, $1, $2, $3;", [_i32()], [a.value, b.value, _value(selector)]))
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    def buffer(self, memref: ir.Value) -> ir.Value:
+        """A global buffer from its memref."""
+        return mgpu_utils.memref_ptr(memref)
+
+    def load(
+        self,
+        buffer: ir.Value,
+        address: Word,
+        words: int = 1,
+        *,
+        offset: int = 0,
+        when: Flag | None = None,
+    ) -> list[Word]:
+        """`words` aligned words of global memory from byte `address + offset`; undefined unless `when`.
+
+        Not a `.nc` load: ptxas would move those behind a barrier, and they are issued early on
+        purpose. Sixteen-byte loads stream past the first-level cache.
+        """
+        vector = {1: "", 2: ".v2", 4: ".v4"}[words]
+        names = ", ".join(f"${i}" for i in range(words))
+        names = f"{{{names}}}" if words > 1 else names
+        kind = "ld.global.L1::no_allocate" if words == 4 else "ld.global"
+        text = f"{kind}{vector}.b32 {names}, [${words}+{offset}];"
+        inputs = [self._at(buffer, address)]
+        if when is not None:
+            text, inputs = f"@${words + 1} {text}", [*inputs, when.value]
+        return [Word(v) for v in _asm(text, [_i32()] * words, inputs, has_side_effects=True)]
+
+    def load_byte(self, buffer: ir.Value, address: Word, *, when: Flag | None = None) -> Word:
+        """One byte of global memory as a word."""
+        text, inputs = "ld.global.u8 $0, [$1];", [self._at(buffer, address)]
+        if when is not None:
+            text, inputs = f"@$2 {text}", [*inputs, when.value]
+        return Word(*_asm(text, [_i32()], inputs, has_side_effects=True))
+
+    def store(self, buffer: ir.Value, address: Word, value: Word, width: int, *, when: Flag) -> None:
+        """Store the low `width` bytes of a word to global memory where `when`."""
+        text = {
+            4: "@$2 st.global.b32 [$0], $1;",
+            2: "{ .reg .b16 h, u; mov.b32 {h, u}, $1; @$2 st.global.b16 [$0], h; }",
+        }[width]
+        _asm(text, [], [self._at(buffer, address), value.value, when.value])
+
+    def shared_load(self, address: Word, words: int = 1, *, offset: int = 0) -> list[Word]:
+        """`words` aligned words of shared memory."""
+        pointer = self._shared_at(address, offset)
+        if words == 1:
+            return [Word(llvm.load(_i32(), pointer, alignment=4))]
+        vector = llvm.load(ir.VectorType.get((words,), _i32()), pointer, alignment=4 * words)
+        return [
+            Word(llvm.extractelement(vector, _const(i, _i32()))) for i in range(words)
+        ]
+
+    def shared_store(
+        self,
+        address: Word,
+        values: Sequence[Word | Float],
+        *,
+        offset: int = 0,
+        when: Flag | None = None,
+    ) -> None:
+        """Store 1, 2 or 4 words to shared memory, where `when`."""
+        vector = {1: "", 2: ".v2", 4: ".v4"}[len(values)]
+        names = ", ".join(f"${i + 1}" for i in range(len(values)))
+        names = f"{{{names}}}" if len(values) > 1 else names
+        text = f"st.shared{vector}.b32 [$0+{offset}], {names};"
+        inputs = [llvm.ptrtoint(_i32(), self._shared_at(address, 0)), *(v.value for v in values)]
+        if when is not None:
+            text, inputs = f"@${len(inputs)} {text}", [*inputs, when.value]
+        _asm(text, [], inputs)
+
+    def _at(self, buffer: ir.Value, address: Word) -> ir.Value:
+        wide = arith.extui(_i64(), address.value)
+        return llvm.ptrtoint(_i64(), mgpu_utils.getelementptr(buffer, [wide], _byte()))
+
+    def _shared_at(self, address: Word, offset: int) -> ir.Value:
+        pointer = mgpu_utils.getelementptr(self._shared, [address.value], _byte())
+        return mgpu_utils.getelementptr(pointer, [offset], _byte()) if offset else pointer
+
+    # -- the warp and the block -------------------------------------------------------------------
+
+    def shuffle_xor(self, value: Any, mask: int) -> Any:
+        """The value of lane `lane ^ mask`."""
+        return type(value)(mgpu_utils.shfl_bfly(value.value, mask))
+
+    def warp_barrier(self) -> None:
+        """Shared memory written by the warp before is read by it after."""
+        nvvm.bar_warp_sync(_const(0xFFFFFFFF, _i32()))
+
+    def barrier(self) -> None:
+        """Shared memory written by the block before is read by it after."""
+        gpu.barrier()
+
+    def mma_f16(self, c: Sequence[Float], a: Sequence[Word], b: Sequence[Word]) -> list[Float]:
+        """mma.m16n8k16, float16 inputs and float32 sums: c + A · B over the warp's fragments."""
+        text = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        )
+        inputs = [v.value for v in (*a, *b, *c)]
+        return [Float(v) for v in _asm(text, [_f32()] * 4, inputs, has_side_effects=True)]
+
+    def loop(
+        self,
+        count: int | Word,
+        body: Callable[[Word, list], list],
+        carry: Sequence[Word | Float],
+    ) -> list:
+        """carry = body(i, carry) for i in range(count); `count` is the same for the whole block."""
+        index = ir.IndexType.get()
+        stop = arith.index_cast(index, _value(count))
+        zero, one = (arith.constant(index, ir.IntegerAttr.get(index, i)) for i in (0, 1))
+        loop = scf.ForOp(zero, stop, one, [v.value for v in carry])
+        with ir.InsertionPoint(loop.body):
+            i = Word(arith.index_cast(_i32(), loop.induction_variable))
+            made = body(i, [_wrap(v) for v in loop.inner_iter_args])
+            scf.yield_([v.value for v in made])
+        return [_wrap(v) for v in loop.results]
+
+
+def _byte() -> ir.Type:
+    return ir.IntegerType.get_signless(8)

@@ -1,0 +1,84 @@
+"""The Hopper GEMV's lane program, run thread by thread on NumPy: the source that becomes SASS."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
+from pallas_kernels.nf4_gemv import mosaic_sm90
+from pallas_kernels.nf4_gemv.mosaic_sm90 import GemvConfig, Plan, lane_program, lookup_tables
+from pallas_kernels.simt.emulate import Machine
+
+
+def problem(rng, m, n, k, dtype, double_quant, quant_type="nf4"):
+    """Random inputs in the kernel's own form, and the product in float64."""
+    x = rng.normal(size=(m, k)).astype(np.float32)
+    if dtype == "bfloat16":
+        x *= 10.0 ** rng.integers(-6, 5, (m, 1))
+    x[:, rng.integers(0, k, 3)] *= 300.0
+    x = np.array(jnp.asarray(x, dtype))
+    codes = rng.integers(0, 256, (n, k // 2), dtype=np.uint8)
+    blocks = n * k // 64
+    if double_quant:
+        absmax = rng.integers(0, 256, blocks, dtype=np.uint8)
+        nested = rng.uniform(0.01, 0.02, -(-blocks // 256)).astype(np.float32)
+        offset = np.full(1, 0.03, np.float32)
+        scale = DYNAMIC_SIGNED[absmax].astype(np.float64) * nested[np.arange(blocks) // 256] + 0.03
+    else:
+        absmax = rng.uniform(0.001, 0.1, blocks).astype(np.float32)
+        nested = offset = np.zeros(1, np.float32)
+        scale = absmax.astype(np.float64)
+    table = CODEBOOKS[quant_type].astype(np.float64)
+    weight = np.stack([table[codes >> 4], table[codes & 15]], -1).reshape(n, k)
+    weight *= np.repeat(scale, 64).reshape(n, k)
+    bias = rng.normal(size=n).astype(np.float32)
+    exact = x.astype(np.float64) @ weight.T
+    return (x, codes, absmax, nested, offset, bias, lookup_tables(quant_type)), exact
+
+
+def emulate(plan, inputs):
+    """Every block of the grid in turn; the output starts out as NaN."""
+    out = np.asarray(jnp.full((plan.m, plan.n), jnp.nan, plan.x_dtype)).copy()
+    for cta in range(plan.grid):
+        lane_program(Machine(cta, plan.threads, plan.shared_bytes), plan, *inputs, out)
+    return out.astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "dtype", "double_quant", "config"),
+    [
+        (1, 72, 1024, "bfloat16", True, GemvConfig(warps=4, tiles=2, steps=2, ctas=2)),
+        (2, 40, 1344, "bfloat16", True, GemvConfig(warps=4, tiles=1, steps=2, ctas=2)),
+        (3, 33, 2560, "float16", True, GemvConfig(warps=4, tiles=2, steps=4)),
+        (4, 17, 640, "bfloat16", False, GemvConfig(warps=4, tiles=1, steps=1)),
+        (5, 96, 768, "bfloat16", True, GemvConfig(warps=8, tiles=2, steps=2, ctas=2)),
+        (8, 16, 512, "float16", False, GemvConfig(warps=4, tiles=1, steps=2)),
+    ],
+)
+def test_lane_program_is_the_product(m, n, k, dtype, double_quant, config):
+    rng = np.random.default_rng(m)
+    plan = Plan(m, n, k, dtype, double_quant, True, config)
+    inputs, exact = problem(rng, m, n, k, dtype, double_quant)
+    got = emulate(plan, inputs)
+    exact = exact + inputs[5]
+    error = np.linalg.norm(got - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert error.max() < (2.5e-3 if dtype == "bfloat16" else 1e-3)
+
+
+def test_bad_rows_stay_alone():
+    """A row of x with inf or NaN is lost; the others are untouched."""
+    rng = np.random.default_rng(0)
+    config = GemvConfig(warps=4, tiles=1, steps=2)
+    inputs, exact = problem(rng, 4, 32, 512, "bfloat16", True)
+    inputs[0][1, 100], inputs[0][3, 7] = np.inf, np.nan
+    got = emulate(Plan(4, 32, 512, "bfloat16", True, False, config), inputs)
+    assert not np.isfinite(got[[1, 3]]).any()
+    np.testing.assert_allclose(got[[0, 2]], exact[[0, 2]], rtol=0.1, atol=0.01 * abs(exact).max())
+
+
+@pytest.mark.parametrize("n, k", [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)])
+@pytest.mark.parametrize("m", [1, 2])
+def test_llama_shapes_fit(m, n, k):
+    plan = Plan(m, n, k, "bfloat16", True, False, mosaic_sm90.choose_config(m, n, k))
+    assert plan.shared_bytes <= mosaic_sm90.SHARED_LIMIT
+    assert plan.efficiency > 0.75
