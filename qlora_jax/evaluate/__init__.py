@@ -1,1 +1,19 @@
-"""qlora-jax."""
+"""Floor 4: is it any good? Token-weighted loss and perplexity."""
+
+from qlora_jax.evaluate.perplexity import (
+    Evaluation,
+    LossFn,
+    causal_lm_loss,
+    evaluate,
+    make_eval_step,
+    perplexity,
+)
+
+__all__ = [
+    "Evaluation",
+    "LossFn",
+    "causal_lm_loss",
+    "evaluate",
+    "make_eval_step",
+    "perplexity",
+]

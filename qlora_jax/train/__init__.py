@@ -1,1 +1,22 @@
-"""qlora-jax."""
+"""Floor 4: how does a step run? State, step, loop, checkpoints, callbacks."""
+
+from qlora_jax.train.callbacks import Callback, MetricsFile, TensorBoard, WandB
+from qlora_jax.train.checkpoint import Checkpoints
+from qlora_jax.train.config import TrainConfig
+from qlora_jax.train.loop import FitResult, fit
+from qlora_jax.train.step import StepMetrics, TrainState, init_state, make_train_step
+
+__all__ = [
+    "Callback",
+    "Checkpoints",
+    "FitResult",
+    "MetricsFile",
+    "StepMetrics",
+    "TensorBoard",
+    "TrainConfig",
+    "TrainState",
+    "WandB",
+    "fit",
+    "init_state",
+    "make_train_step",
+]

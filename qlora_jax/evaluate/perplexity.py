@@ -1,0 +1,95 @@
+"""How surprised is the model? Loss per token and perplexity, weighted by tokens.
+
+Both are statements about tokens, so the sums of token losses and the token counts of all batches
+are added up first and divided once: a mean of batch means would count a token in a short batch
+for more. Perplexity is exp(loss), the loss in nats per trained token.
+
+Batches keep a few fixed shapes (`data.Batches` pads to buckets), so that evaluation compiles once
+per shape. Nothing is dropped out, and the sums of all batches are fetched at the end, so that the
+device never waits for the host.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from qlora_jax.models.loss import next_token_loss
+
+
+class LossFn(Protocol):
+    """(model, batch, dropout key or None) -> (sum of token losses in nats, trained tokens)."""
+
+    def __call__(
+        self, model: Any, batch: Any, dropout_key: Key[Array, ""] | None, /
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        """Sums, not means: micro-batches and batches are added up before they are divided."""
+
+
+class Evaluation(NamedTuple):
+    """Loss in nats per token, its exponential, and the number of tokens it is the mean of."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+def causal_lm_loss(
+    model: Any, batch: Any, dropout_key: Key[Array, ""] | None, /
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The loss of a causal language model on a `data.Batch` [batch seq], as sum and count."""
+    loss = next_token_loss(
+        model, batch.input_ids, batch.labels, batch.attention_mask, dropout_key=dropout_key
+    )
+    return loss.total, loss.count
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, loss_fn: LossFn = causal_lm_loss
+) -> Callable[..., tuple[Float[Array, ""], Int[Array, ""]]]:
+    """A jitted (lora, frozen, batch) -> (sum of token losses, token count), without dropout."""
+
+    @jax.jit
+    def step(lora: PyTree, frozen: PyTree, batch: Any) -> tuple[Array, Array]:
+        return loss_fn(nnx.merge(graphdef, lora, frozen), batch, None)
+
+    return step
+
+
+def evaluate(
+    step: Callable[..., tuple[Float[Array, ""], Int[Array, ""]]],
+    lora: PyTree,
+    frozen: PyTree,
+    batches: Iterable[Any],
+) -> Evaluation:
+    """Run `make_eval_step`'s step over all batches. ValueError where no token is trained on."""
+    # float64 on the host: a float32 sum over millions of tokens would lose the last digits.
+    sums = jax.device_get([step(lora, frozen, batch) for batch in batches])
+    total = math.fsum(float(np.float64(loss)) for loss, _ in sums)
+    tokens = sum(int(count) for _, count in sums)
+    if tokens == 0:
+        raise ValueError(
+            f"The {len(sums)} evaluation batches hold no token with a label (all are -100); "
+            "give at least one example with a response."
+        )
+    loss = total / tokens
+    # Beyond 700 nats a float64 exponential overflows; such a model has no finite perplexity.
+    return Evaluation(loss, math.exp(loss) if loss < 700 else math.inf, tokens)
+
+
+def perplexity(
+    model: nnx.Module, batches: Iterable[Any], *, loss_fn: LossFn = causal_lm_loss
+) -> Evaluation:
+    """Loss and perplexity of a model over batches.
+
+    Args:
+      model: any NNX module that `loss_fn` understands; by default a causal language model.
+      batches: `data.Batch`es [batch seq], for instance `Batches(..., shuffle=False).one_epoch()`.
+      loss_fn: how a batch becomes a sum of token losses and a count of tokens.
+    """
+    graphdef, lora, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    return evaluate(make_eval_step(graphdef, loss_fn), lora, frozen, batches)

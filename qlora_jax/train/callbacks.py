@@ -1,0 +1,152 @@
+"""Where a run's numbers go: a small protocol, and its metrics.jsonl, TensorBoard and W&B.
+
+A callback sees numbers only, at the step they belong to, in order. Steps are counted as finished
+updates: step 1 is the state after the first. `log` is called with training metrics once per step
+and with `eval_loss`, `eval_perplexity`, `eval_tokens` after an evaluation.
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+
+class Callback(Protocol):
+    """What `fit` tells the outside."""
+
+    def start(self, step: int) -> None:
+        """The run begins after `step` finished updates (0, or where it resumes)."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one step."""
+
+    def flush(self) -> None:
+        """A checkpoint is about to be written: what was logged must be safe."""
+
+    def close(self) -> None:
+        """The run ends, well or not."""
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, each with its `step`.
+
+    On resuming, lines after the resumed step are cut off (they are computed again), and so is a
+    last line that a killed process left unfinished.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    def start(self, step: int) -> None:
+        """Keep the lines up to `step`, and open for appending."""
+        kept = [line for line in read_lines(self.path) if line["step"] <= step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self.path)
+        self._file = self.path.open("a")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line."""
+        assert self._file is not None, "start() comes before log()"
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def flush(self) -> None:
+        """To the disk, so that the file is never behind a checkpoint."""
+        assert self._file is not None, "start() comes before flush()"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics.jsonl; none where the file does not exist."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            # A process killed while writing leaves half a line, and only as the last one.
+            break
+    return lines
+
+
+class TensorBoard:
+    """Event files for TensorBoard, written by tensorboardX (extra `tensorboard`)."""
+
+    def __init__(self, folder: Path) -> None:
+        """ModuleNotFoundError where tensorboardX is not installed; see `available`."""
+        if not self.available():
+            raise ModuleNotFoundError(
+                "TensorBoard files need tensorboardX: pip install 'qlora-jax[tensorboard]'."
+            )
+        self.folder = folder
+        self._writer: Any = None
+
+    @staticmethod
+    def available() -> bool:
+        """Whether tensorboardX is installed."""
+        return importlib.util.find_spec("tensorboardX") is not None
+
+    def start(self, step: int) -> None:
+        """Open a new event file; TensorBoard hides what an earlier one holds after `step`."""
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One scalar per name, eval_x under eval/x, all others under train/."""
+        for name, value in values.items():
+            group, short = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+            self._writer.add_scalar(f"{group}/{short}", value, step)
+
+    def flush(self) -> None:
+        """To the disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandB:
+    """Weights & Biases (extra `wandb`); its account and server are configured as W&B documents."""
+
+    def __init__(self, project: str, *, name: str, config: Mapping[str, Any] | None = None) -> None:
+        """A run `name` of `project`; a run of that name is resumed."""
+        self._arguments = {
+            "project": project,
+            "name": name,
+            "id": name,
+            "resume": "allow",
+            "config": dict(config or {}),
+        }
+        self._run: Any = None
+
+    def start(self, step: int) -> None:
+        """Start or resume the run."""
+        import wandb
+
+        self._run = wandb.init(**self._arguments)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one step."""
+        self._run.log(dict(values), step=step)
+
+    def flush(self) -> None:
+        """W&B sends by itself."""
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self._run is not None:
+            self._run.finish()

@@ -1,0 +1,110 @@
+"""Checkpoints of the whole training state, through Orbax: written whole or not at all.
+
+A checkpoint holds adapters, optimizer state, step (which is also the data position) and the random
+key. It is what resuming needs to be bit-exact, and nothing that can be had elsewhere: the frozen
+base stays where it came from.
+
+Arrays are copied to NumPy before they are handed to Orbax, and come back as NumPy before they are
+put where the fresh state's arrays lie. That costs one host copy of adapters and optimizer state,
+and buys three things: the next step may overwrite (donate) the arrays while Orbax still writes in
+the background; a state saved with its moments in pinned host memory restores on a machine or
+version that keeps them elsewhere; and paged and unpaged runs read each other's checkpoints.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from qlora_jax.train.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Close it, or use it as a context manager."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        """Open (and create) `folder`; after each save only the `keep` latest steps remain."""
+        self.folder = folder
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait until everything is on disk and end Orbax's threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """The step of the latest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Save the state under its step; returns once the state's arrays may be overwritten."""
+        # np.array copies: a view would see what the next step writes into the donated buffer.
+        arrays = {name: np.array(leaf) for name, leaf in _named(state).items()}
+        self._manager.save(int(state.step), args=ocp.args.StandardSave(arrays))
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The latest state, every array in the memory and sharding of its namesake in `like`.
+
+        Raises:
+          FileNotFoundError: if there is no checkpoint.
+          ValueError: if the saved arrays are not those of `like`, by name, shape or dtype.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{self.folder} holds no checkpoint to resume from.")
+        saved = self._manager.restore(step, args=ocp.args.StandardRestore())
+        expected = _named(like)
+        wrong = [
+            f"{name} (saved {_shape(saved.get(name))}, expected {_shape(expected.get(name))})"
+            for name in dict.fromkeys((*saved, *expected))
+            if _shape(saved.get(name)) != _shape(expected.get(name))
+        ]
+        if wrong:
+            raise ValueError(
+                f"Checkpoint {step} in {self.folder} does not fit this model and optimizer: "
+                f"{', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}; resume with the model, "
+                "adapters and optimizer it was made with."
+            )
+        leaves, treedef = jax.tree.flatten(like)
+        return treedef.unflatten(
+            [_placed(saved[name], leaf) for name, leaf in zip(expected, leaves, strict=True)]
+        )
+
+
+def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:
+    if not _is_key(like):
+        return jax.device_put(array, like.sharding)
+    return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
+
+
+def _named(state: TrainState) -> dict[str, Any]:
+    """The state's arrays by dotted path, in tree order; random keys as their uint32 data."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        # How Flax calls the inside of a Variable differs by version.
+        steps = [s for p in path if (s := jax.tree_util.keystr((p,), simple=True)) not in _INSIDE]
+        named[".".join(steps)] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    return named
+
+
+_INSIDE = ("value", "raw_value")
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _shape(array: PyTree | None) -> str:
+    return "nothing" if array is None else f"{np.dtype(array.dtype).name}{list(array.shape)}"

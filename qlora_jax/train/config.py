@@ -1,0 +1,129 @@
+"""What decides a training run besides its model and data: one frozen dataclass, and its optimizer.
+
+The defaults are those of the QLoRA paper (arXiv 2305.14314, appendix B): a constant learning rate
+of 2e-4, Adam with b2 = 0.999, gradients clipped to a global norm of 0.3, 16 examples per step.
+"""
+
+import dataclasses
+import math
+
+import optax
+
+from qlora_jax.optim import SCHEDULES, decay_mask, learning_rate_schedule, paged
+
+# How often a run looks at itself changes nothing in what it computes: free to differ on resuming.
+CADENCE_FIELDS = frozenset({"eval_every", "save_every", "keep_checkpoints", "log_every"})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run's hyperparameters. A step is one optimizer update.
+
+    Attributes:
+      steps: optimizer updates in the whole run.
+      learning_rate: peak rate of AdamW.
+      schedule: "constant", "linear" or "cosine" decay after the warmup.
+      warmup_steps: updates over which the rate rises from 0.
+      micro_batch_size: examples whose activations are held at once.
+      gradient_accumulation_steps: micro-batches per update; the update equals that of one batch
+        of `micro_batch_size` times as many examples, weighted by tokens.
+      max_grad_norm: clip gradients to this global norm; None does not clip.
+      b1, b2, eps: AdamW's.
+      weight_decay: AdamW's, on all but biases and norms.
+      paged: keep Adam's moments in pinned host memory.
+      page_min_size: moments with fewer elements stay on the device.
+      seed: decides dropout, step by step (and, in the experiments, data order and adapters).
+      eval_every: steps between evaluations; 0 evaluates only before and after the run.
+      save_every: steps between checkpoints; 0 saves only at the end.
+      keep_checkpoints: how many of the latest checkpoints are kept.
+      log_every: steps between plain lines where the output is no terminal; metrics.jsonl has
+        every step.
+
+    Raises:
+      ValueError: for a value outside its range, naming field and value.
+    """
+
+    steps: int = 1_000
+    learning_rate: float = 2e-4
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    micro_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float | None = 0.3
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    paged: bool = True
+    page_min_size: int = 100_000
+    seed: int = 0
+    eval_every: int = 0
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "steps",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "keep_checkpoints",
+            "log_every",
+        )
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("seed", "eval_every", "save_every", "page_min_size", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value} must be a finite number of 0 or more.")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
+        if not self.eps > 0:
+            raise ValueError(f"eps={self.eps} must be positive.")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} must be positive; None does not clip."
+            )
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule={self.schedule!r} is unknown; expected one of {', '.join(SCHEDULES)}."
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}."
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per optimizer update."""
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+    def learning_rates(self) -> optax.Schedule:
+        """The learning rate as a function of finished updates."""
+        return learning_rate_schedule(
+            self.schedule,
+            self.learning_rate,
+            steps=self.steps,
+            warmup_steps=self.warmup_steps,
+        )
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Global-norm clipping, then AdamW, its moments paged where `paged` says so."""
+        tx: optax.GradientTransformation = optax.adamw(
+            self.learning_rates(),
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            mask=decay_mask,
+        )
+        if self.paged:
+            tx = paged(tx, min_size=self.page_min_size)
+        if self.max_grad_norm is None:
+            return tx
+        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)

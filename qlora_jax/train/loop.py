@@ -1,0 +1,359 @@
+"""How does a run go? `fit`: resume, step, look, save, until the last step.
+
+The loop keeps the device busy: step n + 1 is dispatched before the metrics of step n are read, and
+its batch is collated meanwhile. So a loss that is not finite is noticed one step late; but what is
+saved was looked at first, and the checkpoints of a run that blew up are all from before.
+
+A run is a pure function of (model, data, configuration): batches come from `batches.at(step)`,
+random keys from (seed, step). Killed at any moment and called again with the same arguments, it
+goes on from its latest checkpoint and ends with the same bits.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+
+from qlora_jax.evaluate import Evaluation, LossFn, causal_lm_loss, evaluate, make_eval_step
+from qlora_jax.train.callbacks import Callback, MetricsFile, TensorBoard
+from qlora_jax.train.checkpoint import Checkpoints
+from qlora_jax.train.config import TrainConfig
+from qlora_jax.train.progress import ProgressDisplay, peak_device_bytes, peak_host_bytes
+from qlora_jax.train.run_folder import check_or_write_config, describe_run, locked_run_folder
+from qlora_jax.train.step import StepMetrics, init_state, make_train_step
+
+
+class StepBatches(Protocol):
+    """Training data: `data.Batches`, or anything that can say what step n sees."""
+
+    def at(self, step: int) -> Any:
+        """The batch of step 0, 1, …: leaves [batch, seq], or [accumulation, batch, seq]."""
+
+
+class EpochBatches(Protocol):
+    """Evaluation data: `data.Batches(..., shuffle=False)`; a list of batches will do as well."""
+
+    def one_epoch(self) -> Iterable[Any]:
+        """All batches, in the same order each time; leaves [batch, seq]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """How a run ended.
+
+    Attributes:
+      step: finished updates.
+      train_loss: of the last update, before it; None where this call made none.
+      first_eval, last_eval: held-out loss before the first update and after the last (None
+        without evaluation data; `first_eval` also where this call resumed a run).
+      tokens_per_second: real (unpadded) tokens over time in steps, without compiling; None where
+        too few steps ran to tell.
+      peak_host_bytes: resident set of this process at its largest, so far.
+      peak_device_bytes: device memory at its largest; None where the backend does not tell.
+    """
+
+    step: int
+    train_loss: float | None
+    first_eval: Evaluation | None
+    last_eval: Evaluation | None
+    tokens_per_second: float | None
+    peak_host_bytes: int
+    peak_device_bytes: int | None
+
+
+def fit(
+    model: nnx.Module,
+    batches: StepBatches,
+    config: TrainConfig,
+    *,
+    run_folder: str | Path,
+    eval_batches: EpochBatches | Sequence[Any] | None = None,
+    loss_fn: LossFn = causal_lm_loss,
+    tx: optax.GradientTransformation | None = None,
+    identity: Mapping[str, Any] | None = None,
+    save_adapter: Callable[[Path, nnx.Module], None] | None = None,
+    callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
+) -> FitResult:
+    """Train the adapters (`nnx.LoRAParam`) of a model in place.
+
+    Args:
+      model: any NNX module with LoRA parameters; its adapters are trained, and updated even where
+        the run is broken off.
+      batches: `batches.at(step)` for steps from 0.
+      config: hyperparameters.
+      run_folder: belongs to this run; where it holds checkpoints of the same run, that is resumed.
+      eval_batches: held-out data, looked at before the first step, every `config.eval_every`
+        steps, and after the last.
+      loss_fn: (model, batch, dropout key) -> (sum of token losses, token count).
+      tx: the optimizer instead of `config.optimizer()`; name it in `identity`.
+      identity: what else decides the run (model, data, adapters …), by name; kept in config.json
+        and compared on resuming.
+      save_adapter: called at the end with `run_folder/adapter` and the model, for instance
+        `lambda folder, model: ql.save_adapter(folder, model, lora_config, base_name)`.
+      callbacks: see `train.callbacks`, beside metrics.jsonl, the progress display, and TensorBoard
+        files where tensorboardX is installed.
+      console: where progress is shown; default: standard output.
+
+    Returns:
+      How the run ended.
+
+    Raises:
+      ValueError: the folder holds a run with another configuration; the model has no adapters; a
+        batch does not have the configured shape.
+      RuntimeError: another process is writing the folder.
+      FloatingPointError: loss or gradients became NaN or infinite, naming the step.
+    """
+    folder = Path(run_folder)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked_run_folder(folder))
+        check_or_write_config(folder, describe_run(config, identity or {}))
+        console = console or Console()
+        outlets: list[Callback] = [
+            MetricsFile(folder / "metrics.jsonl"),
+            ProgressDisplay(config.steps, console=console, log_every=config.log_every),
+            *callbacks,
+        ]
+        if TensorBoard.available():
+            outlets.append(TensorBoard(folder / "tensorboard"))
+        for outlet in outlets:
+            stack.callback(outlet.close)
+        checkpoints = stack.enter_context(
+            Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
+        )
+        run = _Run(model, config, loss_fn, tx or config.optimizer(), checkpoints, outlets)
+        # The step uses up the model's own arrays, so it is given the trained ones however it ends.
+        stack.callback(lambda: nnx.update(model, run.state.lora))
+        result = run.train(batches, eval_batches)
+        if save_adapter is not None:
+            nnx.update(model, run.state.lora)
+            save_adapter(folder / "adapter", model)
+    console.print(_summary(result), highlight=False, markup=False, soft_wrap=True)
+    return result
+
+
+class _Run:
+    """The moving parts of one call of `fit`."""
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        config: TrainConfig,
+        loss_fn: LossFn,
+        tx: optax.GradientTransformation,
+        checkpoints: Checkpoints,
+        outlets: Sequence[Callback],
+    ) -> None:
+        graphdef, lora, self.frozen = nnx.split(model, nnx.LoRAParam, ...)
+        if not jax.tree.leaves(lora):
+            raise ValueError(
+                "The model has no nnx.LoRAParam to train; build or load it with a LoraConfig."
+            )
+        self.config, self.checkpoints, self.outlets = config, checkpoints, outlets
+        self.state = init_state(lora, tx, seed=config.seed)
+        self.resumed = checkpoints.latest_step() is not None
+        if self.resumed:
+            self.state = checkpoints.restore(self.state)
+        self.train_step = make_train_step(
+            graphdef, tx, loss_fn, learning_rate=config.learning_rates(), state=self.state
+        )
+        self.eval_step = make_eval_step(graphdef, loss_fn)
+        self.clock = _Clock()
+        self.compiled: set[Any] = set()
+        # A dispatched step whose metrics were not read yet: (step, metrics, real tokens).
+        self.pending: tuple[int, StepMetrics, int] | None = None
+        self.train_loss: float | None = None
+
+    def train(
+        self, batches: StepBatches, eval_batches: EpochBatches | Sequence[Any] | None
+    ) -> FitResult:
+        """All steps from where the state stands to the last."""
+        config, first = self.config, int(self.state.step)
+        for outlet in self.outlets:
+            outlet.start(first)
+        evaluations = []
+        if eval_batches is not None and not self.resumed:
+            evaluations.append(self.evaluate(eval_batches, first))
+        for step in range(first + 1, config.steps + 1):
+            self.dispatch(step, _stacked(batches.at(step - 1), config))
+            last = step == config.steps
+            if eval_batches is not None and (last or _due(step, config.eval_every)):
+                evaluations.append(self.evaluate(eval_batches, step))
+            if last or _due(step, config.save_every):
+                self.save(step)
+        if eval_batches is not None and first >= config.steps:
+            evaluations.append(self.evaluate(eval_batches, first))
+        return FitResult(
+            step=int(self.state.step),
+            train_loss=self.train_loss,
+            first_eval=evaluations[0] if evaluations and not self.resumed else None,
+            last_eval=evaluations[-1] if evaluations else None,
+            tokens_per_second=self.clock.tokens_per_second,
+            peak_host_bytes=peak_host_bytes(),
+            peak_device_bytes=peak_device_bytes(),
+        )
+
+    def dispatch(self, step: int, batch: Any) -> None:
+        """Start one step, then read the metrics of the one before."""
+        shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
+        if shape in self.compiled:
+            self.state, metrics = self.train_step(self.state, self.frozen, batch)
+            self.report()
+            self.pending = (step, metrics, _real_tokens(batch))
+            return
+        # A step that compiles is waited for and not timed.
+        self.report()
+        self.state, metrics = self.train_step(self.state, self.frozen, batch)
+        self.compiled.add(shape)
+        self.pending = (step, metrics, 0)
+        self.report()
+
+    def report(self) -> None:
+        """Read, check and log the metrics of the pending step; waits until it is done."""
+        if self.pending is None:
+            return
+        (step, metrics, tokens), self.pending = self.pending, None
+        values = {name: float(x) for name, x in jax.device_get(metrics)._asdict().items()}
+        values["tokens"] = int(values["tokens"])
+        self.clock.step_done(tokens)
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise FloatingPointError(
+                f"Training stopped at step {step}: loss is {values['loss']} and the gradient norm "
+                f"is {values['grad_norm']}. {self.last_good()}"
+            )
+        self.train_loss = values["loss"]
+        if self.clock.tokens_per_second is not None:
+            values["tokens_per_second"] = round(self.clock.tokens_per_second, 1)
+            values["seconds_left"] = round(
+                self.clock.seconds_per_step * (self.config.steps - step), 1
+            )
+        self.log(step, values)
+
+    def evaluate(self, batches: EpochBatches | Sequence[Any], step: int) -> Evaluation:
+        """Held-out loss of the state after `step`, logged."""
+        self.report()
+        epoch = batches if isinstance(batches, Sequence) else batches.one_epoch()
+        found = evaluate(self.eval_step, self.state.lora, self.frozen, epoch)
+        self.log(
+            step,
+            {
+                "eval_loss": found.loss,
+                "eval_perplexity": found.perplexity,
+                "eval_tokens": found.tokens,
+            },
+        )
+        self.clock.pause()
+        return found
+
+    def save(self, step: int) -> None:
+        """Checkpoint the state after `step`, once it is known to be finite."""
+        self.report()
+        finite = jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), self.state.lora)
+        if not all(jax.tree.leaves(jax.device_get(finite))):
+            raise FloatingPointError(
+                f"Training stopped at step {step}: its update made adapters NaN or infinite. "
+                f"{self.last_good()}"
+            )
+        for outlet in self.outlets:
+            outlet.flush()
+        self.checkpoints.save(self.state)
+        self.clock.pause()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """To every outlet."""
+        for outlet in self.outlets:
+            outlet.log(step, values)
+
+    def last_good(self) -> str:
+        """What is left after a run blew up, in words."""
+        step = self.checkpoints.latest_step()
+        kept = (
+            "No checkpoint was written before it"
+            if step is None
+            else f"The last good checkpoint, step {step}, is kept in {self.checkpoints.folder}"
+        )
+        return f"{kept}; try a lower learning_rate or a warmup in a new run folder."
+
+
+class _Clock:
+    """Seconds per step and tokens per second, over steps that neither compiled nor waited."""
+
+    def __init__(self) -> None:
+        self._mark: float | None = None
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0
+
+    def step_done(self, tokens: int) -> None:
+        """A step has ended; 0 tokens: it is not to be counted."""
+        now = time.perf_counter()
+        if self._mark is not None and tokens:
+            self._seconds += now - self._mark
+            self._tokens += tokens
+            self._steps += 1
+        self._mark = now
+
+    def pause(self) -> None:
+        """What happened since the last step was no step."""
+        self._mark = time.perf_counter()
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Mean so far; None before the first counted step."""
+        return self._tokens / self._seconds if self._steps else None
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean so far; 0 before the first counted step."""
+        return self._seconds / max(self._steps, 1)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _stacked(batch: Any, config: TrainConfig) -> Any:
+    """The batch with leaves [accumulation, micro batch, ...]; ValueError for another shape."""
+    accumulation, micro = config.gradient_accumulation_steps, config.micro_batch_size
+
+    def stacked(leaf: Any) -> Any:
+        shape = np.shape(leaf)
+        if accumulation == 1 and shape[:1] == (micro,):
+            return leaf[None]
+        if shape[:2] == (accumulation, micro):
+            return leaf
+        raise ValueError(
+            f"A batch has a leaf of shape {list(shape)}, but gradient_accumulation_steps="
+            f"{accumulation} and micro_batch_size={micro} need [{accumulation}, {micro}, ...]; "
+            "make the batches with the same two numbers."
+        )
+
+    return jax.tree.map(stacked, batch)
+
+
+def _real_tokens(batch: Any) -> int:
+    """Tokens of a batch without its padding; all elements where it has no attention_mask."""
+    mask = getattr(batch, "attention_mask", None)
+    return int(np.size(jax.tree.leaves(batch)[0]) if mask is None else np.asarray(mask).sum())
+
+
+def _summary(result: FitResult) -> str:
+    parts = [f"{result.step} steps"]
+    if result.first_eval is not None and result.last_eval is not None:
+        parts.append(f"held-out loss {result.first_eval.loss:.4f} → {result.last_eval.loss:.4f}")
+    elif result.last_eval is not None:
+        parts.append(f"held-out loss {result.last_eval.loss:.4f}")
+    if result.tokens_per_second is not None:
+        parts.append(f"{result.tokens_per_second:,.0f} tokens/s")
+    parts.append(f"peak host memory {result.peak_host_bytes / 2**30:.2f} GiB")
+    if result.peak_device_bytes is not None:
+        parts.append(f"peak device memory {result.peak_device_bytes / 2**30:.2f} GiB")
+    return ", ".join(parts)

@@ -1,0 +1,95 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines in a log file."""
+
+import resource
+import sys
+from collections.abc import Mapping
+
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class ProgressDisplay:
+    """A callback that draws a bar with loss, tokens/s and time left, or prints plain lines.
+
+    Args:
+      total: steps of the whole run.
+      console: where to; its kind (terminal or not) decides between bar and lines.
+      log_every: steps between plain lines.
+    """
+
+    def __init__(self, total: int, *, console: Console, log_every: int) -> None:
+        self._total, self._console, self._log_every = total, console, log_every
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+
+    def start(self, step: int) -> None:
+        """Show the bar, filled up to `step`."""
+        if step:
+            self.say(f"resumed after step {step} of {self._total}")
+        if self._bar is not None:
+            self._task = self._bar.add_task("train", total=self._total, numbers="", completed=step)
+            self._bar.start()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Training numbers move the bar; an evaluation is said in a line of its own."""
+        if "eval_loss" in values:
+            self.say(
+                f"step {step}: held-out loss {values['eval_loss']:.4f}, "
+                f"perplexity {values['eval_perplexity']:.2f}"
+            )
+            return
+        rate = values.get("tokens_per_second")
+        numbers = f"loss {values['loss']:.4f}" + (f" · {rate:,.0f} tokens/s" if rate else "")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif step % self._log_every == 0 or step in (1, self._total):
+            left = values.get("seconds_left")
+            eta = f" · {left:,.0f} s left" if left else ""
+            self.say(f"step {step}/{self._total}: {numbers}{eta}")
+
+    def say(self, text: str) -> None:
+        """One plain line, above the bar where there is one."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def peak_host_bytes() -> int:
+    """The most memory this process has held so far, in bytes (resident set)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes() -> int | None:
+    """The most memory any local device has held so far; None where the backend does not tell."""
+    peaks = [
+        stats["peak_bytes_in_use"]
+        for device in jax.local_devices()
+        if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
+    ]
+    return max(peaks, default=None)

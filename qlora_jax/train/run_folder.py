@@ -1,0 +1,160 @@
+"""A run folder belongs to one process at a time and to one configuration for ever.
+
+    run/config.json     what the run is: its TrainConfig, and whatever else the caller names
+    run/run.lock        who writes here now (pid, host), held by an operating-system lock
+    run/checkpoints/    Orbax, one folder per saved step
+    run/metrics.jsonl   one line per step and evaluation
+    run/adapter/        the trained adapter, written at the end
+
+The lock is `flock` on run.lock: the kernel gives it back when its holder dies, however it dies, so
+a lock is stale exactly when it can be taken. The pid and host inside are for the reader, and for
+file systems whose locks do not reach other machines.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qlora_jax.train.config import CADENCE_FIELDS, TrainConfig
+
+
+@contextlib.contextmanager
+def locked_run_folder(folder: Path) -> Iterator[None]:
+    """Create the folder if need be and hold it for this process alone.
+
+    Raises:
+      RuntimeError: if a living process holds it, naming pid and host.
+      OSError: if the folder cannot be created or written.
+    """
+    path = folder / "run.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_locked(path)
+    except BlockingIOError as error:
+        raise RuntimeError(
+            f"{folder} is being written by {_holder(path)}; wait for that run to end, or choose "
+            "another run folder."
+        ) from error
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"the run folder {folder} cannot be written ({error.strerror}); choose another one",
+        ) from error
+    try:
+        _refuse_other_host(folder, path, descriptor)
+        me = {"pid": os.getpid(), "host": socket.gethostname()}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(me).encode(), 0)
+        try:
+            yield
+        finally:
+            # Unlinked while still held: whoever opened it meanwhile sees that it is gone.
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        # The holder before us removed the file between our open and our lock.
+        os.close(descriptor)
+
+
+def _read(descriptor_or_path: int | Path) -> dict[str, Any]:
+    if isinstance(descriptor_or_path, int):
+        text = os.pread(descriptor_or_path, 4096, 0).decode(errors="replace")
+    else:
+        text = descriptor_or_path.read_text(errors="replace")
+    try:
+        return json.loads(text) if text else {}
+    except json.JSONDecodeError:
+        # Its writer died between truncating and writing.
+        return {}
+
+
+def _holder(path: Path) -> str:
+    held = _read(path)
+    return f"process {held.get('pid', '?')} on host {held.get('host', '?')}"
+
+
+def _refuse_other_host(folder: Path, path: Path, descriptor: int) -> None:
+    host = _read(descriptor).get("host")
+    if host not in (None, socket.gethostname()):
+        raise RuntimeError(
+            f"{folder} was last written by {_holder(path)}, which did not finish; if no process "
+            f"runs there any more, delete {path} and start again."
+        )
+
+
+def describe_run(config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json: what must be equal on resuming, and the versions it ran with."""
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    }
+    description = {
+        "train": dataclasses.asdict(config),
+        "run": dict(identity),
+        "versions": {
+            "python": platform.python_version(),
+            **versions,
+            "device": jax.devices()[0].device_kind,
+        },
+    }
+    return json.loads(json.dumps(description, default=str))
+
+
+def check_or_write_config(folder: Path, description: dict[str, Any]) -> None:
+    """Write config.json; or, where it exists, make sure that it describes the same run.
+
+    Raises:
+      ValueError: naming every field that differs, with both values.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(description, indent=2) + "\n")
+        partial.replace(path)
+        return
+    before = json.loads(path.read_text())
+    differing = [
+        f"{name} (was {old}, is {new})"
+        for section in ("train", "run")
+        for name, old, new in _differences(before.get(section, {}), description[section])
+        if not (section == "train" and name in CADENCE_FIELDS)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run with another configuration; these fields differ: "
+            f"{', '.join(differing)}. Set them back to resume it, or choose another run folder."
+        )
+
+
+def _differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    for name in dict.fromkeys((*before, *after)):
+        old, new = before.get(name, "absent"), after.get(name, "absent")
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name}", repr(old), repr(new)

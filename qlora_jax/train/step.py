@@ -1,0 +1,133 @@
+"""How does a step run? One jitted function from (state, frozen weights, batch) to (state, metrics).
+
+Three choices make it a QLoRA step:
+
+- The model is split once, `graphdef, lora, frozen = nnx.split(model, nnx.LoRAParam, ...)`.
+  Gradients are taken of the adapters alone; the frozen 4-bit weights are an *argument* of the
+  jitted function (never a constant inside it, which XLA would fold and copy).
+- The loss is a sum over tokens, and so are the gradients: micro-batches are added up under
+  `lax.scan`, and the sum is divided once, by the trained tokens of the whole step. Accumulation
+  therefore equals the large batch however tokens are spread over micro-batches (a mean of
+  micro-batch means does not: transformers issue 34191).
+- Randomness is a function of (seed, step, micro-batch), so a resumed run drops the same units.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from qlora_jax.evaluate import LossFn, causal_lm_loss
+from qlora_jax.optim import resting_shardings
+
+
+class TrainState(NamedTuple):
+    """All that changes during training, and all that a checkpoint must hold.
+
+    `step` counts finished updates and so is also the position in the data (`Batches.at(step)`).
+    `rng` is the run's base key; the key of a step is `fold_in(rng, step)`.
+    """
+
+    step: Int[Array, ""]
+    lora: PyTree[Float[Array, "..."]]
+    opt_state: PyTree
+    rng: Key[Array, ""]
+
+
+class StepMetrics(NamedTuple):
+    """What one update tells, still on the device: reading a field waits for the step."""
+
+    loss: Float[Array, ""]
+    """Mean over the step's trained tokens, in nats, before the update."""
+    grad_norm: Float[Array, ""]
+    """Global norm of the gradient of that mean, before clipping."""
+    learning_rate: Float[Array, ""]
+    tokens: Int[Array, ""]
+    """Trained tokens (those with a label) of the step."""
+
+
+def init_state(lora: PyTree, tx: optax.GradientTransformation, *, seed: int) -> TrainState:
+    """The state before the first update."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        lora=lora,
+        opt_state=tx.init(lora),
+        rng=jax.random.key(seed),
+    )
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn = causal_lm_loss,
+    *,
+    learning_rate: optax.Schedule | float = 0.0,
+    state: TrainState | None = None,
+) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, StepMetrics]]:
+    """A jitted training step.
+
+    Args:
+      graphdef: of the model, as `nnx.split` gives it.
+      tx: the optimizer; gradients reach it as the mean over the step's trained tokens.
+      loss_fn: (model, micro-batch, dropout key) -> (sum of token losses, token count).
+      learning_rate: of the optimizer, for the metrics alone.
+      state: a concrete initial state; where its arrays lie in pinned host memory (`paged`), the
+        step returns them there. None leaves the memory to the compiler (for planning).
+
+    Returns:
+      (state, frozen, batch) -> (state, metrics). The state is donated: its arrays are used up.
+      Every leaf of `batch` is [accumulation, batch, ...]; a new shape compiles a new program.
+    """
+
+    def summed_loss(
+        lora: PyTree, frozen: PyTree, batch: Any, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        total, count = loss_fn(nnx.merge(graphdef, lora, frozen), batch, key)
+        return total.astype(jnp.float32), count.astype(jnp.int32)
+
+    gradient_of_sum = jax.value_and_grad(summed_loss, has_aux=True)
+
+    def step(state: TrainState, frozen: PyTree, batch: Any) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(state.rng, state.step)
+        accumulation = jax.tree.leaves(batch)[0].shape[0]
+        if accumulation == 1:
+            only = jax.tree.map(lambda leaf: leaf[0], batch)
+            (total, count), grads = gradient_of_sum(
+                state.lora, frozen, only, jax.random.fold_in(key, 0)
+            )
+        else:
+
+            def add(carry: Any, xs: tuple[Int[Array, ""], Any]) -> tuple[Any, None]:
+                index, micro = xs
+                (total, count), grads = gradient_of_sum(
+                    state.lora, frozen, micro, jax.random.fold_in(key, index)
+                )
+                wide = jax.tree.map(lambda acc, g: acc + g.astype(acc.dtype), carry[2], grads)
+                return (carry[0] + total, carry[1] + count, wide), None
+
+            # Sums of many micro-batches are kept in float32 whatever the adapters' dtype.
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.lora)
+            start = (jnp.float32(0), jnp.int32(0), zeros)
+            (total, count, grads), _ = jax.lax.scan(add, start, (jnp.arange(accumulation), batch))
+        # A step without any trained token has zero loss and zero gradients, not NaN.
+        tokens = jnp.maximum(count, 1).astype(jnp.float32)
+        grads = jax.tree.map(lambda p, g: (g / tokens).astype(p.dtype), state.lora, grads)
+        metrics = StepMetrics(
+            loss=total / tokens,
+            grad_norm=optax.tree.norm(grads),
+            learning_rate=jnp.asarray(
+                learning_rate(state.step) if callable(learning_rate) else learning_rate, jnp.float32
+            ),
+            tokens=count,
+        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.lora)
+        lora = optax.apply_updates(state.lora, updates)
+        return TrainState(state.step + 1, lora, opt_state, state.rng), metrics
+
+    if state is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(resting_shardings(state), None))
