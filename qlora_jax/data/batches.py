@@ -179,7 +179,7 @@ class Batches:
         """The batches of one epoch in order."""
         return (self._collate(indices) for indices in self.epoch(epoch))
 
-    def _bucket_of(self, lengths: np.ndarray) -> np.ndarray:
+    def _bucket_of(self, lengths: np.ndarray | np.int64) -> np.ndarray | np.int64:
         return np.searchsorted(self.buckets, lengths)
 
     def _order(self, epoch: int) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ is an error. Datasets that are programs (loading scripts) are never run: `datase
 not know how to, and `trust_remote_code` is not passed.
 """
 
+import gzip
 import os
 import re
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ _READERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_COMPRESSIONS = (".gz", ".bz2", ".xz")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PREFIX = "hub:"
 
@@ -46,7 +47,7 @@ def load_rows(
     """The rows of a dataset, as a sequence of dicts from column to value.
 
     Args:
-        source: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt, each also .gz, .bz2, .xz, .zst),
+        source: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt, each also .gz, .bz2, .xz),
             a folder of such files, or a hub name "owner/name" ("hub:owner/name" where a local
             folder of the first name is in the way).
         split: which split, slices included ("train", "test", "train[:500]", "train[90%:]"). A file
@@ -126,8 +127,10 @@ def _load_local(
             )
     except (
         datasets.exceptions.DatasetGenerationError,
-        datasets.exceptions.DataFilesNotFoundError,
         pyarrow.ArrowException,
+        FileNotFoundError,  # a folder without data files
+        EOFError,  # a compressed file cut short
+        gzip.BadGzipFile,
         ValueError,
     ) as error:
         raise ValueError(

@@ -21,7 +21,7 @@ A format is frozen data with two methods and no base class: `columns`, what it n
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 Row = Mapping[str, Any]
 TrainOn = Literal["response", "all"]
@@ -43,6 +43,7 @@ class Segment(NamedTuple):
     special: bool = False
 
 
+@runtime_checkable
 class Format(Protocol):
     """What `tokenize_rows` asks of a prompt format."""
 
@@ -100,12 +101,17 @@ class InstructionFormat:
 
 @dataclass(frozen=True)
 class PairFormat:
-    """An input and its output, with nothing added but `separator` in front of the output."""
+    """An input and its output, and a `separator` only where the two would run together.
+
+    That is where neither the input ends nor the output begins with whitespace. With the default, a
+    Llama tokenizer gives the very ids of the paper's code, which tokenizes both texts as beginnings
+    and so gets SentencePiece's space in front of the output.
+    """
 
     name: str
     input: str
     output: str
-    separator: str = ""
+    separator: str = " "
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -114,10 +120,10 @@ class PairFormat:
 
     def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
         """Input (source), separator and output (target)."""
-        return (
-            Segment(_text(row, self.input, self.name), _everything(train_on), "source"),
-            Segment(self.separator + _text(row, self.output, self.name), True),
-        )
+        given, answer = _text(row, self.input, self.name), _text(row, self.output, self.name)
+        if given and not given[-1].isspace() and not answer[:1].isspace():
+            answer = self.separator + answer
+        return (Segment(given, _everything(train_on), "source"), Segment(answer, True))
 
 
 @dataclass(frozen=True)

@@ -18,36 +18,14 @@ Two choices that differ from the Hugging Face default:
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, SupportsIndex
 
 from qlora_jax.data._backends import JsonBackend, SentencePieceBackend
 
 _JSON = "tokenizer.json"
 _MODELS = ("tokenizer.model", "spiece.model")
-
-
-class Backend(Protocol):
-    """What a tokenizer library is wrapped to."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Largest id + 1."""
-        ...
-
-    def token_id(self, token: str) -> int | None:
-        """The id of a piece, None where there is none."""
-        ...
-
-    def encode_batch(
-        self, texts: Sequence[str], *, continues: bool, special: bool
-    ) -> list[list[int]]:
-        """Ids without bos or eos."""
-        ...
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        """The text of ids."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +44,7 @@ class Tokenizer:
     pad_token_id: int
     add_bos: bool
     vocab_size: int
-    _backend: Backend = field(repr=False, compare=False)
+    _backend: JsonBackend | SentencePieceBackend = field(repr=False, compare=False)
 
     def encode(
         self,
@@ -110,9 +88,9 @@ class Tokenizer:
         """The ids of many texts, without bos and eos, on all cores."""
         return self._backend.encode_batch(texts, continues=continues, special=special)
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
         """The text of ids, by default without special tokens."""
-        return self._backend.decode([int(i) for i in ids], skip_special=skip_special)
+        return self._backend.decode([index(token) for token in ids], skip_special=skip_special)
 
 
 def load_tokenizer(
