@@ -1,0 +1,201 @@
+"""Programs that time one op honestly: cold weights, no launch gaps, nothing hoisted or dropped.
+
+A single call of a kernel that takes 3 µs cannot be timed: the host takes longer to launch it. So
+one jitted program holds many calls, each on *its own copy* of the weight, and the copies together
+are several times the card's L2 cache: every call reads its weight from device memory, as a model's
+next layer does. Each call waits for the one before it. Calls come in rounds; a round's activations
+depend, through a number too small to change them, on every result of the round before, so the
+compiler can neither drop a call nor merge equal ones nor move one out. The cost of that dependency
+is one tiny kernel per round.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from benchmarks._points import BASELINES, Point
+from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
+
+MAX_CALLS = 96
+"""Calls in one program: enough to hide a launch, few enough to compile in a moment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A point made runnable."""
+
+    point: Point
+    copies: int
+    rounds: int
+    launches: int
+    """Programs queued per timed repeat."""
+
+    @property
+    def calls(self) -> int:
+        """Calls of the op per timed repeat."""
+        return self.copies * self.rounds * self.launches
+
+
+def size_program(
+    point: Point, l2: int, bandwidth: float, flops: float, max_calls: int = MAX_CALLS
+) -> Program:
+    """Choose copies, rounds and launches from the card's ceilings (bytes, bytes/s, FLOP/s)."""
+    seconds = max(point.bytes / bandwidth, point.flops / flops) + 2e-6
+    # XLA compiles its own fusions once per call, a custom kernel once in all.
+    most = 12 if point.implementation == "xla" else 48
+    copies = min(max(2, math.ceil(4 * l2 / point.weight_bytes)), most)
+    # A program that runs for milliseconds needs no rounds.
+    rounds = min(max(1, math.ceil(4e-4 / (copies * seconds))), max(1, max_calls // copies))
+    if point.op == "dequantize" or point.implementation == "xla":
+        rounds = 1
+    launches = min(max(1, math.ceil(3e-3 / (copies * rounds * seconds))), 16)
+    return Program(point, copies, rounds, launches)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def packed_weight(key: jax.Array, n: int, k: int, blocksize: int) -> tuple[jax.Array, ...]:
+    """Random (codes, absmax, nested_absmax, offset) of a double-quantized weight, on the device."""
+    blocks = n * k // blocksize
+    code_key, absmax_key, nested_key = jax.random.split(key, 3)
+    codes = jax.random.bits(code_key, (n, k // 2), jnp.uint8)
+    absmax = jax.random.bits(absmax_key, (blocks,), jnp.uint8)
+    nested = jax.random.uniform(nested_key, (-(-blocks // 256),), minval=0.002, maxval=0.01)
+    return codes, absmax, nested, jnp.float32(0.02)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def dense_weight(key: jax.Array, n: int, k: int) -> tuple[jax.Array]:
+    """A random bf16 weight of the magnitude of `packed_weight`'s."""
+    return (jax.random.uniform(key, (n, k), jnp.bfloat16, minval=-0.04, maxval=0.04),)
+
+
+def make_weights(program: Program, seed: int) -> list[tuple[jax.Array, ...]]:
+    """The program's copies, each random by itself."""
+    point = program.point
+    keys = jax.random.split(jax.random.key(seed), program.copies)
+    if point.implementation in BASELINES:
+        return [dense_weight(key, point.n, point.k) for key in keys]
+    return [packed_weight(key, point.n, point.k, point.blocksize) for key in keys]
+
+
+def make_input(point: Point, seed: int) -> jax.Array:
+    """Random activations [rows, k], or [rows, n] for the transposed op."""
+    width = point.n if point.op == "transposed" else point.k
+    return jax.random.normal(jax.random.key(seed), (max(point.rows, 1), width), jnp.bfloat16)
+
+
+def op_function(point: Point) -> Callable[..., jax.Array]:
+    """`fn(x, *weight) -> result` for the point's op and implementation."""
+    if point.implementation in BASELINES:
+        axis = 0 if point.op == "transposed" else 1
+
+        def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+            dims = (((1,), (axis,)), ((), ()))
+            return jax.lax.dot_general(x, weight, dims, preferred_element_type=jnp.bfloat16)
+
+        return dense
+    options: dict[str, Any] = {
+        "implementation": point.implementation,
+        "blocksize": point.blocksize,
+    }
+    if point.op == "dequantize":
+        return lambda x, *weight: pallas_kernels.nf4_dequantize(*weight, **options)
+    op = {
+        "matmul": pallas_kernels.nf4_matmul,
+        "transposed": pallas_kernels.nf4_matmul_transposed,
+    }[point.op]
+    return lambda x, *weight: op(x, *weight, **options)
+
+
+def build(
+    program: Program, op: Callable[..., jax.Array] | None = None
+) -> Callable[[jax.Array, list[tuple[jax.Array, ...]]], tuple[jax.Array, jax.Array, jax.Array]]:
+    """The function to jit: (x, weights) -> (the last round's x, its first result, a checksum)."""
+    # The inner jit is traced and lowered once, however many calls follow.
+    call = jax.jit(op or op_function(program.point))
+
+    def run(
+        x: jax.Array, weights: list[tuple[jax.Array, ...]]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        nudge = jnp.float32(0)
+        for index in range(program.rounds):
+            if index:
+                x = x + (nudge * 1e-30).astype(x.dtype)
+            results = []
+            for weight in weights:
+                # Barriers cost nothing. This one orders the calls (XLA would fuse products that
+                # share x into one kernel, and reuse a weight that it dequantized before); the
+                # second keeps each result whole, so that no slice of it is computed alone.
+                x, weight = jax.lax.optimization_barrier((x, weight))
+                x, result = jax.lax.optimization_barrier((x, call(x, *weight)))
+                results.append(result)
+            nudge = sum((r[0, 0].astype(jnp.float32) for r in results), nudge)
+        return x, results[0], nudge
+
+    return run
+
+
+def compiler_options(point: Point) -> dict[str, Any]:
+    """XLA's options for a point: "bf16" is cuBLAS, "bf16-xla" whatever XLA's autotuner prefers."""
+    if point.implementation != "bf16" or jax.default_backend() != "gpu":
+        return {}
+    return {"xla_gpu_enable_triton_gemm": False}
+
+
+def host_error(
+    point: Point, x: jax.Array, weight: tuple[jax.Array, ...], out: jax.Array, seed: int
+) -> float:
+    """‖out − ref‖ / ‖ref‖ on sampled rows and columns, ref in float64 by NumPy on the host.
+
+    A reference of its own: it shares nothing with the implementations but the code tables.
+    """
+    rng = np.random.default_rng(seed)
+
+    def sample(count: int, size: int) -> np.ndarray:
+        return np.unique(np.r_[0, size - 1, rng.integers(0, size, count)])
+
+    result = np.asarray(out)
+    if point.op == "dequantize":
+        picked = sample(62, point.n)
+        want, got = host_weight(point, weight, picked, np.arange(point.k)), result[picked]
+    else:
+        rows, picked = sample(6, x.shape[0]), sample(30, result.shape[1])
+        activations = np.asarray(x)[rows].astype(np.float64)
+        if point.op == "transposed":
+            want = activations @ host_weight(point, weight, np.arange(point.n), picked)
+        else:
+            want = activations @ host_weight(point, weight, picked, np.arange(point.k)).T
+        got = result[rows][:, picked]
+    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))
+
+
+def host_weight(
+    point: Point, weight: tuple[jax.Array, ...], rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """Those rows and columns of the weight in float64, decoded on the host by the definition."""
+    codes, absmax, nested, offset = (np.asarray(part) for part in weight)
+    byte = codes[rows[:, None], columns // 2]
+    index = np.where(columns % 2 == 0, byte >> 4, byte & 15)
+    block = rows[:, None] * (point.k // point.blocksize) + columns // point.blocksize
+    scale = DYNAMIC_SIGNED.astype(np.float64)[absmax[block]] * nested[block // 256].astype(
+        np.float64
+    ) + float(offset)
+    return CODEBOOKS["nf4"].astype(np.float64)[index] * scale
+
+
+def whole_error(point: Point) -> Callable[..., jax.Array]:
+    """`fn(x, weight, out) -> relative error` over *every* element, against the XLA path."""
+    reference = op_function(dataclasses.replace(point, implementation="xla"))
+
+    def error(x: jax.Array, weight: tuple[jax.Array, ...], out: jax.Array) -> jax.Array:
+        want = reference(x, *weight).astype(jnp.float32)
+        return jnp.linalg.norm(out.astype(jnp.float32) - want) / jnp.linalg.norm(want)
+
+    return error

@@ -1,0 +1,149 @@
+"""From numbers to a table, a roofline plot, and a kernel's own time out of a trace."""
+
+import collections
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks._points import BASELINES
+from benchmarks._programs import Program
+
+
+def kernel_times(run: Callable[[], Any], program: Program) -> dict[str, Any]:
+    """Seconds the GPU was busy per call, and the busiest kernels, from JAX's profiler (CUPTI)."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        paths = sorted(Path(folder).rglob("*.xplane.pb"))
+        busy: collections.Counter[str] = collections.Counter()
+        for path in paths:
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+                if "/device:GPU" not in plane.name:
+                    continue
+                for line in plane.lines:
+                    if line.name.startswith("Stream"):
+                        for event in line.events:
+                            busy[event.name] += event.duration_ns * 1e-9
+    calls = program.copies * program.rounds
+    if not busy:
+        return {"kernel_error": "the trace holds no GPU kernels"}
+    top = {name: seconds / calls for name, seconds in busy.most_common(4)}
+    return {"kernel_s": sum(busy.values()) / calls, "kernels": top}
+
+
+def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [point for point in results["points"] if "seconds" in point]
+
+
+def write_markdown(results: dict[str, Any], path: Path) -> None:
+    """One table per op and number of rows: µs per call, and times as fast as the baseline."""
+    meta, ceilings = results["meta"], results["ceilings"]
+    text = [
+        f"# {meta['device']}: kernels",
+        "",
+        f"jax {meta['jax']}, Python {meta['python']}, driver {meta['driver']}, {meta['date']}. "
+        + "Microseconds per call (times as fast as the faster bf16 product; share of the ceiling "
+        + "that binds). Weights cold, median of repeats; written by benchmarks/gpu_kernels.py.",
+    ]
+    if ceilings:
+        text += [
+            "",
+            f"Ceilings of this run: copy {ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
+            f"bf16 product {ceilings['bf16_flops'] / 1e12:.0f} TFLOP/s.",
+        ]
+    measured = _measured(results)
+    names = list(dict.fromkeys(p["implementation"] for p in measured))
+    for op, rows in dict.fromkeys((p["op"], p["rows"]) for p in measured):
+        here = [p for p in measured if (p["op"], p["rows"]) == (op, rows)]
+        title = op if op == "dequantize" else f"{op}, {rows} row{'s' * (rows != 1)}"
+        text += ["", f"## {title}", "", "| shape | n × k | " + " | ".join(names) + " |"]
+        text += ["|---|---|" + "---|" * len(names)]
+        for shape in dict.fromkeys(p["shape_name"] for p in here):
+            line = {p["implementation"]: p for p in here if p["shape_name"] == shape}
+            first = next(iter(line.values()))
+            cells = [_cell(line.get(name), line, ceilings) for name in names]
+            text.append(f"| {shape} | {first['n']} × {first['k']} | " + " | ".join(cells) + " |")
+    failed = [p for p in results["points"] if p["status"] not in ("ok", "not measured")]
+    if failed:
+        text += ["", "## Wrong or cannot run", ""]
+        text += [f"- {p['label']}: {p['status']} {p.get('error', '')}".rstrip() for p in failed]
+    skipped = sum(p["status"] == "not measured" for p in results["points"])
+    if skipped:
+        text += ["", f"{skipped} points were not measured: the time budget was spent."]
+    path.write_text("\n".join(text) + "\n")
+
+
+def _cell(
+    point: dict[str, Any] | None, line: dict[str, dict[str, Any]], ceilings: dict[str, float]
+) -> str:
+    if point is None:
+        return "–"
+    floor = max(
+        point["bytes"] / ceilings["copy_bytes_per_s"], point["flop"] / ceilings["bf16_flops"]
+    )
+    cell = f"{point['seconds'] * 1e6:.1f}"
+    notes = []
+    base = [line[name]["seconds"] for name in BASELINES if name in line]
+    if base and point["implementation"] not in BASELINES:
+        notes.append(f"{min(base) / point['seconds']:.2f}×")
+    notes.append(f"{floor / point['seconds']:.0%}")
+    if point["status"] == "wrong":
+        notes.append("**wrong**")
+    return f"{cell} ({', '.join(notes)})"
+
+
+def write_roofline(results: dict[str, Any], path: Path) -> bool:
+    """FLOP/s over FLOP per byte under the two measured ceilings; False without matplotlib."""
+    measured = [p for p in _measured(results) if p["op"] != "dequantize"]
+    if not measured:
+        return False
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("matplotlib is not installed: no roofline plot")
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ceilings = results["ceilings"]
+    bandwidth, peak = ceilings["copy_bytes_per_s"], ceilings["bf16_flops"]
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    intensity = [p["flop"] / p["bytes"] for p in measured]
+    ends = [min(intensity) / 2, max(*intensity, peak / bandwidth) * 2]
+    axes.plot(
+        [ends[0], peak / bandwidth, ends[1]],
+        [ends[0] * bandwidth / 1e12, peak / 1e12, peak / 1e12],
+        color="black",
+        linewidth=1,
+        label="measured ceilings",
+    )
+    for name, color in zip(_names(measured), plt.cm.tab10.colors, strict=False):
+        for op, marker in (("matmul", "o"), ("transposed", "v")):
+            points = [p for p in measured if (p["implementation"], p["op"]) == (name, op)]
+            if points:
+                axes.scatter(
+                    [p["flop"] / p["bytes"] for p in points],
+                    [p["flop_per_s"] / 1e12 for p in points],
+                    s=18,
+                    marker=marker,
+                    color=color,
+                    label=f"{name}, {op}",
+                )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="FLOP per byte that must move",
+        ylabel="TFLOP/s",
+        title=f"{results['meta']['device']}: x · Wᵀ and dy · W, Llama linears",
+    )
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
+def _names(points: Iterable[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(p["implementation"] for p in points))

@@ -1,0 +1,310 @@
+"""How fast are the 4-bit kernels on this card, and are they right?
+
+    python -m benchmarks.gpu_kernels --budget 480 --out benchmarks/results/h200
+
+For every op × implementation × rows × Llama linear shape: correctness first (fresh random inputs;
+every element against the XLA path, samples against float64 on the host; memory poisoned with NaN),
+then the time per call, and beside it two ceilings measured in the same run: the bandwidth of a
+large copy and the rate of a large bf16 product. The 16-bit baseline runs in the same programs.
+
+Results are written after every point, so a session that ends early keeps what it has:
+`kernels.json`, `kernels.md` and `roofline.png` in the output folder, where it also looks for the
+peer's numbers (`benchmarks.gpu_bitsandbytes`). Without a GPU it runs at toy sizes (`--toy`), with
+the kernels in interpret mode: the numbers mean nothing, the path is the same.
+
+The method: a program of many calls on cold weights (`_programs`), compiled ahead in parallel
+threads, the median over repeats, and the spread beside it.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import _report
+from benchmarks._points import BASELINES, OPS, ROWS, SHAPES, TOY_SHAPES, Point, plan
+from benchmarks._programs import (
+    MAX_CALLS,
+    Program,
+    build,
+    compiler_options,
+    host_error,
+    make_input,
+    make_weights,
+    size_program,
+    whole_error,
+)
+from pallas_kernels.cards import CARDS, find_card
+
+TOLERANCE = 1e-2
+"""Largest relative error of a bf16 result: its own rounding is 2e-3."""
+
+IMPLEMENTATIONS = ("bf16", "triton", "mosaic_gpu", "xla", "bf16-xla")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a line per point, write the files; 1 if any kernel was wrong."""
+    options = _parser().parse_args(argv)
+    run = Run(options)
+    try:
+        run.measure()
+    finally:
+        run.add_peer()
+        run.write()
+        _report.write_markdown(run.results, options.out / "kernels.md")
+        _report.write_roofline(run.results, options.out / "roofline.png")
+    wrong = [p["label"] for p in run.results["points"] if p["status"] == "wrong"]
+    if wrong:
+        print("WRONG:", ", ".join(wrong))
+    return bool(wrong)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--budget", type=float, default=480, help="seconds, compiles included")
+    parser.add_argument("--quick", action="store_true", help="rows 1 and 4096, Llama 7B and 70B")
+    parser.add_argument("--toy", action="store_true", help="toy shapes: what a CPU can interpret")
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
+    parser.add_argument("--rows", nargs="+", type=int, default=None)
+    parser.add_argument("--shapes", nargs="+", default=None, help="names, see _points.py")
+    parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seed", type=int, default=None, help="default: fresh from the clock")
+    parser.add_argument("--threads", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument(
+        "--kernel-times", action="store_true", help="also read each kernel's time from a trace"
+    )
+    return parser
+
+
+class Run:
+    """One measuring session: the ceilings, the results so far, the clock."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.started = time.monotonic()
+        self.seed = options.seed if options.seed is not None else time.time_ns() % 2**31
+        self.device = jax.devices()[0]
+        known = [card.description for card in CARDS.values()]
+        card = find_card(self.device.device_kind) if self.device.device_kind in known else None
+        self.l2 = card.l2 if card else 2**12 if options.toy else 2**26
+        self.results: dict[str, Any] = {"meta": self._meta(), "ceilings": {}, "points": []}
+        options.out.mkdir(parents=True, exist_ok=True)
+
+    def measure(self) -> None:
+        """Ceilings, then group after group until the budget is spent."""
+        self.results["ceilings"] = ceilings(toy=self.options.toy)
+        print("ceilings", json.dumps(self.results["ceilings"]), flush=True)
+        with concurrent.futures.ThreadPoolExecutor(self.options.threads) as pool:
+            for group in plan(
+                self.options.implementations, self._shapes(), self._rows(), self.options.ops
+            ):
+                if self.left() < 5:
+                    print("budget spent: the rest is not measured", flush=True)
+                    break
+                self._measure_group(group, pool)
+
+    def add_peer(self) -> None:
+        """Take in what `benchmarks.gpu_bitsandbytes` left in the output folder."""
+        path = self.options.out / "bitsandbytes.json"
+        if path.exists():
+            peer = json.loads(path.read_text())
+            self.results["meta"] |= peer["meta"]
+            self.results["points"] += peer["points"]
+
+    def left(self) -> float:
+        """Seconds of budget left."""
+        return self.options.budget - (time.monotonic() - self.started)
+
+    def write(self) -> None:
+        """The results so far, replaced in one step."""
+        path = self.options.out / "kernels.json"
+        partial = path.with_suffix(".tmp")
+        self.results["meta"]["seconds"] = round(time.monotonic() - self.started, 1)
+        partial.write_text(json.dumps(self.results, indent=1))
+        partial.replace(path)
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        shapes = TOY_SHAPES if self.options.toy else SHAPES
+        if self.options.quick and not self.options.toy:
+            shapes = {name: s for name, s in shapes.items() if not name.startswith("13b")}
+        if self.options.shapes:
+            shapes = {name: shapes[name] for name in self.options.shapes}
+        return shapes
+
+    def _rows(self) -> Sequence[int]:
+        default = (1, 4096) if self.options.quick else ROWS
+        return self.options.rows or ((1, 32) if self.options.toy else default)
+
+    def _measure_group(self, group: list[Point], pool: concurrent.futures.Executor) -> None:
+        ceiling = self.results["ceilings"]
+        limits = (self.l2, ceiling["copy_bytes_per_s"], ceiling["bf16_flops"])
+        calls = 4 if self.options.toy else MAX_CALLS
+        programs = [size_program(point, *limits, max_calls=calls) for point in group]
+        began = time.monotonic()
+        jobs = {program.point: pool.submit(_compile, program) for program in programs}
+        concurrent.futures.wait(jobs.values(), timeout=max(self.left(), 1))
+        print(f"compiled {len(group)} programs in {time.monotonic() - began:.1f} s", flush=True)
+        checks: dict[tuple[str, int, str], Any] = {}
+        for program in programs:
+            point = program.point
+            if self.left() < 3 or not jobs[point].done():
+                jobs[point].cancel()
+                self._add(point, {"status": "not measured", "error": "the budget was spent"})
+                continue
+            try:
+                compiled, seconds = jobs[point].result()
+                entry = self._measure_point(program, compiled, checks)
+                entry["compile_s"] = round(seconds, 2)
+            except (
+                ValueError,
+                NotImplementedError,
+                TypeError,
+                jax.errors.JaxRuntimeError,
+            ) as error:
+                entry = {"status": "cannot run", "error": f"{type(error).__name__}: {error}"[:600]}
+            self._add(point, entry)
+
+    def _measure_point(
+        self, program: Program, compiled: jax.stages.Compiled, checks: dict[Any, Any]
+    ) -> dict[str, Any]:
+        point = program.point
+        weights, x = make_weights(program, self.seed), make_input(point, self.seed + 1)
+        poison(program)
+        last_x, out, _ = jax.block_until_ready(compiled(x, weights))
+        entry: dict[str, Any] = {"status": "ok"}
+        if point.implementation not in BASELINES:
+            key = (point.op, point.rows, point.shape_name)
+            if key not in checks:
+                checks[key] = jax.jit(whole_error(point))
+            whole = float(checks[key](last_x, weights[0], out))
+            host = host_error(point, last_x, weights[0], out, self.seed)
+            entry |= {"error_vs_xla": whole, "error_vs_float64": host}
+            if not max(whole, host) < TOLERANCE:
+                entry["status"] = "wrong"
+        del last_x, out
+        entry |= timing(compiled, program, x, weights, self.options.repeats)
+        entry |= {"bytes": point.bytes, "flop": point.flops}
+        entry["bytes_per_s"] = point.bytes / entry["seconds"]
+        entry["flop_per_s"] = point.flops / entry["seconds"]
+        if self.options.kernel_times:
+            entry |= _report.kernel_times(lambda: compiled(x, weights), program)
+        return entry
+
+    def _add(self, point: Point, entry: dict[str, Any]) -> None:
+        self.results["points"].append(dataclasses.asdict(point) | {"label": point.label} | entry)
+        self.write()
+        if entry["status"] in ("ok", "wrong"):
+            kernel = f" kernel {entry['kernel_s'] * 1e6:.2f}" if "kernel_s" in entry else ""
+            print(
+                f"{point.label:42s} {entry['seconds'] * 1e6:9.2f} us{kernel} "
+                f"±{entry['spread'] * 100:.1f}% {entry['bytes_per_s'] / 1e9:7.0f} GB/s "
+                f"{entry['flop_per_s'] / 1e12:7.1f} TFLOP/s {entry['status']} "
+                f"{entry.get('error_vs_float64', 0):.1e}",
+                flush=True,
+            )
+        else:
+            print(f"{point.label:42s} {entry['status']}: {entry['error'][:300]}", flush=True)
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "device": self.device.device_kind,
+            "driver": _driver(),
+            "jax": jax.__version__,
+            "jaxlib": sys.modules["jaxlib"].__version__,
+            "python": platform.python_version(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seed": self.seed,
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            "repeats": self.options.repeats,
+        }
+
+
+def _compile(program: Program) -> tuple[jax.stages.Compiled, float]:
+    began = time.monotonic()
+    weights = jax.eval_shape(lambda: make_weights(program, 0))
+    x = jax.eval_shape(lambda: make_input(program.point, 0))
+    lowered = jax.jit(build(program)).lower(x, weights)
+    compiled = lowered.compile(compiler_options(program.point))
+    return compiled, time.monotonic() - began
+
+
+def timing(
+    compiled: jax.stages.Compiled, program: Program, x: Any, weights: Any, repeats: int
+) -> dict[str, float]:
+    """Median seconds per call over the repeats, and (max − min) / median of the middle half."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        for _ in range(program.launches):
+            done = compiled(x, weights)
+        jax.block_until_ready(done)
+        return (time.perf_counter() - began) / program.calls
+
+    once()
+    times = sorted(once() for _ in range(repeats))
+    median = statistics.median(times)
+    quarter = len(times) // 4
+    spread = (times[-1 - quarter] - times[quarter]) / median
+    return {"seconds": median, "fastest": times[0], "spread": spread, "calls": program.calls}
+
+
+def poison(program: Program) -> None:
+    """Fill the memory that the results will take with NaN, so that what is not written shows."""
+    point = program.point
+    width = point.k if point.op == "transposed" else point.n
+    rows = point.n if point.op == "dequantize" else point.rows
+    width = point.k if point.op == "dequantize" else width
+    jax.block_until_ready(jnp.full((program.copies + 2, rows, width), jnp.nan, jnp.bfloat16))
+
+
+def ceilings(toy: bool) -> dict[str, float]:
+    """What this card can do at best: bytes/s of a large copy (read + written), bf16 FLOP/s."""
+    size, width = (2**16, 256) if toy else (2**29, 8192)
+    source = jax.random.bits(jax.random.key(0), (size,), jnp.uint32)
+    copy = jax.jit(lambda a: a ^ jnp.uint32(1))
+    a, b = (jax.random.normal(jax.random.key(i), (width, width), jnp.bfloat16) for i in (1, 2))
+    product = jax.jit(lambda a, b: a @ b)
+
+    def best(fn: Any, *args: Any) -> float:
+        jax.block_until_ready([fn(*args) for _ in range(3)])
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            for _ in range(10):
+                done = fn(*args)
+            jax.block_until_ready(done)
+            times.append((time.perf_counter() - began) / 10)
+        return float(np.median(times))
+
+    return {
+        "copy_bytes_per_s": 2 * source.nbytes / best(copy, source),
+        "bf16_flops": 2 * width**3 / best(product, a, b),
+    }
+
+
+def _driver() -> str:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "none"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Tests of benchmarks: every script runs at toy sizes."""
