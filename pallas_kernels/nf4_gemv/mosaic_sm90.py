@@ -248,17 +248,18 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, out):
         fills.append((at, when, m.load(tables, ((at >> 4) * 2 + (at >> 3 & 1)) * 4, when=when)))
     early = plan.m * plan.turns <= 8
     rows_x = [_load_x(m, plan, x, lane, warp, row) for row in range(plan.m)] if early else None
-    # Everything above is on its way before anything below waits for a part of it: the compiler
-    # moves no load across a barrier.
-    m.barrier()
-    for at, when, word in fills:
-        m.shared_store(at << 4, word * 4, when=when)
     zero_words = (plan.x_at - plan.zeros_at) // 16
     m.shared_store((tid << 4) + plan.zeros_at, [m.word(0)] * 4, when=tid < zero_words)
+    # Everything above is on its way before anything below waits for a part of it: the compiler
+    # moves no load down across a barrier, and nothing up that needs this zero from behind it.
+    m.barrier()
+    (late_zero,) = m.shared_load(m.word(plan.zeros_at))
+    for at, when, word in fills:
+        m.shared_store(at << 4, word * 4, when=when)
     unscale = []
     for row in range(plan.m):
         loaded = rows_x[row] if rows_x else _load_x(m, plan, x, lane, warp, row)
-        unscale.append(_stage_x(m, plan, loaded, lane, warp, row))
+        unscale.append(_stage_x(m, plan, loaded, late_zero, lane, warp, row))
     m.barrier()
 
     # B's column of this lane: row `row_x` of x for even (columns 0–3) or odd blocks, or zeros.
@@ -377,7 +378,7 @@ def _load_x(m, plan, x, lane, warp, row):
     return turns
 
 
-def _stage_x(m, plan, turns, lane, warp, row):
+def _stage_x(m, plan, turns, zero, lane, warp, row):
     """Put a row of x into shared memory as float16; returns 1/scale.
 
     A warp reads only what it staged itself. bfloat16 is scaled by the power of two that brings the
@@ -385,7 +386,7 @@ def _stage_x(m, plan, turns, lane, warp, row):
     """
     unscale = m.number(1.0)
     if plan.x_dtype == "bfloat16":
-        peak = m.word(0)
+        peak = zero
         for got in turns:
             for w in got:
                 peak = m.maximum_u16x2(peak, w & 0x7FFF7FFF)
