@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from qlora_jax.train.step import TrainState
+from qlora_jax.train.step import TrainState, committed
 
 
 class Checkpoints:
@@ -78,9 +78,8 @@ class Checkpoints:
                 "adapters and optimizer it was made with."
             )
         leaves, treedef = jax.tree.flatten(like)
-        return treedef.unflatten(
-            [_placed(saved[name], leaf) for name, leaf in zip(expected, leaves, strict=True)]
-        )
+        placed = [_placed(saved[name], leaf) for name, leaf in zip(expected, leaves, strict=True)]
+        return committed(treedef.unflatten(placed))
 
 
 def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Array, Bool, PyTree
 from rich.console import Console
 
 from qlora_jax.evaluate import Evaluation, LossFn, causal_lm_loss, evaluate, make_eval_step
@@ -258,8 +259,7 @@ class _Run:
     def save(self, step: int) -> None:
         """Checkpoint the state after `step`, once it is known to be finite."""
         self.report()
-        finite = jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), self.state.lora)
-        if not all(jax.tree.leaves(jax.device_get(finite))):
+        if not _all_finite(self.state.lora):
             raise FloatingPointError(
                 f"Training stopped at step {step}: its update made adapters NaN or infinite. "
                 f"{self.last_good()}"
@@ -314,6 +314,11 @@ class _Clock:
     def seconds_per_step(self) -> float:
         """Mean so far; 0 before the first counted step."""
         return self._seconds / max(self._steps, 1)
+
+
+@jax.jit
+def _all_finite(tree: PyTree) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _due(step: int, every: int) -> bool:

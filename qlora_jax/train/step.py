@@ -51,13 +51,23 @@ class StepMetrics(NamedTuple):
 
 
 def init_state(lora: PyTree, tx: optax.GradientTransformation, *, seed: int) -> TrainState:
-    """The state before the first update."""
-    return TrainState(
+    """The state before the first update; it takes over the arrays of `lora`."""
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         lora=lora,
         opt_state=tx.init(lora),
         rng=jax.random.key(seed),
     )
+    return committed(state)
+
+
+def committed(state: TrainState) -> TrainState:
+    """The state with every array bound to where it lies.
+
+    A step returns arrays bound to their device and memory, and `jax.jit` compiles anew for the
+    difference: unbound arrays in the first step would cost a second compile in the next.
+    """
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
 
 
 def make_train_step(
