@@ -145,5 +145,5 @@ class WeightFolder:
         """Names, shard by shard."""
         return iter(self.shapes)
 
-    def __len__(self) -> int:
-        return len(self.shapes)
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes

@@ -21,6 +21,7 @@ from jaxtyping import Array, Key
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qlora_jax.checkpoints.bitsandbytes import is_part, read_packed, read_state, stored_config
 from qlora_jax.checkpoints.folder import WeightFolder, read_json
 from qlora_jax.models import AttentionName, Decoder, Slot, attention_for, family_of, unfreeze
 from qlora_jax.nn import LoraConfig
@@ -47,8 +48,10 @@ def load_model(
     """A model from a Hugging Face folder of safetensors.
 
     Args:
-        folder: with config.json and safetensors, single or sharded.
-        quant: how the layers' linear weights are stored; None keeps them dense.
+        folder: with config.json and safetensors, single or sharded; dense, or in bitsandbytes'
+            4-bit format, which is taken over byte for byte.
+        quant: how the layers' linear weights are stored; None keeps them dense. Of a folder in 4
+            bits it has to be what the folder holds.
         lora: adapters on them, as new; None for none.
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`, or
@@ -76,14 +79,14 @@ def load_model(
         )
     raw = read_json(folder / "config.json")
     family = family_of(raw)
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unnamed method")
-        raise ValueError(
-            f"{folder} is quantized already, by {method}: give the folder of the 16- or 32-bit "
-            "checkpoint it was made from."
-        )
     config = family.read_config(raw)
     weights = WeightFolder(folder)
+    stored = stored_config(raw, weights)
+    if stored is not None and stored != quant:
+        raise ValueError(
+            f"{folder} is quantized already, as {stored}, but quant is {quant}: give "
+            f"quant={stored}, or the 16-bit checkpoint."
+        )
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
 
@@ -103,8 +106,8 @@ def load_model(
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
-    slots = _matching(weights, family.weight_names(config), model, folder)
-    _fill(model, weights, slots, quant, progress)
+    slots = _matching(weights, family.weight_names(config), model, stored is not None)
+    _fill(model, weights, slots, None if stored is not None else quant, progress)
     if lora is not None:
         # Only the adapters are asked for, so the compiler drops the random base.
         adapters = jax.jit(lambda key: nnx.state(build(key), nnx.LoRAParam))
@@ -115,35 +118,39 @@ def load_model(
 
 
 def _matching(
-    weights: WeightFolder, names: dict[str, Slot], model: Decoder, folder: Path
+    weights: WeightFolder, names: dict[str, Slot], model: Decoder, packed: bool
 ) -> dict[str, Slot]:
     """The tensors to read, in reading order, once every name and shape fits the model."""
+    folder = weights.folder
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     read = [name for name in weights if name not in tied and not name.endswith(_DERIVED)]
+    if packed:
+        read = [name for name in read if not is_part(name)]
     strange = [name for name in read if name not in names]
     if strange:
         raise ValueError(
             f"{folder} holds the tensor {strange[0]!r} (and {len(strange) - 1} more) that a "
             "model with its config.json has no place for: check that both are of one checkpoint."
         )
-    absent = [name for name in names if name not in weights.shapes]
+    absent = [name for name in names if name not in weights]
     if absent:
         raise ValueError(
             f"{folder} lacks the tensor {absent[0]!r} (and {len(absent) - 1} more) that its "
             "config.json calls for: check that both are of one checkpoint, and whole."
         )
     for name in read:
-        variable = node_at(model, names[name].path)
-        value = variable.get_value()
-        stacked = names[name].layer is not None
+        value = node_at(model, names[name].path).get_value()
+        given = weights.shapes[name]
         if isinstance(value, QuantizedTensor):
             expected = value.shape
+            if packed:
+                given = read_state(weights, name).shape
         else:
-            expected = value.shape[1:] if stacked else value.shape
-        if weights.shapes[name] != tuple(expected):
+            expected = value.shape if names[name].layer is None else value.shape[1:]
+        if tuple(given) != tuple(expected):
             raise ValueError(
-                f"{folder}: tensor {name!r} has shape {list(weights.shapes[name])}, but "
-                f"config.json calls for {list(expected)}: check that both are of one checkpoint."
+                f"{folder}: tensor {name!r} has shape {list(given)}, but config.json calls for "
+                f"{list(expected)}: check that both are of one checkpoint."
             )
     return {name: names[name] for name in read}
 
@@ -160,7 +167,10 @@ def _fill(
     quant: QuantConfig | None,
     progress: bool,
 ) -> None:
-    """Reads every tensor into its place; the abstract Variables become arrays on the device."""
+    """Reads every tensor into its place; the abstract Variables become arrays on the device.
+
+    `quant` is how dense tensors of the file are quantized; None where they are packed already.
+    """
     filled: dict[tuple[str, ...], Any] = {}
     console = Console(stderr=True)
     bar = Progress(
@@ -178,17 +188,16 @@ def _fill(
         for name, (path, layer) in slots.items():
             bar.update(task, tensor=name)
             struct = node_at(model, path).get_value()
-            tensor = jnp.asarray(weights.read(name))
+            if isinstance(struct, QuantizedTensor) and quant is None:
+                tensor = jax.tree.map(jnp.asarray, read_packed(weights, name, struct))
+            else:
+                tensor = jnp.asarray(weights.read(name))
             if layer is None:
                 filled[path] = tensor.astype(struct.dtype)
             else:
                 if path not in filled:
                     filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
-                index = jnp.int32(layer)
-                if isinstance(struct, QuantizedTensor):
-                    filled[path] = _put_quantized(filled[path], tensor, index, quant)
-                else:
-                    filled[path] = _put(filled[path], tensor, index)
+                filled[path] = _put(filled[path], tensor, jnp.int32(layer), quant)
             # Without waiting, the reader runs ahead and tensors pile up in front of the device.
             jax.block_until_ready(filled[path])
             bar.advance(task, sizes[name])
@@ -196,18 +205,15 @@ def _fill(
         node_at(model, path).set_value(value)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: Array, tensor: Array, layer: Array) -> Array:
-    return stack.at[layer].set(tensor.astype(stack.dtype))
-
-
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put_quantized(
-    stack: QuantizedTensor, tensor: Array, layer: Array, quant: QuantConfig
-) -> QuantizedTensor:
-    """Quantizes one layer's tensor, from the file's own numbers, into its slice of the stack."""
-    leaves = jax.tree.leaves(quantize(tensor, quant))
-    stacks, treedef = jax.tree.flatten(stack)
+def _put(stack: Any, tensor: Any, layer: Array, quant: QuantConfig | None) -> Any:
+    """The stack with one layer's tensor in its slice, quantized from the file's own numbers."""
+    if isinstance(stack, QuantizedTensor) and quant is not None:
+        tensor = quantize(tensor, quant)
+    wholes, treedef = jax.tree.flatten(stack)
     # The tree's static part is the stack's: its dtype is what the model computes in.
-    filled = [whole.at[layer].set(leaf) for whole, leaf in zip(stacks, leaves, strict=True)]
+    filled = [
+        whole.at[layer].set(part.astype(whole.dtype))
+        for whole, part in zip(wholes, jax.tree.leaves(tensor), strict=True)
+    ]
     return jax.tree.unflatten(treedef, filled)
