@@ -15,6 +15,8 @@ The rule is CUDA's wherever bitsandbytes' own backends disagree (all-zero blocks
 may be short; it too is multiplied by the reciprocal, where bitsandbytes' CPU fallback divides.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,37 +82,44 @@ def encode(s: Float32[Array, "..."], quant_type: str) -> UInt8[Array, "..."]:
     raise ValueError(f"quant_type is {quant_type!r}; choose one of {', '.join(CODEBOOKS)}")
 
 
-def scale_blocks(
-    flat: Float[Array, " n"], blocksize: int
-) -> tuple[Float32[Array, " n"], Float32[Array, " blocks"]]:
-    """Divides each block by its absmax.
+def quantize_blocks(
+    flat: Float[Array, " n"], blocksize: int, quantizer: Callable[[jax.Array], jax.Array]
+) -> tuple[UInt8[Array, "..."], Float32[Array, " blocks"]]:
+    """Divides each block by its absmax and quantizes the quotients.
+
+    Args:
+        flat: at least one element.
+        blocksize: elements to a block; the last may be shorter.
+        quantizer: quotients float32 [blocks, size] in [-1, 1] (NaN in all-zero blocks) to codes
+            uint8 [blocks, bytes].
 
     Returns:
-        The scaled values, float32 [n] in [-1, 1] (NaN in all-zero blocks), and absmax, float32
-        [ceil(n / blocksize)].
+        The codes in order, as [blocks, bytes] where no block is short and flat where one is, and
+        absmax, float32 [ceil(n / blocksize)].
     """
-    flat = flat.astype(jnp.float32)
     whole = flat.size // blocksize * blocksize
     parts = [flat[:whole].reshape(-1, blocksize)] if whole else []
     if whole < flat.size:
         parts.append(flat[whole:].reshape(1, -1))
-    scaled, absmax = zip(*map(_scale_rows, parts), strict=True)
-    return jnp.concatenate([s.reshape(-1) for s in scaled]), jnp.concatenate(absmax)
+    codes, absmax = zip(*(_quantize_rows(part, quantizer) for part in parts), strict=True)
+    if len(parts) == 1:
+        return codes[0], absmax[0]
+    return jnp.concatenate([c.reshape(-1) for c in codes]), jnp.concatenate(absmax)
 
 
-def _scale_rows(
-    blocks: Float32[Array, "blocks size"],
-) -> tuple[Float32[Array, "blocks size"], Float32[Array, " blocks"]]:
+def _quantize_rows(
+    blocks: Float[Array, "blocks size"], quantizer: Callable[[jax.Array], jax.Array]
+) -> tuple[UInt8[Array, "blocks bytes"], Float32[Array, " blocks"]]:
+    blocks = blocks.astype(jnp.float32)
     # max(|x|) written as max and min: XLA:CPU vectorises these and not the former (0.5 against
-    # 5 G elements/s, benchmarks/cpu_quantize.py).
+    # 5 G elements/s).
     absmax = jnp.maximum(jnp.max(blocks, axis=1), -jnp.min(blocks, axis=1))
-    return blocks * (1 / absmax)[:, None], absmax
+    return quantizer(blocks * (1 / absmax)[:, None]), absmax
 
 
-def pack_nibbles(codes: UInt8[Array, " n"]) -> UInt8[Array, " half"]:
-    """Two 4-bit codes to a byte, the first in the high nibble, as bitsandbytes does; n is even."""
-    pairs = codes.reshape(-1, 2)
-    return (pairs[:, 0] << 4) | pairs[:, 1]
+def pack_nibbles(codes: UInt8[Array, "blocks size"]) -> UInt8[Array, "blocks half"]:
+    """Two 4-bit codes to a byte, the first in the high nibble, as bitsandbytes does; size even."""
+    return (codes[:, 0::2] << 4) | codes[:, 1::2]
 
 
 def accurate_mean(x: Float32[Array, " n"]) -> Float32[Array, ""]:
@@ -144,11 +153,11 @@ def quantize_absmax(
         the offset, float32: the mean that was taken off.
     """
     offset = accurate_mean(absmax)
-    scaled, nested_absmax = scale_blocks(absmax - offset, NESTED_BLOCKSIZE)
-    return _encode_dynamic(scaled), nested_absmax, offset
+    codes, nested_absmax = quantize_blocks(absmax - offset, NESTED_BLOCKSIZE, _encode_dynamic)
+    return codes.reshape(-1), nested_absmax, offset
 
 
-def _encode_dynamic(s: Float32[Array, " n"]) -> UInt8[Array, " n"]:
+def _encode_dynamic(s: Float32[Array, "..."]) -> UInt8[Array, "..."]:
     """Nearest entry of the signed dynamic map. CUDA's binary search ends on even entries, so a tie
     goes to the even code; NaN (all constants equal) goes to 0."""
     midpoints = jnp.asarray(_midpoints(DYNAMIC_SIGNED))

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from qlora_jax.quant.blockwise import encode, pack_nibbles, quantize_absmax, scale_blocks
+from qlora_jax.quant.blockwise import encode, pack_nibbles, quantize_absmax, quantize_blocks
 from qlora_jax.quant.config import QuantConfig
-from qlora_jax.quant.tensor import QuantizedTensor
+from qlora_jax.quant.tensor import QuantizedTensor, codes_shape
 
 
 def quantize(
@@ -37,22 +37,11 @@ def quantize(
         raise ValueError(
             f"weight has shape {jnp.shape(weight)}; quantize takes an array of at least one element"
         )
-    return _quantize(jnp.asarray(weight), config)
-
-
-@partial(jax.jit, static_argnames="config")
-def _quantize(weight: Float[Array, "*shape"], config: QuantConfig) -> QuantizedTensor:
-    flat = weight.reshape(-1)
-    if config.quant_type == "int8":
-        scaled, absmax = scale_blocks(flat, config.blocksize)
-        codes = encode(scaled, config.quant_type).reshape(weight.shape)
-    else:
-        # An odd tensor gets one zero, so that its last byte is full; bitsandbytes does the same.
-        scaled, absmax = scale_blocks(jnp.pad(flat, (0, flat.size % 2)), config.blocksize)
-        codes = pack_nibbles(encode(scaled, config.quant_type))
-        if weight.shape[-1] % 2 == 0:
-            codes = codes.reshape(*weight.shape[:-1], -1)
-    constants = quantize_absmax(absmax) if config.double_quant else (absmax,)
+    weight = jnp.asarray(weight)
+    codes, *constants = _quantize(weight, config)
+    # Outside the jitted part, or XLA draws this reshape into the loop over blocks, and XLA:CPU no
+    # longer vectorises it (a fifth of the speed, benchmarks/cpu_quantize.py).
+    codes = codes.reshape(codes_shape(weight.shape, config.quant_type))
     return QuantizedTensor(
         codes,
         *constants,
@@ -61,3 +50,18 @@ def _quantize(weight: Float[Array, "*shape"], config: QuantConfig) -> QuantizedT
         quant_type=config.quant_type,
         blocksize=config.blocksize,
     )
+
+
+@partial(jax.jit, static_argnames="config")
+def _quantize(weight: Float[Array, "*shape"], config: QuantConfig) -> tuple[Array, ...]:
+    """Codes, in order but of no particular shape, and the constants."""
+    flat = weight.reshape(-1)
+    if config.quant_type == "int8":
+        codes, absmax = quantize_blocks(flat, config.blocksize, lambda s: encode(s, "int8"))
+    else:
+        # An odd tensor gets one zero, so that its last byte is full; bitsandbytes does the same.
+        even = jnp.pad(flat, (0, 1)) if flat.size % 2 else flat
+        codes, absmax = quantize_blocks(
+            even, config.blocksize, lambda s: pack_nibbles(encode(s, config.quant_type))
+        )
+    return codes, *(quantize_absmax(absmax) if config.double_quant else (absmax,))

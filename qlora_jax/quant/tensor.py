@@ -25,6 +25,15 @@ _LEAVES = ("codes", "absmax", "nested_absmax", "offset")
 _STATIC = ("shape", "dtype", "quant_type", "blocksize")
 
 
+def codes_shape(shape: tuple[int, ...], quant_type: str) -> tuple[int, ...]:
+    """The shape of the codes of one tensor: halved along the last axis where that is even."""
+    if quant_type == "int8":
+        return shape
+    if shape[-1] % 2 == 0:
+        return (*shape[:-1], shape[-1] // 2)
+    return ((math.prod(shape) + 1) // 2,)
+
+
 @jax.tree_util.register_pytree_with_keys_class
 class QuantizedTensor:
     """A block-wise quantized array in bitsandbytes' byte layout.
@@ -97,15 +106,8 @@ class QuantizedTensor:
     @property
     def stack_shape(self) -> tuple[int, ...]:
         """Leading axes of a stack; () for a single tensor."""
-        return tuple(self.codes.shape[: self.codes.ndim - len(self._codes_shape)])
-
-    @property
-    def _codes_shape(self) -> tuple[int, ...]:
-        if self.quant_type == "int8":
-            return self.shape
-        if self.shape[-1] % 2 == 0:
-            return (*self.shape[:-1], self.shape[-1] // 2)
-        return ((self.size + 1) // 2,)
+        single = len(codes_shape(self.shape, self.quant_type))
+        return tuple(self.codes.shape[: self.codes.ndim - single])
 
     @property
     def nbytes(self) -> int:
