@@ -397,10 +397,7 @@ def _stage_x(m, plan, turns, zero, lane, warp, row):
         scale = m.as_float((268 - exponent) << 23)
         unscale = m.as_float((exponent - 14) << 23)
         turns = [
-            [
-                m.half2(m.as_float(w << 16) * scale, m.as_float(w & 0xFFFF0000) * scale)
-                for w in got
-            ]
+            [m.pack(m.as_float(w << 16) * scale, m.as_float(w & 0xFFFF0000) * scale, "float16") for w in got]
             for got in turns
         ]
     words = 2 * plan.config.steps

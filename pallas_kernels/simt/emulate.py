@@ -66,11 +66,14 @@ class Machine:
         exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
         return exact.astype(np.float32)
 
-    def half2(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Two float32 as two float16 in one word."""
-        with np.errstate(over="ignore"):
-            bits = [v.astype(np.float16).view(np.uint16).astype(np.uint32) for v in (low, high)]
-        return bits[0] | bits[1] << 16
+    def half_pair(self, word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The two float16 of a word as float32, low half first."""
+        halves = word.copy().view(np.float16).reshape(-1, 2).astype(np.float32)
+        return halves[:, 0].copy(), halves[:, 1].copy()
+
+    def pack(self, low: np.ndarray, high: np.ndarray, dtype: str) -> np.ndarray:
+        """Two float32 rounded to `dtype` ("bfloat16" or "float16") in one word."""
+        return self.float_bits(low, dtype) | self.float_bits(high, dtype) << 16
 
     def float_bits(self, number: np.ndarray, dtype: str) -> np.ndarray:
         """A float32 rounded to `dtype` ("bfloat16", "float16", "float32"), as the low bits."""

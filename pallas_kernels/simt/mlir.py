@@ -185,18 +185,23 @@ class Machine:
         """a · b + c, rounded once."""
         return Float(llvm.intr_fma(a.value, b.value, c.value))
 
-    def half2(self, low: Float, high: Float) -> Word:
-        """Two float32 as two float16 in one word."""
-        return Word(*_asm("cvt.rn.f16x2.f32 $0, $1, $2;", [_i32()], [high.value, low.value]))
+    def half_pair(self, word: Word) -> tuple[Float, Float]:
+        """The two float16 of a word as float32, low half first."""
+        text = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
+        low, high = _asm(text, [_f32()] * 2, [word.value])
+        return Float(low), Float(high)
+
+    def pack(self, low: Float, high: Float, dtype: str) -> Word:
+        """Two float32 rounded to `dtype` ("bfloat16" or "float16") in one word."""
+        kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
+        text = f"cvt.rn.{kind}.f32 $0, $1, $2;"
+        return Word(*_asm(text, [_i32()], [high.value, low.value]))
 
     def float_bits(self, number: Float, dtype: str) -> Word:
         """A float32 rounded to `dtype` ("bfloat16", "float16", "float32"), as the low bits."""
         if dtype == "float32":
             return self.as_word(number)
-        kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
-        zero = self.number(0.0)
-        text = f"cvt.rn.{kind}.f32 $0, $1, $2;"
-        return Word(*_asm(text, [_i32()], [zero.value, number.value]))
+        return self.pack(number, self.number(0.0), dtype)
 
     def prmt(self, a: Word, b: Word, selector: int | Word) -> Word:
         """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a)."""

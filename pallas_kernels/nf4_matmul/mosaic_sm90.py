@@ -1,0 +1,347 @@
+"""x · Wᵀ for many rows on Hopper: weights decoded in registers while the tensor cores work.
+
+The product is computed transposed, yᵀ = W · xᵀ, because `wgmma` takes its *left* operand from
+registers: a warpgroup decodes 64 rows × 64 columns of W, one quantization block a row, straight
+into the fragment that the instruction reads, and multiplies it with 256 rows of x. No 16-bit weight
+is ever in memory, shared or global.
+
+- A block of threads has two warpgroups that compute and one thread that feeds them tiles of x
+  through the copy engine (TMA), several steps ahead. 64 rows × 256 rows of x per warpgroup: its
+  `wgmma`s take 512 clocks a step, its decoding about 150 issue slots, and the two warpgroups take
+  turns, so the tensor cores need not wait.
+- Codes come directly from global memory, one step ahead, in registers. A lane needs byte t of every
+  word of its rows, so the four lanes of a group load the same 32 bytes (one sector) of a row.
+- A byte becomes two float16 by one look-up in shared memory (see `nf4_gemv.mosaic_sm90`: the same
+  table); they are scaled in float32 and rounded once to x's dtype, as the reference does.
+- Of a warp's 16 rows of the fragment, row g is W's row 2g and row g + 8 is 2g + 1: so the two sums
+  that a lane holds for a row of x are neighbours in y, and a group of 8 lanes stores a full sector.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels._arguments import Layout
+from pallas_kernels.codebooks import NESTED_BLOCKSIZE
+from pallas_kernels.nf4_gemv.mosaic_sm90 import BLOCK, TABLE_BYTES, lookup_tables
+from pallas_kernels.simt import arrays
+
+SMS = 132
+COMPUTE = 2  # warpgroups that compute
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulConfig:
+    """How the work is cut; every choice gives the same sums.
+
+    Attributes:
+        rows: rows of x in a tile, 64 to 256.
+        stages: tiles of x in shared memory.
+        ahead: decode the next step's weights before waiting for this step's `wgmma`.
+        group: tiles along n that run side by side, so that their x stays in the second-level cache.
+    """
+
+    rows: int = 256
+    stages: int = 4
+    ahead: bool = True
+    group: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All sizes of one kernel: x [m, k], a weight [n, k]."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    double_quant: bool
+    has_bias: bool
+    config: MatmulConfig
+
+    @property
+    def steps(self) -> int:
+        return self.k // BLOCK
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Along x's rows and along n."""
+        return -(-self.m // self.config.rows), -(-self.n // (64 * COMPUTE))
+
+    @property
+    def grid(self) -> int:
+        return min(SMS, math.prod(self.tiles))
+
+
+CODE_WORDS, SCALE_WORDS = 16, 4
+
+
+def load_block(m, plan, first_row, step, codes, absmax, nested):
+    """What a thread needs of its two rows' block `step`: 16 words of codes, 4 for the scales.
+
+    `first_row`: the row of W that the warpgroup's fragment starts with. Rows past the end are
+    clamped: their sums are not stored.
+    """
+    lane, warp = m.thread & 31, m.thread >> 5 & 3
+    words, scale_words = [], []
+    for h in (0, 1):
+        row = m.minimum(first_row + warp * 16 + (lane >> 2) * 2 + h, plan.n - 1)
+        at = row * (plan.k // 2) + step * (BLOCK // 2)
+        words += m.load(codes, at, 4) + m.load(codes, at, 4, offset=16)
+        block = row * plan.steps + step
+        if plan.double_quant:
+            scale_words.append(m.load_byte(absmax, block))
+            scale_words += m.load(nested, (block // NESTED_BLOCKSIZE) * 4)
+        else:
+            scale_words += m.load(absmax, block * 4)
+            scale_words.append(m.word(0))
+    return words + scale_words
+
+
+def decode_block(m, plan, words, offset):
+    """The `wgmma` fragment of the block: 16 words of two weights in x's dtype, [column / 8][half].
+
+    Register [j][h] of lane (g, t) is columns 8j + 2t and the next, of row 2g + h: byte t of word j.
+    """
+    lane = m.thread & 31
+    table_lane = lane << 2
+    selector = ((lane & 3) << 4) + 0x5504
+    scales = []
+    for h in (0, 1):
+        code, scale = words[CODE_WORDS + 2 * h : CODE_WORDS + 2 * h + 2]
+        if plan.double_quant:
+            (value,) = m.shared_load(m.prmt(code, table_lane, 0x5504), offset=128)
+            scales.append(m.fma(m.as_float(value), m.as_float(scale), offset))
+        else:
+            scales.append(m.as_float(code))
+    out = []
+    for j in range(8):
+        for h in (0, 1):
+            (pair,) = m.shared_load(m.prmt(words[8 * h + j], table_lane, selector))
+            low, high = m.half_pair(pair)
+            out.append(m.pack(low * scales[h], high * scales[h], plan.dtype))
+    return out
+
+
+def fill_table(m, tables, threads):
+    """Copy the look-up tables to the start of shared memory, 32 copies of each entry."""
+    entries = 256 * 16
+    for first in range(0, entries, threads):
+        at = m.thread + first
+        when = at < entries
+        word = m.load(tables, ((at >> 4) * 2 + (at >> 3 & 1)) * 4, when=when)
+        m.shared_store(at << 4, word * 4, when=when)
+    m.barrier()
+
+
+def store_sums(m, plan, sums, first_row, first_token, bias, out):
+    """Store a warpgroup's sums [64, rows]; `sums[j][h]` are two rows of x, 8j + 2t and the next."""
+    lane, warp = m.thread & 31, m.thread >> 5 & 3
+    row = first_row + warp * 16 + (lane >> 2) * 2
+    inside = row < plan.n
+    safe = m.minimum(row, plan.n - 2)
+    extra = [m.as_float(w) for w in m.load(bias, safe * 4, 2)] if plan.has_bias else None
+    for j, by_half in enumerate(sums):
+        for e in (0, 1):
+            token = first_token + (lane & 3) * 2 + (8 * j + e)
+            low, high = by_half[0][e], by_half[1][e]
+            if extra:
+                low, high = low + extra[0], high + extra[1]
+            when = inside & (token < plan.m)
+            at = (m.where(when, token, m.word(0)) * plan.n + safe) * 2
+            m.store(out, at, m.pack(low, high, plan.dtype), 4, when=when)
+
+
+def nf4_matmul_mosaic(
+    x: Array,
+    codes: Array,
+    absmax: Array,
+    nested_absmax: Array | None,
+    offset: Array | None,
+    bias: Array | None,
+    *,
+    layout: Layout,
+    config: MatmulConfig | None = None,
+) -> Array:
+    """`nf4_matmul` on Hopper. x: [..., k] bfloat16 or float16; see `nf4_matmul`.
+
+    Raises:
+        ValueError: what this kernel does not do, and which argument asks for it.
+    """
+    n, k = layout.shape
+    rows = math.prod(x.shape[:-1])
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"x is {x.dtype}; implementation='mosaic_gpu' takes bfloat16 and float16: "
+            "use implementation='triton' or 'xla'"
+        )
+    if layout.codes_per_byte != 2 or layout.blocksize != BLOCK or k % BLOCK or n % 2:
+        raise ValueError(
+            f"the weight is {layout.quant_type} {layout.shape} in blocks of {layout.blocksize}; "
+            "implementation='mosaic_gpu' takes 4-bit weights in blocks of 64, with k a multiple of "
+            "64 and n even: use implementation='triton' or 'xla'"
+        )
+    if max(layout.nbytes, rows * n * 2) >= 1 << 32:
+        raise ValueError(
+            f"the weight has {layout.nbytes} bytes and the result {rows * n * 2}; "
+            "implementation='mosaic_gpu' takes less than 4 GiB of each: use fewer rows at a time"
+        )
+    plan = Plan(
+        m=rows,
+        n=n,
+        k=k,
+        dtype=str(x.dtype),
+        double_quant=layout.double_quant,
+        has_bias=bias is not None,
+        config=config or MatmulConfig(),
+    )
+    unused = jnp.zeros((1,), jnp.float32)
+    y = _kernel(plan)(
+        x.reshape(rows, k),
+        codes.reshape(-1),
+        absmax,
+        unused if nested_absmax is None else nested_absmax,
+        unused if offset is None else offset.reshape(1),
+        unused if bias is None else bias.astype(jnp.float32),
+        jnp.asarray(lookup_tables(layout.quant_type)),
+    )
+    return y.reshape(*x.shape[:-1], n)
+
+
+def _kernel(plan: Plan):
+    cfg = plan.config
+    dtype = jnp.dtype(plan.dtype)
+    swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    ref, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
+    held_type = arrays.words_type(CODE_WORDS + SCALE_WORDS)
+
+    def body(x, codes, absmax, nested, offset, bias, tables, out, table, x_tiles, full, empty):
+        wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+        count = (math.prod(plan.tiles) - 1 - cta) // plan.grid + 1
+
+        arrays.run(lambda m, t: fill_table(m, t, 128 * (COMPUTE + 1)), table, [tables])
+
+        def place(index):
+            """First row of x and of W of the `index`-th tile of this block of threads."""
+            tile = cta + index * plan.grid
+            rows, cols = plan.tiles
+            width = min(cfg.group, cols)
+            band, rest = tile // (rows * width), tile % (rows * width)
+            # The last band may be narrower.
+            here = jnp.minimum(width, cols - band * width)
+            return (rest // here) * cfg.rows, (band * width + rest % here) * (64 * COMPUTE)
+
+        @pl.when(wg == COMPUTE)
+        def _feed():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def one(s, carry):
+                slot = lax.rem(s, cfg.stages)
+                token, _ = place(s // plan.steps)
+                column = lax.rem(s, plan.steps) * BLOCK
+
+                @pl.when(s >= cfg.stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                plgpu.copy_gmem_to_smem(
+                    x.at[pl.ds(token, cfg.rows), pl.ds(column, BLOCK)],
+                    x_tiles.at[slot],
+                    full.at[slot],
+                )
+                return carry
+
+            lax.fori_loop(0, count * plan.steps, one, None)
+
+        @pl.when(wg < COMPUTE)
+        def _compute():
+            plgpu.set_max_registers(232, action="increase")
+
+            def load(first_row, step):
+                return arrays.run(
+                    lambda m, r, s, c, a, e: load_block(m, plan, r, s, c, a, e),
+                    table,
+                    [first_row, step, codes, absmax, nested],
+                    held_type,
+                )
+
+            def decode(held):
+                def program(m, words, o):
+                    return decode_block(m, plan, words, m.as_float(m.load(o, m.word(0))[0]))
+
+                kind = plgpu.ShapeDtypeStruct((64, BLOCK), dtype, plgpu.Layout.WGMMA)
+                return arrays.run(program, table, [held, offset], kind)
+
+            def one_tile(index, carry):
+                token, column = place(index)
+                first_row = column + wg * 64
+                base = index * plan.steps
+
+                def accumulate(acc):
+                    def multiply(step, weights):
+                        slot = lax.rem(base + step, cfg.stages)
+                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.wgmma(acc, weights, plgpu.transpose_ref(x_tiles.at[slot], (1, 0)))
+                        return slot
+
+                    def simple(step, held):
+                        weights = decode(held)
+                        held = load(first_row, jnp.minimum(step + 1, plan.steps - 1))
+                        slot = multiply(step, weights)
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[slot])
+                        return held
+
+                    def ahead(step, carry):
+                        weights, held = carry
+                        slot = multiply(step, weights)
+                        following = decode(held)
+                        held = load(first_row, jnp.minimum(step + 2, plan.steps - 1))
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[slot])
+                        return following, held
+
+                    held = load(first_row, jnp.int32(0))
+                    if cfg.ahead:
+                        weights = decode(held)
+                        held = load(first_row, jnp.int32(min(1, plan.steps - 1)))
+                        lax.fori_loop(0, plan.steps, ahead, (weights, held))
+                    else:
+                        lax.fori_loop(0, plan.steps, simple, held)
+                    return acc[...]
+
+                sums = pl.run_scoped(accumulate, plgpu.ACC((64, cfg.rows), jnp.float32))
+                arrays.run(
+                    lambda m, s, r, t, b, o: store_sums(m, plan, s, r, t, b, o),
+                    table,
+                    [sums, first_row, token, bias, out],
+                )
+                return carry
+
+            lax.fori_loop(0, count, one_tile, None)
+
+    body.__name__ = "nf4_matmul"
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((plan.m, plan.n), dtype),
+        scratch_types=[
+            plgpu.SMEM((TABLE_BYTES // 4,), jnp.uint32),
+            plgpu.SMEM((cfg.stages, cfg.rows, BLOCK), dtype, transforms=swizzle),
+            plgpu.Barrier(num_barriers=cfg.stages),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=cfg.stages),
+        ],
+        grid=(plan.grid,),
+        grid_names=("cta",),
+        num_threads=COMPUTE + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )
