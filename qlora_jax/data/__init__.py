@@ -4,6 +4,7 @@ The journey of an example, each step one file:
 
     load_rows (sources)      file or hub name -> rows
     FORMATS (templates)      row -> text segments, each trained on or not
+    load_instruct            both at once for the eight datasets of the paper
     load_tokenizer           model folder -> Tokenizer
     tokenize_rows            rows -> Examples: token ids and labels
     Batches                  Examples -> Batch of a fixed shape, for any step of the run
@@ -13,6 +14,7 @@ Everything here is NumPy on the host; nothing needs JAX.
 
 from qlora_jax.data.batches import Batch, Batches, length_buckets
 from qlora_jax.data.examples import IGNORE, Example, Examples, TokenizeReport
+from qlora_jax.data.instruct import INSTRUCT, InstructDataset, InstructRows, load_instruct
 from qlora_jax.data.sources import load_rows
 from qlora_jax.data.templates import (
     FORMATS,
@@ -35,6 +37,7 @@ from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
 __all__ = [
     "FORMATS",
     "IGNORE",
+    "INSTRUCT",
     "Batch",
     "Batches",
     "ChatStyle",
@@ -43,6 +46,8 @@ __all__ = [
     "Examples",
     "FlatChatFormat",
     "Format",
+    "InstructDataset",
+    "InstructRows",
     "InstructionFormat",
     "PairFormat",
     "Segment",
@@ -54,6 +59,7 @@ __all__ = [
     "formats_for",
     "get_format",
     "length_buckets",
+    "load_instruct",
     "load_rows",
     "load_tokenizer",
     "tokenize_rows",

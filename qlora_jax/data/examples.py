@@ -63,9 +63,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def of(
-        cls,
-        examples: Iterable[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]],
-        report: TokenizeReport | None = None,
+        cls, examples: Iterable[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]]
     ) -> "Examples":
         """From pairs (ids, labels) of equal length."""
         pairs = [
@@ -76,6 +74,16 @@ class Examples(Sequence[Example]):
             np.concatenate([empty, *(ids for ids, _ in pairs)]),
             np.concatenate([empty, *(labels for _, labels in pairs)]),
             np.array([len(ids) for ids, _ in pairs], np.int64),
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence["Examples"], report: TokenizeReport | None = None) -> "Examples":
+        """The examples of all parts, in order."""
+        empty = cls.of([])
+        return cls(
+            np.concatenate([part._input_ids for part in (empty, *parts)]),
+            np.concatenate([part._labels for part in (empty, *parts)]),
+            np.concatenate([part.lengths for part in (empty, *parts)]),
             report,
         )
 

@@ -82,12 +82,17 @@ def tokenize_rows(
     eos = tokenizer.eos_token_id if append_eos else None
     # Encoding nothing gives what every text of the family begins with: bos, or nothing.
     start = tokenizer.encode("")
-    pairs: list[tuple[list[int], list[int]]] = []
+    # Flat arrays as they come: a token costs 8 bytes in them, some 80 in lists of Python's ints.
+    parts: list[Examples] = []
     count = cut_sources = cut_targets = 0
     for chunk in _chunks(_tracked(rows, progress), _CHUNK):
         if count == 0:
             check_columns(chunk[0], form, source=source)
-        segmented = [form.segments(row, train_on) for row in chunk]
+        pairs: list[_Part] = []
+        segmented = [
+            _segments(row, form, train_on, f"row {count + i} of {source}")
+            for i, row in enumerate(chunk)
+        ]
         for segments, encoded in zip(segmented, _encode(segmented, tokenizer), strict=True):
             asked, answered = _assemble(segments, encoded, start, eos)
             cut_sources += source_max_len is not None and len(asked[0]) > source_max_len
@@ -106,16 +111,27 @@ def tokenize_rows(
             if any(label != IGNORE for label in labels):
                 pairs.append((ids, labels))
             count += 1
+        parts.append(Examples.of(pairs))
     if count == 0:
         raise ValueError(f"{source} is empty: there is not one row to tokenize.")
-    if not pairs:
+    kept = sum(map(len, parts))
+    if kept == 0:
         raise ValueError(
             f"none of the {count} rows of {source} has a token to train on with format "
             f"{form.name!r}, train_on={train_on!r}, target_max_len={target_max_len}: allow longer "
             "targets, or train on 'all'."
         )
-    report = TokenizeReport(count, cut_sources, cut_targets, count - len(pairs))
-    return Examples.of(pairs, report)
+    report = TokenizeReport(count, cut_sources, cut_targets, count - kept)
+    return Examples.join(parts, report)
+
+
+def _segments(
+    row: Mapping[str, Any], form: Format, train_on: TrainOn, which: str
+) -> tuple[Segment, ...]:
+    try:
+        return form.segments(row, train_on)
+    except ValueError as error:
+        raise ValueError(f"{which}: {error}") from error
 
 
 # The ids and the labels of one part of an example.

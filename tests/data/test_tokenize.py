@@ -157,6 +157,8 @@ def test_bad_input_is_refused(stories):
     assert len(tokenize_rows(rows, form, stories, max_len=64, target_max_len=63)) == 2
     with pytest.raises(ValueError, match="format 'alpaca' needs instruction, output"):
         tokenize_rows(rows, FORMATS["alpaca"], stories)
+    with pytest.raises(ValueError, match=r"^row 1 of x: format 'text' expects text.*holds None"):
+        tokenize_rows([{"text": "a"}, {"text": None}], form, stories, source="x")
     with pytest.raises(ValueError, match="target_max_len must be at least 1 token"):
         tokenize_rows(rows, form, stories, target_max_len=0)
 
