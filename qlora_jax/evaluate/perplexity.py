@@ -11,7 +11,7 @@ device never waits for the host.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,14 +20,10 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from qlora_jax.models.loss import next_token_loss
 
+LossFn = Callable[[Any, Any, Any], tuple[Float[Array, ""], Int[Array, ""]]]
+"""(model, batch, dropout key or None) -> (sum of token losses in nats, number of trained tokens).
 
-class LossFn(Protocol):
-    """(model, batch, dropout key or None) -> (sum of token losses in nats, trained tokens)."""
-
-    def __call__(
-        self, model: Any, batch: Any, dropout_key: Key[Array, ""] | None, /
-    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        """Sums, not means: micro-batches and batches are added up before they are divided."""
+Sums, not means: micro-batches and batches are added up before they are divided."""
 
 
 class Evaluation(NamedTuple):
@@ -45,7 +41,7 @@ def causal_lm_loss(
     loss = next_token_loss(
         model, batch.input_ids, batch.labels, batch.attention_mask, dropout_key=dropout_key
     )
-    return loss.total, loss.count
+    return loss.total, loss.tokens
 
 
 def make_eval_step(

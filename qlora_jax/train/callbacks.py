@@ -10,9 +10,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Callback(Protocol):
     """What `fit` tells the outside."""
 

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from qlora_jax.train.run_folder import check_or_write_config, describe_run, lock
 from qlora_jax.train.step import StepMetrics, init_state, make_train_step
 
 
+@runtime_checkable
 class StepBatches(Protocol):
     """Training data: `data.Batches`, or anything that can say what step n sees."""
 
@@ -41,6 +42,7 @@ class StepBatches(Protocol):
         """The batch of step 0, 1, …: leaves [batch, seq], or [accumulation, batch, seq]."""
 
 
+@runtime_checkable
 class EpochBatches(Protocol):
     """Evaluation data: `data.Batches(..., shuffle=False)`; a list of batches will do as well."""
 

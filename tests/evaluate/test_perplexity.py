@@ -1,0 +1,53 @@
+"""Loss and perplexity are weighted by tokens."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from qlora_jax.evaluate import perplexity
+from tests.train.toy import Toy, ToyBatches, toy_loss
+
+
+def test_every_token_counts_the_same():
+    model = Toy()
+    batches = [ToyBatches(4, lengths=(8, 16)).at(step) for step in range(5)]
+    scores = [
+        np.asarray(jax.nn.log_softmax(model(batch.input_ids)), np.float64) for batch in batches
+    ]
+    losses = np.concatenate(
+        [
+            -np.take_along_axis(score, np.maximum(batch.labels, 0)[..., None], -1)[..., 0][
+                batch.labels != -100
+            ]
+            for score, batch in zip(scores, batches, strict=True)
+        ]
+    )
+    found = perplexity(model, batches, loss_fn=toy_loss)
+    assert found.tokens == losses.size
+    assert found.loss == pytest.approx(losses.mean(), rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-6)
+
+
+def test_evaluation_drops_nothing_out():
+    batches = [ToyBatches(4).at(0)]
+    assert perplexity(Toy(dropout=0.5), batches, loss_fn=toy_loss) == perplexity(
+        Toy(), batches, loss_fn=toy_loss
+    )
+
+
+def test_batches_without_labels_are_refused():
+    batch = ToyBatches(4).at(0)
+    batch = batch._replace(labels=np.full_like(batch.labels, -100))
+    with pytest.raises(ValueError, match="no token with a label"):
+        perplexity(Toy(), [batch], loss_fn=toy_loss)
+
+
+def test_a_hopeless_model_has_infinite_perplexity():
+    def loss(model, batch, key, /):
+        total, count = toy_loss(model, batch, key)
+        return total * 0 + 1e4 * count, count
+
+    found = perplexity(Toy(), [ToyBatches(4).at(0)], loss_fn=loss)
+    assert found.perplexity == math.inf

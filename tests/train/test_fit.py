@@ -1,0 +1,156 @@
+"""The loop around the step: what it reports, when it looks, and how it stops."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from qlora_jax.train import Checkpoints, TrainConfig, fit
+from qlora_jax.train.callbacks import MetricsFile, TensorBoard, read_lines
+from qlora_jax.train.progress import ProgressDisplay
+from tests.train.toy import Toy, ToyBatches, adapters, toy_loss
+
+CONFIG = TrainConfig(
+    steps=12, learning_rate=3e-2, micro_batch_size=4, save_every=4, eval_every=5, log_every=5
+)
+
+
+def _fit(folder, *, config=CONFIG, batches=None, terminal=False, model=None, **options):
+    output = io.StringIO()
+    model = model or Toy()
+    result = fit(
+        model,
+        batches or ToyBatches(4, lengths=(8, 16)),
+        config,
+        run_folder=folder,
+        loss_fn=toy_loss,
+        console=Console(file=output, force_terminal=terminal, width=120),
+        **options,
+    )
+    return model, result, output.getvalue()
+
+
+def test_a_run_learns_looks_saves_and_tells(tmp_path):
+    saved = []
+    held_out = [ToyBatches(4).at(1000), ToyBatches(4).at(1001)]
+    before = adapters(Toy())
+    model, result, text = _fit(
+        tmp_path / "run",
+        eval_batches=held_out,
+        save_adapter=lambda folder, model: saved.append((folder, adapters(model))),
+    )
+    assert result.step == 12
+    assert result.first_eval is not None
+    assert result.last_eval is not None
+    assert result.last_eval.loss < result.first_eval.loss - 0.1
+    assert result.last_eval.tokens == sum(int((b.labels != -100).sum()) for b in held_out)
+    assert result.tokens_per_second > 0
+    assert result.peak_host_bytes > 50 * 2**20
+    # The model in the caller's hands is the trained one, and so is the one that was saved.
+    assert saved[0][0] == tmp_path / "run" / "adapter"
+    for first, now, kept in zip(before, adapters(model), saved[0][1], strict=True):
+        assert np.abs(first - now).max() > 1e-3
+        np.testing.assert_array_equal(now, kept)
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 5, 10, 12]
+    assert lines[-1]["eval_loss"] == result.last_eval.loss
+    assert "step 5/12: loss" in text
+    assert "step 10: held-out loss" in text
+    assert "\x1b" not in text
+    assert "12 steps, held-out loss" in text.splitlines()[-1]
+    assert "peak host memory" in text.splitlines()[-1]
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+class _Epochs:
+    def one_epoch(self):
+        return iter([ToyBatches(4).at(1000)])
+
+
+def test_a_terminal_gets_a_bar_and_evaluation_takes_epochs(tmp_path):
+    _, result, text = _fit(tmp_path, terminal=True, eval_batches=_Epochs())
+    assert "12/12" in text
+    assert "tokens/s" in text
+    assert result.last_eval is not None
+
+
+class _Poisoned(ToyBatches):
+    """From step 7 on, the labels carry the marker that `_poisoned_loss` turns into NaN."""
+
+    def at(self, step):
+        batch = super().at(step)
+        return batch._replace(labels=np.full_like(batch.labels, -7)) if step >= 6 else batch
+
+
+def _poisoned_loss(model, batch, key, /):
+    total, count = toy_loss(model, batch, key)
+    return jax.numpy.where((batch.labels == -7).any(), jax.numpy.nan, total), count
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    model = Toy()
+    with pytest.raises(FloatingPointError, match=r"step 7: loss is nan.*checkpoint, step 4"):
+        fit(
+            model,
+            _Poisoned(4),
+            CONFIG,
+            run_folder=tmp_path,
+            loss_fn=_poisoned_loss,
+            console=Console(file=io.StringIO()),
+        )
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 4
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 7))
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_adapters_that_are_not_finite_are_not_saved(tmp_path):
+    config = TrainConfig(steps=4, micro_batch_size=4, learning_rate=1e38, save_every=1)
+    with pytest.raises(FloatingPointError, match="step"):
+        _fit(tmp_path, config=config)
+
+
+def test_batches_of_another_shape_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"shape \[3, 8\].*need \[1, 4, ...\]"):
+        _fit(tmp_path, batches=ToyBatches(3))
+
+
+def test_a_model_without_adapters_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no nnx\.LoRAParam"):
+        _fit(tmp_path, model=nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+
+
+def test_metrics_file_cuts_what_a_killed_run_left_after_its_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    file = MetricsFile(path)
+    file.start(2)
+    file.log(3, {"loss": 9.0})
+    file.flush()
+    file.close()
+    assert read_lines(path) == [*lines[:2], {"step": 3, "loss": 9.0}]
+
+
+def test_tensorboard_needs_its_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(TensorBoard, "available", staticmethod(lambda: False))
+    with pytest.raises(ModuleNotFoundError, match=r"qlora-jax\[tensorboard\]"):
+        TensorBoard(tmp_path)
+
+
+def test_plain_lines_say_where_a_run_resumed():
+    output = io.StringIO()
+    display = ProgressDisplay(20, console=Console(file=output), log_every=10)
+    display.start(7)
+    display.log(10, {"loss": 1.5, "tokens_per_second": 1234.5, "seconds_left": 61.0})
+    display.close()
+    assert output.getvalue().splitlines() == [
+        "resumed after step 7 of 20",
+        "step 10/20: loss 1.5000 · 1,234 tokens/s · 61 s left",
+    ]

@@ -1,0 +1,186 @@
+"""A run killed at any step and resumed ends with the same bits as one that was left alone."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from qlora_jax.optim import paged
+from qlora_jax.train import Checkpoints, TrainConfig, fit, init_state, make_train_step
+from qlora_jax.train.callbacks import read_lines
+from tests.train.toy import Toy, ToyBatches, adapters, toy_loss
+from tests.train.worker import CONFIG, train
+
+
+def _numbers(folder: Path) -> list[dict]:
+    timing = ("tokens_per_second", "seconds_left")
+    return [
+        {name: value for name, value in line.items() if name not in timing}
+        for line in read_lines(folder / "metrics.jsonl")
+    ]
+
+
+def test_killed_runs_end_bit_identical(tmp_path):
+    undisturbed, _ = train(tmp_path / "undisturbed")
+    folder = tmp_path / "killed"
+    # Before any checkpoint; while the save of step 5 may still be written; just before a save.
+    for where, step, resumed in (("log", 3, 0), ("log", 6, (0, 5)), ("flush", 15, (0, 5, 10))):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.train.worker", str(folder), where, str(step)],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        started = int(done.stdout.split("started after step ")[1].split()[0])
+        assert started in np.atleast_1d(resumed)
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 99, "lo')
+    resumed, result = train(folder)
+    assert result.step == CONFIG.steps
+    for a, b in zip(adapters(resumed), adapters(undisturbed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert _numbers(folder) == _numbers(tmp_path / "undisturbed")
+    assert [line["step"] for line in _numbers(folder)] == list(range(1, CONFIG.steps + 1))
+
+
+@pytest.mark.parametrize("broken_at", [2, 5, 6, 11])
+def test_a_run_broken_off_by_an_error_resumes_bit_identical(tmp_path, broken_at, reference):
+    class Broken(ToyBatches):
+        def at(self, step):
+            if step == broken_at:
+                raise OSError("the disk is gone")
+            return super().at(step)
+
+    def run(batches):
+        model = Toy(dropout=0.1)
+        fit(model, batches, CONFIG, run_folder=tmp_path / "run", loss_fn=toy_loss)
+        return model
+
+    with pytest.raises(OSError, match="disk"):
+        run(Broken(2, 4))
+    for a, b in zip(adapters(run(ToyBatches(2, 4))), reference, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return adapters(train(tmp_path_factory.mktemp("reference") / "run")[0])
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, reference):
+    train(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    model, result = train(tmp_path)
+    assert result.train_loss is None
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    for a, b in zip(adapters(model), reference, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_another_configuration_is_refused_naming_the_fields(tmp_path):
+    def run(config, **identity):
+        model = Toy(dropout=0.1)
+        fit(
+            model,
+            ToyBatches(2, 4),
+            config,
+            run_folder=tmp_path,
+            loss_fn=toy_loss,
+            identity={"model": {"name": "toy"}, **identity},
+        )
+
+    short = dataclasses.replace(CONFIG, steps=3)
+    run(short, data="a")
+    before = (tmp_path / "config.json").read_text()
+    other = dataclasses.replace(short, learning_rate=0.5, seed=9, save_every=1)
+    with pytest.raises(ValueError, match=r"learning_rate \(was 0.01, is 0.5\).*seed") as caught:
+        run(other, data="b")
+    assert "data (was 'a', is 'b')" in str(caught.value)
+    assert "save_every" not in str(caught.value)
+    assert (tmp_path / "config.json").read_text() == before
+    run(dataclasses.replace(short, save_every=1, log_every=2), data="a")
+    assert set(json.loads(before)) == {"train", "run", "versions"}
+
+
+def _state(min_size: int, r_seed: int = 0):
+    graphdef, lora, frozen = nnx.split(Toy(seed=r_seed), nnx.LoRAParam, ...)
+    tx = optax.chain(
+        optax.clip_by_global_norm(0.3), paged(optax.adamw(1e-2, b2=0.999), min_size=min_size)
+    )
+    state = init_state(lora, tx, seed=0)
+    step = make_train_step(graphdef, tx, toy_loss, state=state)
+    state, _ = step(state, frozen, ToyBatches(1, 4).at(0))
+    return state, step, frozen
+
+
+def _same(one, other) -> None:
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(("saved", "restored"), [(0, 0), (0, 10**9), (10**9, 0)])
+def test_round_trip_between_paged_and_unpaged_state(tmp_path, saved, restored):
+    state, _, _ = _state(saved)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state)
+    like, step, frozen = _state(restored, r_seed=1)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        found = checkpoints.restore(like)
+    _same(found, state)
+    kinds = [leaf.sharding.memory_kind for leaf in jax.tree.leaves(like)]
+    assert [leaf.sharding.memory_kind for leaf in jax.tree.leaves(found)] == kinds
+    assert ("pinned_host" in kinds) == (restored == 0)
+    found, _ = step(found, frozen, ToyBatches(1, 4).at(1))
+    assert int(found.step) == 2
+    # The restored state runs the program that was compiled for the fresh one.
+    assert step._cache_size() == 1
+
+
+def test_saving_is_not_disturbed_by_the_next_step(tmp_path):
+    state, step, frozen = _state(0)
+    expected = jax.tree.map(np.array, (state.lora, state.opt_state))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state)
+        for i in range(3):
+            state, _ = step(state, frozen, ToyBatches(1, 4).at(i))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        found = checkpoints.restore(state)
+    _same((found.lora, found.opt_state), expected)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    train(tmp_path)
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == [15, 16]
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(tmp_path):
+    state, _, _ = _state(0)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        with pytest.raises(FileNotFoundError, match="no checkpoint"):
+            checkpoints.restore(state)
+        checkpoints.save(state)
+    wide = state._replace(lora=jax.tree.map(lambda leaf: leaf[:2], state.lora))
+    with (
+        Checkpoints(tmp_path, keep=1) as checkpoints,
+        pytest.raises(ValueError, match=r"lora.head.lora_A \(saved float32\[4, 64\], expected"),
+    ):
+        checkpoints.restore(wide)
+
+
+def test_default_config_pages_only_large_moments():
+    assert TrainConfig().page_min_size == 100_000

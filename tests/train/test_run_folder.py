@@ -1,0 +1,84 @@
+"""Two processes never write one run folder, and a dead one does not keep it."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from qlora_jax.train.run_folder import locked_run_folder
+
+
+def test_a_held_folder_is_refused_and_freed_on_leaving(tmp_path):
+    folder = tmp_path / "deep" / "run"
+    with locked_run_folder(folder):
+        with (
+            pytest.raises(RuntimeError, match=r"being written by process \d+ on host"),
+            locked_run_folder(folder),
+        ):
+            pass
+        assert (folder / "run.lock").exists()
+    assert not (folder / "run.lock").exists()
+    with locked_run_folder(folder):
+        pass
+
+
+def test_an_error_inside_frees_the_folder(tmp_path):
+    with pytest.raises(KeyError), locked_run_folder(tmp_path):
+        raise KeyError
+    with locked_run_folder(tmp_path):
+        pass
+
+
+def test_another_process_is_refused_while_its_holder_lives_and_not_after(tmp_path):
+    # The holder is killed by its parent, so it cannot tidy up.
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from qlora_jax.train.run_folder import locked_run_folder\n"
+        "with locked_run_folder(Path(sys.argv[1])):\n"
+        "    print('held', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            with (
+                pytest.raises(RuntimeError, match=f"process {holder.pid} on host"),
+                locked_run_folder(tmp_path),
+            ):
+                pass
+        finally:
+            holder.kill()
+            holder.wait()
+    assert (tmp_path / "run.lock").exists()
+    with locked_run_folder(tmp_path):
+        assert json.loads((tmp_path / "run.lock").read_text())["host"] == socket.gethostname()
+
+
+@pytest.mark.parametrize("content", ["", '{"pid": 1', '{"pid": 999999}'])
+def test_a_stale_lock_file_is_taken_over(tmp_path, content):
+    (tmp_path / "run.lock").write_text(content)
+    with locked_run_folder(tmp_path):
+        pass
+
+
+def test_an_unfinished_run_of_another_host_is_refused(tmp_path):
+    (tmp_path / "run.lock").write_text('{"pid": 7, "host": "elsewhere"}')
+    with (
+        pytest.raises(RuntimeError, match=r"process 7 on host elsewhere.*delete"),
+        locked_run_folder(tmp_path),
+    ):
+        pass
+    assert "elsewhere" in (tmp_path / "run.lock").read_text()
+
+
+def test_an_unwritable_folder_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OSError, match=r"run folder .* cannot be written"),
+        locked_run_folder(tmp_path / "file" / "run"),
+    ):
+        pass
