@@ -50,7 +50,7 @@ class MatmulConfig:
 
     rows: int = 256
     stages: int = 4
-    ahead: bool = True
+    ahead: bool = False
     group: int = 16
 
 
@@ -105,6 +105,11 @@ def load_block(m, plan, first_row, step, codes, absmax, nested):
     return words + scale_words
 
 
+def load_offset(m, plan, offset):
+    """The mean of the absmax constants, and three words that fill up."""
+    return m.load(offset, m.word(0)) + [m.word(0)] * 3
+
+
 def decode_block(m, plan, words, offset):
     """The `wgmma` fragment of the block: 16 words of two weights in x's dtype, [column / 8][half].
 
@@ -118,7 +123,7 @@ def decode_block(m, plan, words, offset):
         code, scale = words[CODE_WORDS + 2 * h : CODE_WORDS + 2 * h + 2]
         if plan.double_quant:
             (value,) = m.shared_load(m.prmt(code, table_lane, 0x5504), offset=128)
-            scales.append(m.fma(m.as_float(value), m.as_float(scale), offset))
+            scales.append(m.fma(m.as_float(value), m.as_float(scale), m.as_float(offset[0])))
         else:
             scales.append(m.as_float(code))
     out = []
@@ -176,7 +181,8 @@ def nf4_matmul_mosaic(
         ValueError: what this kernel does not do, and which argument asks for it.
     """
     n, k = layout.shape
-    rows = math.prod(x.shape[:-1])
+    batch = x.shape[:-1]
+    rows = math.prod(batch)
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(
             f"x is {x.dtype}; implementation='mosaic_gpu' takes bfloat16 and float16: "
@@ -200,11 +206,13 @@ def nf4_matmul_mosaic(
         dtype=str(x.dtype),
         double_quant=layout.double_quant,
         has_bias=bias is not None,
-        config=config or MatmulConfig(),
+        config=config or choose_config(rows),
     )
+    # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
+    x = jnp.pad(x.reshape(rows, k), ((0, -rows % 8), (0, 0)))
     unused = jnp.zeros((1,), jnp.float32)
     y = _kernel(plan)(
-        x.reshape(rows, k),
+        x,
         codes.reshape(-1),
         absmax,
         unused if nested_absmax is None else nested_absmax,
@@ -212,7 +220,12 @@ def nf4_matmul_mosaic(
         unused if bias is None else bias.astype(jnp.float32),
         jnp.asarray(lookup_tables(layout.quant_type)),
     )
-    return y.reshape(*x.shape[:-1], n)
+    return y.reshape(*batch, n)
+
+
+def choose_config(rows: int) -> MatmulConfig:
+    """The smallest tile that holds all rows of x, or the largest there is."""
+    return MatmulConfig(rows=next((r for r in (64, 128) if rows <= r), 256))
 
 
 def _kernel(plan: Plan):
@@ -263,6 +276,9 @@ def _kernel(plan: Plan):
         @pl.when(wg < COMPUTE)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
+            mean = arrays.run(
+                lambda m, o: load_offset(m, plan, o), table, [offset], arrays.words_type(4)
+            )
 
             def load(first_row, step):
                 return arrays.run(
@@ -273,11 +289,13 @@ def _kernel(plan: Plan):
                 )
 
             def decode(held):
-                def program(m, words, o):
-                    return decode_block(m, plan, words, m.as_float(m.load(o, m.word(0))[0]))
-
                 kind = plgpu.ShapeDtypeStruct((64, BLOCK), dtype, plgpu.Layout.WGMMA)
-                return arrays.run(program, table, [held, offset], kind)
+                return arrays.run(
+                    lambda m, words, o: decode_block(m, plan, words, o),
+                    table,
+                    [held, mean],
+                    kind,
+                )
 
             def one_tile(index, carry):
                 token, column = place(index)

@@ -1,0 +1,79 @@
+"""The Hopper matmul's lane programs on NumPy: decoded fragments and stored sums, lane by lane."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.codebooks import CODEBOOKS
+from pallas_kernels.nf4_matmul import mosaic_sm90
+from pallas_kernels.nf4_matmul.mosaic_sm90 import MatmulConfig, Plan
+from pallas_kernels.simt.emulate import Machine
+from tests.pallas_kernels.test_mosaic_gemv import problem
+
+LANES = np.arange(128)
+WARP, GROUP, QUAD = LANES // 32, LANES % 32 // 4, LANES % 4
+
+
+def from_fragment(words, dtype):
+    """[64, columns] float64 from the words of a 16-bit array in the WGMMA layout, [j][half]."""
+    out = np.full((64, 4 * len(words)), np.nan)
+    for i, word in enumerate(words):
+        pair = np.asarray(word, np.uint32)[:128].copy().view(np.uint16).reshape(128, 2)
+        for e in (0, 1):
+            value = np.asarray(jnp.asarray(pair[:, e]).view(dtype).astype(jnp.float32))
+            out[16 * WARP + 8 * (i % 2) + GROUP, 8 * (i // 2) + 2 * QUAD + e] = value
+    return out
+
+
+def to_sums(tile, threads):
+    """`store_sums`' argument: the float32 registers of [64, columns] in the WGMMA layout."""
+    pick = lambda j, h, e: np.resize(
+        tile[16 * WARP + 8 * h + GROUP, 8 * j + 2 * QUAD + e].astype(np.float32), threads
+    )
+    return [[[pick(j, h, e) for e in (0, 1)] for h in (0, 1)] for j in range(tile.shape[1] // 8)]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "dtype", "double_quant"),
+    [(70, 96, 320, "bfloat16", True), (64, 64, 128, "float16", False)],
+)
+def test_lane_programs_are_the_product(m, n, k, dtype, double_quant):
+    rng = np.random.default_rng(n)
+    plan = Plan(m, n, k, dtype, double_quant, True, MatmulConfig(rows=64))
+    inputs, exact = problem(rng, m, n, k, dtype, double_quant)
+    x, codes, absmax, nested, offset, bias, tables = inputs
+    machine = Machine(0, 128, mosaic_sm90.TABLE_BYTES)
+    mosaic_sm90.fill_table(machine, tables, machine.threads)
+    mean = mosaic_sm90.load_offset(machine, plan, offset)
+    out = np.asarray(jnp.full((m, n), jnp.nan, dtype)).copy()
+    padded = np.zeros((-(-m // 64) * 64, k))
+    padded[:m] = x.astype(np.float64)
+    for first_row in range(0, n, 64):
+        weight = []
+        for step in range(plan.steps):
+            held = mosaic_sm90.load_block(
+                machine, plan, machine.word(first_row), machine.word(step), codes, absmax, nested
+            )
+            assert len(held) == mosaic_sm90.CODE_WORDS + mosaic_sm90.SCALE_WORDS
+            weight.append(from_fragment(mosaic_sm90.decode_block(machine, plan, held, mean), dtype))
+        sums = np.concatenate(weight, 1) @ padded.T
+        for token in range(0, len(padded), 64):
+            mosaic_sm90.store_sums(
+                machine,
+                plan,
+                to_sums(sums[:, token : token + 64], machine.threads),
+                machine.word(first_row),
+                machine.word(token),
+                bias,
+                out,
+            )
+    exact = exact + bias
+    error = np.linalg.norm(out.astype(np.float64) - exact) / np.linalg.norm(exact)
+    assert error < (4e-3 if dtype == "bfloat16" else 1e-3)
+
+
+def test_weights_are_rounded_once():
+    """float16 tables, exact where the code's value is: 1 · scale is the scale in x's dtype."""
+    table = CODEBOOKS["nf4"].astype(np.float16).astype(np.float32)
+    np.testing.assert_allclose(table, CODEBOOKS["nf4"], rtol=2**-11)
+    assert table[15] == 1.0 and table[0] == -1.0 and table[7] == 0.0
