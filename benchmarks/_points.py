@@ -8,6 +8,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
+from pallas_kernels._triton import TritonConfig
+
 SHAPES: dict[str, tuple[int, int]] = {
     "7b-qkvo": (4096, 4096),
     "7b-gate-up": (11008, 4096),
@@ -41,6 +43,8 @@ class Point:
     n: int
     k: int
     blocksize: int = 64
+    config: TritonConfig | None = None
+    """Tile sizes to force on a Triton kernel; None takes the dispatch table's."""
 
     @property
     def size(self) -> int:

@@ -12,6 +12,8 @@ is one tiny kernel per round.
 import dataclasses
 import functools
 import math
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +106,9 @@ def op_function(point: Point) -> Callable[..., jax.Array]:
     options: dict[str, Any] = {
         "implementation": point.implementation,
         "blocksize": point.blocksize,
+        "config": point.config,
+        # Without a card, a kernel can still be interpreted.
+        "interpret": jax.default_backend() == "cpu" and point.implementation != "xla",
     }
     if point.op == "dequantize":
         return lambda x, *weight: pallas_kernels.nf4_dequantize(*weight, **options)
@@ -149,6 +154,36 @@ def compiler_options(point: Point) -> dict[str, Any]:
     return {"xla_gpu_enable_triton_gemm": False}
 
 
+def compile_program(program: Program) -> tuple[jax.stages.Compiled, float]:
+    """The compiled program and the seconds it took."""
+    began = time.monotonic()
+    weights = jax.eval_shape(lambda: make_weights(program, 0))
+    x = jax.eval_shape(lambda: make_input(program.point, 0))
+    lowered = jax.jit(build(program)).lower(x, weights)
+    compiled = lowered.compile(compiler_options(program.point))
+    return compiled, time.monotonic() - began
+
+
+def timing(
+    compiled: jax.stages.Compiled, program: Program, x: Any, weights: Any, repeats: int
+) -> dict[str, float]:
+    """Median seconds per call over the repeats, and (max − min) / median of the middle half."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        for _ in range(program.launches):
+            done = compiled(x, weights)
+        jax.block_until_ready(done)
+        return (time.perf_counter() - began) / program.calls
+
+    once()
+    times = sorted(once() for _ in range(repeats))
+    median = statistics.median(times)
+    quarter = len(times) // 4
+    spread = (times[-1 - quarter] - times[quarter]) / median
+    return {"seconds": median, "fastest": times[0], "spread": spread, "calls": program.calls}
+
+
 def host_error(
     point: Point, x: jax.Array, weight: tuple[jax.Array, ...], out: jax.Array, seed: int
 ) -> float:
@@ -192,7 +227,7 @@ def host_weight(
 
 def whole_error(point: Point) -> Callable[..., jax.Array]:
     """`fn(x, weight, out) -> relative error` over *every* element, against the XLA path."""
-    reference = op_function(dataclasses.replace(point, implementation="xla"))
+    reference = op_function(dataclasses.replace(point, implementation="xla", config=None))
 
     def error(x: jax.Array, weight: tuple[jax.Array, ...], out: jax.Array) -> jax.Array:
         want = reference(x, *weight).astype(jnp.float32)

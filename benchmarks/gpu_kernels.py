@@ -23,7 +23,6 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -35,17 +34,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import _report
+from benchmarks import _autotune, _report
 from benchmarks._points import BASELINES, OPS, ROWS, SHAPES, TOY_SHAPES, Point, plan
 from benchmarks._programs import (
     MAX_CALLS,
     Program,
-    build,
-    compiler_options,
+    compile_program,
     host_error,
     make_input,
     make_weights,
     size_program,
+    timing,
     whole_error,
 )
 from pallas_kernels.cards import CARDS, find_card
@@ -87,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=None, help="default: fresh from the clock")
     parser.add_argument("--threads", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument(
+        "--autotune",
+        nargs="+",
+        metavar="OP:ROWS",
+        help="measure Triton's candidates instead, e.g. matmul:1 transposed:4096 dequantize:0, and "
+        "write the best as rules for pallas_kernels/tuned.json",
+    )
+    parser.add_argument(
         "--kernel-times", action="store_true", help="also read each kernel's time from a trace"
     )
     return parser
@@ -110,10 +116,12 @@ class Run:
         """Ceilings, then group after group until the budget is spent."""
         self.results["ceilings"] = ceilings(toy=self.options.toy)
         print("ceilings", json.dumps(self.results["ceilings"]), flush=True)
+        if self.options.autotune:
+            _autotune.tune(self, self.options.autotune)
+            return
         with concurrent.futures.ThreadPoolExecutor(self.options.threads) as pool:
-            for group in plan(
-                self.options.implementations, self._shapes(), self._rows(), self.options.ops
-            ):
+            implementations = self.options.implementations
+            for group in plan(implementations, self.shapes(), self.rows(), self.options.ops):
                 if self.left() < 5:
                     print("budget spent: the rest is not measured", flush=True)
                     break
@@ -139,7 +147,8 @@ class Run:
         partial.write_text(json.dumps(self.results, indent=1))
         partial.replace(path)
 
-    def _shapes(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes asked for, by name."""
         shapes = TOY_SHAPES if self.options.toy else SHAPES
         if self.options.quick and not self.options.toy:
             shapes = {name: s for name, s in shapes.items() if not name.startswith("13b")}
@@ -147,17 +156,21 @@ class Run:
             shapes = {name: shapes[name] for name in self.options.shapes}
         return shapes
 
-    def _rows(self) -> Sequence[int]:
+    def rows(self) -> Sequence[int]:
+        """The numbers of rows asked for."""
         default = (1, 4096) if self.options.quick else ROWS
         return self.options.rows or ((1, 32) if self.options.toy else default)
 
-    def _measure_group(self, group: list[Point], pool: concurrent.futures.Executor) -> None:
+    def program(self, point: Point) -> Program:
+        """The point as a program sized for this card."""
         ceiling = self.results["ceilings"]
         limits = (self.l2, ceiling["copy_bytes_per_s"], ceiling["bf16_flops"])
-        calls = 4 if self.options.toy else MAX_CALLS
-        programs = [size_program(point, *limits, max_calls=calls) for point in group]
+        return size_program(point, *limits, max_calls=4 if self.options.toy else MAX_CALLS)
+
+    def _measure_group(self, group: list[Point], pool: concurrent.futures.Executor) -> None:
+        programs = [self.program(point) for point in group]
         began = time.monotonic()
-        jobs = {program.point: pool.submit(_compile, program) for program in programs}
+        jobs = {program.point: pool.submit(compile_program, program) for program in programs}
         concurrent.futures.wait(jobs.values(), timeout=max(self.left(), 1))
         print(f"compiled {len(group)} programs in {time.monotonic() - began:.1f} s", flush=True)
         checks: dict[tuple[str, int, str], Any] = {}
@@ -233,35 +246,6 @@ class Run:
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "repeats": self.options.repeats,
         }
-
-
-def _compile(program: Program) -> tuple[jax.stages.Compiled, float]:
-    began = time.monotonic()
-    weights = jax.eval_shape(lambda: make_weights(program, 0))
-    x = jax.eval_shape(lambda: make_input(program.point, 0))
-    lowered = jax.jit(build(program)).lower(x, weights)
-    compiled = lowered.compile(compiler_options(program.point))
-    return compiled, time.monotonic() - began
-
-
-def timing(
-    compiled: jax.stages.Compiled, program: Program, x: Any, weights: Any, repeats: int
-) -> dict[str, float]:
-    """Median seconds per call over the repeats, and (max − min) / median of the middle half."""
-
-    def once() -> float:
-        began = time.perf_counter()
-        for _ in range(program.launches):
-            done = compiled(x, weights)
-        jax.block_until_ready(done)
-        return (time.perf_counter() - began) / program.calls
-
-    once()
-    times = sorted(once() for _ in range(repeats))
-    median = statistics.median(times)
-    quarter = len(times) // 4
-    spread = (times[-1 - quarter] - times[quarter]) / median
-    return {"seconds": median, "fastest": times[0], "spread": spread, "calls": program.calls}
 
 
 def poison(program: Program) -> None:

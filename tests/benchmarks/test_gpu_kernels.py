@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _points, _programs, _report, gpu_kernels
+from benchmarks import _autotune, _points, _programs, _report, gpu_kernels
 from benchmarks._points import Point
+from pallas_kernels import dispatch
+from pallas_kernels._triton import TritonConfig
 
 
 def run(tmp_path, *arguments: str) -> dict:
@@ -108,3 +110,34 @@ def test_packed_bytes_are_four_and_an_eighth_bits():
 
 def test_roofline_without_points_is_no_plot(tmp_path):
     assert not _report.write_roofline({"points": []}, tmp_path / "none.png")
+
+
+def test_autotuning_writes_rules_that_the_dispatch_can_read(tmp_path, monkeypatch):
+    candidates = [TritonConfig(1, 8, 256, num_warps=w, num_stages=1) for w in (2, 4)]
+    monkeypatch.setattr(dispatch, "configs_to_try", lambda *_: candidates)
+    base = ["--toy", "--out", str(tmp_path), "--threads", "1", "--shapes", "toy"]
+    assert gpu_kernels.main([*base, "--autotune", "matmul:1"]) == 0
+    (rule,) = json.loads((tmp_path / "tuned.json").read_text())
+    assert rule["op"] == "nf4_gemv"
+    assert rule["max_rows"] == 16
+    assert TritonConfig(**rule["config"]) in candidates
+    times = json.loads((tmp_path / "autotune.json").read_text())
+    assert len(times) == 2
+    assert all(entry["error"] < 1e-2 and entry["seconds"] > 0 for entry in times)
+
+
+def test_the_rule_of_least_regret_wins_and_failures_do_not():
+    def entry(warps, shape, seconds):
+        return {"config": {"num_warps": warps}, "shape": shape, "seconds": seconds}
+
+    entries = [entry(2, "a", 1.0), entry(2, "b", 9.0), entry(4, "a", 1.2), entry(4, "b", 3.0)]
+    entries += [{"config": {"num_warps": 8}, "shape": "a", "failure": "spilled"}]
+
+    class Run:
+        device = jax.devices()[0]
+
+    rule = _autotune.best_rule(Run(), "transposed", 64, entries)
+    assert rule["config"] == {"num_warps": 4}
+    assert rule["op"] == "nf4_matmul_transposed"
+    rules = _autotune.cover_all_rows([rule | {"max_rows": 4096}, rule])
+    assert [r["max_rows"] for r in rules] == [64, _autotune.ALL_ROWS]

@@ -1,0 +1,147 @@
+"""Find the tile sizes that suit a card, and write them as rules that the dispatch reads.
+
+For one op and number of rows every candidate of `dispatch.configs_to_try` is compiled for a few
+shapes (many threads), checked against the XLA path, and timed. A rule holds for all shapes of that
+op up to that many rows, so the winner is the candidate with the least *regret*: the geometric mean
+over shapes of its time over the shape's best.
+
+`tuned.json` in the output folder is this card's rules in the form of `pallas_kernels/tuned.json`;
+`autotune.json` keeps every time that was measured.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from benchmarks._points import Point
+from benchmarks._programs import compile_program, make_input, make_weights, timing, whole_error
+from pallas_kernels import dispatch
+from pallas_kernels.nf4_gemv.api import MAX_ROWS
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_kernels import Run
+
+TOLERANCE = 1e-2
+ALL_ROWS = 2**31 - 1
+
+
+def dispatch_op(op: str, rows: int) -> str:
+    """The name under which the dispatch's table knows a benchmark's op."""
+    if op == "matmul":
+        return "nf4_gemv" if rows <= MAX_ROWS else "nf4_matmul"
+    return {"transposed": "nf4_matmul_transposed", "dequantize": "nf4_dequantize"}[op]
+
+
+def tune(run: "Run", jobs: Sequence[str]) -> None:
+    """Tune each "op:rows" until the budget is spent, writing after each."""
+    rules: list[dict[str, Any]] = []
+    times: list[dict[str, Any]] = []
+    with concurrent.futures.ThreadPoolExecutor(run.options.threads) as pool:
+        for job in jobs:
+            op, rows = job.split(":")
+            if run.left() < 10:
+                print(f"budget spent before {job}", flush=True)
+                break
+            measured = measure_candidates(run, op, int(rows), pool)
+            times += measured
+            rule = best_rule(run, op, int(rows), measured)
+            if rule:
+                rules.append(rule)
+                print("rule", json.dumps(rule), flush=True)
+            (run.options.out / "autotune.json").write_text(json.dumps(times))
+            table = json.dumps(cover_all_rows(rules), indent=1)
+            (run.options.out / "tuned.json").write_text(table + "\n")
+
+
+def measure_candidates(
+    run: "Run", op: str, rows: int, pool: concurrent.futures.Executor
+) -> list[dict[str, Any]]:
+    """Time every candidate on every shape: one entry per pair, wrong and failed ones included."""
+    name = dispatch_op(op, rows)
+    points = [
+        Point(op, "triton", rows, shape_name, n, k, config=config)
+        for shape_name, (n, k) in run.shapes().items()
+        for config in dispatch.configs_to_try(name, max(rows, 1), n, k)
+    ]
+    began = time.monotonic()
+    programs = [run.program(point) for point in points]
+    compiled = [pool.submit(compile_program, program) for program in programs]
+    concurrent.futures.wait(compiled, timeout=max(run.left() * 0.7, 1))
+    print(f"{op}:{rows}: {len(points)} candidates, {time.monotonic() - began:.0f} s", flush=True)
+    entries = []
+    shape_name, weights, x, error = "", [], None, None
+    for program, job in zip(programs, compiled, strict=True):
+        point = program.point
+        entry: dict[str, Any] = {"op": op, "rows": rows, "shape": point.shape_name}
+        entry["config"] = dataclasses.asdict(point.config) if point.config else None
+        if not job.done() or run.left() < 3:
+            job.cancel()
+            continue
+        if point.shape_name != shape_name:
+            shape_name = point.shape_name
+            weights, x = make_weights(program, run.seed), make_input(point, run.seed + 1)
+            error = jax.jit(whole_error(point))
+        try:
+            executable, _ = job.result()
+            last_x, out, _ = jax.block_until_ready(executable(x, weights))
+            entry["error"] = float(error(last_x, weights[0], out)) if error else math.nan
+            if entry["error"] < TOLERANCE:
+                entry |= timing(executable, program, x, weights, 5)
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as failure:
+            entry["failure"] = str(failure)[:300]
+        entries.append(entry)
+    for shape in dict.fromkeys(entry["shape"] for entry in entries):
+        timed = [e for e in entries if e["shape"] == shape and "seconds" in e]
+        for entry in sorted(timed, key=lambda e: e["seconds"])[:4]:
+            config = json.dumps(entry["config"])
+            print(f"  {shape} {entry['seconds'] * 1e6:8.2f} us {config}", flush=True)
+        bad = [e for e in entries if e["shape"] == shape and "seconds" not in e]
+        if bad:
+            print(f"  {shape}: {len(bad)} wrong or failed, e.g. {bad[0]}"[:500], flush=True)
+    return entries
+
+
+def best_rule(
+    run: "Run", op: str, rows: int, entries: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The candidate of least regret among those right and measured on every shape."""
+    by_config: dict[str, dict[str, float]] = {}
+    for entry in entries:
+        if "seconds" in entry:
+            key = json.dumps(entry["config"], sort_keys=True)
+            by_config.setdefault(key, {})[entry["shape"]] = entry["seconds"]
+    shapes = {entry["shape"] for entry in entries}
+    complete = {key: found for key, found in by_config.items() if set(found) == shapes}
+    if not complete:
+        return None
+    best = {shape: min(found[shape] for found in complete.values()) for shape in shapes}
+
+    def regret(found: dict[str, float]) -> float:
+        return sum(math.log(found[shape] / best[shape]) for shape in shapes)
+
+    key = min(complete, key=lambda candidate: regret(complete[candidate]))
+    return {
+        "op": dispatch_op(op, rows),
+        "card": dispatch.card_name(run.device.device_kind) or run.device.device_kind,
+        "max_rows": rows,
+        "implementation": "triton",
+        "config": json.loads(key),
+    }
+
+
+def cover_all_rows(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rules by op and rows, the last of each op open-ended (a gemv ends at its own limit)."""
+    ordered = sorted(rules, key=lambda rule: (rule["op"], rule["max_rows"]))
+    last = {rule["op"]: index for index, rule in enumerate(ordered)}
+    return [
+        rule | {"max_rows": MAX_ROWS if rule["op"] == "nf4_gemv" else ALL_ROWS}
+        if last[rule["op"]] == index
+        else rule
+        for index, rule in enumerate(ordered)
+    ]
