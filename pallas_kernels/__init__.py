@@ -4,6 +4,9 @@ Arrays in, arrays out; the names, bytes and block sizes are bitsandbytes'. `qlor
 them into tensors with gradients.
 """
 
+from pallas_kernels._arguments import Layout
+from pallas_kernels._triton import TritonConfig
+from pallas_kernels.cards import CARDS, Card, find_card
 from pallas_kernels.codebooks import (
     BLOCKSIZES,
     CODEBOOKS,
@@ -11,6 +14,7 @@ from pallas_kernels.codebooks import (
     DYNAMIC_UNSIGNED,
     NESTED_BLOCKSIZE,
 )
+from pallas_kernels.dispatch import Choice, configs_to_try, which_implementation
 from pallas_kernels.nf4_dequantize.api import nf4_dequantize
 from pallas_kernels.nf4_gemv.api import nf4_gemv
 from pallas_kernels.nf4_matmul.api import nf4_matmul
@@ -18,12 +22,20 @@ from pallas_kernels.nf4_matmul_transposed.api import nf4_matmul_transposed
 
 __all__ = [
     "BLOCKSIZES",
+    "CARDS",
     "CODEBOOKS",
     "DYNAMIC_SIGNED",
     "DYNAMIC_UNSIGNED",
     "NESTED_BLOCKSIZE",
+    "Card",
+    "Choice",
+    "Layout",
+    "TritonConfig",
+    "configs_to_try",
+    "find_card",
     "nf4_dequantize",
     "nf4_gemv",
     "nf4_matmul",
     "nf4_matmul_transposed",
+    "which_implementation",
 ]

@@ -1,30 +1,231 @@
 """Which implementation runs: one table of data, asked once per call.
 
-`implementation=None` lets this table choose, by the machine and the number of rows; a name is taken
-at its word, and refused in one sentence where it cannot run. Nothing falls back silently:
-`which_implementation` answers beforehand what a call would run.
+`implementation=None` lets the table (`tuned.json`, beside this file) choose by card and rows of x;
+a name is taken at its word and refused in one sentence where it cannot run. Nothing falls back
+silently: `which_implementation` answers beforehand what a call would run, and why.
 
-The machine is the card of the mesh in scope (so that a program compiled for a card that is not
-here, under `jax.sharding.use_abstract_mesh`, is planned for that card), else JAX's default backend.
+The machine is the card of the mesh in scope (so a program compiled for a card that is not here,
+under `jax.sharding.use_abstract_mesh`, is planned for that card), else JAX's default device.
+
+A rule of `tuned.json` reads: for this op, on this card ("*": any), up to `max_rows` rows, run this
+implementation with this `TritonConfig`. The first that fits wins. `benchmarks/gpu_kernels.py`
+measures the candidates of `configs_to_try` and writes the rules of a card.
 """
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
 
 import jax
 
+from pallas_kernels._arguments import Layout
+from pallas_kernels._triton import TritonConfig, why_not_triton
+from pallas_kernels.cards import CARDS, find_card
+
 IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu", "jax_triton")
+
+AVAILABLE = {
+    "nf4_dequantize": ("xla", "triton"),
+    "nf4_matmul": ("xla", "triton"),
+    "nf4_matmul_transposed": ("xla", "triton"),
+    "nf4_gemv": ("xla", "triton"),
+}
+"""op -> the implementations it has."""
+
+TABLE = Path(__file__).with_name("tuned.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a call runs: the implementation, its tile sizes if it has any, and the reason."""
+
+    implementation: str
+    config: TritonConfig | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of the table. `max_rows` is inclusive; `card` is a key of CARDS or "*"."""
+
+    op: str
+    card: str
+    max_rows: int
+    implementation: str
+    config: TritonConfig | None
+
+
+@functools.cache
+def rules() -> tuple[Rule, ...]:
+    """The table, read once."""
+    return tuple(
+        Rule(
+            op=entry["op"],
+            card=entry["card"],
+            max_rows=entry["max_rows"],
+            implementation=entry["implementation"],
+            config=TritonConfig(**entry["config"]) if entry.get("config") else None,
+        )
+        for entry in json.loads(TABLE.read_text(encoding="utf-8"))
+    )
 
 
 def target() -> str:
-    """The kind of device that programs traced now are for: "cpu", "tpu …" or a card's name."""
+    """The kind of device that programs traced now are for: "cpu", "TPU v5e" or a card's name."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh is None or mesh.empty else getattr(mesh, "abstract_device", None)
-    if device is not None:
-        return str(device.device_kind)
-    return str(jax.devices()[0].device_kind)
+    return str(device.device_kind if device is not None else jax.devices()[0].device_kind)
 
 
-def check_name(implementation: str | None) -> None:
-    """Refuse a name that is not an implementation at all."""
+def card_name(kind: str) -> str | None:
+    """The key in CARDS of a device kind; "other" for a card not in it; None if not NVIDIA's."""
+    for card in CARDS.values():
+        if kind in (card.name, card.description, card.pallas_kind):
+            return card.name
+    return "other" if kind.startswith(("NVIDIA", "Tesla", "Quadro")) else None
+
+
+def which_implementation(
+    op: str,
+    rows: int,
+    layout: Layout,
+    *,
+    implementation: str | None = None,
+    interpret: bool = False,
+    kind: str | None = None,
+) -> Choice:
+    """What `op` runs for `rows` rows of activations against a weight of this layout.
+
+    Args:
+        op: a key of AVAILABLE.
+        rows: rows of x (1 for nf4_dequantize).
+        layout: the weight, see `pallas_kernels.Layout`.
+        implementation: what the caller asks for; None asks the table.
+        interpret: run kernels in Pallas' interpreter, on any machine (for tests).
+        kind: the device to choose for, as `target` names it; by default `target()`.
+
+    Raises:
+        ValueError: an implementation that is unknown, or cannot run there, or not on this weight.
+    """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation is {implementation!r}; expected None or one of {list(IMPLEMENTATIONS)}"
         )
+    kind = target() if kind is None else kind
+    if implementation is not None:
+        problem = why_not(op, implementation, layout, kind, interpret)
+        if problem:
+            raise ValueError(
+                f"implementation is {implementation!r}, but {problem}: "
+                "pass implementation='xla', or None to let pallas_kernels choose"
+            )
+    name = card_name(kind)
+    if implementation == "xla":
+        return Choice("xla", None, "asked for")
+    if implementation is None and name is None:
+        return Choice("xla", None, f"the program is for {kind!r}, which is not an NVIDIA card")
+    for rule in rules():
+        if rule.op != op or rule.card not in (name, "*") or rows > rule.max_rows:
+            continue
+        if implementation is not None:
+            if rule.implementation == implementation:
+                return Choice(implementation, rule.config, "asked for")
+            continue
+        problem = why_not(op, rule.implementation, layout, kind, interpret)
+        if problem is None:
+            return Choice(rule.implementation, rule.config, f"tuned for {rule.card}")
+        return Choice("xla", None, problem)
+    if implementation is not None:
+        return Choice(implementation, default_config(op, rows), "asked for")
+    return Choice("xla", None, f"no rule of {TABLE.name} covers {op} with {rows} rows on {kind!r}")
+
+
+def why_not(op: str, implementation: str, layout: Layout, kind: str, interpret: bool) -> str | None:
+    """Why an implementation cannot run `op` there on this weight; None where it can."""
+    if implementation == "xla":
+        return None
+    if implementation not in AVAILABLE[op]:
+        return f"{op} has only {list(AVAILABLE[op])}"
+    name = card_name(kind)
+    if not interpret:
+        if name is None:
+            return f"it needs an NVIDIA card and the program is for {kind!r}"
+        if name != "other" and not find_card(name).supports_triton:
+            return f"it needs compute capability 8.0 and {kind!r} is older"
+    if op == "nf4_dequantize":
+        return why_not_triton(layout) if layout.quant_type == "int8" else None
+    return why_not_triton(layout)
+
+
+def default_config(op: str, rows: int) -> TritonConfig:
+    """Tile sizes that compile without spills for every card: where no rule has been measured."""
+    if op == "nf4_dequantize":
+        return TritonConfig(1, 1, 4096, num_warps=4, num_stages=1, decoder="table")
+    if op == "nf4_gemv" and rows <= MAX_GEMV_ROWS:
+        return TritonConfig(1, 8, 2048 if rows > 1 else 4096, num_warps=8, num_stages=2)
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+    if op == "nf4_matmul_transposed":
+        return TritonConfig(block_m, 64, 128, num_warps=8 if block_m == 128 else 4, num_stages=3)
+    split_k = 4 if rows <= 16 else 1
+    return TritonConfig(
+        block_m, 128, 64, num_warps=8 if block_m == 128 else 4, num_stages=3, split_k=split_k
+    )
+
+
+MAX_GEMV_ROWS = 4
+"""Rows up to which scalar products beat a tensor-core tile padded to 16 rows."""
+
+
+def configs_to_try(op: str, rows: int, n: int, k: int) -> list[TritonConfig]:
+    """The candidates among which a card's rules are measured, for one shape."""
+    found: list[TritonConfig] = []
+    if op == "nf4_dequantize":
+        for block in (1024, 2048, 4096, 8192):
+            found += [
+                TritonConfig(1, 1, block, num_warps=w, num_stages=1, decoder="table")
+                for w in (2, 4, 8)
+            ]
+        found += [TritonConfig(1, 1, block, num_warps=8, num_stages=1) for block in (16384, 32768)]
+        return found
+    if op == "nf4_gemv" and rows <= MAX_GEMV_ROWS:
+        for block_n in (4, 8, 16, 32):
+            for block_k in (1024, 2048, 4096):
+                for warps in (4, 8, 16):
+                    loads = block_n * block_k // 2 // 16 / (32 * warps)
+                    if 1 <= loads * rows <= 8:
+                        found.append(
+                            TritonConfig(1, block_n, block_k, num_warps=warps, num_stages=2)
+                        )
+        return found
+    unfused = [TritonConfig(1, 1, 4096, num_stages=1, decoder="table", fused=False)]
+    if rows <= 16:
+        for block_n in (32, 64, 128):
+            for block_k in (64, 128, 256):
+                for split_k in (1, 2, 4, 8):
+                    if n * split_k // block_n <= 2048 and k >= 2 * block_k * split_k:
+                        found.append(
+                            TritonConfig(
+                                16, block_n, block_k, num_warps=4, num_stages=3, split_k=split_k
+                            )
+                        )
+        return found
+    block_ms = [b for b in (32, 64, 128, 256) if b <= max(32, 2 * rows)]
+    for block_m in block_ms:
+        for wide in (64, 128, 256):
+            if block_m * wide > 256 * 128 or block_m * wide < 32 * 64:
+                continue
+            for deep in (64, 128):
+                for warps in (4, 8):
+                    if not 32 <= block_m * wide // (32 * warps) <= 128:
+                        continue
+                    for stages in (2, 3, 4):
+                        block_n, block_k = (
+                            (deep, wide) if op == "nf4_matmul_transposed" else (wide, deep)
+                        )
+                        found.append(
+                            TritonConfig(
+                                block_m, block_n, block_k, num_warps=warps, num_stages=stages
+                            )
+                        )
+    return found + unfused

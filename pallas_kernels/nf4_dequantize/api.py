@@ -6,7 +6,9 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import check_float, check_packed
+from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_dequantize.reference import nf4_dequantize_xla
+from pallas_kernels.nf4_dequantize.triton import nf4_dequantize_triton
 
 
 def nf4_dequantize(
@@ -20,6 +22,8 @@ def nf4_dequantize(
     quant_type: str = "nf4",
     blocksize: int = 64,
     implementation: str | None = None,
+    config: TritonConfig | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "..."]:
     """Unpack a weight: `dtype(table[code] · absmax)`, product in float32, rounded once.
 
@@ -39,6 +43,8 @@ def nf4_dequantize(
         quant_type: a key of `pallas_kernels.CODEBOOKS`.
         blocksize: elements per scale, one of 32, 64, …, 4096.
         implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "jax_triton".
+        config: tile sizes for "triton"; None takes the table's.
+        interpret: run the kernel in Pallas' interpreter, on any machine: for tests.
 
     Returns:
         The weight, of `shape` in `dtype`.
@@ -56,5 +62,12 @@ def nf4_dequantize(
         blocksize=blocksize,
     )
     check_float("dtype", dtype)
-    dispatch.check_name(implementation)
-    return nf4_dequantize_xla(codes, absmax, nested_absmax, offset, layout=layout, dtype=dtype)
+    choice = dispatch.which_implementation(
+        "nf4_dequantize", 1, layout, implementation=implementation, interpret=interpret
+    )
+    weight = (codes, absmax, nested_absmax, offset)
+    if choice.implementation == "triton":
+        return nf4_dequantize_triton(
+            *weight, layout=layout, dtype=dtype, config=config or choice.config, interpret=interpret
+        )
+    return nf4_dequantize_xla(*weight, layout=layout, dtype=dtype)

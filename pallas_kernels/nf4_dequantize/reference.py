@@ -1,5 +1,8 @@
 """`nf4_dequantize` in plain XLA: the oracle, and what CPU and TPU run."""
 
+import functools
+
+import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
@@ -7,6 +10,7 @@ from pallas_kernels._arguments import Layout
 from pallas_kernels._decode import decode, decode_absmax
 
 
+@functools.partial(jax.jit, static_argnames=("layout", "dtype"))
 def nf4_dequantize_xla(
     codes: UInt8[Array, "..."],
     absmax: UInt8[Array, " blocks"] | Float32[Array, " blocks"],

@@ -4,7 +4,9 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import check_matmul, check_packed, rows_of
+from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_gemv.reference import nf4_gemv_xla
+from pallas_kernels.nf4_gemv.triton import nf4_gemv_triton
 
 MAX_ROWS = 16
 """Rows of x beyond which `nf4_matmul` is the better kernel."""
@@ -22,6 +24,8 @@ def nf4_gemv(
     quant_type: str = "nf4",
     blocksize: int = 64,
     implementation: str | None = None,
+    config: TritonConfig | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "*batch n"]:
     """x · Wᵀ + bias as `nf4_matmul`, for at most 16 rows of x: decoding token by token.
 
@@ -45,5 +49,12 @@ def nf4_gemv(
         raise ValueError(
             f"x has {rows_of(x)} rows; nf4_gemv takes up to {MAX_ROWS}: use nf4_matmul"
         )
-    dispatch.check_name(implementation)
-    return nf4_gemv_xla(x, codes, absmax, nested_absmax, offset, bias, layout=layout)
+    choice = dispatch.which_implementation(
+        "nf4_gemv", rows_of(x), layout, implementation=implementation, interpret=interpret
+    )
+    weight = (codes, absmax, nested_absmax, offset)
+    if choice.implementation == "triton":
+        return nf4_gemv_triton(
+            x, *weight, bias, layout=layout, config=config or choice.config, interpret=interpret
+        )
+    return nf4_gemv_xla(x, *weight, bias, layout=layout)

@@ -3,8 +3,11 @@
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
-from pallas_kernels._arguments import check_matmul, check_packed
+from pallas_kernels._arguments import check_matmul, check_packed, rows_of
+from pallas_kernels._triton import TritonConfig
+from pallas_kernels.nf4_gemv.api import MAX_ROWS, nf4_gemv
 from pallas_kernels.nf4_matmul.reference import nf4_matmul_xla
+from pallas_kernels.nf4_matmul.triton import nf4_matmul_triton
 
 
 def nf4_matmul(
@@ -19,6 +22,8 @@ def nf4_matmul(
     quant_type: str = "nf4",
     blocksize: int = 64,
     implementation: str | None = None,
+    config: TritonConfig | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "*batch n"]:
     """x · Wᵀ + bias, with W [n, k] packed as in `nf4_dequantize`.
 
@@ -30,6 +35,8 @@ def nf4_matmul(
         codes, absmax, nested_absmax, offset, shape, quant_type, blocksize: as in `nf4_dequantize`.
         bias: [n], added in float32 before the last rounding.
         implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "mosaic_gpu".
+        config: tile sizes for "triton"; None takes the table's.
+        interpret: run the kernel in Pallas' interpreter, on any machine: for tests.
 
     Returns:
         [..., n] in x's dtype.
@@ -47,5 +54,27 @@ def nf4_matmul(
         blocksize=blocksize,
     )
     check_matmul("x", x, 1, bias, layout)
-    dispatch.check_name(implementation)
-    return nf4_matmul_xla(x, codes, absmax, nested_absmax, offset, bias, layout=layout)
+    if 1 <= rows_of(x) <= MAX_ROWS and (config is None or config.block_m < MAX_ROWS):
+        return nf4_gemv(
+            x,
+            codes,
+            absmax,
+            nested_absmax,
+            offset,
+            bias,
+            shape=layout.shape,
+            quant_type=quant_type,
+            blocksize=blocksize,
+            implementation=implementation,
+            config=config,
+            interpret=interpret,
+        )
+    choice = dispatch.which_implementation(
+        "nf4_matmul", rows_of(x), layout, implementation=implementation, interpret=interpret
+    )
+    weight = (codes, absmax, nested_absmax, offset)
+    if choice.implementation == "triton":
+        return nf4_matmul_triton(
+            x, *weight, bias, layout=layout, config=config or choice.config, interpret=interpret
+        )
+    return nf4_matmul_xla(x, *weight, bias, layout=layout)

@@ -3,8 +3,10 @@
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
-from pallas_kernels._arguments import check_matmul, check_packed
+from pallas_kernels._arguments import check_matmul, check_packed, rows_of
+from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_matmul_transposed.reference import nf4_matmul_transposed_xla
+from pallas_kernels.nf4_matmul_transposed.triton import nf4_matmul_transposed_triton
 
 
 def nf4_matmul_transposed(
@@ -18,6 +20,8 @@ def nf4_matmul_transposed(
     quant_type: str = "nf4",
     blocksize: int = 64,
     implementation: str | None = None,
+    config: TritonConfig | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "*batch k"]:
     """dy · W, with W [n, k] packed as in `nf4_dequantize`: the gradient of `nf4_matmul` in x.
 
@@ -27,6 +31,8 @@ def nf4_matmul_transposed(
         dy: [..., n] in bfloat16, float16 or float32.
         codes, absmax, nested_absmax, offset, shape, quant_type, blocksize: as in `nf4_dequantize`.
         implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "mosaic_gpu".
+        config: tile sizes for "triton"; None takes the table's.
+        interpret: run the kernel in Pallas' interpreter, on any machine: for tests.
 
     Returns:
         [..., k] in dy's dtype.
@@ -44,5 +50,16 @@ def nf4_matmul_transposed(
         blocksize=blocksize,
     )
     check_matmul("dy", dy, 0, None, layout)
-    dispatch.check_name(implementation)
-    return nf4_matmul_transposed_xla(dy, codes, absmax, nested_absmax, offset, layout=layout)
+    choice = dispatch.which_implementation(
+        "nf4_matmul_transposed",
+        rows_of(dy),
+        layout,
+        implementation=implementation,
+        interpret=interpret,
+    )
+    weight = (codes, absmax, nested_absmax, offset)
+    if choice.implementation == "triton":
+        return nf4_matmul_transposed_triton(
+            dy, *weight, layout=layout, config=config or choice.config, interpret=interpret
+        )
+    return nf4_matmul_transposed_xla(dy, *weight, layout=layout)

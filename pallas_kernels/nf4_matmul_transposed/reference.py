@@ -1,5 +1,7 @@
 """`nf4_matmul_transposed` in plain XLA: dequantize to dy's dtype, multiply, round once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
@@ -8,6 +10,21 @@ from pallas_kernels._arguments import Layout
 from pallas_kernels.nf4_dequantize.reference import nf4_dequantize_xla
 
 
+def matmul_transposed_dense(
+    dy: Float[Array, "*batch n"], weight: Float[Array, "n k"]
+) -> Float[Array, "*batch k"]:
+    """dy · W for a dense W of dy's dtype: float32 sums, rounded once."""
+    out = jax.lax.dot_general(
+        dy,
+        weight,
+        (((dy.ndim - 1,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if dy.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(dy.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("layout",))
 def nf4_matmul_transposed_xla(
     dy: Float[Array, "*batch n"],
     codes: UInt8[Array, "..."],
@@ -19,11 +36,4 @@ def nf4_matmul_transposed_xla(
 ) -> Float[Array, "*batch k"]:
     """dy · W with W rounded to dy's dtype and sums in float32."""
     weight = nf4_dequantize_xla(codes, absmax, nested_absmax, offset, layout=layout, dtype=dy.dtype)
-    out = jax.lax.dot_general(
-        dy,
-        weight,
-        (((dy.ndim - 1,), (0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if dy.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    return out.astype(dy.dtype)
+    return matmul_transposed_dense(dy, weight)

@@ -1,0 +1,179 @@
+"""What the Triton-lowered Pallas kernels share: tile sizes, masked loads, scales, pairs of weights.
+
+A kernel sees a packed weight as rows of bytes. A run of 16 bytes (one vector load of one thread)
+holds 32 weights, and because every block size is a multiple of 32 and blocks start at multiples of
+it, all 32 share one absmax: scales are decoded once per run, never per weight.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array
+
+from pallas_kernels._arguments import Layout
+from pallas_kernels._decode import add_unfused
+from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
+
+RUN = 16
+"""Bytes of codes per vector load: 32 weights of one block."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonConfig:
+    """Tile sizes and compiler hints of one kernel launch.
+
+    block_m, block_n, block_k: rows of x, rows of the weight and columns of the weight per program.
+    num_warps, num_stages: warps per program, and depth of the load pipeline.
+    split_k: programs that share one output tile, each with a part of the sum.
+    decoder: how a byte becomes two weights, see `pallas_kernels._triton_decoder`.
+    fused: whether the weight is decoded inside the matmul; False dequantizes it first, with the
+        block_k and warps given here, and leaves the product to XLA: for very many rows.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+    split_k: int = 1
+    decoder: str = "pairs"
+    fused: bool = True
+
+
+def why_not_triton(layout: Layout) -> str | None:
+    """Why the Triton matmuls cannot take this weight, or None where they can."""
+    if layout.quant_type == "int8":
+        return "quant_type is 'int8', and the Triton kernels decode 4-bit codes"
+    if not layout.rows_are_whole_blocks:
+        return (
+            f"blocks of {layout.blocksize} cross the rows of a weight of shape {layout.shape}, "
+            "and the Triton matmuls need rows of whole blocks"
+        )
+    return None
+
+
+def launch(
+    kernel: Callable[..., None],
+    name: str,
+    grid: tuple[int, ...],
+    out: jax.ShapeDtypeStruct,
+    config: TritonConfig,
+    interpret: bool,
+    *operands: Array,
+) -> Array:
+    """Run `kernel` over `grid` through Pallas' Triton lowering; every ref is a whole array."""
+    return pl.pallas_call(
+        kernel,
+        out_shape=out,
+        grid=grid,
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
+        name=name,
+    )(*operands)
+
+
+def weight_operands(
+    layout: Layout, codes: Array, absmax: Array, nested_absmax: Array | None, offset: Array | None
+) -> tuple[Array, ...]:
+    """What a kernel reads of a weight: bytes, scales as `load_scales` wants them, code table."""
+    scales: tuple[Array, ...] = (absmax,)
+    if nested_absmax is not None and offset is not None:
+        dynamic_map = jnp.asarray(DYNAMIC_SIGNED)
+        scales = (absmax, nested_absmax, jnp.reshape(offset, (1,)), dynamic_map)
+    table = jnp.asarray(CODEBOOKS[layout.quant_type])
+    if len(layout.shape) == 2 and layout.shape[1] % 2 == 0:
+        codes = codes.reshape(layout.shape[0], -1)
+    return (codes, *scales, table)
+
+
+def load(ref: Any, index: tuple[Any, ...], mask: Array | None = None, other: Any = 0) -> Array:
+    """ref[index], with `other` where `mask` is False; all of `index` are arrays."""
+    if mask is None:
+        return plgpu.load(ref.at[index])
+    return plgpu.load(ref.at[index], mask=mask, other=other)
+
+
+def load_scales(scale_refs: tuple[Any, ...], block: Array, mask: Array | None) -> Array:
+    """float32 absmax of the blocks numbered `block`, both levels of quantization undone; else 0."""
+    if len(scale_refs) == 1:
+        return load(scale_refs[0], (block,), mask, 0.0)
+    codes_ref, nested_ref, offset_ref, map_ref = scale_refs
+    code = load(codes_ref, (block,), mask).astype(jnp.int32)
+    nested = load(nested_ref, (block // NESTED_BLOCKSIZE,), mask, 0.0)
+    scale = add_unfused(load(map_ref, (code,)) * nested, offset_ref[0])
+    return scale if mask is None else jnp.where(mask, scale, 0.0)
+
+
+def both(*masks: Array | None) -> Array | None:
+    """The conjunction of masks that broadcast; None means everything."""
+    given = [m for m in masks if m is not None]
+    if not given:
+        return None
+    shape = jnp.broadcast_shapes(*(m.shape for m in given))
+    result = jnp.broadcast_to(given[0], shape)
+    for mask in given[1:]:
+        result = result & jnp.broadcast_to(mask, shape)
+    return result
+
+
+def below(index: Array, limit: int, block: int) -> Array | None:
+    """index < limit, or None where whole blocks of `block` make it always true."""
+    return None if limit % block == 0 else index < limit
+
+
+def split_pairs(values: Array) -> tuple[Array, Array]:
+    """values[0::2] and values[1::2] of a vector, in registers."""
+    half = values.shape[0] // 2
+    even, odd = jnp.split(values.reshape(half, 2), 2, axis=-1)
+    return even.reshape(half), odd.reshape(half)
+
+
+def join_pairs(even: Array, odd: Array) -> Array:
+    """[..., 2k] with `even` and `odd` alternating, in registers."""
+    *batch, half = even.shape
+    joined = jnp.concatenate([even[..., None], odd[..., None]], axis=-1)
+    return joined.reshape(*batch, 2 * half)
+
+
+def weight_tile(
+    codes_ref: Any,
+    scale_refs: tuple[Any, ...],
+    decode: Callable[[Array], tuple[Array, Array]],
+    row: Array,
+    first_byte: Array | int,
+    block_k: int,
+    layout: Layout,
+    row_mask: Array | None,
+    dtype: Any,
+    *,
+    ragged: bool,
+) -> Array:
+    """W[row, 2·first_byte : 2·first_byte + block_k] in `dtype`, rounded once; 0 outside W.
+
+    `ragged` says that the tile may reach beyond W's last column, `row_mask` which rows are W's.
+    """
+    _, k = layout.shape
+    rows, width = row.shape[0], block_k // 2
+    runs = width // RUN
+    byte = first_byte + jnp.arange(width)
+    run = first_byte // RUN + jnp.arange(runs)
+    byte_mask, run_mask = (byte < k // 2, run < k // 2 // RUN) if ragged else (None, None)
+    in_rows = None if row_mask is None else row_mask[:, None]
+    mask = both(in_rows, None if byte_mask is None else byte_mask[None, :])
+    scale_mask = both(in_rows, None if run_mask is None else run_mask[None, :])
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (rows, width))
+        scale_mask = jnp.broadcast_to(scale_mask, (rows, runs))
+    codes = load(codes_ref, (row[:, None], byte[None, :]), mask)
+    block = row[:, None] * (k // layout.blocksize) + (run // (layout.blocksize // 32))[None, :]
+    scale = load_scales(scale_refs, block, scale_mask)
+    scale = jnp.broadcast_to(scale[:, :, None], (rows, runs, RUN)).reshape(rows, width)
+    high, low = decode(codes)
+    return join_pairs((high * scale).astype(dtype), (low * scale).astype(dtype))

@@ -1,0 +1,140 @@
+"""`nf4_gemv` for NVIDIA cards: a program holds a few rows of W in flight and never a 16-bit weight.
+
+One row of x against W is read-bound: 4.127 bits per weight against bf16's 16. The kernel therefore
+spends as few instructions per weight as it can: the unscaled products of a run of 32 weights are
+summed first, and the run's absmax multiplies the sum once. x stays in registers for all the rows of
+a tile. Weights keep their float32 table values; nothing is rounded before the result.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Float32, UInt8
+
+from pallas_kernels._arguments import Layout, rows_of
+from pallas_kernels._triton import (
+    RUN,
+    TritonConfig,
+    below,
+    both,
+    launch,
+    load,
+    load_scales,
+    split_pairs,
+    weight_operands,
+)
+from pallas_kernels._triton_decoder import make_decoder, two_products
+from pallas_kernels.nf4_matmul.triton import nf4_matmul_triton
+
+
+def _kernel(
+    x_ref: Any,
+    codes_ref: Any,
+    *refs: Any,
+    rows: int,
+    layout: Layout,
+    config: TritonConfig,
+    has_bias: bool,
+    interpret: bool,
+) -> None:
+    *scale_refs, table_ref, out_ref = refs
+    bias_ref = scale_refs.pop(0) if has_bias else None
+    n, k = layout.shape
+    width, runs = config.block_k // 2, config.block_k // 2 // RUN
+    row = pl.program_id(0) * config.block_n + jnp.arange(config.block_n)
+    row_mask = below(row, n, config.block_n)
+    in_rows = None if row_mask is None else row_mask[:, None]
+    decode = make_decoder(config.decoder, table_ref, config.num_warps, interpret)
+
+    def add_tile(tile: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        byte = tile * width + jnp.arange(width)
+        run = tile * runs + jnp.arange(runs)
+        column = tile * config.block_k + jnp.arange(config.block_k)
+        byte_mask, run_mask = below(byte, k // 2, width), below(run, k // 2 // RUN, runs)
+        mask = both(in_rows, None if byte_mask is None else byte_mask[None, :])
+        scale_mask = both(in_rows, None if run_mask is None else run_mask[None, :])
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (config.block_n, width))
+            scale_mask = jnp.broadcast_to(scale_mask, (config.block_n, runs))
+        codes = load(codes_ref, (row[:, None], byte[None, :]), mask)
+        block = row[:, None] * (k // layout.blocksize) + (run // (layout.blocksize // 32))[None, :]
+        scale = load_scales(tuple(scale_refs), block, scale_mask)
+        high, low = decode(codes)
+        added = []
+        for m in range(rows):
+            x = load(
+                x_ref, (jnp.full_like(column, m), column), below(column, k, config.block_k), 0.0
+            )
+            even, odd = split_pairs(x.astype(jnp.float32))
+            products = two_products(high, even[None, :], low, odd[None, :], interpret)
+            by_run = products.reshape(config.block_n, runs, RUN).sum(axis=2)
+            added.append(sums[m] + by_run * scale)
+        return tuple(added)
+
+    zero = jnp.zeros((config.block_n, runs), jnp.float32)
+    tiles = pl.cdiv(k, config.block_k)
+    sums: tuple[Array, ...] = (zero,) * rows
+    sums = add_tile(0, sums) if tiles == 1 else jax.lax.fori_loop(0, tiles, add_tile, sums)
+    bias = 0.0 if bias_ref is None else load(bias_ref, (row,), row_mask, 0.0).astype(jnp.float32)
+    for m in range(rows):
+        result = (sums[m].sum(axis=1) + bias).astype(out_ref.dtype)
+        plgpu.store(out_ref.at[jnp.full_like(row, m), row], result, mask=row_mask)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "config", "interpret"))
+def nf4_gemv_triton(
+    x: Float[Array, "*batch k"],
+    codes: UInt8[Array, "..."],
+    absmax: UInt8[Array, " blocks"] | Float32[Array, " blocks"],
+    nested_absmax: Float32[Array, " nested"] | None,
+    offset: Float32[Array, ""] | None,
+    bias: Float[Array, " n"] | None,
+    *,
+    layout: Layout,
+    config: TritonConfig,
+    interpret: bool = False,
+) -> Float[Array, "*batch n"]:
+    """x · Wᵀ + bias for a few rows of x; the rows of W must be whole blocks.
+
+    A `config` with block_m above 1 asks for `nf4_matmul`'s tensor-core tiles, padded to that many
+    rows: from about five rows on the scalar products here cost more than reading the weight.
+    """
+    if config.block_m > 1:
+        return nf4_matmul_triton(
+            x,
+            codes,
+            absmax,
+            nested_absmax,
+            offset,
+            bias,
+            layout=layout,
+            config=config,
+            interpret=interpret,
+        )
+    rows, n = rows_of(x), layout.shape[0]
+    weight, *scales_and_table = weight_operands(layout, codes, absmax, nested_absmax, offset)
+    kernel = functools.partial(
+        _kernel,
+        rows=rows,
+        layout=layout,
+        config=config,
+        has_bias=bias is not None,
+        interpret=interpret,
+    )
+    out = launch(
+        kernel,
+        "nf4_gemv",
+        (pl.cdiv(n, config.block_n),),
+        jax.ShapeDtypeStruct((rows, n), x.dtype),
+        config,
+        interpret,
+        x.reshape(rows, -1),
+        weight,
+        *(() if bias is None else (bias,)),
+        *scales_and_table,
+    )
+    return out.reshape(*x.shape[:-1], n)

@@ -1,0 +1,146 @@
+"""`nf4_matmul` for NVIDIA cards: W's tile is decoded beside the tensor cores, never in memory.
+
+A program owns a tile of the result. Along k it decodes a tile of W once into x's dtype (the very
+values of the reference) and multiplies all its rows of x with it, so the cost of decoding is shared
+by `block_m` rows. With `split_k` several programs share a result tile and leave float32 partial
+sums, which are added afterwards: for few rows, where one program per tile leaves the card idle.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Float32, UInt8
+
+from pallas_kernels._arguments import Layout, rows_of
+from pallas_kernels._triton import (
+    TritonConfig,
+    below,
+    both,
+    launch,
+    load,
+    weight_operands,
+    weight_tile,
+)
+from pallas_kernels._triton_decoder import make_decoder
+from pallas_kernels.nf4_dequantize.triton import nf4_dequantize_triton
+from pallas_kernels.nf4_matmul.reference import matmul_dense
+
+
+def _kernel(
+    x_ref: Any,
+    codes_ref: Any,
+    *refs: Any,
+    rows: int,
+    layout: Layout,
+    config: TritonConfig,
+    has_bias: bool,
+    interpret: bool,
+) -> None:
+    *scale_refs, table_ref, out_ref = refs
+    bias_ref = scale_refs.pop(0) if has_bias else None
+    n, k = layout.shape
+    m_index = pl.program_id(0) * config.block_m + jnp.arange(config.block_m)
+    row = pl.program_id(1) * config.block_n + jnp.arange(config.block_n)
+    part = pl.program_id(2)
+    m_mask, row_mask = below(m_index, rows, config.block_m), below(row, n, config.block_n)
+    in_m = None if m_mask is None else m_mask[:, None]
+    decode = make_decoder(config.decoder, table_ref, config.num_warps, interpret)
+    tiles = pl.cdiv(pl.cdiv(k, config.block_k), config.split_k)
+    # Programs of a split may start beyond k: their tiles read nothing and add zero.
+    reach = config.block_k * (1 if config.split_k == 1 else tiles * config.split_k)
+
+    def add_tile(tile: Any, total: Array) -> Array:
+        first = (part * tiles + tile) * config.block_k
+        column = first + jnp.arange(config.block_k)
+        in_k = None if k % reach == 0 else (column < k)[None, :]
+        mask = both(in_m, in_k)
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (config.block_m, config.block_k))
+        x = load(x_ref, (m_index[:, None], column[None, :]), mask, 0.0)
+        w = weight_tile(
+            codes_ref,
+            tuple(scale_refs),
+            decode,
+            row,
+            first // 2,
+            config.block_k,
+            layout,
+            row_mask,
+            x.dtype,
+            ragged=k % reach != 0,
+        )
+        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        return total + jnp.dot(x, w.T, preferred_element_type=jnp.float32, precision=precision)
+
+    total = jnp.zeros((config.block_m, config.block_n), jnp.float32)
+    total = jax.lax.fori_loop(0, tiles, add_tile, total)
+    if bias_ref is not None:
+        total = total + load(bias_ref, (row,), row_mask, 0.0).astype(jnp.float32)[None, :]
+    mask = both(in_m, None if row_mask is None else row_mask[None, :])
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, total.shape)
+    where = (m_index[:, None], row[None, :])
+    where = where if config.split_k == 1 else (jnp.full_like(where[0], part), *where)
+    plgpu.store(out_ref.at[where], total.astype(out_ref.dtype), mask=mask)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "config", "interpret"))
+def nf4_matmul_triton(
+    x: Float[Array, "*batch k"],
+    codes: UInt8[Array, "..."],
+    absmax: UInt8[Array, " blocks"] | Float32[Array, " blocks"],
+    nested_absmax: Float32[Array, " nested"] | None,
+    offset: Float32[Array, ""] | None,
+    bias: Float[Array, " n"] | None,
+    *,
+    layout: Layout,
+    config: TritonConfig,
+    interpret: bool = False,
+) -> Float[Array, "*batch n"]:
+    """x · Wᵀ + bias; the rows of W must be whole blocks."""
+    if not config.fused:
+        dense = nf4_dequantize_triton(
+            codes,
+            absmax,
+            nested_absmax,
+            offset,
+            layout=layout,
+            dtype=x.dtype,
+            config=config,
+            interpret=interpret,
+        )
+        return matmul_dense(x, dense, bias)
+    rows, n = rows_of(x), layout.shape[0]
+    split = config.split_k > 1
+    fused_bias = None if split else bias
+    weight, *scales_and_table = weight_operands(layout, codes, absmax, nested_absmax, offset)
+    kernel = functools.partial(
+        _kernel,
+        rows=rows,
+        layout=layout,
+        config=config,
+        has_bias=fused_bias is not None,
+        interpret=interpret,
+    )
+    out_shape = (config.split_k, rows, n) if split else (rows, n)
+    out = launch(
+        kernel,
+        "nf4_matmul",
+        (pl.cdiv(rows, config.block_m), pl.cdiv(n, config.block_n), config.split_k),
+        jax.ShapeDtypeStruct(out_shape, jnp.float32 if split else x.dtype),
+        config,
+        interpret,
+        x.reshape(rows, -1),
+        weight,
+        *(() if fused_bias is None else (fused_bias,)),
+        *scales_and_table,
+    )
+    if split:
+        out = out.sum(axis=0)
+        if bias is not None:
+            out = out + bias.astype(jnp.float32)
+    return out.astype(x.dtype).reshape(*x.shape[:-1], n)

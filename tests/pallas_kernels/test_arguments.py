@@ -1,0 +1,78 @@
+"""A bad argument is refused before tracing, in a sentence that names it."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import config as jaxtyping_config
+
+from pallas_kernels import nf4_dequantize, nf4_gemv, nf4_matmul, nf4_matmul_transposed
+from tests.pallas_kernels.base import make_case
+
+CASE = make_case(0, 8, 128)
+CODES, ABSMAX, NESTED, OFFSET = CASE.arrays
+X = jnp.ones((2, 128), jnp.bfloat16)
+GOOD = {"codes": CODES, "absmax": ABSMAX, "nested_absmax": NESTED, "offset": OFFSET}
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it():
+    """Without the tests' own type checks, which would speak first."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codes": CODES.astype(jnp.int32)}, "codes has dtype int32; expected uint8"),
+        ({"codes": CODES[:-1]}, r"absmax has shape \(16,\)"),
+        ({"codes": CODES.reshape(-1)}, "shape= is not given"),
+        ({"shape": (8, 100)}, "codes has shape"),
+        ({"shape": (0, 128)}, "shape is"),
+        ({"absmax": ABSMAX[:-1]}, "absmax has shape"),
+        ({"absmax": ABSMAX.astype(jnp.float16)}, "absmax has dtype float16"),
+        ({"absmax": ABSMAX.astype(jnp.float32)}, "nested_absmax is given"),
+        ({"nested_absmax": None}, "nested_absmax is missing"),
+        ({"nested_absmax": jnp.ones(3)}, "nested_absmax is float32"),
+        ({"offset": None}, "offset is missing"),
+        ({"offset": jnp.ones((1,))}, "offset is float32"),
+        ({"quant_type": "nf3"}, "quant_type is 'nf3'"),
+        ({"blocksize": 48}, "blocksize is 48"),
+        ({"dtype": jnp.int8}, "dtype is int8"),
+        ({"implementation": "cuda"}, "implementation is 'cuda'"),
+    ],
+)
+def test_weight(change, message):
+    with pytest.raises(ValueError, match=message):
+        nf4_dequantize(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("op", "x", "message"),
+    [
+        (nf4_matmul, X[:, :64], r"x has shape \(2, 64\)"),
+        (nf4_matmul, X.astype(jnp.int32), "x's dtype is int32"),
+        (nf4_matmul_transposed, X, r"dy has shape \(2, 128\)"),
+        (nf4_gemv, jnp.ones((17, 128)), "x has 17 rows"),
+    ],
+)
+def test_activations(op, x, message):
+    with pytest.raises(ValueError, match=message):
+        op(x, **GOOD)
+
+
+def test_bias():
+    with pytest.raises(ValueError, match="bias is float32"):
+        nf4_matmul(X, **GOOD, bias=jnp.ones(7))
+
+
+def test_a_weight_must_be_a_matrix_to_multiply():
+    with pytest.raises(ValueError, match="expected a matrix"):
+        nf4_matmul(X, **GOOD, shape=(2, 4, 128))
+    assert nf4_dequantize(**GOOD, shape=(2, 4, 128)).shape == (2, 4, 128)
+
+
+def test_numpy_arrays_are_taken():
+    parts = {name: np.asarray(value) for name, value in GOOD.items()}
+    np.testing.assert_array_equal(nf4_dequantize(**parts), nf4_dequantize(**GOOD))

@@ -1,0 +1,100 @@
+"""The Triton kernels, interpreted on the CPU, against float64 NumPy. Tiny: interpreting is slow."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import (
+    TritonConfig,
+    nf4_dequantize,
+    nf4_gemv,
+    nf4_matmul,
+    nf4_matmul_transposed,
+)
+from tests.pallas_kernels.base import activations, assert_product, cases, dtypes, make_case
+
+RUN = {"implementation": "triton", "interpret": True}
+GEMV = TritonConfig(1, 8, 128, num_warps=1)
+MATMUL = TritonConfig(16, 16, 64, num_warps=1)
+SPLIT = TritonConfig(16, 16, 64, num_warps=1, split_k=2)
+UNFUSED = TritonConfig(1, 1, 256, num_warps=1, fused=False)
+FEW = settings(deadline=None, max_examples=8)
+
+
+@FEW
+@given(case=cases(whole_rows=False), dtype=dtypes)
+def test_dequantize_is_exact(case, dtype):
+    config = TritonConfig(1, 1, 256, num_warps=1, decoder="table")
+    out = nf4_dequantize(*case.arrays, dtype=dtype, config=config, **RUN, **case.keywords)
+    np.testing.assert_array_equal(np.asarray(out).astype(np.float64), case.weight_as(dtype))
+
+
+@FEW
+@given(
+    case=cases(whole_rows=True),
+    dtype=dtypes,
+    rows=st.integers(1, 18),
+    config=st.sampled_from([MATMUL, SPLIT, UNFUSED]),
+    biased=st.booleans(),
+)
+def test_matmul(case, dtype, rows, config, biased):
+    x = activations(0, rows, case.k, dtype)
+    bias = jnp.arange(case.n, dtype=dtype) if biased else None
+    out = nf4_matmul(x, *case.arrays, bias, config=config, **RUN, **case.keywords)
+    wanted_bias = None if bias is None else np.asarray(bias).astype(np.float64)
+    assert_product(out, x, case.weight, wanted_bias)
+
+
+@FEW
+@given(
+    case=cases(whole_rows=True),
+    dtype=dtypes,
+    rows=st.integers(1, 18),
+    config=st.sampled_from([TritonConfig(16, 16, 64, num_warps=1), UNFUSED]),
+)
+def test_matmul_transposed(case, dtype, rows, config):
+    dy = activations(1, rows, case.n, dtype)
+    out = nf4_matmul_transposed(dy, *case.arrays, config=config, **RUN, **case.keywords)
+    assert_product(out, dy, case.weight.T)
+
+
+@FEW
+@given(case=cases(whole_rows=True), dtype=dtypes, rows=st.integers(1, 4), biased=st.booleans())
+def test_gemv(case, dtype, rows, biased):
+    x = activations(2, rows, case.k, dtype)
+    bias = jnp.arange(case.n, dtype=jnp.float32) if biased else None
+    out = nf4_gemv(x, *case.arrays, bias, config=GEMV, **RUN, **case.keywords)
+    assert_product(out, x, case.weight, None if bias is None else np.asarray(bias))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("config", [GEMV, MATMUL, SPLIT], ids=["gemv", "matmul", "split"])
+def test_a_broken_row_stays_alone(value, config):
+    """Also where rows, columns and k are padded to the tile: 0 · inf is NaN."""
+    case = make_case(7, 13, 192)
+    x = activations(7, 3, 192, "bfloat16").at[1, 5].set(value)
+    assert_product(nf4_matmul(x, *case.arrays, config=config, **RUN), x, case.weight)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_broken_gradient_row_stays_alone(value):
+    case = make_case(8, 24, 64)
+    dy = activations(8, 3, 24, "bfloat16").at[1, 5].set(value)
+    out = nf4_matmul_transposed(dy, *case.arrays, config=MATMUL, **RUN)
+    assert_product(out, dy, case.weight.T)
+
+
+def test_stacked_weights_under_vmap_and_scan():
+    stack = [make_case(s, 16, 128) for s in range(2)]
+    leaves = tuple(jnp.stack(parts) for parts in zip(*(c.arrays for c in stack), strict=True))
+    x = activations(5, 2, 128, "float32")
+    run = functools.partial(nf4_matmul, x, config=GEMV, **RUN)
+    by_hand = jnp.stack([run(*c.arrays) for c in stack])
+    _, scanned = jax.lax.scan(lambda carry, w: (carry, run(*w)), 0, leaves)
+    np.testing.assert_array_equal(scanned, by_hand)
+    np.testing.assert_array_equal(jax.vmap(lambda w: run(*w))(leaves), by_hand)

@@ -1,0 +1,82 @@
+"""The XLA oracle against float64 NumPy: any shape, any type, under jit, vmap and scan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import nf4_dequantize, nf4_gemv, nf4_matmul, nf4_matmul_transposed
+from tests.pallas_kernels.base import activations, assert_product, cases, dtypes, make_case
+
+ALL_TYPES = ("nf4", "fp4", "fp4_e3m0", "int4", "int8")
+
+
+@settings(deadline=None, max_examples=12)
+@given(case=cases(whole_rows=False, types=ALL_TYPES), dtype=dtypes)
+def test_dequantize_is_exact(case, dtype):
+    out = nf4_dequantize(*case.arrays, dtype=dtype, **case.keywords)
+    assert out.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(np.asarray(out).astype(np.float64), case.weight_as(dtype))
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    case=cases(whole_rows=False, types=ALL_TYPES),
+    dtype=dtypes,
+    rows=st.integers(1, 40),
+    biased=st.booleans(),
+)
+def test_matmul(case, dtype, rows, biased):
+    x = activations(0, rows, case.k, dtype)
+    bias = jnp.arange(case.n, dtype=dtype) if biased else None
+    out = nf4_matmul(x, *case.arrays, bias, **case.keywords)
+    wanted_bias = None if bias is None else np.asarray(bias).astype(np.float64)
+    assert_product(out, x, case.weight, wanted_bias)
+
+
+@settings(deadline=None, max_examples=8)
+@given(case=cases(whole_rows=False, types=ALL_TYPES), dtype=dtypes, rows=st.integers(1, 40))
+def test_matmul_transposed(case, dtype, rows):
+    dy = activations(1, rows, case.n, dtype)
+    out = nf4_matmul_transposed(dy, *case.arrays, **case.keywords)
+    assert_product(out, dy, case.weight.T)
+
+
+def test_leading_axes_and_no_rows():
+    case = make_case(3, 24, 64)
+    x = activations(3, 6, 64, "float32")
+    flat = nf4_matmul(x, *case.arrays)
+    np.testing.assert_array_equal(
+        nf4_matmul(x.reshape(2, 3, 64), *case.arrays).reshape(6, 24), flat
+    )
+    np.testing.assert_allclose(nf4_matmul(x[0], *case.arrays), flat[0], rtol=1e-5, atol=1e-5)
+    assert nf4_matmul(x[:0], *case.arrays).shape == (0, 24)
+    assert nf4_matmul_transposed(x[:0, :24], *case.arrays).shape == (0, 64)
+    np.testing.assert_allclose(nf4_gemv(x, *case.arrays), flat, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_broken_row_stays_alone(value):
+    case = make_case(4, 24, 64)
+    x = activations(4, 5, 64, "float32").at[2, 7].set(value)
+    assert_product(nf4_matmul(x, *case.arrays), x, case.weight)
+
+
+def test_stacked_weights_under_vmap_and_scan():
+    stack = [make_case(s, 16, 128) for s in range(3)]
+    leaves = tuple(jnp.stack(parts) for parts in zip(*(c.arrays for c in stack), strict=True))
+    x = activations(5, 4, 128, "float32")
+    by_hand = jnp.stack([nf4_matmul(x, *c.arrays) for c in stack])
+    mapped = jax.jit(jax.vmap(lambda w: nf4_matmul(x, *w)))(leaves)
+    _, scanned = jax.lax.scan(lambda carry, w: (carry, nf4_matmul(x, *w)), 0, leaves)
+    np.testing.assert_allclose(mapped, by_hand, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scanned, by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_a_broken_scale_is_not_hidden():
+    case = make_case(6, 8, 64)
+    codes, absmax, nested, offset = case.arrays
+    out = nf4_dequantize(codes, absmax, nested * jnp.nan, offset, dtype=jnp.float32)
+    assert np.isnan(np.asarray(out)).any()
