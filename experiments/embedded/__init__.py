@@ -8,6 +8,7 @@ run on the result, with no network.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 """The folder that holds `corpus/`, `datasets/`, `tokenizer/` and `models/`."""
@@ -18,9 +19,17 @@ MODELS: dict[str, Path] = {
 }
 """The embedded models by name, smallest first: folders in Hugging Face's format."""
 
-DATASETS: dict[str, Path] = {
-    "describe": ROOT / "datasets" / "describe",
-    "implement": ROOT / "datasets" / "implement",
-    "chat": ROOT / "datasets" / "chat",
+
+class EmbeddedDataset(NamedTuple):
+    """A folder with `train.jsonl` and `validation.jsonl`, and the prompt format of its rows."""
+
+    folder: Path
+    format: str
+
+
+DATASETS: dict[str, EmbeddedDataset] = {
+    "describe": EmbeddedDataset(ROOT / "datasets" / "describe", "alpaca"),
+    "implement": EmbeddedDataset(ROOT / "datasets" / "implement", "input-output"),
+    "chat": EmbeddedDataset(ROOT / "datasets" / "chat", "messages"),
 }
-"""The embedded datasets by name: folders with `train.jsonl` and `validation.jsonl`."""
+"""The embedded datasets by name."""

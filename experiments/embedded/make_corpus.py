@@ -215,11 +215,11 @@ def _arguments(arguments: ast.arguments) -> Iterator[tuple[str, str | None]]:
     missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
     for argument, default in zip(positional, [*missing, *arguments.defaults], strict=True):
         if argument.arg not in ("self", "cls"):
-            yield argument.arg, default and ast.unparse(default)
+            yield argument.arg, None if default is None else ast.unparse(default)
     if arguments.vararg:
         yield "*" + arguments.vararg.arg, None
     for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        yield argument.arg, default and ast.unparse(default)
+        yield argument.arg, None if default is None else ast.unparse(default)
     if arguments.kwarg:
         yield "**" + arguments.kwarg.arg, None
 
@@ -374,7 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_jsonl(out / "datasets" / name / f"{part}.jsonl", rows)
             print(f"dataset {name} {part}: {len(rows)} rows")
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
-    texts = (d.text for d in documents if d.split == "pretrain")
+    texts = [d.text for d in documents if d.split == "pretrain"]
     (out / "tokenizer" / "tokenizer.json").write_text(train_tokenizer(texts), encoding="utf-8")
     config = json.dumps(TOKENIZER_CONFIG, indent=1) + "\n"
     (out / "tokenizer" / "tokenizer_config.json").write_text(config, encoding="utf-8")

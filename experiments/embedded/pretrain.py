@@ -40,7 +40,7 @@ from flax import nnx
 from experiments.embedded import MODELS, ROOT
 from experiments.embedded.make_corpus import SPECIAL_TOKENS, read_corpus
 from qlora_jax.checkpoints import save_model
-from qlora_jax.models.decoder import Decoder, DecoderConfig, unfreeze
+from qlora_jax.models.decoder import AttentionName, Decoder, DecoderConfig, unfreeze
 from qlora_jax.models.loss import cross_entropy
 
 CHUNK = 50
@@ -169,7 +169,7 @@ def pretrain(
     sequence: int,
     seed: int,
     compute_dtype: Any,
-    attention: str,
+    attention: AttentionName,
 ) -> dict[str, Any]:
     """Train one scale, write its folder, return what `training.json` holds."""
     scale = SCALES[name]
@@ -189,8 +189,8 @@ def pretrain(
     count = sum(leaf.size for leaf in jax.tree.leaves(weights))
     optimizer, train, evaluate = make_steps(graph, scale.learning_rate, batch, sequence)
     state = optimizer.init(weights)
-    windows = held_out[: held_out.size // (sequence + 1) * (sequence + 1)]
-    windows = jnp.asarray(windows.reshape(-1, sequence + 1))
+    whole = held_out.size // (sequence + 1) * (sequence + 1)
+    windows = jnp.asarray(held_out[:whole].reshape(-1, sequence + 1))
     # While training, an eighth of the held-out text tells which weights to keep.
     few = windows[::8]
     device_tokens, key = jnp.asarray(tokens), jax.random.key(seed)
@@ -281,7 +281,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="of activations and matmuls (bfloat16 on an accelerator, float32 on a CPU)",
     )
     parser.add_argument(
-        "--attention", choices=("xla", "cudnn"), default="xla", help="cudnn is faster on a GPU (xla)"
+        "--attention",
+        choices=("xla", "cudnn"),
+        default="xla",
+        help="cudnn suits a GPU (xla)",
     )
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(SCALES)

@@ -1,0 +1,210 @@
+"""From a sweep's file to its cells: datasets × models × any option × seeds.
+
+    name: embedded
+    models: [stdlib-1m, stdlib-4m]          # names, paths, hub names; or label: section
+    datasets: [describe, implement]         # likewise
+    seeds: [0, 1]
+    axes:                                   # any option, or named sets of options
+      lora.r: [8, 64]
+      method: {QLoRA: {}, LoRA-16: {quant: null}}
+    rules:                                  # options that hold for some cells only
+      - {when: {model: stdlib-4m}, set: {train.learning_rate: 1e-3}}
+    train: {steps: 100}                     # sections as in a single run's file: for every cell
+    lora: {alpha: 16}
+
+What wins where several say something, from weakest to strongest: the defaults, the file's
+sections, a model's or dataset's own section, the rules in their order, `--set`, the axes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.config import (
+    RunConfig,
+    Tree,
+    build_run,
+    merged,
+    named_source,
+    option_names,
+    unknown_key,
+    with_setting,
+)
+from experiments.embedded import DATASETS, MODELS
+
+LISTS = ("name", "models", "datasets", "seeds", "axes", "rules")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+        labels: what tells it from the other cells, as text: dataset, model, each axis, seed.
+        run: its configuration.
+    """
+
+    labels: Mapping[str, str]
+    run: RunConfig
+
+    @property
+    def name(self) -> str:
+        """Its folder's name: the labels, in characters that every file system takes."""
+        parts = [
+            f"seed{value}" if axis == "seed" else f"{axis}={value}" if "." in axis else value
+            for axis, value in self.labels.items()
+        ]
+        return "--".join(re.sub(r"[^\w.=+-]+", "-", part).strip("-.") for part in parts)
+
+    @property
+    def variant(self) -> str:
+        """The labels beside dataset, model and seed: what is compared within one of a matrix."""
+        own = {k: v for k, v in self.labels.items() if k not in ("dataset", "model", "seed")}
+        return ", ".join(f"{k}={v}" if "." in k else v for k, v in own.items()) or "after"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A named list of cells."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+
+def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = None) -> Sweep:
+    """The sweep that a file describes.
+
+    Args:
+        tree: the file's content.
+        where: what to call it in a message.
+        settings: dotted options from the command line, which win over everything but the axes.
+
+    Raises:
+        ValueError: an unknown key or axis, an empty list, two cells that cannot be told apart.
+    """
+    sections = option_names(RunConfig)
+    for key in tree:
+        if key not in LISTS and key not in sections:
+            raise unknown_key(str(key), [*LISTS, *sections], "", where)
+    base = {key: value for key, value in tree.items() if key in sections}
+    models = _sources(tree.get("models", ["stdlib-1m"]), MODELS, "models", where)
+    datasets = _sources(tree.get("datasets", ["describe"]), DATASETS, "datasets", where)
+    seeds = tree.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds:
+        raise ValueError(f"seeds in {where} is {seeds!r}, but should be a list such as [0, 1].")
+    axes = _axes(tree.get("axes") or {}, where)
+    rules = _rules(tree.get("rules") or [], ["dataset", "model", "seed", *axes], where)
+
+    cells: dict[str, Cell] = {}
+    choices = [list(axis.items()) for axis in axes.values()]
+    for (data_name, data), (model_name, model), *picked, seed in itertools.product(
+        datasets.items(), models.items(), *choices, seeds
+    ):
+        labels = {"dataset": data_name, "model": model_name}
+        labels |= {axis: label for axis, (label, _) in zip(axes, picked, strict=True)}
+        labels["seed"] = str(seed)
+        own = _with_source(base, "data", DATASETS, data, where)
+        own = _with_source(own, "model", MODELS, model, where)
+        for condition, options in rules:
+            if all(labels[key] in values for key, values in condition.items()):
+                own = _with_all(own, options)
+        own = _with_all(own, settings or {})
+        for _, options in picked:
+            own = _with_all(own, options)
+        own = with_setting(own, "train.seed", seed)
+        cell = Cell(labels, build_run(own, where))
+        if cell.name in cells:
+            raise ValueError(f"{where} makes two cells called {cell.name}: give them other labels.")
+        cells[cell.name] = cell
+    return Sweep(str(tree.get("name", "sweep")), tuple(cells.values()))
+
+
+def _with_all(tree: Tree, options: Mapping[str, Any]) -> Tree:
+    for key, value in options.items():
+        tree = with_setting(tree, key, value)
+    return tree
+
+
+def _with_source(tree: Tree, section: str, known: Collection[str], source: Any, where: str) -> Tree:
+    base = named_source(known, tree.get(section, {}), f"{section} in {where}")
+    return {**tree, section: merged(base, named_source(known, source, f"{section} in {where}"))}
+
+
+def _sources(given: Any, known: Collection[str], what: str, where: str) -> dict[str, Any]:
+    """Label → name or section."""
+    if isinstance(given, dict) and given:
+        # An empty or source-less section means the source of the label's own name.
+        return {
+            str(label): {"source": str(label), **(source or {})}
+            if isinstance(source, dict | None)
+            else source
+            for label, source in given.items()
+        }
+    if not isinstance(given, list) or not given:
+        raise ValueError(
+            f"{what} in {where} is {given!r}, but should be a list of names "
+            f"({', '.join(known)}), paths or hub names, or a section of label: source."
+        )
+    return {_label(named_source(known, item, f"{what} in {where}"), where): item for item in given}
+
+
+def _label(section: Tree, where: str) -> str:
+    if not isinstance(section.get("source"), str):
+        raise ValueError(f"an unnamed source in {where} should say its source: {section!r}.")
+    return Path(section["source"]).name.split(".json")[0]
+
+
+def _axes(given: Any, where: str) -> dict[str, dict[str, Tree]]:
+    """Axis → label → options that the label stands for."""
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"axes in {where} is {given!r}, but should be a section: option: [values]."
+        )
+    axes: dict[str, dict[str, Tree]] = {}
+    for axis, values in given.items():
+        if isinstance(values, list) and values:
+            axes[axis] = {_shown(value): {axis: value} for value in values}
+        elif isinstance(values, dict) and values:
+            axes[axis] = {str(label): dict(options or {}) for label, options in values.items()}
+        else:
+            raise ValueError(
+                f"the axis {axis} in {where} is {values!r}, but should be a list of values, or "
+                "label: {option: value}."
+            )
+    return axes
+
+
+def _rules(given: Any, keys: list[str], where: str) -> list[tuple[dict[str, set[str]], Tree]]:
+    rules = []
+    for rule in given if isinstance(given, list) else [given]:
+        if not isinstance(rule, dict) or set(rule) != {"when", "set"}:
+            raise ValueError(
+                f"a rule in {where} is {rule!r}, but should read {{when: {{model: name}}, "
+                "set: {option: value}}."
+            )
+        condition = {}
+        for key, value in rule["when"].items():
+            if key not in keys:
+                raise unknown_key(str(key), keys, "when", where)
+            condition[key] = {str(v) for v in (value if isinstance(value, list) else [value])}
+        rules.append((condition, dict(_dotted(rule["set"]))))
+    return rules
+
+
+def _dotted(options: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in options.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _shown(value: Any) -> str:
+    return (
+        "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )

@@ -1,0 +1,46 @@
+"""What the two commands share: how a mistake is told, where compiled programs are kept."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from experiments.config import parse_setting
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
+def refuse(error: Exception) -> int:
+    """Says in one sentence what is wrong, on standard error; returns the exit status."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, OSError) and error.filename and str(error.filename) not in text:
+        text = f"{error.filename}: {text}"
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+def read_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """`--set key=value` flags as dotted options."""
+    return dict(parse_setting(text) for text in texts)
+
+
+def keep_compiled_programs(folder: Path) -> None:
+    """Compile once per program and machine, not once per cell: XLA's results are kept in a folder.
+
+    An environment that sets JAX_COMPILATION_CACHE_DIR itself is left alone.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def make_console() -> Console:
+    """Standard output; a file gets lines long enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 140))

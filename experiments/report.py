@@ -1,0 +1,152 @@
+"""What came out of a sweep: read back from its run folders, as a table, a CSV file and a page.
+
+Everything is read from disk, so a report can be made again at any time, and a sweep that was
+interrupted and continued reports all its cells.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from experiments.cells import Cell
+
+RESULT = "result.json"
+ERROR = "error.txt"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class CellReport:
+    """A cell and what its folder holds.
+
+    Attributes:
+        cell: the cell.
+        status: "finished", "failed", or "not run".
+        result: the content of result.json of a finished cell.
+        error: of a failed one, in one line.
+        train_curve: (step, loss) of the training steps.
+        validation_curve: (step, held-out loss).
+    """
+
+    cell: Cell
+    status: str
+    result: dict[str, Any] | None = None
+    error: str | None = None
+    train_curve: tuple[tuple[int, float], ...] = ()
+    validation_curve: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def before(self) -> float:
+        """Held-out loss of the base model, as this cell stores it."""
+        return float(self.result["before"]["loss"]) if self.result else float("nan")
+
+    @property
+    def after(self) -> float:
+        """Held-out loss after training."""
+        return float(self.result["after"]["loss"]) if self.result else float("nan")
+
+
+def read_cell(cell: Cell, folder: Path) -> CellReport:
+    """The report of one cell from its run folder."""
+    if (folder / RESULT).is_file():
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        lines = read_metrics(folder / METRICS)
+        train = tuple((line["step"], line["loss"]) for line in lines if "loss" in line)
+        held_out = tuple((line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line)
+        return CellReport(cell, "finished", result, None, train, held_out)
+    if (folder / ERROR).is_file():
+        return CellReport(cell, "failed", error=(folder / ERROR).read_text("utf-8").split("\n")[0])
+    return CellReport(cell, "not run")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Puts a file in place whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def duration(seconds: float) -> str:
+    """`"2 min 05 s"`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def csv_text(reports: Sequence[CellReport]) -> str:
+    """`results.csv`: one line per cell, labels first; a cell without a result has empty figures."""
+    labels = list(dict.fromkeys(name for r in reports for name in r.cell.labels))
+    figures = [
+        "loss_before", "loss_after", "perplexity_before", "perplexity_after", "validation_tokens",
+        "steps", "trained_tokens", "tokens_per_second", "seconds", "peak_host_memory_bytes",
+        "adapter_parameters", "base_bytes",
+    ]  # fmt: skip
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*labels, "status", *figures, "error"])
+    for report in reports:
+        row: list[Any] = [report.cell.labels.get(name, "") for name in labels]
+        if report.result is None:
+            writer.writerow([*row, report.status, *[""] * len(figures), report.error or ""])
+            continue
+        result = report.result
+        known = {
+            "loss_before": result["before"]["loss"],
+            "loss_after": result["after"]["loss"],
+            "perplexity_before": result["before"]["perplexity"],
+            "perplexity_after": result["after"]["perplexity"],
+            "validation_tokens": result["after"]["tokens"],
+            **result,
+        }
+        writer.writerow([*row, report.status, *(known[name] for name in figures), ""])
+    return buffer.getvalue()
+
+
+def terminal_table(name: str, reports: Sequence[CellReport]) -> Table:
+    """The sweep for a terminal: one line per cell."""
+    axes = [a for a in reports[0].cell.labels if a not in ("dataset", "model", "seed")]
+    several = len({r.cell.labels["seed"] for r in reports}) > 1
+    names = ["dataset", "model", *axes, *(["seed"] if several else [])]
+    table = Table(title=f"{name}: held-out loss", title_justify="left")
+    for label in names:
+        table.add_column(label)
+    for label in ("before", "after", "change", "perplexity", "tokens/s", "time"):
+        table.add_column(label, justify="right", no_wrap=True)
+    previous = None
+    for report in reports:
+        group = (report.cell.labels["dataset"], report.cell.labels["model"])
+        if previous is not None and group != previous:
+            table.add_section()
+        previous = group
+        row = [report.cell.labels[label] for label in names]
+        if report.result is None:
+            table.add_row(*row, f"[red]{report.status}[/red]", *[""] * 5)
+            continue
+        result = report.result
+        change = report.after / report.before - 1
+        table.add_row(
+            *row,
+            f"{report.before:.4f}",
+            f"[bold]{report.after:.4f}[/bold]",
+            f"[{'green' if change < 0 else 'red'}]{change:+.1%}[/]",
+            f"{result['before']['perplexity']:.1f} → {result['after']['perplexity']:.1f}",
+            f"{result['tokens_per_second']:,.0f}",
+            duration(result["seconds"]),
+        )
+    return table

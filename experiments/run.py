@@ -1,0 +1,319 @@
+"""One run, from a `RunConfig` to a run folder: what `finetune` does once and `sweep` per cell.
+
+    config.yaml      the run, resolved; `python -m experiments.finetune --config` takes it back
+    metrics.jsonl    every step and evaluation             (qlora_jax.train)
+    checkpoints/     what a killed run resumes from        (qlora_jax.train)
+    adapter/         the trained adapter in PEFT's format
+    result.json      held-out loss before and after, speed, memory; written last, when all is done
+    error.txt        instead, where it failed
+
+Two phases. `check` opens everything that the run needs (the model's headers, every row of the
+dataset) and refuses what is wrong, before any number is computed and any file is written; `execute`
+then trains. Tokenized datasets are kept between runs of one process: a sweep reads each one once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+
+from experiments.config import (
+    DataConfig,
+    RunConfig,
+    build_run,
+    differences,
+    read_yaml,
+    to_tree,
+    to_yaml,
+)
+from experiments.embedded import DATASETS, MODELS
+from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
+from qlora_jax.checkpoints import WeightFolder, save_adapter
+from qlora_jax.data import (
+    Batches,
+    Examples,
+    Tokenizer,
+    detect_format,
+    get_format,
+    load_rows,
+    load_tokenizer,
+    tokenize_rows,
+)
+from qlora_jax.models import Decoder, family_of
+from qlora_jax.nn import FrozenParam
+from qlora_jax.pretrained import find_folder, load_pretrained
+from qlora_jax.train import Callback, fit
+from qlora_jax.train.config import CADENCE_FIELDS
+from qlora_jax.train.progress import peak_device_bytes, peak_host_bytes
+from qlora_jax.train.run_folder import locked_run_folder
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` found: the model's folder and the rows, tokenized for it."""
+
+    folder: Path
+    train: Examples
+    validation: Examples
+    pad_token_id: int
+
+
+def check(run: RunConfig) -> Checked:
+    """Everything a run reads, looked at before anything is computed.
+
+    Raises:
+        ValueError, OSError: what is wrong, in a sentence.
+    """
+    folder = model_folder(run)
+    longest = run.data.max_len or _context(folder)
+    train, validation, pad = _examples(run.data, folder, longest)
+    return Checked(folder, train, validation, pad)
+
+
+def model_folder(run: RunConfig) -> Path:
+    """The base model's local folder; its config.json and weight headers have been read."""
+    source = run.model.source
+    if source in MODELS and not MODELS[source].is_dir():
+        raise FileNotFoundError(
+            f"the embedded model {source} is missing from {MODELS[source].parent}: make it with "
+            f"python -m experiments.embedded.pretrain {source}."
+        )
+    folder = find_folder(MODELS.get(source, source), revision=run.model.revision)
+    _context(folder)
+    WeightFolder(folder)
+    return folder
+
+
+@functools.lru_cache(maxsize=16)
+def _context(folder: Path) -> int:
+    """The model's longest sequence, from a config.json of a known architecture."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no Hugging Face model folder: it has no config.json.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return family_of(raw).read_config(raw).max_position_embeddings
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again.") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _examples(data: DataConfig, folder: Path, longest: int) -> tuple[Examples, Examples, int]:
+    tokenizer = load_tokenizer(folder)
+    embedded = DATASETS.get(data.source)
+    source = embedded.folder if embedded else data.source
+    rows = load_rows(source, data.split or ("train" if embedded else None))
+    if data.validation_source is None and data.validation_split is None:
+        if len(rows) <= data.validation_rows:
+            raise ValueError(
+                f"{data.source} has {len(rows)} rows, but {data.validation_rows} are to be held "
+                "out: lower data.validation_rows, or name a data.validation_split."
+            )
+        # The same rows for every seed, or seeds could not be compared.
+        halves = rows.train_test_split(test_size=data.validation_rows, seed=0)
+        rows, held_out = halves["train"], halves["test"]
+    else:
+        other = data.validation_source or source
+        held_out = load_rows(other, data.validation_split)
+        held_out = held_out.select(range(min(len(held_out), data.validation_rows)))
+    if data.max_rows is not None:
+        rows = rows.select(range(min(len(rows), data.max_rows)))
+    train = _tokenize(rows, data, tokenizer, longest, data.source)
+    validation = _tokenize(held_out, data, tokenizer, longest, f"{data.source} (validation)")
+    # The loss does not depend on the order, the padding does.
+    by_length = sorted(validation, key=lambda example: len(example.input_ids))
+    return train, Examples.of(by_length, validation.report), tokenizer.pad_token_id
+
+
+def _tokenize(
+    rows: Any, data: DataConfig, tokenizer: Tokenizer, longest: int, name: str
+) -> Examples:
+    if data.format == "auto":
+        form = detect_format(rows.column_names, source=name)
+    else:
+        form = get_format(data.format)
+    return tokenize_rows(
+        rows,
+        form,
+        tokenizer,
+        train_on=data.train_on,
+        source_max_len=data.source_max_len,
+        target_max_len=data.target_max_len,
+        max_len=longest,
+        source=name,
+    )
+
+
+class _FirstWords(Callback):
+    """Writes config.yaml once the folder's lock is held, and forgets an earlier failure."""
+
+    def __init__(self, run: RunConfig, folder: Path) -> None:
+        self.run, self.folder = run, folder
+
+    def start(self, step: int) -> None:
+        """The run begins."""
+        write_atomically(self.folder / CONFIG, to_yaml(self.run))
+        (self.folder / ERROR).unlink(missing_ok=True)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing to do."""
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def execute(
+    run: RunConfig, folder: Path, *, labels: Mapping[str, str], console: Console | None = None
+) -> dict[str, Any]:
+    """Train, or go on training, in a run folder; returns (and writes) the content of result.json.
+
+    Raises:
+        ValueError, OSError, RuntimeError: as `check` and `qlora_jax.train.fit` do.
+    """
+    began = time.perf_counter()
+    checked = check(run)
+    train = run.train
+    dtype = jnp.dtype(run.model.compute_dtype)
+    model, _ = load_pretrained(
+        checked.folder,
+        quant=run.quant,
+        lora=run.lora,
+        compute_dtype=dtype,
+        remat=run.model.remat,
+        seed=train.seed,
+    )
+
+    def batches(examples: Examples, **options: Any) -> Batches:
+        return Batches(
+            examples,
+            batch_size=train.micro_batch_size,
+            buckets=run.data.buckets,
+            seed=train.seed,
+            pad_token_id=checked.pad_token_id,
+            **options,
+        )
+
+    def save(where: Path, trained: nnx.Module) -> None:
+        assert isinstance(trained, Decoder)
+        save_adapter(where, trained, run.lora, base_name=str(checked.folder))
+
+    fit(
+        model,
+        batches(
+            checked.train,
+            group_by_length=run.data.group_by_length,
+            accumulation=train.gradient_accumulation_steps,
+        ),
+        train,
+        run_folder=folder,
+        eval_batches=batches(checked.validation, shuffle=False),
+        identity=identity(run),
+        save_adapter=save,
+        callbacks=[_FirstWords(run, folder)],
+        console=console,
+    )
+    result = _result(model, folder, labels) | {
+        "seconds": round(time.perf_counter() - began, 1),
+        "train_rows": len(checked.train),
+        "validation_rows": len(checked.validation),
+    }
+    write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def identity(run: RunConfig) -> dict[str, Any]:
+    """What decides a run beside its TrainConfig, for the trainer to compare on resuming."""
+    tree = to_tree(run)
+    return {name: tree[name] for name in ("model", "data", "quant", "lora")}
+
+
+def is_finished(run: RunConfig, folder: Path) -> bool:
+    """Whether a run folder holds this run, finished.
+
+    Raises:
+        ValueError: it holds another run; the message says what differs.
+    """
+    if not (folder / CONFIG).is_file():
+        return False
+    saved = build_run(read_yaml(folder / CONFIG), str(folder / CONFIG))
+    cadence = {f"train.{name}" for name in CADENCE_FIELDS}
+    other = [text for text in differences(run, saved) if text.split(":")[0] not in cadence]
+    if other:
+        raise ValueError(
+            f"{folder} holds a run with other options ({'; '.join(other)}): choose another --out, "
+            "set them back, or give --overwrite to delete it."
+        )
+    return (folder / RESULT).is_file()
+
+
+def check_writable(folder: Path) -> None:
+    """Takes and gives back the run folder's lock.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+        RuntimeError: another process is writing it.
+    """
+    with locked_run_folder(folder):
+        pass
+
+
+def delete_run(folder: Path) -> None:
+    """Deletes a run folder, if it is one.
+
+    Raises:
+        ValueError: it holds something else.
+        OSError, RuntimeError: as `check_writable`.
+    """
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not empty and no run folder: it is not deleted.")
+    with locked_run_folder(folder):
+        shutil.rmtree(folder)
+
+
+def _result(model: nnx.Module, folder: Path, labels: Mapping[str, str]) -> dict[str, Any]:
+    """From the metrics on disk, so that a run in several pieces tells the same as one in one."""
+    metrics = read_metrics(folder / METRICS)
+    evaluations = [line for line in metrics if "eval_loss" in line]
+    steps = [line for line in metrics if "loss" in line]
+    speeds = [line["tokens_per_second"] for line in steps if "tokens_per_second" in line]
+    lora, frozen = nnx.state(model, nnx.LoRAParam), nnx.state(model, FrozenParam)
+
+    def evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: line[f"eval_{name}"] for name in ("loss", "perplexity", "tokens")}
+
+    return {
+        "labels": dict(labels),
+        "before": evaluation(evaluations[0]),
+        "after": evaluation(evaluations[-1]),
+        "steps": steps[-1]["step"],
+        "trained_tokens": sum(line["tokens"] for line in steps),
+        "tokens_per_second": speeds[-1] if speeds else 0.0,
+        "peak_host_memory_bytes": peak_host_bytes(),
+        "peak_device_memory_bytes": peak_device_bytes(),
+        "adapter_parameters": sum(leaf.size for leaf in jax.tree.leaves(lora)),
+        "base_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(frozen)),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

@@ -1,0 +1,219 @@
+"""Finetune every cell of datasets × models × options × seeds, and report them side by side.
+
+With no arguments: configs/embedded.yaml, two tiny pretrained Llamas × the embedded datasets ×
+{QLoRA, 16-bit LoRA}, under five minutes on two cores and without a network.
+
+    python -m experiments.sweep my.yaml --seeds 0 1 2
+    python -m experiments.sweep --models stdlib-4m --axis lora.r=4,16,64 --set train.steps=50
+
+A sweep's file holds the sections of a single run (model, data, quant, lora, train) for what all
+cells share, and lists of what differs: models, datasets, seeds, axes (any option), rules (options
+for some cells only); see experiments/cells.py and experiments/configs/.
+
+Each cell is a run folder, OUT/CELL, as `python -m experiments.finetune` makes it. The same command
+again skips finished cells, resumes a killed one to the same bits, and tries failed ones again; a
+cell that fails is reported and the rest goes on. Several processes may work on one OUT: each cell
+is taken by one of them. At the end: a table here, OUT/results.csv, and OUT/report.html, one
+self-contained page with the datasets × scales matrix and the loss curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import gc
+import platform
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from experiments.cells import Cell, Sweep, build_sweep
+from experiments.cli import CONFIGS, keep_compiled_programs, make_console, read_settings, refuse
+from experiments.config import Tree, parse_setting, read_yaml
+from experiments.page import render
+from experiments.report import (
+    ERROR,
+    CellReport,
+    csv_text,
+    duration,
+    read_cell,
+    terminal_table,
+    write_atomically,
+)
+from experiments.run import check, check_writable, delete_run, execute, is_finished
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "config", nargs="?", type=Path, default=CONFIGS / "embedded.yaml", metavar="FILE",
+        help="YAML file of the sweep (configs/embedded.yaml)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of all (runs/NAME)")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="instead of the file's")
+    parser.add_argument("--datasets", nargs="+", metavar="DATA", help="instead of the file's")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the file's")
+    parser.add_argument(
+        "--axis", action="append", default=[], metavar="KEY=V1,V2",
+        help="an axis of any option's values; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="set any option in every cell; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--only", metavar="PATTERN", help="cells whose name matches, as in *qlora*")
+    parser.add_argument("--dry-run", action="store_true", help="list the cells and stop")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report again")
+    parser.add_argument("--overwrite", action="store_true", help="delete the cells' earlier runs")
+    return parser
+
+
+def read_sweep(options: argparse.Namespace) -> Sweep:
+    """The sweep that the command line describes; ValueError or OSError where there is none."""
+    tree: Tree = read_yaml(options.config)
+    for name in ("models", "datasets", "seeds"):
+        chosen = getattr(options, name)
+        if chosen is not None:
+            tree[name] = _chosen(tree.get(name), chosen)
+    for text in options.axis:
+        key, values = parse_setting(text)
+        if isinstance(values, str):
+            values = yaml.safe_load(f"[{values}]")
+        axes = tree.get("axes") or {}
+        tree["axes"] = {**axes, key: values if isinstance(values, list) else [values]}
+    sweep = build_sweep(tree, str(options.config), read_settings(options.set))
+    if options.only is None:
+        return sweep
+    cells = tuple(c for c in sweep.cells if fnmatch.fnmatch(c.name.lower(), options.only.lower()))
+    if not cells:
+        names = ", ".join(c.name for c in sweep.cells[:4])
+        raise ValueError(f"--only {options.only!r} matches no cell; cells are named {names} …")
+    return replace(sweep, cells=cells)
+
+
+def _chosen(given: Any, names: Sequence[Any]) -> Any:
+    """The file's own sections for names that it describes, else the bare names."""
+    if isinstance(given, dict):
+        return {name: given.get(name, name) for name in names}
+    return list(names)
+
+
+def plan(sweep: Sweep, out: Path) -> list[Cell]:
+    """The cells still to run, once everything that they read has been looked at.
+
+    Raises:
+        ValueError, OSError: a cell cannot run, or its folder holds another run.
+    """
+    todo = [cell for cell in sweep.cells if not is_finished(cell.run, out / cell.name)]
+    for cell in todo:
+        check(cell.run)
+    return todo
+
+
+def dry_run(sweep: Sweep, out: Path, console: Console) -> None:
+    """Lists the cells with what they would train on, and which are finished."""
+    table = Table(title=f"{sweep.name}: {len(sweep.cells)} cells in {out}", title_justify="left")
+    for name in sweep.cells[0].labels:
+        table.add_column(name)
+    for name in ("base", "steps", "rows", "tokens", "status"):
+        table.add_column(name, justify="right")
+    for cell in sweep.cells:
+        run, done = cell.run, is_finished(cell.run, out / cell.name)
+        train = check(run).train
+        examples = run.train.steps * run.train.batch_size
+        quant = run.quant
+        table.add_row(
+            *cell.labels.values(),
+            "16-bit" if quant is None else quant.quant_type + ("+DQ" if quant.double_quant else ""),
+            str(run.train.steps),
+            f"{len(train):,}",
+            f"{train.tokens / len(train) * examples:,.0f}",
+            "finished" if done else "to run",
+        )
+    console.print(table)
+
+
+def run_cell(cell: Cell, folder: Path, console: Console) -> None:
+    """Runs one cell; what goes wrong with it is written down and goes no further."""
+    try:
+        check_writable(folder)
+    except RuntimeError as error:  # another process works on it: its folder is not ours to write
+        console.print(f"[yellow]left alone:[/yellow] {error}", highlight=False)
+        return
+    try:
+        execute(cell.run, folder, labels=cell.labels, console=console)
+    except Exception as error:  # one cell must not stop a night's sweep
+        text = " ".join(str(error).split()) or type(error).__name__
+        console.print(f"[red]failed:[/red] {text}", highlight=False)
+        write_atomically(folder / ERROR, f"{text}\n\n{traceback.format_exc()}")
+    # A model's arrays are in reference cycles (nnx graphs): without this, two are alive at once.
+    gc.collect()
+
+
+def write_report(sweep: Sweep, out: Path, command: str) -> list[CellReport]:
+    """Writes results.csv and report.html from the run folders."""
+    reports = [read_cell(cell, out / cell.name) for cell in sweep.cells]
+    results = [r.result for r in reports if r.result]
+    seconds = duration(sum(result["seconds"] for result in results))
+    about = (
+        f"{seconds} of training in all, on {jax.devices()[0].device_kind}, jax {jax.__version__}, "
+        f"Python {platform.python_version()}."
+    )
+    write_atomically(out / "results.csv", csv_text(reports))
+    write_atomically(out / "report.html", render(sweep.name, reports, command=command, about=about))
+    return reports
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 all finished, 1 some cell is not, 2 refused."""
+    typed = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "experiments.sweep", *typed])
+    options = make_parser().parse_args(arguments)
+    console = make_console()
+    try:
+        sweep = read_sweep(options)
+        out = options.out or Path("runs") / sweep.name
+        if options.dry_run:
+            dry_run(sweep, out, console)
+            return 0
+        if options.overwrite and not options.report_only:
+            for cell in sweep.cells:
+                check(cell.run)
+            for cell in sweep.cells:
+                delete_run(out / cell.name)
+        todo = [] if options.report_only else plan(sweep, out)
+        check_writable(out)
+    except (ValueError, OSError, RuntimeError) as error:
+        return refuse(error)
+    keep_compiled_programs(out.parent / ".jax-cache")
+    console.print(f"{sweep.name}: {len(sweep.cells)} cells, {len(todo)} to run, in {out}")
+    for number, cell in enumerate(todo, 1):
+        console.rule(f"{number}/{len(todo)} {cell.name}", align="left")
+        run_cell(cell, out / cell.name, console)
+        write_report(sweep, out, command)
+    reports = write_report(sweep, out, command)
+    console.print(terminal_table(sweep.name, reports))
+    for report in reports:
+        if report.result is None:
+            why = f": {report.error}" if report.error else ""
+            console.print(f"{report.cell.name} {report.status}{why}", highlight=False)
+    console.print(f"{out / 'results.csv'}\n{out / 'report.html'}", highlight=False)
+    return 0 if all(report.result for report in reports) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
