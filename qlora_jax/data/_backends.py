@@ -39,7 +39,7 @@ class JsonBackend:
     @property
     def begins_with_bos(self) -> bool:
         """Whether the file's own post-processor puts a token in front of every text."""
-        return self.own_special_id("bos") is not None
+        return self._frame[0] is not None
 
     def token_id(self, token: str) -> int | None:
         """The id of a piece, None where there is none."""
@@ -47,13 +47,18 @@ class JsonBackend:
 
     def own_special_id(self, kind: str) -> int | None:
         """The bos that the post-processor puts in front; the file names no others by role."""
-        if kind != "bos":
-            return None
+        front, something_behind = self._frame
+        # "[CLS] a [SEP]" has a front that is no bos.
+        return front if kind == "bos" and not something_behind else None
+
+    @cached_property
+    def _frame(self) -> tuple[int | None, bool]:
+        """The token in front of every text, if any, and whether there is one behind it."""
         bare, framed = (
             self._plain.encode("a", add_special_tokens=added).ids for added in (False, True)
         )
-        # "[CLS] a [SEP]" frames too; only a family with nothing behind the text begins with a bos.
-        return framed[0] if framed[1:] == bare else None
+        in_front = framed[: len(bare)] != bare
+        return framed[0] if in_front else None, len(framed) - len(bare) > in_front
 
     def encode_batch(
         self, texts: Sequence[str], *, continues: bool, special: bool
@@ -168,7 +173,8 @@ class SentencePieceBackend:
             if index % 2:
                 ids.append(self._control_pieces[part])
             elif part:
-                ids += self._processor_for(continues or index > 0).encode(part)
+                # Between markers a text begins anew, as in `tokenizers`.
+                ids += self._processor_for(continues).encode(part)
         return ids
 
     def _processor_for(self, continues: bool) -> sentencepiece.SentencePieceProcessor:

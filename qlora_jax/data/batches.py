@@ -50,7 +50,8 @@ class Batch(NamedTuple):
 def length_buckets(longest: int, *, smallest: int = 64) -> tuple[int, ...]:
     """Powers of two from `smallest` while they are below `longest`, then `longest` rounded up to 8.
 
-    At most half of a row is padding, and the programs to compile grow with the logarithm.
+    A row longer than `smallest` is at most half padding, and the programs to compile grow with the
+    logarithm of the length.
     """
     if longest < 1:
         raise ValueError(f"buckets need a longest length of at least 1, not {longest}.")

@@ -14,7 +14,7 @@ Whitespace is part of a format. A boundary between segments is always a boundary
 (see `tokenize`), so a space that separates two segments opens the second one, where both
 SentencePiece ("▁answer") and byte-level BPE ("Ġanswer") have their natural pieces.
 
-A format is frozen data with two methods and no base class: `columns`, what it needs of a row, and
+A format is frozen data without a base class: its `name`, the `columns` it needs of a row, and
 `segments`. A new one is a new small dataclass, or a new instance of one of these.
 """
 
@@ -205,10 +205,8 @@ class ConversationFormat:
 class FlatChatFormat:
     """A conversation already flattened to one text, split again at the markers of its speakers.
 
-    Whitespace in front of a human marker goes with it: the response ends where its text does.
-
     With `"all"` the text is one segment, exactly as given. With `"response"` what follows an
-    `assistant` marker is trained on, up to the next `human` marker.
+    `assistant` marker is trained on, up to the next `human` marker and the whitespace before it.
     """
 
     name: str

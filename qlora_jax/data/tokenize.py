@@ -16,7 +16,8 @@ that is cut loses its eos, so that nothing learns to stop in mid-sentence.
 ids (the loss shifts). The first label is always -100: nothing predicts the first token.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -85,33 +86,35 @@ def tokenize_rows(
     # Flat arrays as they come: a token costs 8 bytes in them, some 80 in lists of Python's ints.
     parts: list[Examples] = []
     count = cut_sources = cut_targets = 0
-    for chunk in _chunks(_tracked(rows, progress), _CHUNK):
-        if count == 0:
-            check_columns(chunk[0], form, source=source)
-        pairs: list[_Part] = []
-        segmented = [
-            _segments(row, form, train_on, f"row {count + i} of {source}")
-            for i, row in enumerate(chunk)
-        ]
-        for segments, encoded in zip(segmented, _encode(segmented, tokenizer), strict=True):
-            asked, answered = _assemble(segments, encoded, start, eos)
-            cut_sources += source_max_len is not None and len(asked[0]) > source_max_len
-            cut_targets += target_max_len is not None and len(answered[0]) > target_max_len
-            ids, labels = (
-                a[:source_max_len] + b[:target_max_len]
-                for a, b in zip(asked, answered, strict=True)
-            )
-            labels[:1] = [IGNORE] * len(labels[:1])
-            if max_len is not None and len(ids) > max_len:
-                raise ValueError(
-                    f"row {count} of {source} has {len(ids)} tokens, but at most {max_len} are "
-                    "allowed: set source_max_len and target_max_len so that together they do not "
-                    f"exceed {max_len}, or leave the row out."
+    with _advancing(rows, progress) as advance:
+        for chunk in _chunks(rows, _CHUNK):
+            if count == 0:
+                check_columns(chunk[0], form, source=source)
+            pairs: list[_Part] = []
+            segmented = [
+                _segments(row, form, train_on, f"row {count + i} of {source}")
+                for i, row in enumerate(chunk)
+            ]
+            for segments, encoded in zip(segmented, _encode(segmented, tokenizer), strict=True):
+                asked, answered = _assemble(segments, encoded, start, eos)
+                cut_sources += source_max_len is not None and len(asked[0]) > source_max_len
+                cut_targets += target_max_len is not None and len(answered[0]) > target_max_len
+                ids, labels = (
+                    a[:source_max_len] + b[:target_max_len]
+                    for a, b in zip(asked, answered, strict=True)
                 )
-            if any(label != IGNORE for label in labels):
-                pairs.append((ids, labels))
-            count += 1
-        parts.append(Examples.of(pairs))
+                labels[:1] = [IGNORE] * len(labels[:1])
+                if max_len is not None and len(ids) > max_len:
+                    raise ValueError(
+                        f"row {count} of {source} has {len(ids)} tokens, but at most {max_len} are "
+                        "allowed: set source_max_len and target_max_len so that together they do "
+                        f"not exceed {max_len}, or leave the row out."
+                    )
+                if any(label != IGNORE for label in labels):
+                    pairs.append((ids, labels))
+                count += 1
+            parts.append(Examples.of(pairs))
+            advance(len(chunk))
     if count == 0:
         raise ValueError(f"{source} is empty: there is not one row to tokenize.")
     kept = sum(map(len, parts))
@@ -182,13 +185,16 @@ def _chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _tracked(rows: Iterable[Any], progress: bool | None) -> Iterator[Any]:
+@contextmanager
+def _advancing(rows: Iterable[Any], progress: bool | None) -> Iterator[Callable[[float], None]]:
+    """Moves a progress bar on by so many rows, or does nothing where none is to be shown."""
     total = len(rows) if isinstance(rows, Sized) else None
     if progress is None:
         progress = total is not None and total >= _PROGRESS_FROM
     if not progress:
-        yield from rows
+        yield lambda rows_done: None
         return
     columns = (TextColumn("tokenizing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
-        yield from bar.track(rows, total=total)
+        task = bar.add_task("tokenizing", total=total)
+        yield lambda rows_done: bar.advance(task, rows_done)

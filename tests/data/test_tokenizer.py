@@ -122,7 +122,51 @@ def test_text_is_only_text(llama2):
         marked = tokenizer.encode("<s>struck</s>", bos=False, special=True)
         assert (marked[0], marked[-1]) == (1, 2)
         assert "struck" in tokenizer.decode(marked)
+        assert tokenizer.encode("a</s> b<s>c", special=True, continues=True)[0] != 2
         assert tokenizer.decode(marked, skip_special=False).startswith("<s>")
+
+
+def test_the_two_llama_forms_agree_on_special_tokens(llama2):
+    fast, piece = llama2
+    for text in ("<s>a</s> b<s>c", "</s>", "a<s>", "<s> <s>", "no marker"):
+        for continues in (False, True):
+            for special in (False, True):
+                options = {"continues": continues, "special": special}
+                assert fast.encode(text, **options) == piece.encode(text, **options)
+
+
+def test_what_a_post_processor_puts_around_a_text(tmp_path):
+    """Families without any configuration beside their tokenizer.json, framed by hand."""
+    spec = json.loads(shared_path("data/tokenizers/llama2/tokenizer.json").read_text())
+    spec["model"]["vocab"] = {k: v for k, v in spec["model"]["vocab"].items() if v < 300}
+    spec["model"]["merges"] = []
+    special = {
+        t: {"id": t, "ids": [i], "tokens": [t]} for i, t in enumerate(["<unk>", "<s>", "</s>"])
+    }
+
+    def load_framed(*frame: str) -> Tokenizer:
+        single = [
+            {"Sequence": {"id": "A", "type_id": 0}}
+            if part == "A"
+            else {"SpecialToken": {"id": part, "type_id": 0}}
+            for part in frame
+        ]
+        spec["post_processor"] = {
+            **{"type": "TemplateProcessing", "single": single, "pair": single},
+            "special_tokens": special,
+        }
+        spec["post_processor"]["pair"] = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        return load_tokenizer(tmp_path)
+
+    for frame, bos in ((("<s>", "A"), 1), (("A",), None), (("A", "</s>"), None)):
+        tokenizer = load_framed(*frame)
+        assert (tokenizer.bos_token_id, tokenizer.add_bos) == (bos, bos is not None)
+    # Framed on both sides it may be BERT's [CLS]: only a configuration can call it a bos.
+    assert load_framed("<s>", "A", "</s>").bos_token_id is None
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    assert load_framed("<s>", "A", "</s>").add_bos
+    assert not load_framed("A", "</s>").add_bos
 
 
 LOSSLESS = (
