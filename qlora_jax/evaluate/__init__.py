@@ -7,6 +7,7 @@ from qlora_jax.evaluate.perplexity import (
     evaluate,
     make_eval_step,
     perplexity,
+    split_adapters,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "evaluate",
     "make_eval_step",
     "perplexity",
+    "split_adapters",
 ]

@@ -44,6 +44,17 @@ def causal_lm_loss(
     return loss.total, loss.tokens
 
 
+def split_adapters(model: nnx.Module) -> tuple[nnx.GraphDef, PyTree, PyTree]:
+    """(graphdef, adapters, all the rest): the adapters are trained, the rest is an argument.
+
+    `nnx.merge(graphdef, adapters, rest)` is the model again. Codes, norms, embeddings and whatever
+    else is not an `nnx.LoRAParam` count as the rest.
+    """
+    graphdef, *states = nnx.split(model, nnx.LoRAParam, ...)
+    lora, frozen = states
+    return graphdef, lora, frozen
+
+
 def make_eval_step(
     graphdef: nnx.GraphDef, loss_fn: LossFn = causal_lm_loss
 ) -> Callable[..., tuple[Float[Array, ""], Int[Array, ""]]]:
@@ -87,5 +98,5 @@ def perplexity(
       batches: `data.Batch`es [batch seq], for instance `Batches(..., shuffle=False).one_epoch()`.
       loss_fn: how a batch becomes a sum of token losses and a count of tokens.
     """
-    graphdef, lora, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    graphdef, lora, frozen = split_adapters(model)
     return evaluate(make_eval_step(graphdef, loss_fn), lora, frozen, batches)

@@ -113,7 +113,10 @@ def paged(
         for i, who in enumerate(owner_out):
             if who is None:
                 results[i] = lazy.output(i)
-        return treedef.unflatten(results[:count]), state_treedef.unflatten(results[count:])
+        return (
+            jax.tree.unflatten(treedef, results[:count]),
+            jax.tree.unflatten(state_treedef, results[count:]),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -147,9 +150,8 @@ def _by_path(tree: PyTree) -> Iterator[tuple[str, Any]]:
 def _only(tree: PyTree, index: int | None) -> PyTree:
     """`tree` with every leaf but the index-th (None: every leaf) replaced by an empty tree."""
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef.unflatten(
-        [leaf if i == index else optax.MaskedNode() for i, leaf in enumerate(leaves)]
-    )
+    kept = [leaf if i == index else optax.MaskedNode() for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, kept)
 
 
 def _shapes(tree: PyTree) -> PyTree:

@@ -79,7 +79,7 @@ class Checkpoints:
             )
         leaves, treedef = jax.tree.flatten(like)
         placed = [_placed(saved[name], leaf) for name, leaf in zip(expected, leaves, strict=True)]
-        return committed(treedef.unflatten(placed))
+        return committed(jax.tree.unflatten(treedef, placed))
 
 
 def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:

@@ -25,7 +25,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, PyTree
 from rich.console import Console
 
-from qlora_jax.evaluate import Evaluation, LossFn, causal_lm_loss, evaluate, make_eval_step
+from qlora_jax.evaluate import (
+    Evaluation,
+    LossFn,
+    causal_lm_loss,
+    evaluate,
+    make_eval_step,
+    split_adapters,
+)
 from qlora_jax.train.callbacks import Callback, MetricsFile, TensorBoard
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.config import TrainConfig
@@ -157,7 +164,7 @@ class _Run:
         checkpoints: Checkpoints,
         outlets: Sequence[Callback],
     ) -> None:
-        graphdef, lora, self.frozen = nnx.split(model, nnx.LoRAParam, ...)
+        graphdef, lora, self.frozen = split_adapters(model)
         if not jax.tree.leaves(lora):
             raise ValueError(
                 "The model has no nnx.LoRAParam to train; build or load it with a LoraConfig."

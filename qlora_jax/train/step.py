@@ -2,7 +2,7 @@
 
 Three choices make it a QLoRA step:
 
-- The model is split once, `graphdef, lora, frozen = nnx.split(model, nnx.LoRAParam, ...)`.
+- The model is split once, `graphdef, lora, frozen = split_adapters(model)`.
   Gradients are taken of the adapters alone; the frozen 4-bit weights are an *argument* of the
   jitted function (never a constant inside it, which XLA would fold and copy).
 - The loss is a sum over tokens, and so are the gradients: micro-batches are added up under
@@ -62,12 +62,16 @@ def init_state(lora: PyTree, tx: optax.GradientTransformation, *, seed: int) -> 
 
 
 def committed(state: TrainState) -> TrainState:
-    """The state with every array bound to where it lies.
+    """The state with every array bound to where it lies (while tracing: as it is).
 
     A step returns arrays bound to their device and memory, and `jax.jit` compiles anew for the
     difference: unbound arrays in the first step would cost a second compile in the next.
     """
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
+
+    def bound(leaf: jax.Array) -> jax.Array:
+        return leaf if isinstance(leaf, jax.core.Tracer) else jax.device_put(leaf, leaf.sharding)
+
+    return jax.tree.map(bound, state)
 
 
 def make_train_step(
@@ -81,7 +85,7 @@ def make_train_step(
     """A jitted training step.
 
     Args:
-      graphdef: of the model, as `nnx.split` gives it.
+      graphdef: of the model, as `evaluate.split_adapters` gives it.
       tx: the optimizer; gradients reach it as the mean over the step's trained tokens.
       loss_fn: (model, micro-batch, dropout key) -> (sum of token losses, token count).
       learning_rate: of the optimizer, for the metrics alone.
