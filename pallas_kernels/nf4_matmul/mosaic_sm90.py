@@ -50,7 +50,7 @@ class MatmulConfig:
 
     rows: int = 256
     stages: int = 4
-    ahead: bool = False
+    ahead: bool = True
     group: int = 16
 
 
@@ -317,20 +317,23 @@ def _kernel(plan: Plan):
                         plgpu.barrier_arrive(empty.at[slot])
                         return held
 
-                    def ahead(step, carry):
+                    def ahead(pair, carry):
+                        # Two steps a turn: the fragment being decoded must not take the registers
+                        # of the one in use, or ptxas puts the two in sequence.
                         weights, held = carry
-                        slot = multiply(step, weights)
-                        following = decode(held)
-                        held = load(first_row, jnp.minimum(step + 2, plan.steps - 1))
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot])
-                        return following, held
+                        for step in (2 * pair, 2 * pair + 1):
+                            slot = multiply(step, weights)
+                            weights = decode(held)
+                            held = load(first_row, jnp.minimum(step + 2, plan.steps - 1))
+                            plgpu.wgmma_wait(0)
+                            plgpu.barrier_arrive(empty.at[slot])
+                        return weights, held
 
                     held = load(first_row, jnp.int32(0))
-                    if cfg.ahead:
+                    if cfg.ahead and plan.steps % 2 == 0:
                         weights = decode(held)
                         held = load(first_row, jnp.int32(min(1, plan.steps - 1)))
-                        lax.fori_loop(0, plan.steps, ahead, (weights, held))
+                        lax.fori_loop(0, plan.steps // 2, ahead, (weights, held))
                     else:
                         lax.fori_loop(0, plan.steps, simple, held)
                     return acc[...]
