@@ -18,18 +18,20 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels._arguments import Layout
 from pallas_kernels._triton import TritonConfig, why_not_triton
-from pallas_kernels.cards import CARDS, find_card
+from pallas_kernels.cards import CARDS
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu", "jax_triton")
 
 AVAILABLE = {
     "nf4_dequantize": ("xla", "triton"),
-    "nf4_matmul": ("xla", "triton"),
+    "nf4_matmul": ("xla", "triton", "mosaic_gpu"),
     "nf4_matmul_transposed": ("xla", "triton"),
-    "nf4_gemv": ("xla", "triton"),
+    "nf4_gemv": ("xla", "triton", "mosaic_gpu"),
 }
 """op -> the implementations it has."""
 
@@ -94,6 +96,7 @@ def which_implementation(
     implementation: str | None = None,
     interpret: bool = False,
     kind: str | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
 ) -> Choice:
     """What `op` runs for `rows` rows of activations against a weight of this layout.
 
@@ -104,6 +107,7 @@ def which_implementation(
         implementation: what the caller asks for; None asks the table.
         interpret: run kernels in Pallas' interpreter, on any machine (for tests).
         kind: the device to choose for, as `target` names it; by default `target()`.
+        dtype: of the activations, or of the dequantized weight.
 
     Raises:
         ValueError: an implementation that is unknown, or cannot run there, or not on this weight.
@@ -114,7 +118,7 @@ def which_implementation(
         )
     kind = target() if kind is None else kind
     if implementation is not None:
-        problem = why_not(op, implementation, layout, kind, interpret)
+        problem = why_not(op, implementation, layout, kind, interpret, dtype)
         if problem:
             raise ValueError(
                 f"implementation is {implementation!r}, but {problem}: "
@@ -132,30 +136,52 @@ def which_implementation(
             if rule.implementation == implementation:
                 return Choice(implementation, rule.config, "asked for")
             continue
-        problem = why_not(op, rule.implementation, layout, kind, interpret)
+        problem = why_not(op, rule.implementation, layout, kind, interpret, dtype)
         if problem is None:
             return Choice(rule.implementation, rule.config, f"tuned for {rule.card}")
         return Choice("xla", None, problem)
     if implementation is not None:
-        return Choice(implementation, default_config(op, rows), "asked for")
+        config = default_config(op, rows) if implementation == "triton" else None
+        return Choice(implementation, config, "asked for")
     return Choice("xla", None, f"no rule of {TABLE.name} covers {op} with {rows} rows on {kind!r}")
 
 
-def why_not(op: str, implementation: str, layout: Layout, kind: str, interpret: bool) -> str | None:
+def why_not(
+    op: str, implementation: str, layout: Layout, kind: str, interpret: bool, dtype: DTypeLike
+) -> str | None:
     """Why an implementation cannot run `op` there on this weight; None where it can."""
     if implementation == "xla":
         return None
     if implementation not in AVAILABLE[op]:
         return f"{op} has only {list(AVAILABLE[op])}"
     name = card_name(kind)
-    if not interpret:
-        if name is None:
-            return f"it needs an NVIDIA card and the program is for {kind!r}"
-        if name != "other" and not find_card(name).supports_triton:
-            return f"it needs compute capability 8.0 and {kind!r} is older"
+    if name is None and not interpret:
+        return f"it needs an NVIDIA card and the program is for {kind!r}"
+    card = CARDS.get(name or "")
+    if implementation == "mosaic_gpu":
+        if interpret:
+            return "Pallas' interpreter cannot run it (its own emulation is in the tests)"
+        if card is None or not card.supports_mosaic_gpu:
+            return f"it needs compute capability 9.0 and {kind!r} has another"
+        return why_not_mosaic(layout, dtype)
+    if card is not None and not card.supports_triton and not interpret:
+        return f"it needs compute capability 8.0 and {kind!r} is older"
     if op == "nf4_dequantize":
         return why_not_triton(layout) if layout.quant_type == "int8" else None
     return why_not_triton(layout)
+
+
+def why_not_mosaic(layout: Layout, dtype: DTypeLike) -> str | None:
+    """Why the Hopper kernels cannot take this weight, or None where they can."""
+    n, k = layout.shape
+    if layout.quant_type == "int8" or layout.blocksize != 64 or k % 64 or n % 2:
+        return (
+            f"the weight is {layout.quant_type} {layout.shape} in blocks of {layout.blocksize}, and "
+            "the Hopper kernels take 4-bit weights in blocks of 64, k a multiple of 64 and n even"
+        )
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"the activations are {jnp.dtype(dtype).name}, and the Hopper kernels take 16 bits"
+    return None
 
 
 def default_config(op: str, rows: int) -> TritonConfig:

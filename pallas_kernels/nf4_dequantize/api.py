@@ -63,7 +63,12 @@ def nf4_dequantize(
     )
     check_float("dtype", dtype)
     choice = dispatch.which_implementation(
-        "nf4_dequantize", 1, layout, implementation=implementation, interpret=interpret
+        "nf4_dequantize",
+        1,
+        layout,
+        implementation=implementation,
+        interpret=interpret,
+        dtype=dtype,
     )
     weight = (codes, absmax, nested_absmax, offset)
     if choice.implementation == "triton":

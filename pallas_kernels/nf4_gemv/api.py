@@ -50,11 +50,23 @@ def nf4_gemv(
             f"x has {rows_of(x)} rows; nf4_gemv takes up to {MAX_ROWS}: use nf4_matmul"
         )
     choice = dispatch.which_implementation(
-        "nf4_gemv", rows_of(x), layout, implementation=implementation, interpret=interpret
+        "nf4_gemv",
+        rows_of(x),
+        layout,
+        implementation=implementation,
+        interpret=interpret,
+        dtype=x.dtype,
     )
     weight = (codes, absmax, nested_absmax, offset)
     if choice.implementation == "triton":
         return nf4_gemv_triton(
             x, *weight, bias, layout=layout, config=config or choice.config, interpret=interpret
         )
+    if choice.implementation == "mosaic_gpu":
+        # Imported where it runs: it loads Mosaic, which no other implementation needs.
+        from pallas_kernels.nf4_gemv import mosaic_sm90 as few
+        from pallas_kernels.nf4_matmul import mosaic_sm90 as many
+
+        run = few.nf4_gemv_mosaic if rows_of(x) <= few.MAX_ROWS else many.nf4_matmul_mosaic
+        return run(x, *weight, bias, layout=layout)
     return nf4_gemv_xla(x, *weight, bias, layout=layout)

@@ -54,6 +54,7 @@ def _kernel(
         byte = tile * width + jnp.arange(width)
         run = tile * runs + jnp.arange(runs)
         column = tile * config.block_k + jnp.arange(config.block_k)
+        column_mask = below(column, k, config.block_k)
         byte_mask, run_mask = below(byte, k // 2, width), below(run, k // 2 // RUN, runs)
         mask = both(in_rows, None if byte_mask is None else byte_mask[None, :])
         scale_mask = both(in_rows, None if run_mask is None else run_mask[None, :])

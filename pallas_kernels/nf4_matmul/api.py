@@ -70,11 +70,21 @@ def nf4_matmul(
             interpret=interpret,
         )
     choice = dispatch.which_implementation(
-        "nf4_matmul", rows_of(x), layout, implementation=implementation, interpret=interpret
+        "nf4_matmul",
+        rows_of(x),
+        layout,
+        implementation=implementation,
+        interpret=interpret,
+        dtype=x.dtype,
     )
     weight = (codes, absmax, nested_absmax, offset)
     if choice.implementation == "triton":
         return nf4_matmul_triton(
             x, *weight, bias, layout=layout, config=config or choice.config, interpret=interpret
         )
+    if choice.implementation == "mosaic_gpu":
+        # Imported where it runs: it loads Mosaic, which no other implementation needs.
+        from pallas_kernels.nf4_matmul.mosaic_sm90 import nf4_matmul_mosaic
+
+        return nf4_matmul_mosaic(x, *weight, bias, layout=layout)
     return nf4_matmul_xla(x, *weight, bias, layout=layout)

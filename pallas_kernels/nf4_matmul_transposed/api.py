@@ -56,6 +56,7 @@ def nf4_matmul_transposed(
         layout,
         implementation=implementation,
         interpret=interpret,
+        dtype=dy.dtype,
     )
     weight = (codes, absmax, nested_absmax, offset)
     if choice.implementation == "triton":

@@ -59,3 +59,15 @@ def test_the_table_names_what_exists():
     for rule in rules():
         assert rule.card == "*" or rule.card in CARDS
         assert rule.implementation in AVAILABLE[rule.op]
+
+
+def test_mosaic_needs_hopper_and_its_own_kind_of_weight():
+    ask = {"implementation": "mosaic_gpu"}
+    choice = which_implementation("nf4_gemv", 1, WEIGHT, kind="NVIDIA H200", **ask)
+    assert choice.implementation == "mosaic_gpu"
+    with pytest.raises(ValueError, match=r"compute capability 9\.0"):
+        which_implementation("nf4_gemv", 1, WEIGHT, kind="NVIDIA L40", **ask)
+    with pytest.raises(ValueError, match="blocks of 64"):
+        which_implementation("nf4_matmul", 64, CROSSING, kind="NVIDIA H200", **ask)
+    with pytest.raises(ValueError, match="16 bits"):
+        which_implementation("nf4_gemv", 1, WEIGHT, kind="NVIDIA H200", dtype=jnp.float32, **ask)
