@@ -176,8 +176,8 @@ def why_not_mosaic(layout: Layout, dtype: DTypeLike) -> str | None:
     n, k = layout.shape
     if layout.quant_type == "int8" or layout.blocksize != 64 or k % 64 or n % 2:
         return (
-            f"the weight is {layout.quant_type} {layout.shape} in blocks of {layout.blocksize}, and "
-            "the Hopper kernels take 4-bit weights in blocks of 64, k a multiple of 64 and n even"
+            f"the weight is {layout.quant_type} {layout.shape} in blocks of {layout.blocksize}, "
+            "and the Hopper kernels take 4-bit codes in blocks of 64, k a multiple of 64, n even"
         )
     if jnp.dtype(dtype).itemsize != 2:
         return f"the activations are {jnp.dtype(dtype).name}, and the Hopper kernels take 16 bits"

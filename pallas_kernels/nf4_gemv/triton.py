@@ -67,9 +67,7 @@ def _kernel(
         high, low = decode(codes)
         added = []
         for m in range(rows):
-            x = load(
-                x_ref, (jnp.full_like(column, m), column), below(column, k, config.block_k), 0.0
-            )
+            x = load(x_ref, (jnp.full_like(column, m), column), column_mask, 0.0)
             even, odd = split_pairs(x.astype(jnp.float32))
             products = two_products(high, even[None, :], low, odd[None, :], interpret)
             by_run = products.reshape(config.block_n, runs, RUN).sum(axis=2)
