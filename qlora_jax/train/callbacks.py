@@ -42,8 +42,8 @@ class MetricsFile:
         self._file: IO[str] | None = None
 
     def start(self, step: int) -> None:
-        """Keep the lines up to `step`, and open for appending."""
-        kept = [line for line in read_lines(self.path) if line["step"] <= step]
+        """Keep the lines up to `step` (none where the run begins anew), open for appending."""
+        kept = [line for line in read_lines(self.path) if step and line["step"] <= step]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(self.path)

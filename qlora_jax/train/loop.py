@@ -202,7 +202,8 @@ class _Run:
             if last or _due(step, config.save_every):
                 self.save(step)
         if eval_batches is not None and first >= config.steps:
-            evaluations.append(self.evaluate(eval_batches, first))
+            # Already on record: a finished run's files do not change.
+            evaluations.append(self.held_out(eval_batches))
         return FitResult(
             step=int(self.state.step),
             train_loss=self.train_loss,
@@ -244,26 +245,21 @@ class _Run:
         self.train_loss = values["loss"]
         if self.clock.tokens_per_second is not None:
             values["tokens_per_second"] = round(self.clock.tokens_per_second, 1)
-            values["seconds_left"] = round(
-                self.clock.seconds_per_step * (self.config.steps - step), 1
-            )
+            values["seconds_per_step"] = round(self.clock.seconds_per_step, 6)
         self.log(step, values)
 
     def evaluate(self, batches: EpochBatches | Sequence[Any], step: int) -> Evaluation:
         """Held-out loss of the state after `step`, logged."""
         self.report()
-        epoch = batches if isinstance(batches, Sequence) else batches.one_epoch()
-        found = evaluate(self.eval_step, self.state.lora, self.frozen, epoch)
-        self.log(
-            step,
-            {
-                "eval_loss": found.loss,
-                "eval_perplexity": found.perplexity,
-                "eval_tokens": found.tokens,
-            },
-        )
+        found = self.held_out(batches)
+        self.log(step, {f"eval_{name}": value for name, value in found._asdict().items()})
         self.clock.pause()
         return found
+
+    def held_out(self, batches: EpochBatches | Sequence[Any]) -> Evaluation:
+        """Held-out loss of the state."""
+        epoch = batches if isinstance(batches, Sequence) else batches.one_epoch()
+        return evaluate(self.eval_step, self.state.lora, self.frozen, epoch)
 
     def save(self, step: int) -> None:
         """Checkpoint the state after `step`, once it is known to be finite."""

@@ -61,7 +61,7 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
         elif step % self._log_every == 0 or step in (1, self._total):
-            left = values.get("seconds_left")
+            left = values.get("seconds_per_step", 0.0) * (self._total - step)
             eta = f" · {left:,.0f} s left" if left else ""
             self.say(f"step {step}/{self._total}: {numbers}{eta}")
 

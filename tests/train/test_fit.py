@@ -148,7 +148,7 @@ def test_plain_lines_say_where_a_run_resumed():
     output = io.StringIO()
     display = ProgressDisplay(20, console=Console(file=output), log_every=10)
     display.start(7)
-    display.log(10, {"loss": 1.5, "tokens_per_second": 1234.5, "seconds_left": 61.0})
+    display.log(10, {"loss": 1.5, "tokens_per_second": 1234.5, "seconds_per_step": 6.1})
     display.close()
     assert output.getvalue().splitlines() == [
         "resumed after step 7 of 20",

@@ -22,7 +22,7 @@ from tests.train.worker import CONFIG, train
 
 
 def _numbers(folder: Path) -> list[dict]:
-    timing = ("tokens_per_second", "seconds_left")
+    timing = ("tokens_per_second", "seconds_per_step")
     return [
         {name: value for name, value in line.items() if name not in timing}
         for line in read_lines(folder / "metrics.jsonl")
@@ -30,7 +30,8 @@ def _numbers(folder: Path) -> list[dict]:
 
 
 def test_killed_runs_end_bit_identical(tmp_path):
-    undisturbed, _ = train(tmp_path / "undisturbed")
+    held_out = {"eval_batches": [ToyBatches(4).at(1000)]}
+    undisturbed, _ = train(tmp_path / "undisturbed", **held_out)
     folder = tmp_path / "killed"
     # Before any checkpoint; while the save of step 5 may still be written; just before a save.
     for where, step, resumed in (("log", 3, 0), ("log", 6, (0, 5)), ("flush", 15, (0, 5, 10))):
@@ -47,12 +48,12 @@ def test_killed_runs_end_bit_identical(tmp_path):
         assert started in np.atleast_1d(resumed)
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('{"step": 99, "lo')
-    resumed, result = train(folder)
+    resumed, result = train(folder, **held_out)
     assert result.step == CONFIG.steps
     for a, b in zip(adapters(resumed), adapters(undisturbed), strict=True):
         np.testing.assert_array_equal(a, b)
     assert _numbers(folder) == _numbers(tmp_path / "undisturbed")
-    assert [line["step"] for line in _numbers(folder)] == list(range(1, CONFIG.steps + 1))
+    assert [line["step"] for line in _numbers(folder)] == [0, *range(1, CONFIG.steps + 1), 16]
 
 
 @pytest.mark.parametrize("broken_at", [5, 11])
@@ -80,10 +81,12 @@ def reference(tmp_path_factory):
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, reference):
-    train(tmp_path)
+    held_out = {"eval_batches": [ToyBatches(4).at(1000)]}
+    _, first = train(tmp_path, **held_out)
     before = (tmp_path / "metrics.jsonl").read_text()
-    model, result = train(tmp_path)
+    model, result = train(tmp_path, **held_out)
     assert result.train_loss is None
+    assert result.last_eval == first.last_eval
     assert (tmp_path / "metrics.jsonl").read_text() == before
     for a, b in zip(adapters(model), reference, strict=True):
         np.testing.assert_array_equal(a, b)

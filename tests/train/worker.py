@@ -66,4 +66,8 @@ def train(run_folder: Path, callbacks=(), **options) -> tuple[Toy, FitResult]:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), [Killer(sys.argv[2], int(sys.argv[3]))])
+    train(
+        Path(sys.argv[1]),
+        [Killer(sys.argv[2], int(sys.argv[3]))],
+        eval_batches=[ToyBatches(4).at(1000)],
+    )
