@@ -93,8 +93,13 @@ def make_input(point: Point, seed: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (max(point.rows, 1), width), jnp.bfloat16)
 
 
-def op_function(point: Point) -> Callable[..., jax.Array]:
-    """`fn(x, *weight) -> result` for the point's op and implementation."""
+def op_function(point: Point, interpret: bool | None = None) -> Callable[..., jax.Array]:
+    """`fn(x, *weight) -> result` for the point's op and implementation.
+
+    Without a card kernels are interpreted; `interpret=False` compiles them for another machine.
+    """
+    if interpret is None:
+        interpret = jax.default_backend() == "cpu" and point.implementation != "xla"
     if point.implementation in BASELINES:
         axis = 0 if point.op == "transposed" else 1
 
@@ -107,8 +112,7 @@ def op_function(point: Point) -> Callable[..., jax.Array]:
         "implementation": point.implementation,
         "blocksize": point.blocksize,
         "config": point.config,
-        # Without a card, a kernel can still be interpreted.
-        "interpret": jax.default_backend() == "cpu" and point.implementation != "xla",
+        "interpret": interpret,
     }
     if point.op == "dequantize":
         return lambda x, *weight: pallas_kernels.nf4_dequantize(*weight, **options)

@@ -1,0 +1,284 @@
+"""How fast could this kernel run on that card? An answer from its machine code, with no card.
+
+    python -m benchmarks.kernel_model --card h200 --op matmul --rows 1 --shape 7b-qkvo
+
+A kernel is bound by the busiest of a few things, each of which has a rate: bytes from memory, FLOP
+on the tensor cores, and lane-instructions on each unit of a multiprocessor (float, integer, shared
+memory, …) and on its four schedulers. The compiler's SASS says how many instructions of each kind
+the hot loop holds; the tile sizes say how many weights one turn of that loop decodes; so we know
+the lane-instructions per weight, and from the card's clock and cores the time each unit needs.
+
+The prediction is the largest of these times, as if all units overlapped perfectly, stretched by
+the last wave's idle cores. It is a floor for *this code*: a measurement above it has latency,
+conflicts or launch gaps to explain; one below it refutes the model. docs/kernels.md keeps the log.
+
+Rates: CUDA programming guide, "Throughput of native arithmetic instructions".
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from benchmarks._points import SHAPES, Point
+from benchmarks._programs import make_input, op_function, packed_weight
+from pallas_kernels import compile_for, dispatch
+from pallas_kernels._arguments import Layout
+from pallas_kernels._triton import TritonConfig
+from pallas_kernels.cards import CARDS, Card
+
+UNITS = ("float", "integer", "convert", "shared", "global", "issue")
+
+_UNIT_OF = (
+    ("tensor", r"[HIBQ]G?MMA|WGMMA|UTC\w*MMA"),
+    ("float", r"F(?:FMA|MUL|ADD|SWZADD)|H(?:FMA2|MUL2|ADD2|SET2|SETP2)|FFMA2"),
+    ("convert", r"MUFU|I2F\w*|F2I\w*|F2F|FRND|POPC|FLO|BREV"),
+    ("shared", r"LDS\w*|STS\w*|LDSM|STSM|ATOMS|SHFL|MOVM"),
+    ("global", r"LDG\w*|STG\w*|LDL|STL|LD|ST|ATOM\w*|RED\w*|UBLKCP|UTMA\w*"),
+    ("control", r"BRA|EXIT|BAR|BSSY|BSYNC|NOP|WARPSYNC|SYNCS|DEPBAR\w*|LDGDEPBAR|ERRBAR|CALL|RET"),
+    ("uniform", r"U[A-Z0-9]+|R2UR|S2UR|CS2UR|VOTEU"),
+)
+"""unit -> opcodes, first match wins; what matches none is integer work (LOP3, IMAD, PRMT, …)."""
+
+_FLOAT_LANES = {(7, 5): 64, (8, 0): 64}  # of 128 elsewhere
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopCount:
+    """Warp-instructions of one turn of the hot loop (or of a kernel without loops)."""
+
+    opcodes: dict[str, int]
+    units: dict[str, float]
+    """Issue slots per unit; wide loads count as often as they move 4 bytes per lane."""
+    instructions: int
+    is_loop: bool
+    vector_loads: int
+    """16-byte loads from device memory."""
+
+
+_LINE = re.compile(
+    r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?(?P<op>[A-Z][\w.]*)(?P<rest>[^;]*)"
+)
+_LABEL = re.compile(r"^\s*(\.L_\w+):")
+_BRANCH = re.compile(r"BRA[\w.]*\s+.*?`\((\.L_\w+)\)")
+
+
+def count_hot_loop(sass: str) -> LoopCount:
+    """Count the instructions of the largest innermost loop, or of everything before EXIT."""
+    code: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in sass.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif match := _LINE.search(line):
+            code.append((match["op"], match["rest"]))
+            branch = _BRANCH.search(line)
+            # Code ends in a branch to itself, which is no loop.
+            if branch and labels.get(branch[1], len(code)) < len(code) - 1:
+                loops.append((labels[branch[1]], len(code)))
+    innermost = [
+        loop
+        for loop in loops
+        if not any(other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
+    ]
+    is_loop = bool(innermost)
+    if is_loop:
+        begin, end = max(innermost, key=lambda loop: loop[1] - loop[0])
+    else:
+        exits = [i for i, (op, _) in enumerate(code) if op.startswith("EXIT")]
+        begin, end = 0, (exits[-1] if exits else len(code))
+    return _tally(code[begin:end], is_loop)
+
+
+def unit_of(opcode: str) -> str:
+    """The unit that runs an opcode ("LDS.64" -> "shared")."""
+    name = opcode.split(".")[0]
+    return next((u for u, pattern in _UNIT_OF if re.fullmatch(pattern, name)), "integer")
+
+
+def _tally(body: Sequence[tuple[str, str]], is_loop: bool) -> LoopCount:
+    opcodes: collections.Counter[str] = collections.Counter()
+    units: dict[str, float] = collections.defaultdict(float)
+    vector_loads = 0
+    for opcode, _ in body:
+        opcodes[opcode] += 1
+        unit = unit_of(opcode)
+        width = 1.0
+        if unit in ("shared", "global"):
+            bits = re.search(r"\.(64|128)\b", opcode)
+            width = int(bits[1]) / 32 if bits else 1.0
+            vector_loads += unit == "global" and width == 4 and opcode.startswith("LDG")
+        units[unit] += width
+    return LoopCount(dict(opcodes), dict(units), len(body), is_loop, vector_loads)
+
+
+def occupancy(card: Card, kernel: compile_for.KernelCode) -> int:
+    """Thread blocks that one multiprocessor holds at a time."""
+    core = card.multiprocessor
+    limits = [32, core.threads // kernel.threads]
+    if kernel.registers:
+        # Registers are handed out to a warp in units of 256.
+        per_warp = -(-kernel.registers * 32 // 256) * 256
+        limits.append(core.registers // (per_warp * -(-kernel.threads // 32)))
+    if kernel.smem:
+        limits.append(core.smem // (kernel.smem + 1024))
+    return max(1, min(limits))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Seconds per call that each resource needs; the largest, stretched by `waves`, is the time."""
+
+    seconds: dict[str, float]
+    per_weight: dict[str, float]
+    """Lane-instructions per decoded weight."""
+    blocks_per_core: int
+    waves: float
+    """Time of whole waves over time of the work spread evenly: 1 is perfect."""
+    loop: LoopCount
+
+    @property
+    def bound(self) -> str:
+        """What the kernel waits for."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def total(self) -> float:
+        """Predicted seconds per call."""
+        return self.seconds[self.bound] * self.waves
+
+
+def predict(
+    card: Card, kernel: compile_for.KernelCode, point: Point, weights_per_turn: float, passes: int
+) -> Prediction:
+    """Model one kernel.
+
+    Args:
+      card: whose clock, cores and rates count.
+      kernel: with SASS, from `compile_for.inspect_kernels`.
+      point: what it computes: its bytes and FLOP.
+      weights_per_turn: weights that one thread block decodes in one turn of its hot loop.
+      passes: how often each weight is decoded (once per tile of rows).
+
+    Raises ValueError where no disassembler was found.
+    """
+    if kernel.sass is None:
+        raise ValueError(
+            "the kernel has no SASS: install the wheels nvidia-cuda-nvcc and nvidia-cuda-nvdisasm"
+        )
+    loop = count_hot_loop(kernel.sass)
+    lanes = {unit: count * kernel.threads for unit, count in loop.units.items()}
+    lanes["issue"] = loop.instructions * kernel.threads
+    per_weight = {unit: count / weights_per_turn for unit, count in lanes.items()}
+    float_lanes = _FLOAT_LANES.get(card.compute_capability, 128)
+    rates = {"float": float_lanes, "integer": 64, "convert": 16, "shared": 32, "global": 32}
+    rates["issue"] = 128
+    decoded = point.size * passes
+    per_second = card.cores * card.clock_ghz * 1e9
+    seconds = {
+        unit: per_weight.get(unit, 0.0) * decoded / (rate * per_second)
+        for unit, rate in rates.items()
+    }
+    seconds["memory"] = point.bytes / card.bandwidth
+    if point.op != "dequantize" and loop.units.get("tensor"):
+        seconds["tensor"] = point.flops / card.matmul_flops
+    blocks = occupancy(card, kernel)
+    grid = math.prod(kernel.grid) or 1
+    at_once = blocks * card.cores
+    waves = math.ceil(grid / at_once) / (grid / at_once) if grid > at_once else 1.0
+    if grid < card.cores:
+        waves = card.cores / grid
+    return Prediction(seconds, per_weight, blocks, waves, loop)
+
+
+def tile(config: TritonConfig, point: Point, grid: int) -> tuple[float, int]:
+    """(weights a block decodes per turn of its loop, times each weight is decoded)."""
+    if point.op == "dequantize":
+        return point.size / grid, 1
+    passes = math.ceil(point.rows / config.block_m) if config.block_m > 1 else 1
+    return config.block_n * config.block_k, passes
+
+
+def model_point(card: Card, point: Point) -> tuple[compile_for.KernelCode, Prediction]:
+    """Compile a Triton point for the card and model its kernel."""
+    rows = max(point.rows, 1)
+    op = {"transposed": "nf4_matmul_transposed", "dequantize": "nf4_dequantize"}.get(
+        point.op, "nf4_gemv" if rows <= 16 else "nf4_matmul"
+    )
+    layout = Layout((point.n, point.k), "nf4", point.blocksize, double_quant=True)
+    config = point.config
+    if config is None:
+        config = dispatch.which_implementation(
+            op, rows, layout, implementation="triton", kind=card.pallas_kind
+        ).config
+    assert config is not None
+    weight = jax.eval_shape(
+        lambda: packed_weight(jax.random.key(0), point.n, point.k, point.blocksize)
+    )
+    x = jax.eval_shape(lambda: make_input(point, 0))
+    compiled_point = dataclasses.replace(point, config=config)
+    run = op_function(compiled_point, interpret=False)
+    _, kernels = compile_for.inspect_kernels(card, run, x, *weight)
+    kernel = next(kernel for kernel in kernels if kernel.name.startswith("nf4_"))
+    weights, passes = tile(config, point, math.prod(kernel.grid))
+    prediction = predict(card, kernel, point, weights, passes)
+    if not prediction.loop.is_loop and point.op != "dequantize":
+        # Without a loop the whole row of tiles is one turn.
+        prediction = predict(card, kernel, point, config.block_n * point.k, passes)
+    return kernel, prediction
+
+
+def describe(card: Card, point: Point, kernel: Any, prediction: Prediction) -> str:
+    """The model's account of one kernel, a few lines."""
+    per_weight = ", ".join(
+        f"{unit} {prediction.per_weight[unit]:.2f}"
+        for unit in (*UNITS, "tensor")
+        if prediction.per_weight.get(unit)
+    )
+    floors = ", ".join(
+        f"{name} {seconds * 1e6:.2f}"
+        for name, seconds in sorted(prediction.seconds.items(), key=lambda item: -item[1])
+    )
+    where = "hot loop" if prediction.loop.is_loop else "no loop"
+    return "\n".join(
+        [
+            f"{point.label} on {card.name}: {prediction.total * 1e6:.2f} us, bound by "
+            f"{prediction.bound}, waves {prediction.waves:.2f}",
+            f"  floors in us: {floors}",
+            f"  lane-instructions per weight ({where} of {prediction.loop.instructions}, "
+            f"{prediction.loop.vector_loads} 16-byte loads): {per_weight}",
+            f"  {kernel.registers} registers x {kernel.threads} threads, {kernel.smem} B shared, "
+            f"{prediction.blocks_per_core} blocks per core, spills {kernel.spill_bytes} B",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Model the chosen points and print them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--card", default="h200", choices=sorted(CARDS))
+    parser.add_argument("--op", nargs="+", default=["matmul"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1])
+    parser.add_argument("--shape", nargs="+", default=["7b-qkvo"], choices=sorted(SHAPES))
+    parser.add_argument("--config", type=json.loads, help="a TritonConfig as JSON")
+    options = parser.parse_args(argv)
+    card = CARDS[options.card]
+    config = TritonConfig(**options.config) if options.config else None
+    for op in options.op:
+        for rows in options.rows if op != "dequantize" else [0]:
+            for name in options.shape:
+                point = Point(op, "triton", rows, name, *SHAPES[name], config=config)
+                print(describe(card, point, *model_point(card, point)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""benchmarks/kernel_model.py: counting SASS, and a model of a kernel compiled here."""
+
+import pytest
+
+from benchmarks import kernel_model
+from benchmarks._points import Point
+from pallas_kernels import compile_for
+from pallas_kernels.cards import CARDS
+
+SASS = """
+nf4_toy:
+.text.nf4_toy:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   MOV R2, RZ ;
+.L_x_0:
+        /*0020*/              @P1  LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0030*/                   LDS.64 R8, [R4] ;
+        /*0040*/                   LOP3.LUT R5, R4, 0xf, RZ, 0xc0, !PT ;
+        /*0050*/                   FFMA R9, R8, R5, R9 ;
+        /*0060*/                   FFMA R10, R8, R5, R10 ;
+        /*0070*/                   HGMMA.64x128x16.F32.BF16 R24, R24, gdesc[UR8], R24 ;
+        /*0080*/             @!P0  BRA `(.L_x_0) ;
+        /*0090*/                   STG.E [R2.64], R9 ;
+        /*00a0*/                   EXIT ;
+.L_x_1:
+        /*00b0*/                   BRA `(.L_x_1);
+        /*00c0*/                   NOP;
+"""
+
+
+def kernel(sass: str | None = SASS, **changes) -> compile_for.KernelCode:
+    fields = {
+        "name": "nf4_toy",
+        "ptx": "",
+        "smem": 32768,
+        "grid": (264,),
+        "threads": 256,
+        "registers": 128,
+        "spill_bytes": 0,
+        "sass": sass,
+    }
+    return compile_for.KernelCode(**(fields | changes))
+
+
+def test_the_hot_loop_is_counted_and_nothing_else():
+    loop = kernel_model.count_hot_loop(SASS)
+    assert loop.is_loop
+    assert loop.instructions == 7
+    assert loop.opcodes["FFMA"] == 2
+    # A 16-byte load occupies its unit four times as long as a 4-byte one.
+    expected = {"global": 4, "shared": 2, "integer": 1, "float": 2, "tensor": 1, "control": 1}
+    assert loop.units == expected
+    assert loop.vector_loads == 1
+
+
+def test_without_a_loop_everything_before_exit_counts():
+    straight = SASS.replace("@!P0  BRA `(.L_x_0)", "MOV R0, RZ")
+    loop = kernel_model.count_hot_loop(straight)
+    assert not loop.is_loop
+    assert loop.instructions == 10
+
+
+@pytest.mark.parametrize(
+    ("opcode", "unit"),
+    [
+        ("HMMA.16816.F32.BF16", "tensor"),
+        ("F2FP.BF16.F32.PACK_AB", "integer"),
+        ("IMAD.WIDE", "integer"),
+        ("PRMT", "integer"),
+        ("LDGSTS.E.BYPASS.128", "global"),
+        ("I2F.U8", "convert"),
+        ("UIADD3", "uniform"),
+        ("SHFL.BFLY", "shared"),
+        ("BAR.SYNC.DEFER_BLOCKING", "control"),
+    ],
+)
+def test_units(opcode, unit):
+    assert kernel_model.unit_of(opcode) == unit
+
+
+def test_occupancy_is_the_tightest_limit():
+    card = CARDS["h200"]
+    assert kernel_model.occupancy(card, kernel()) == 2  # 65536 / (256 · 128) registers
+    assert kernel_model.occupancy(card, kernel(registers=32)) == 6  # 228 KiB of shared memory
+    assert kernel_model.occupancy(card, kernel(registers=32, smem=0)) == 8  # 2048 threads
+
+
+def test_the_slowest_resource_is_the_prediction():
+    card, point = CARDS["h200"], Point("matmul", "triton", 4096, "x", 4096, 4096)
+    found = kernel_model.predict(card, kernel(), point, weights_per_turn=8192, passes=32)
+    assert found.per_weight["float"] == pytest.approx(2 * 256 / 8192)
+    assert found.bound == "tensor"
+    assert found.total == pytest.approx(point.flops / card.matmul_flops)
+    few = Point("matmul", "triton", 1, "x", 4096, 4096)
+    slow = kernel_model.predict(card, kernel(), few, weights_per_turn=16, passes=1)
+    assert slow.bound == "global"
+
+
+def test_idle_cores_stretch_the_time():
+    card, point = CARDS["h200"], Point("matmul", "triton", 4096, "x", 4096, 4096)
+    half = kernel_model.predict(card, kernel(grid=(66,)), point, 8192, 32)
+    assert half.waves == 2.0
+
+
+def test_without_a_disassembler_the_error_says_what_to_install():
+    point = Point("matmul", "triton", 1, "x", 4096, 4096)
+    with pytest.raises(ValueError, match="nvidia-cuda-nvdisasm"):
+        kernel_model.predict(CARDS["h200"], kernel(sass=None), point, 16, 1)
+
+
+@pytest.mark.skipif(
+    not (
+        compile_for.gpu_compiler_available()
+        and compile_for.find_tool("ptxas")
+        and compile_for.find_tool("nvdisasm")
+    ),
+    reason=f"needs ptxas and nvdisasm, and the GPU compiler. {compile_for.PLUGIN_HINT}",
+)
+def test_a_kernel_compiled_here_is_described(capsys):
+    assert kernel_model.main(["--card", "h200", "--rows", "1", "--shape", "7b-qkvo"]) == 0
+    text = capsys.readouterr().out
+    assert "bound by" in text
+    assert "lane-instructions per weight" in text
+    assert "spills 0 B" in text
