@@ -317,23 +317,25 @@ def _kernel(plan: Plan):
                         plgpu.barrier_arrive(empty.at[slot])
                         return held
 
-                    def ahead(pair, carry):
-                        # Two steps a turn: the fragment being decoded must not take the registers
-                        # of the one in use, or ptxas puts the two in sequence.
-                        weights, held = carry
-                        for step in (2 * pair, 2 * pair + 1):
-                            slot = multiply(step, weights)
-                            weights = decode(held)
-                            held = load(first_row, jnp.minimum(step + 2, plan.steps - 1))
-                            plgpu.wgmma_wait(0)
-                            plgpu.barrier_arrive(empty.at[slot])
+                    def ahead(step, weights, held):
+                        slot = multiply(step, weights)
+                        weights = decode(held)
+                        held = load(first_row, jnp.minimum(step + 2, plan.steps - 1))
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[slot])
                         return weights, held
 
+                    def two_ahead(pair, carry):
+                        # Two steps a turn: the fragment being decoded must not take the registers
+                        # of the one in use, or ptxas puts the two in sequence.
+                        return ahead(2 * pair + 1, *ahead(2 * pair, *carry))
+
                     held = load(first_row, jnp.int32(0))
-                    if cfg.ahead and plan.steps % 2 == 0:
-                        weights = decode(held)
-                        held = load(first_row, jnp.int32(min(1, plan.steps - 1)))
-                        lax.fori_loop(0, plan.steps // 2, ahead, (weights, held))
+                    if cfg.ahead:
+                        carry = decode(held), load(first_row, jnp.int32(min(1, plan.steps - 1)))
+                        carry = lax.fori_loop(0, plan.steps // 2, two_ahead, carry)
+                        if plan.steps % 2:
+                            ahead(jnp.int32(plan.steps - 1), *carry)
                     else:
                         lax.fori_loop(0, plan.steps, simple, held)
                     return acc[...]

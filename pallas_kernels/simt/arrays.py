@@ -9,6 +9,7 @@ A warpgroup's array is 128 threads' registers under a *layout* that says which e
 - a float32 array in that layout (the sums of `wgmma`): [columns / 8][half] pairs of numbers.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,18 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.simt import mlir
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A Ref to shared memory with the transforms it was allocated with; the program sees bytes."""
+
+    ref: Any
+    transforms: tuple = ()
+
+    @property
+    def kind(self) -> plgpu.RefType:
+        return plgpu.RefType(self.transforms)
 
 
 def words_type(count: int) -> plgpu.ShapeDtypeStruct:
@@ -40,11 +53,12 @@ def run(
     Args:
         program: a lane program; returns the words of `result`, in order.
         shared: the Ref of shared memory that the machine addresses from 0.
-        arguments: Refs to global memory (buffers to the program), int32 scalars (words) or arrays
-            in one of the forms above (lists).
+        arguments: Refs to global memory and `Tile`s (buffers to the program), int32 scalars (words)
+            or arrays in one of the forms above (lists).
         result: the array to make of the returned words, if any.
     """
-    kinds = [_kind(a) for a in arguments]
+    kinds = [a.kind if isinstance(a, Tile) else _kind(a) for a in arguments]
+    arguments = [a.ref if isinstance(a, Tile) else a for a in arguments]
 
     def emit(_: Any, shared_ref: Any, *values: Any) -> Any:
         machine = mlir.Machine(mlir.Word(machine_zero()).value, shared_ref)

@@ -130,11 +130,22 @@ class Machine:
         self._scatter(_bytes(buffer), address, [value], width, 0, when)
 
     def shared_load(
-        self, address: np.ndarray, words: int = 1, *, offset: int = 0
+        self,
+        address: np.ndarray,
+        words: int = 1,
+        *,
+        offset: int = 0,
+        region: np.ndarray | None = None,
     ) -> list[np.ndarray]:
-        """`words` aligned words of shared memory."""
-        data = self._gather(self.shared, address, 4 * words, offset, None)
+        """`words` aligned words of shared memory, of another region than the machine's if given."""
+        data = self._gather(self._region(region), address, 4 * words, offset, None)
         return list(data.view(np.uint32).T.copy())
+
+    def shared_load_byte(
+        self, address: np.ndarray, *, offset: int = 0, region: np.ndarray | None = None
+    ) -> np.ndarray:
+        """One byte of shared memory as a word."""
+        return self._gather(self._region(region), address, 1, offset, None)[:, 0].astype(np.uint32)
 
     def shared_store(
         self,
@@ -143,9 +154,13 @@ class Machine:
         *,
         offset: int = 0,
         when: np.ndarray | None = None,
+        region: np.ndarray | None = None,
     ) -> None:
         """Store 1, 2 or 4 words to shared memory, where `when`."""
-        self._scatter(self.shared, address, values, 4 * len(values), offset, when)
+        self._scatter(self._region(region), address, values, 4 * len(values), offset, when)
+
+    def _region(self, region: np.ndarray | None) -> np.ndarray:
+        return self.shared if region is None else _bytes(region)
 
     def _where(
         self, size: int, address: np.ndarray, width: int, offset: int, when: np.ndarray | None

@@ -252,15 +252,24 @@ class Machine:
         }[width]
         _asm(text, [], [self._at(buffer, address), value.value, when.value])
 
-    def shared_load(self, address: Word, words: int = 1, *, offset: int = 0) -> list[Word]:
-        """`words` aligned words of shared memory."""
-        pointer = self._shared_at(address, offset)
+    def shared_load(
+        self, address: Word, words: int = 1, *, offset: int = 0, region: ir.Value | None = None
+    ) -> list[Word]:
+        """`words` aligned words of shared memory, of another region than the machine's if given."""
+        pointer = self._shared_at(address, offset, region)
         if words == 1:
             return [Word(llvm.load(_i32(), pointer, alignment=4))]
         vector = llvm.load(ir.VectorType.get((words,), _i32()), pointer, alignment=4 * words)
         return [
             Word(llvm.extractelement(vector, _const(i, _i32()))) for i in range(words)
         ]
+
+    def shared_load_byte(
+        self, address: Word, *, offset: int = 0, region: ir.Value | None = None
+    ) -> Word:
+        """One byte of shared memory as a word."""
+        byte = llvm.load(_byte(), self._shared_at(address, offset, region), alignment=1)
+        return Word(arith.extui(_i32(), byte))
 
     def shared_store(
         self,
@@ -269,13 +278,15 @@ class Machine:
         *,
         offset: int = 0,
         when: Flag | None = None,
+        region: ir.Value | None = None,
     ) -> None:
         """Store 1, 2 or 4 words to shared memory, where `when`."""
         vector = {1: "", 2: ".v2", 4: ".v4"}[len(values)]
         names = ", ".join(f"${i + 1}" for i in range(len(values)))
         names = f"{{{names}}}" if len(values) > 1 else names
         text = f"st.shared{vector}.b32 [$0+{offset}], {names};"
-        inputs = [llvm.ptrtoint(_i32(), self._shared_at(address, 0)), *(v.value for v in values)]
+        start = llvm.ptrtoint(_i32(), self._shared_at(address, 0, region))
+        inputs = [start, *(v.value for v in values)]
         if when is not None:
             text, inputs = f"@${len(inputs)} {text}", [*inputs, when.value]
         _asm(text, [], inputs)
@@ -284,8 +295,9 @@ class Machine:
         wide = arith.extui(_i64(), address.value)
         return llvm.ptrtoint(_i64(), mgpu_utils.getelementptr(buffer, [wide], _byte()))
 
-    def _shared_at(self, address: Word, offset: int) -> ir.Value:
-        pointer = mgpu_utils.getelementptr(self._shared, [address.value], _byte())
+    def _shared_at(self, address: Word, offset: int, region: ir.Value | None) -> ir.Value:
+        base = self._shared if region is None else region
+        pointer = mgpu_utils.getelementptr(base, [address.value], _byte())
         return mgpu_utils.getelementptr(pointer, [offset], _byte()) if offset else pointer
 
     # -- the warp and the block -------------------------------------------------------------------
