@@ -106,9 +106,14 @@ def load_scales(scale_refs: tuple[Any, ...], block: Array, mask: Array | None) -
         return load(scale_refs[0], (block,), mask, 0.0)
     codes_ref, nested_ref, offset_ref, map_ref = scale_refs
     code = load(codes_ref, (block,), mask).astype(jnp.int32)
-    nested = load(nested_ref, (block // NESTED_BLOCKSIZE,), mask, 0.0)
+    nested = load(nested_ref, (divide(block, NESTED_BLOCKSIZE),), mask, 0.0)
     scale = add_unfused(load(map_ref, (code,)) * nested, offset_ref[0])
     return scale if mask is None else jnp.where(mask, scale, 0.0)
+
+
+def divide(index: Array, power_of_two: int) -> Array:
+    """index // power_of_two for index >= 0, as a shift: `//` also provides for negative numbers."""
+    return index >> (power_of_two.bit_length() - 1)
 
 
 def both(*masks: Array | None) -> Array | None:
@@ -147,7 +152,7 @@ def weight_tile(
     scale_refs: tuple[Any, ...],
     decode: Callable[[Array], tuple[Array, Array]],
     row: Array,
-    first_byte: Array | int,
+    tile: Array | int,
     block_k: int,
     layout: Layout,
     row_mask: Array | None,
@@ -155,15 +160,15 @@ def weight_tile(
     *,
     ragged: bool,
 ) -> Array:
-    """W[row, 2·first_byte : 2·first_byte + block_k] in `dtype`, rounded once; 0 outside W.
+    """The tile-th `block_k` columns of W's rows `row` in `dtype`, rounded once; 0 outside W.
 
     `ragged` says that the tile may reach beyond W's last column, `row_mask` which rows are W's.
     """
     _, k = layout.shape
     rows, width = row.shape[0], block_k // 2
     runs = width // RUN
-    byte = first_byte + jnp.arange(width)
-    run = first_byte // RUN + jnp.arange(runs)
+    byte = tile * width + jnp.arange(width)
+    run = tile * runs + jnp.arange(runs)
     byte_mask, run_mask = (byte < k // 2, run < k // 2 // RUN) if ragged else (None, None)
     in_rows = None if row_mask is None else row_mask[:, None]
     mask = both(in_rows, None if byte_mask is None else byte_mask[None, :])
@@ -172,7 +177,7 @@ def weight_tile(
         mask = jnp.broadcast_to(mask, (rows, width))
         scale_mask = jnp.broadcast_to(scale_mask, (rows, runs))
     codes = load(codes_ref, (row[:, None], byte[None, :]), mask)
-    block = row[:, None] * (k // layout.blocksize) + (run // (layout.blocksize // 32))[None, :]
+    block = row[:, None] * (k // layout.blocksize) + divide(run, layout.blocksize // 32)[None, :]
     scale = load_scales(scale_refs, block, scale_mask)
     scale = jnp.broadcast_to(scale[:, :, None], (rows, runs, RUN)).reshape(rows, width)
     high, low = decode(codes)

@@ -19,6 +19,7 @@ from pallas_kernels._triton import (
     RUN,
     TritonConfig,
     below,
+    divide,
     join_pairs,
     launch,
     load,
@@ -39,7 +40,7 @@ def _kernel(
     run = tile * runs + jnp.arange(runs)
     element = tile * config.block_k + jnp.arange(config.block_k)
     codes = load(codes_ref, (byte,), below(byte, layout.nbytes, width))
-    block = run // (layout.blocksize // (2 * RUN))
+    block = divide(run, layout.blocksize // (2 * RUN))
     in_blocks = None if layout.size % config.block_k == 0 else block < layout.blocks
     scale = load_scales(tuple(scale_refs), block, in_blocks)
     scale = jnp.broadcast_to(scale[:, None], (runs, RUN)).reshape(width)

@@ -21,6 +21,7 @@ from pallas_kernels._triton import (
     TritonConfig,
     below,
     both,
+    divide,
     launch,
     load,
     load_scales,
@@ -62,7 +63,9 @@ def _kernel(
             mask = jnp.broadcast_to(mask, (config.block_n, width))
             scale_mask = jnp.broadcast_to(scale_mask, (config.block_n, runs))
         codes = load(codes_ref, (row[:, None], byte[None, :]), mask)
-        block = row[:, None] * (k // layout.blocksize) + (run // (layout.blocksize // 32))[None, :]
+        block = (
+            row[:, None] * (k // layout.blocksize) + divide(run, layout.blocksize // 32)[None, :]
+        )
         scale = load_scales(tuple(scale_refs), block, scale_mask)
         high, low = decode(codes)
         added = []

@@ -54,8 +54,8 @@ def _kernel(
     reach = config.block_k * (1 if config.split_k == 1 else tiles * config.split_k)
 
     def add_tile(tile: Any, total: Array) -> Array:
-        first = (part * tiles + tile) * config.block_k
-        column = first + jnp.arange(config.block_k)
+        here = part * tiles + tile
+        column = here * config.block_k + jnp.arange(config.block_k)
         in_k = None if k % reach == 0 else (column < k)[None, :]
         mask = both(in_m, in_k)
         if mask is not None:
@@ -66,7 +66,7 @@ def _kernel(
             tuple(scale_refs),
             decode,
             row,
-            first // 2,
+            here,
             config.block_k,
             layout,
             row_mask,

@@ -40,7 +40,7 @@ def _kernel(
     *scale_refs, table_ref, out_ref = refs
     n, k = layout.shape
     m_index = pl.program_id(0) * config.block_m + jnp.arange(config.block_m)
-    first = pl.program_id(1) * config.block_k
+    column_tile = pl.program_id(1)
     m_mask = below(m_index, rows, config.block_m)
     in_m = None if m_mask is None else m_mask[:, None]
     decode = make_decoder(config.decoder, table_ref, config.num_warps, interpret)
@@ -57,7 +57,7 @@ def _kernel(
             tuple(scale_refs),
             decode,
             row,
-            first // 2,
+            column_tile,
             config.block_k,
             layout,
             row_mask,
@@ -69,7 +69,7 @@ def _kernel(
 
     total = jnp.zeros((config.block_m, config.block_k), jnp.float32)
     total = jax.lax.fori_loop(0, pl.cdiv(n, config.block_n), add_tile, total)
-    column = first + jnp.arange(config.block_k)
+    column = column_tile * config.block_k + jnp.arange(config.block_k)
     column_mask = below(column, k, config.block_k)
     mask = both(in_m, None if column_mask is None else column_mask[None, :])
     if mask is not None:
