@@ -177,7 +177,8 @@ def weight_tile(
         mask = jnp.broadcast_to(mask, (rows, width))
         scale_mask = jnp.broadcast_to(scale_mask, (rows, runs))
     codes = load(codes_ref, (row[:, None], byte[None, :]), mask)
-    block = row[:, None] * (k // layout.blocksize) + divide(run, layout.blocksize // 32)[None, :]
+    in_row = divide(run, layout.blocksize // 32)
+    block = row[:, None] * (k // layout.blocksize) + in_row[None, :]
     scale = load_scales(scale_refs, block, scale_mask)
     scale = jnp.broadcast_to(scale[:, :, None], (rows, runs, RUN)).reshape(rows, width)
     high, low = decode(codes)

@@ -192,7 +192,7 @@ def default_config(op: str, rows: int) -> TritonConfig:
         return TritonConfig(1, 8, 2048 if rows > 1 else 4096, num_warps=8, num_stages=2)
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
     if op == "nf4_matmul_transposed":
-        return TritonConfig(block_m, 64, 128, num_warps=8 if block_m == 128 else 4, num_stages=3)
+        return TritonConfig(block_m, 64, 128, num_warps=8 if block_m == 128 else 4, num_stages=2)
     split_k = 4 if rows <= 16 else 1
     return TritonConfig(
         block_m, 128, 64, num_warps=8 if block_m == 128 else 4, num_stages=3, split_k=split_k
@@ -224,34 +224,51 @@ def configs_to_try(op: str, rows: int, n: int, k: int) -> list[TritonConfig]:
                             TritonConfig(1, block_n, block_k, num_warps=warps, num_stages=2)
                         )
         return found
-    unfused = [TritonConfig(1, 1, 4096, num_stages=1, decoder="table", fused=False)]
-    if rows <= 16:
-        for block_n in (32, 64, 128):
-            for block_k in (64, 128, 256):
-                for split_k in (1, 2, 4, 8):
-                    if n * split_k // block_n <= 2048 and k >= 2 * block_k * split_k:
-                        found.append(
-                            TritonConfig(
-                                16, block_n, block_k, num_warps=4, num_stages=3, split_k=split_k
-                            )
-                        )
-        return found
-    block_ms = [b for b in (32, 64, 128, 256) if b <= max(32, 2 * rows)]
-    for block_m in block_ms:
-        for wide in (64, 128, 256):
-            if block_m * wide > 256 * 128 or block_m * wide < 32 * 64:
-                continue
-            for deep in (64, 128):
-                for warps in (4, 8):
-                    if not 32 <= block_m * wide // (32 * warps) <= 128:
-                        continue
-                    for stages in (2, 3, 4):
-                        block_n, block_k = (
-                            (deep, wide) if op == "nf4_matmul_transposed" else (wide, deep)
-                        )
-                        found.append(
-                            TritonConfig(
-                                block_m, block_n, block_k, num_warps=warps, num_stages=stages
-                            )
-                        )
-    return found + unfused
+    if op == "nf4_gemv":
+        return _few_rows(n, k)
+    turned = op == "nf4_matmul_transposed"
+    unfused = [
+        TritonConfig(1, 1, block, num_warps=4, num_stages=1, decoder="table", fused=False)
+        for block in (2048, 4096)
+    ]
+    return [_turn(config) if turned else config for config in _many_rows(rows)] + unfused
+
+
+def _few_rows(n: int, k: int) -> list[TritonConfig]:
+    """Tiles of 16 rows; the sum is split until the card is filled."""
+    return [
+        TritonConfig(16, block_n, block_k, num_warps=4, num_stages=stages, split_k=split_k)
+        for block_n, block_k, stages in ((32, 128, 4), (64, 128, 3), (64, 64, 4), (128, 64, 3))
+        for split_k in (1, 2, 4, 8)
+        if n // block_n * split_k <= 2048 and k >= 2 * block_k * split_k
+    ]
+
+
+def _many_rows(rows: int) -> list[TritonConfig]:
+    """Tiles that compile without spills; as high as the rows of x, since they share the decoding."""
+    if rows <= 128:
+        block_m = 32 if rows <= 32 else 64 if rows <= 64 else 128
+        return [
+            TritonConfig(block_m, block_n, block_k, num_warps=warps, num_stages=stages)
+            for block_n, block_k in ((32, 128), (64, 64), (64, 128), (128, 64))
+            for warps, stages in ((4, 3), (4, 4), (8, 3))
+            if block_m * block_n >= 32 * 32 * warps
+        ]
+    return [
+        TritonConfig(128, 128, 64, num_warps=8, num_stages=2),
+        TritonConfig(128, 128, 64, num_warps=8, num_stages=3),
+        TritonConfig(128, 128, 64, num_warps=8, num_stages=4),
+        TritonConfig(128, 128, 128, num_warps=8, num_stages=2),
+        TritonConfig(128, 128, 64, num_warps=4, num_stages=3),
+        TritonConfig(128, 64, 64, num_warps=4, num_stages=3),
+        TritonConfig(256, 128, 64, num_warps=8, num_stages=2),
+        TritonConfig(256, 128, 64, num_warps=8, num_stages=3),
+        TritonConfig(256, 128, 64, num_warps=16, num_stages=3),
+        TritonConfig(256, 64, 64, num_warps=8, num_stages=3),
+        TritonConfig(128, 256, 64, num_warps=8, num_stages=3),
+    ]
+
+
+def _turn(config: TritonConfig) -> TritonConfig:
+    """The same tile with W's rows as the axis that is summed."""
+    return dataclasses.replace(config, block_n=config.block_k, block_k=config.block_n)
