@@ -245,7 +245,7 @@ def _few_rows(n: int, k: int) -> list[TritonConfig]:
 
 
 def _many_rows(rows: int) -> list[TritonConfig]:
-    """Tiles that compile without spills; as high as the rows of x, since they share the decoding."""
+    """Tiles that do not spill; as high as the rows of x go, because rows share the decoding."""
     if rows <= 128:
         block_m = 32 if rows <= 32 else 64 if rows <= 64 else 128
         return [
