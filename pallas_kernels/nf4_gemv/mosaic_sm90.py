@@ -31,13 +31,14 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout
+from pallas_kernels._mosaic import check_mosaic
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
+from pallas_kernels.simt.launch import launch
 
 BLOCK = 64
 STEP = 128  # columns that a warp's 32 lanes cover with one 16-byte load of 8 rows
 TABLE_BYTES = 256 * 256
 SHARED_LIMIT = 232448 - 2048
-MAX_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Plan:
 
     @property
     def threads(self) -> int:
+        """Threads of a block."""
         return 32 * self.config.warps
 
     @property
@@ -80,14 +82,17 @@ class Plan:
 
     @property
     def units(self) -> int:
+        """Units of work: tiles of rows of W."""
         return -(-self.n // self.rows)
 
     @property
     def grid(self) -> int:
+        """Blocks of threads."""
         return min(self.units, self.config.ctas or 132)
 
     @property
     def units_per_cta(self) -> int:
+        """Units of the busiest block."""
         return -(-self.units // self.grid)
 
     @property
@@ -107,19 +112,22 @@ class Plan:
 
     @property
     def x_stride(self) -> int:
-        """Bytes between rows of x: 16 more than a multiple of 128, so that rows meet other banks."""
+        """Bytes from row to row of x: a multiple of 128 plus 16, so that rows meet other banks."""
         return self.turns * self.config.warps * self.chunk * 2 + 16
 
     @property
     def zeros_at(self) -> int:
+        """Where zeros stand that lanes without a row of x read."""
         return TABLE_BYTES
 
     @property
     def x_at(self) -> int:
+        """Where x stands, float16, [row, chunk's turn, warp, column]."""
         return self.zeros_at + -(-(self.chunk * 2 + 128) // 128) * 128
 
     @property
     def partial_at(self) -> int:
+        """Where the warps' partial sums stand."""
         return self.x_at + -(-self.m * self.x_stride // 128) * 128
 
     @property
@@ -129,6 +137,7 @@ class Plan:
 
     @property
     def shared_bytes(self) -> int:
+        """Bytes of shared memory."""
         return self.partial_at + self.units_per_cta * self.partial_unit
 
     @property
@@ -273,7 +282,7 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, out):
         x_lane.append(m.where(real, at, zero))
         x_stride.append(m.where(real, m.word(warps * plan.chunk * 2), m.word(0)))
 
-    # -- the loop -----------------------------------------------------------------------------------
+    # -- the loop -------------------------------------------------------------------------------
 
     sums = 2 * cfg.tiles * plan.groups * (1 if plan.m == 1 else 2)
     columns = (0,) if plan.m == 1 else (0, 1)
@@ -285,7 +294,10 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, out):
 
     def unpack(flat):
         flat = iter(flat)
-        take = lambda n: [next(flat) for _ in range(n)]
+
+        def take(n):
+            return [next(flat) for _ in range(n)]
+
         held = [[[take(4), take(4)] for _ in tiles] for _ in steps]
         return held, [take(len(words)) for words in held_absmax]
 
@@ -397,7 +409,10 @@ def _stage_x(m, plan, turns, zero, lane, warp, row):
         scale = m.as_float((268 - exponent) << 23)
         unscale = m.as_float((exponent - 14) << 23)
         turns = [
-            [m.pack(m.as_float(w << 16) * scale, m.as_float(w & 0xFFFF0000) * scale, "float16") for w in got]
+            [
+                m.pack(m.as_float(w << 16) * scale, m.as_float(w & 0xFFFF0000) * scale, "float16")
+                for w in got
+            ]
             for got in turns
         ]
     words = 2 * plan.config.steps
@@ -435,30 +450,29 @@ def _write_out(m, plan, tid, units, bias, out):
 
 @functools.cache
 def lookup_tables(quant_type: str) -> np.ndarray:
-    """[256, 2] words: two float16 weights of a byte (even column low), the dynamic map's float32."""
+    """[256, 2] words: a byte's two float16 weights (even column low), the dynamic map's float32."""
     half = CODEBOOKS[quant_type].astype(np.float16).view(np.uint16).astype(np.uint32)
     byte = np.arange(256)
     pairs = half[byte >> 4] | half[byte & 15] << 16
     return np.stack([pairs, DYNAMIC_SIGNED.view(np.uint32)], 1)
 
 
-def choose_config(m: int, n: int, k: int) -> GemvConfig:
-    """The most even split that fits; ties go to more tiles in flight, then to 16 warps."""
-    best, best_score = None, (-1.0,)
+@functools.cache
+def choose_config(m: int, n: int, k: int) -> GemvConfig | None:
+    """The most even split that fits; ties go to more tiles in flight, then to 16 warps.
+
+    None where the rows of x do not fit into shared memory.
+    """
+    best, best_score = None, -1.0
     for tiles in (2, 1):
         for warps in (16, 12, 20, 8):
             config = GemvConfig(warps=warps, tiles=tiles)
             plan = Plan(m, n, k, "bfloat16", True, False, config)
             if plan.shared_bytes > SHARED_LIMIT:
                 continue
-            score = (round(plan.efficiency, 2),)
+            score = round(plan.efficiency, 2)
             if score > best_score:
                 best, best_score = config, score
-    if best is None:
-        raise ValueError(
-            f"x has {m} rows of {k}; implementation='mosaic_gpu' keeps them in shared memory and "
-            "takes fewer: call it with fewer rows, or use implementation='triton'"
-        )
     return best
 
 
@@ -478,26 +492,9 @@ def nf4_gemv_mosaic(
     Raises:
         ValueError: what this kernel does not do, and which argument asks for it.
     """
-    from pallas_kernels.simt.launch import launch
-
     n, k = layout.shape
     rows = math.prod(x.shape[:-1])
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(
-            f"x is {x.dtype}; implementation='mosaic_gpu' takes bfloat16 and float16: "
-            "use implementation='triton' or 'xla'"
-        )
-    if layout.codes_per_byte != 2 or layout.blocksize != BLOCK or k % BLOCK:
-        raise ValueError(
-            f"the weight is {layout.quant_type} {layout.shape} in blocks of {layout.blocksize}; "
-            "implementation='mosaic_gpu' takes 4-bit weights in blocks of 64 with k a multiple of "
-            "64: use implementation='triton' or 'xla'"
-        )
-    if rows > MAX_ROWS or layout.nbytes >= 1 << 32:
-        raise ValueError(
-            f"x has {rows} rows and the weight {layout.nbytes} bytes; implementation='mosaic_gpu' "
-            f"takes up to {MAX_ROWS} rows and 4 GiB: use implementation='triton' or 'xla'"
-        )
+    check_mosaic("nf4_gemv", rows, layout, x.dtype)
     plan = Plan(
         m=rows,
         n=n,

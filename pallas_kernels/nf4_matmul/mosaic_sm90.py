@@ -18,7 +18,6 @@ is ever in memory, shared or global.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -29,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout
+from pallas_kernels._mosaic import check_mosaic
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 from pallas_kernels.nf4_gemv.mosaic_sm90 import BLOCK, TABLE_BYTES, lookup_tables
 from pallas_kernels.simt import arrays
@@ -68,6 +68,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
+        """Blocks of 64 along the contracted axis."""
         return self.k // BLOCK
 
     @property
@@ -77,6 +78,7 @@ class Plan:
 
     @property
     def grid(self) -> int:
+        """Blocks of threads."""
         return min(SMS, math.prod(self.tiles))
 
 
@@ -183,22 +185,7 @@ def nf4_matmul_mosaic(
     n, k = layout.shape
     batch = x.shape[:-1]
     rows = math.prod(batch)
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(
-            f"x is {x.dtype}; implementation='mosaic_gpu' takes bfloat16 and float16: "
-            "use implementation='triton' or 'xla'"
-        )
-    if layout.codes_per_byte != 2 or layout.blocksize != BLOCK or k % BLOCK or n % 2:
-        raise ValueError(
-            f"the weight is {layout.quant_type} {layout.shape} in blocks of {layout.blocksize}; "
-            "implementation='mosaic_gpu' takes 4-bit weights in blocks of 64, with k a multiple of "
-            "64 and n even: use implementation='triton' or 'xla'"
-        )
-    if max(layout.nbytes, rows * n * 2) >= 1 << 32:
-        raise ValueError(
-            f"the weight has {layout.nbytes} bytes and the result {rows * n * 2}; "
-            "implementation='mosaic_gpu' takes less than 4 GiB of each: use fewer rows at a time"
-        )
+    check_mosaic("nf4_matmul", rows, layout, x.dtype)
     plan = Plan(
         m=rows,
         n=n,
@@ -232,7 +219,7 @@ def _kernel(plan: Plan):
     cfg = plan.config
     dtype = jnp.dtype(plan.dtype)
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    ref, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
+    _ref, _splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     held_type = arrays.words_type(CODE_WORDS + SCALE_WORDS)
 
     def body(x, codes, absmax, nested, offset, bias, tables, out, table, x_tiles, full, empty):

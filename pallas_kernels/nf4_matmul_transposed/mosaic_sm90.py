@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout
+from pallas_kernels._mosaic import check_mosaic
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 from pallas_kernels.nf4_gemv.mosaic_sm90 import BLOCK, TABLE_BYTES, lookup_tables
 from pallas_kernels.nf4_matmul.mosaic_sm90 import (
@@ -54,6 +55,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
+        """Blocks of 64 along the contracted axis."""
         return self.contracted // BLOCK
 
     @property
@@ -63,6 +65,7 @@ class Plan:
 
     @property
     def grid(self) -> int:
+        """Blocks of threads."""
         return min(SMS, math.prod(self.tiles))
 
 
@@ -76,9 +79,9 @@ def load_scale(m, plan, column, step, absmax, nested):
     blocks = plan.n // BLOCK
     block = row * blocks + m.minimum(column // BLOCK + (m.thread >> 6 & 1), blocks - 1)
     if plan.double_quant:
-        words = [m.load_byte(absmax, block)] + m.load(nested, (block // NESTED_BLOCKSIZE) * 4)
+        words = [m.load_byte(absmax, block), *m.load(nested, block // NESTED_BLOCKSIZE * 4)]
     else:
-        words = m.load(absmax, block * 4) + [m.word(0)]
+        words = [*m.load(absmax, block * 4), m.word(0)]
     return words + [m.word(0)] * 2
 
 
@@ -136,22 +139,7 @@ def nf4_matmul_transposed_mosaic(
     contracted, n = layout.shape
     batch = dy.shape[:-1]
     rows = math.prod(batch)
-    if dy.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(
-            f"dy is {dy.dtype}; implementation='mosaic_gpu' takes bfloat16 and float16: "
-            "use implementation='triton' or 'xla'"
-        )
-    if layout.codes_per_byte != 2 or layout.blocksize != BLOCK or n % BLOCK or contracted % BLOCK:
-        raise ValueError(
-            f"the weight is {layout.quant_type} {layout.shape} in blocks of {layout.blocksize}; "
-            "implementation='mosaic_gpu' takes 4-bit weights in blocks of 64, with both sides "
-            "multiples of 64: use implementation='triton' or 'xla'"
-        )
-    if max(layout.nbytes, rows * n * 2) >= 1 << 32:
-        raise ValueError(
-            f"the weight has {layout.nbytes} bytes and the result {rows * n * 2}; "
-            "implementation='mosaic_gpu' takes less than 4 GiB of each: use fewer rows at a time"
-        )
+    check_mosaic("nf4_matmul_transposed", rows, layout, dy.dtype)
     plan = Plan(
         m=rows,
         n=n,

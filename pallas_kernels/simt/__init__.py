@@ -10,7 +10,7 @@ float32 numbers, loops and the warp's collective instructions.
   store checked against the bounds of its buffer. So the very same source that becomes SASS is
   tested, index by index, where there is no GPU.
 
-Values support Python's operators: words (unsigned, 32 bits, wrapping) `+ - * // % & | ^ << >> < >= ==`,
-floats `+ *`, flags `&`. Only shapes and constants known while the kernel is traced may be Python
-numbers; branches and loops over values go through `m.loop`.
+Values support Python's operators: words (unsigned, 32 bits, wrapping)
+`+ - * // % & | ^ << >> < >= ==`, floats `+ *`, flags `&`. Only shapes and constants known while the
+kernel is traced may be Python numbers; branches and loops over values go through `m.loop`.
 """

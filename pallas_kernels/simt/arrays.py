@@ -33,6 +33,7 @@ class Tile:
 
     @property
     def kind(self) -> plgpu.RefType:
+        """As `inline_mgpu` wants it declared."""
         return plgpu.RefType(self.transforms)
 
 
@@ -75,7 +76,7 @@ def machine_zero() -> ir.Value:
 
 
 def _kind(argument: Any) -> Any:
-    if not hasattr(argument, "shape") or hasattr(argument, "at") and _is_ref(argument):
+    if not hasattr(argument, "shape") or (hasattr(argument, "at") and _is_ref(argument)):
         return plgpu.RefType()
     if argument.shape == ():
         return plgpu.Layout.WG_SPLAT

@@ -107,7 +107,7 @@ class Machine:
         offset: int = 0,
         when: np.ndarray | None = None,
     ) -> list[np.ndarray]:
-        """`words` aligned words of global memory from byte `address + offset`; undefined unless `when`."""
+        """Aligned words of global memory from byte `address + offset`; undefined unless `when`."""
         data = self._gather(_bytes(buffer), address, 4 * words, offset, when)
         return list(data.view(np.uint32).T.copy())
 
@@ -169,8 +169,10 @@ class Machine:
         active = np.ones(self.threads, bool) if when is None else when
         if (start[active] % width).any():
             raise AssertionError(f"misaligned access of {width} bytes")
-        if active.any() and not (0 <= start[active].min() and start[active].max() + width <= size):
-            raise AssertionError(f"access at {start[active].max()}, outside a buffer of {size} bytes")
+        if active.any() and not (start[active].min() >= 0 and start[active].max() + width <= size):
+            raise AssertionError(
+                f"access at {start[active].max()}, outside a buffer of {size} bytes"
+            )
         return np.where(active, start, 0)
 
     def _gather(

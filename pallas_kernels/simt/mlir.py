@@ -117,7 +117,10 @@ def _wrap(value: ir.Value) -> Word | Float:
 
 def _asm(text: str, outputs: Sequence[ir.Type], inputs: Sequence[ir.Value], **flags: bool) -> list:
     """Inline PTX; `$0 …` are the outputs, then the inputs."""
-    letter = lambda t: {"i32": "r", "f32": "f", "i1": "b", "i64": "l"}.get(str(t), "l")
+
+    def letter(t):
+        return {"i32": "r", "f32": "f", "i1": "b", "i64": "l"}.get(str(t), "l")
+
     constraints = [f"={letter(t)}" for t in outputs] + [letter(v.type) for v in inputs]
     result = ir.Type.parse("!llvm.void")
     if outputs:
@@ -205,7 +208,9 @@ class Machine:
 
     def prmt(self, a: Word, b: Word, selector: int | Word) -> Word:
         """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a)."""
-        return Word(*_asm("prmt.b32 $0, $1, $2, $3;", [_i32()], [a.value, b.value, _value(selector)]))
+        return Word(
+            *_asm("prmt.b32 $0, $1, $2, $3;", [_i32()], [a.value, b.value, _value(selector)])
+        )
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -222,7 +227,7 @@ class Machine:
         offset: int = 0,
         when: Flag | None = None,
     ) -> list[Word]:
-        """`words` aligned words of global memory from byte `address + offset`; undefined unless `when`.
+        """Aligned words of global memory from byte `address + offset`; undefined unless `when`.
 
         Not a `.nc` load: ptxas would move those behind a barrier, and they are issued early on
         purpose. Sixteen-byte loads stream past the first-level cache.
@@ -244,7 +249,9 @@ class Machine:
             text, inputs = f"@$2 {text}", [*inputs, when.value]
         return Word(*_asm(text, [_i32()], inputs, has_side_effects=True))
 
-    def store(self, buffer: ir.Value, address: Word, value: Word, width: int, *, when: Flag) -> None:
+    def store(
+        self, buffer: ir.Value, address: Word, value: Word, width: int, *, when: Flag
+    ) -> None:
         """Store the low `width` bytes of a word to global memory where `when`."""
         text = {
             4: "@$2 st.global.b32 [$0], $1;",
@@ -260,9 +267,7 @@ class Machine:
         if words == 1:
             return [Word(llvm.load(_i32(), pointer, alignment=4))]
         vector = llvm.load(ir.VectorType.get((words,), _i32()), pointer, alignment=4 * words)
-        return [
-            Word(llvm.extractelement(vector, _const(i, _i32()))) for i in range(words)
-        ]
+        return [Word(llvm.extractelement(vector, _const(i, _i32()))) for i in range(words)]
 
     def shared_load_byte(
         self, address: Word, *, offset: int = 0, region: ir.Value | None = None

@@ -76,7 +76,7 @@ def test_bad_rows_stay_alone():
     np.testing.assert_allclose(got[[0, 2]], exact[[0, 2]], rtol=0.1, atol=0.01 * abs(exact).max())
 
 
-@pytest.mark.parametrize("n, k", [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)])
 @pytest.mark.parametrize("m", [1, 2])
 def test_llama_shapes_fit(m, n, k):
     plan = Plan(m, n, k, "bfloat16", True, False, mosaic_sm90.choose_config(m, n, k))

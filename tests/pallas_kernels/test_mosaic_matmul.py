@@ -27,9 +27,12 @@ def from_fragment(words, dtype):
 
 def to_sums(tile, threads):
     """`store_sums`' argument: the float32 registers of [64, columns] in the WGMMA layout."""
-    pick = lambda j, h, e: np.resize(
-        tile[16 * WARP + 8 * h + GROUP, 8 * j + 2 * QUAD + e].astype(np.float32), threads
-    )
+
+    def pick(j, h, e):
+        return np.resize(
+            tile[16 * WARP + 8 * h + GROUP, 8 * j + 2 * QUAD + e].astype(np.float32), threads
+        )
+
     return [[[pick(j, h, e) for e in (0, 1)] for h in (0, 1)] for j in range(tile.shape[1] // 8)]
 
 
@@ -76,4 +79,6 @@ def test_weights_are_rounded_once():
     """float16 tables, exact where the code's value is: 1 · scale is the scale in x's dtype."""
     table = CODEBOOKS["nf4"].astype(np.float16).astype(np.float32)
     np.testing.assert_allclose(table, CODEBOOKS["nf4"], rtol=2**-11)
-    assert table[15] == 1.0 and table[0] == -1.0 and table[7] == 0.0
+    assert table[15] == 1.0
+    assert table[0] == -1.0
+    assert table[7] == 0.0

@@ -1,0 +1,48 @@
+"""What the Mosaic GPU kernels (Hopper) take, asked before anything is traced."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels._arguments import Layout
+
+GEMV_ROWS = 8
+"""Rows of x up to which `nf4_gemv` has a Mosaic kernel."""
+
+
+def why_not_mosaic(op: str, rows: int, layout: Layout, dtype: DTypeLike) -> str | None:
+    """Why the Hopper kernel of `op` cannot take this call; None where it can.
+
+    Args:
+        op: "nf4_gemv", "nf4_matmul" or "nf4_matmul_transposed".
+        rows: rows of x (or dy).
+        layout: the weight.
+        dtype: of x (or dy).
+    """
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 and float16 activations, not {jnp.dtype(dtype).name}"
+    if layout.codes_per_byte != 2 or layout.blocksize != 64 or len(layout.shape) != 2:
+        return (
+            "it takes 4-bit matrices in blocks of 64, "
+            f"not {layout.quant_type} {layout.shape} in blocks of {layout.blocksize}"
+        )
+    n, k = layout.shape
+    if k % 64 or n % (64 if op == "nf4_matmul_transposed" else 2):
+        wanted = "both sides" if op == "nf4_matmul_transposed" else "k"
+        return f"it takes {wanted} in multiples of 64, not {layout.shape}"
+    if max(layout.nbytes, 2 * rows * max(n, k)) >= 1 << 32:
+        return f"it takes less than 4 GiB of codes and of activations, not {rows} rows of {n, k}"
+    if op == "nf4_gemv":
+        from pallas_kernels.nf4_gemv.mosaic_sm90 import choose_config
+
+        if rows > GEMV_ROWS or choose_config(rows, n, k) is None:
+            return f"it keeps up to {GEMV_ROWS} rows in shared memory, not {rows} rows of {k}"
+    return None
+
+
+def check_mosaic(op: str, rows: int, layout: Layout, dtype: DTypeLike) -> None:
+    """Raise a ValueError with the reason of `why_not_mosaic`, if there is one."""
+    problem = why_not_mosaic(op, rows, layout, dtype)
+    if problem:
+        raise ValueError(
+            f"implementation is 'mosaic_gpu', but {problem}: use implementation='triton' or 'xla'"
+        )
