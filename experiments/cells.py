@@ -150,7 +150,15 @@ def _sources(given: Any, known: Collection[str], what: str, where: str) -> dict[
             f"{what} in {where} is {given!r}, but should be a list of names "
             f"({', '.join(known)}), paths or hub names, or a section of label: source."
         )
-    return {_label(named_source(known, item, f"{what} in {where}"), where): item for item in given}
+    sources: dict[str, Any] = {}
+    for item in given:
+        label = _label(named_source(known, item, f"{what} in {where}"), where)
+        if label in sources:
+            raise ValueError(
+                f"{what} in {where} has two entries called {label}: write label: source."
+            )
+        sources[label] = item
+    return sources
 
 
 def _label(section: Tree, where: str) -> str:

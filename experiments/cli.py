@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,11 +32,11 @@ def read_settings(texts: Iterable[str]) -> dict[str, Any]:
 def keep_compiled_programs(folder: Path) -> None:
     """Compile once per program and machine, not once per cell: XLA's results are kept in a folder.
 
-    An environment that sets JAX_COMPILATION_CACHE_DIR itself is left alone.
+    Where a cache is configured already (JAX_COMPILATION_CACHE_DIR), that one is used.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def make_console() -> Console:

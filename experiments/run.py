@@ -138,7 +138,7 @@ def _examples(data: DataConfig, folder: Path, longest: int) -> tuple[Examples, E
     validation = _tokenize(held_out, data, tokenizer, longest, f"{data.source} (validation)")
     # The loss does not depend on the order, the padding does.
     by_length = sorted(validation, key=lambda example: len(example.input_ids))
-    return train, Examples.of(by_length, validation.report), tokenizer.pad_token_id
+    return train, Examples.of(by_length), tokenizer.pad_token_id
 
 
 def _tokenize(

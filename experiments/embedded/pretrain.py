@@ -9,10 +9,11 @@ makes them trainable. What makes it fast is that nothing crosses to the device b
 corpus is one array of token ids there, a batch is a gather at random offsets, and `CHUNK` steps are
 one `lax.scan` in one jitted call.
 
-With `--minutes` the number of steps is found by timing the first chunks (all of them warm-up), so
-the learning-rate schedule (linear warm-up, then cosine to a tenth) always comes to its end; with
-`--steps` it is given and the run is a function of its seed. The corpus is small: more than
-`--epochs` passes only memorise it, and the weights kept are those with the lowest held-out loss.
+The corpus is small (2.4M tokens), so a model sees it many times, and what keeps it from learning
+it by heart is a schedule that ends in time and a strong weight decay. How much of both a scale wants
+is tried: every combination of `--epochs` and `--weight-decay` is a run (linear warm-up, then cosine to
+nothing), and the weights with the lowest held-out loss are kept. With `--minutes` there is one run,
+whose length is found by timing its first chunks (all of them warm-up).
 
 Each model is written as a Hugging Face folder in bfloat16: config.json, model.safetensors,
 tokenizer.json, tokenizer_config.json, and training.json with what was run and what came out.
@@ -25,11 +26,12 @@ import functools
 import json
 import math
 import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,7 @@ from experiments.embedded.make_corpus import SPECIAL_TOKENS, read_corpus
 from qlora_jax.checkpoints import save_model
 from qlora_jax.models.decoder import AttentionName, Decoder, DecoderConfig, unfreeze
 from qlora_jax.models.loss import cross_entropy
+from qlora_jax.optim import decay_mask
 
 CHUNK = 50
 EVAL_BATCH = 16
@@ -64,6 +67,13 @@ SCALES = {
     "stdlib-1m": Scale(hidden=128, mlp=320, layers=4, heads=4, key_heads=2, learning_rate=4e-3),
     "stdlib-4m": Scale(hidden=256, mlp=640, layers=5, heads=8, key_heads=4, learning_rate=2.5e-3),
 }
+
+
+class Plan(NamedTuple):
+    """What is tried: how long, and how strongly weights are pulled to zero."""
+
+    steps: int
+    weight_decay: float
 
 
 def decoder_config(scale: Scale, vocab_size: int) -> DecoderConfig:
@@ -100,10 +110,10 @@ def corpus_tokens() -> tuple[np.ndarray, np.ndarray]:
     return ids("pretrain"), ids("held_out")
 
 
-def learning_rate(step: jax.Array, total: jax.Array, peak: float) -> jax.Array:
-    """Linear from 0 to `peak` in WARMUP_STEPS, then cosine to a tenth of it at step `total`."""
+def learning_rate(step: jax.Array, total: jax.Array | int, peak: float) -> jax.Array:
+    """Linear from 0 to `peak` in WARMUP_STEPS, then half a cosine to 0 at step `total`."""
     done = jnp.clip((step - WARMUP_STEPS) / jnp.maximum(total - WARMUP_STEPS, 1), 0, 1)
-    cosine = 0.1 + 0.45 * (1 + jnp.cos(jnp.pi * done))
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
     return peak * jnp.minimum(step / WARMUP_STEPS, cosine)
 
 
@@ -119,15 +129,13 @@ def make_steps(
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b1=0.9, b2=0.95),
-        # Stacked norms are [layers, width]: decay what is a matrix in one layer.
-        optax.add_decayed_weights(0.1, mask=_matrices),
     )
 
     def loss(weights: Any, windows: jax.Array) -> jax.Array:
         return token_losses(nnx.merge(graph, weights), windows).mean()
 
     def train(
-        weights: Any, state: Any, tokens: jax.Array, step: jax.Array, total: jax.Array, key: Any
+        weights: Any, state: Any, tokens: jax.Array, step: jax.Array, plan: Plan, key: Any
     ) -> tuple[Any, Any, jax.Array]:
         def one(carry: tuple[Any, Any], index: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
             weights, state = carry
@@ -136,9 +144,15 @@ def make_steps(
             )
             windows = tokens[starts + jnp.arange(sequence + 1)]
             value, gradient = jax.value_and_grad(loss)(weights, windows)
-            update, state = optimizer.update(gradient, state, weights)
-            rate = learning_rate(index, total, peak)
-            return (jax.tree.map(lambda w, u: w - rate * u, weights, update), state), value
+            update, state = optimizer.update(gradient, state)
+            rate = learning_rate(index, plan.steps, peak)
+            weights = jax.tree.map(
+                lambda w, u, decays: w - rate * (u + plan.weight_decay * decays * w),
+                weights,
+                update,
+                decay_mask(weights),
+            )
+            return (weights, state), value
 
         (weights, state), losses = jax.lax.scan(one, (weights, state), step + jnp.arange(CHUNK))
         return weights, state, losses.mean()
@@ -152,26 +166,19 @@ def make_steps(
     return optimizer, jax.jit(train, donate_argnums=(0, 1)), jax.jit(evaluate)
 
 
-def _matrices(weights: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "norm" not in jax.tree_util.keystr(path), weights
-    )
-
-
 def pretrain(
     name: str,
     out: Path,
+    plans: Sequence[Plan],
     *,
     minutes: float | None,
-    steps: int | None,
-    epochs: float,
     batch: int,
     sequence: int,
     seed: int,
     compute_dtype: Any,
     attention: AttentionName,
 ) -> dict[str, Any]:
-    """Train one scale, write its folder, return what `training.json` holds."""
+    """Train one scale by every plan, write the best, return what `training.json` holds."""
     scale = SCALES[name]
     tokens, held_out = corpus_tokens()
     vocab_size = 1 + int(max(tokens.max(), held_out.max()))
@@ -185,72 +192,76 @@ def pretrain(
         rngs=nnx.Rngs(seed),
     )
     unfreeze(model)
-    graph, weights = nnx.split(model, nnx.Param)
-    count = sum(leaf.size for leaf in jax.tree.leaves(weights))
+    graph, initial = nnx.split(model, nnx.Param)
+    initial = jax.device_get(initial)
+    count = sum(leaf.size for leaf in jax.tree.leaves(initial))
     optimizer, train, evaluate = make_steps(graph, scale.learning_rate, batch, sequence)
-    state = optimizer.init(weights)
     whole = held_out.size // (sequence + 1) * (sequence + 1)
     windows = jnp.asarray(held_out[:whole].reshape(-1, sequence + 1))
-    # While training, an eighth of the held-out text tells which weights to keep.
-    few = windows[::8]
     device_tokens, key = jnp.asarray(tokens), jax.random.key(seed)
-
-    most = math.ceil(epochs * tokens.size / (batch * sequence))
-    total = most if steps is None else steps
     print(f"{name}: {count:,} parameters, {tokens.size:,} tokens, {jax.devices()[0]}", flush=True)
     began = time.perf_counter()
-    best, best_weights, curve, step = math.inf, weights, [], 0
-    timed = began
-    while step < total:
-        weights, state, loss = train(
-            weights, state, device_tokens, jnp.int32(step), jnp.int32(total), key
+
+    def one_run(plan: Plan) -> tuple[float, Any, list[dict[str, float]], int]:
+        weights = jax.device_put(initial)
+        state, step, curve, timed = optimizer.init(weights), 0, [], time.perf_counter()
+        best, kept = math.inf, initial
+        while step < plan.steps:
+            weights, state, loss = train(weights, state, device_tokens, jnp.int32(step), plan, key)
+            step += CHUNK
+            train_loss = float(loss)  # waits for the device
+            if minutes is not None and step == 3 * CHUNK:  # the first chunk compiled
+                left = minutes * 60 - (time.perf_counter() - began)
+                each = (time.perf_counter() - timed) / 2
+                # A tenth of the time is kept for evaluation.
+                plan = plan._replace(steps=step + int(0.9 * left / each) * CHUNK)
+            elif step == CHUNK:
+                timed = time.perf_counter()
+            # An eighth of the held-out text tells which weights to keep.
+            if step >= plan.steps or (step // CHUNK) % max(1, plan.steps // CHUNK // 8) == 0:
+                value = float(evaluate(weights, windows[::8]))
+                curve.append({"step": step, "loss": train_loss, "held_out_loss": value})
+                if value < best:
+                    best, kept = value, jax.device_get(weights)
+        best = float(evaluate(kept, windows))
+        rate = step * batch * sequence / (time.perf_counter() - timed)
+        print(
+            f"{step} steps, weight decay {plan.weight_decay}: loss {train_loss:.4f}, held-out "
+            f"{best:.4f}, {rate:,.0f} tokens/s",
+            flush=True,
         )
-        step += CHUNK
-        train_loss = float(loss)  # waits for the device
-        now = time.perf_counter()
-        if minutes is not None and step <= 3 * CHUNK:
-            if step > CHUNK:  # the first chunk compiles
-                left = minutes * 60 - (now - began)
-                # A tenth is kept for evaluation.
-                total = min(most, step + int(0.9 * left / (now - timed)) * CHUNK)
-            timed = now
-        due = step >= total or (step // CHUNK) % max(1, total // CHUNK // 12) == 0
-        if due:
-            value = float(evaluate(weights, few))
-            rate = step * batch * sequence / (time.perf_counter() - began)
-            print(
-                f"step {step}/{total} loss {train_loss:.4f} held-out {value:.4f} "
-                f"{rate:,.0f} tokens/s",
-                flush=True,
-            )
-            curve.append({"step": step, "loss": train_loss, "held_out_loss": value})
-            if value < best:
-                best, best_weights = value, jax.device_get(weights)
-            timed = time.perf_counter()
-    best = float(evaluate(best_weights, windows))
+        return best, kept, curve, step
+
+    runs = [(plan, *one_run(plan)) for plan in plans]
+    plan, best, weights, curve, steps = min(runs, key=lambda run: run[1])
     facts = {
         "parameters": count,
         "corpus_tokens": int(tokens.size),
-        "steps": step,
+        "steps": steps,
         "tokens_per_step": batch * sequence,
-        "epochs": round(step * batch * sequence / tokens.size, 2),
-        "seed": seed,
+        "epochs": round(steps * batch * sequence / tokens.size, 2),
+        "weight_decay": plan.weight_decay,
         "learning_rate": scale.learning_rate,
+        "seed": seed,
         "attention": attention,
         "compute_dtype": jnp.dtype(compute_dtype).name,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "seconds": round(time.perf_counter() - began, 1),
         "held_out_loss": round(best, 4),
-        "curve": curve,
+        "curve": [{k: round(v, 4) for k, v in point.items()} for point in curve],
+        "tried": [
+            {"steps": s, "weight_decay": p.weight_decay, "held_out_loss": round(value, 4)}
+            for p, value, _, _, s in runs
+        ],
     }
-    write_model(out / name, nnx.merge(graph, best_weights), facts)
+    write_model(out / name, nnx.merge(graph, jax.device_put(weights)), facts)
     return facts
 
 
 def write_model(folder: Path, model: Decoder, facts: dict[str, Any]) -> None:
     """The model as a Hugging Face folder, with its tokenizer and what became of its training."""
-    save_model(folder, model, dtype=jnp.bfloat16)
+    save_model(folder, model, dtype=jnp.dtype(jnp.bfloat16))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for kind, token in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>")):
         config[f"{kind}_token_id"] = SPECIAL_TOKENS.index(token)
@@ -269,9 +280,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=MODELS["stdlib-1m"].parent, help="parent folder of the models"
     )
-    parser.add_argument("--minutes", type=float, help="time per model, compilation included")
-    parser.add_argument("--steps", type=int, help="exact number of steps instead")
-    parser.add_argument("--epochs", type=float, default=40, help="most passes over the corpus (40)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, nargs="+", default=[16], help="passes (16)")
+    length.add_argument("--steps", type=int, help="number of steps instead")
+    length.add_argument("--minutes", type=float, help="time per model instead")
+    parser.add_argument(
+        "--weight-decay", type=float, nargs="+", default=[0.5], help="AdamW's, of matrices (0.5)"
+    )
     parser.add_argument("--batch", type=int, default=64, help="windows per step (64)")
     parser.add_argument("--sequence", type=int, default=512, help="tokens per window (512)")
     parser.add_argument("--seed", type=int, default=0)
@@ -291,13 +306,19 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"there is no scale {', '.join(sorted(unknown))}: choose {', '.join(SCALES)}.")
     fallback = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    per_epoch = corpus_tokens()[0].size / (options.batch * options.sequence)
+    lengths = [math.ceil(epochs * per_epoch) for epochs in options.epochs]
+    if options.minutes is not None:
+        lengths = [sys.maxsize >> 32]  # until the first chunks have been timed
+    elif options.steps is not None:
+        lengths = [options.steps]
+    plans = [Plan(steps, decay) for steps in lengths for decay in options.weight_decay]
     for name in options.names or SCALES:
         facts = pretrain(
             name,
             options.out,
+            plans,
             minutes=options.minutes,
-            steps=options.steps,
-            epochs=options.epochs,
             batch=options.batch,
             sequence=options.sequence,
             seed=options.seed,

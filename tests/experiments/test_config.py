@@ -1,0 +1,153 @@
+"""Configurations: what a file says becomes a run, and what it says wrongly is refused by name."""
+
+import pytest
+import yaml
+
+from experiments.cells import build_sweep
+from experiments.cli import CONFIGS
+from experiments.config import (
+    RunConfig,
+    build_run,
+    differences,
+    flat,
+    parse_setting,
+    read_yaml,
+    to_tree,
+    to_yaml,
+    with_setting,
+)
+from experiments.embedded import DATASETS, MODELS
+from experiments.finetune import make_parser, read_run
+
+
+def test_defaults_are_the_papers():
+    run = build_run({}, "nothing")
+    assert run.quant.quant_type == "nf4"
+    assert run.quant.double_quant
+    assert (run.lora.r, run.lora.alpha) == (64, 16)
+    assert (run.train.learning_rate, run.train.b2, run.train.max_grad_norm) == (2e-4, 0.999, 0.3)
+    assert run.train.batch_size == 16
+
+
+def test_a_resolved_run_comes_back_from_its_yaml():
+    tree = {
+        "model": {"source": "some/model", "compute_dtype": "float32"},
+        "data": "chat",
+        "quant": None,
+        "lora": {"r": 8, "target_modules": ["q_proj", "v_proj"], "dtype": "bfloat16"},
+        "train": {"steps": "1e2", "learning_rate": "1e-3", "max_grad_norm": None},
+    }
+    run = build_run(tree, "a test")
+    assert (run.train.steps, run.train.learning_rate) == (100, 1e-3)
+    assert run.data.validation_split == "validation"
+    assert build_run(yaml.safe_load(to_yaml(run)), "its yaml") == run
+    assert differences(run, run) == []
+    assert differences(build_run(with_setting(tree, "lora.r", 16), "x"), run) == [
+        "lora.r: 16, was 8"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"trian": {}}, "the nearest is train"),
+        ({"train": {"learning_rat": 1e-3}}, "the nearest is train.learning_rate"),
+        ({"lora": {"rank": 8}}, "there is no option lora.rank"),
+        ({"quant": {"blocksiz": 64}}, "the nearest is quant.blocksize"),
+        ({"train": {"steps": "many"}}, "train.steps in a test is 'many', but should be a whole"),
+        ({"train": {"steps": 1.5}}, "should be a whole number"),
+        ({"train": 3}, "train in a test is 3, but should be a section"),
+        ({"quant": {"quant_type": "nf5"}}, "quant_type is 'nf5'"),
+        ({"model": {"compute_dtype": "int8"}}, "should be one of bfloat16, float32, float16"),
+        ({"lora": {"dtype": "float12"}}, "a dtype such as float32"),
+        ({"data": 7}, "describe, implement, chat"),
+        ({"data": {"group_by_length": "yes please"}}, "should be true or false"),
+    ],
+)
+def test_what_is_wrong_is_named(tree, words):
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")) as caught:
+        build_run(tree, "a test")
+    assert "\n" not in str(caught.value)
+
+
+def test_every_option_survives_the_round_trip():
+    tree = to_tree(RunConfig())
+    assert {key.split(".")[0] for key in flat(tree)} == {"model", "data", "quant", "lora", "train"}
+    assert build_run(tree, "defaults") == build_run({}, "nothing")
+
+
+def test_settings():
+    assert parse_setting("train.steps=10") == ("train.steps", 10)
+    assert parse_setting("quant=null") == ("quant", None)
+    assert with_setting({"quant": None}, "quant.blocksize", 128) == {"quant": {"blocksize": 128}}
+    with pytest.raises(ValueError, match="key=value"):
+        parse_setting("train.steps")
+
+
+def test_flags_win_over_the_file():
+    flags = f"--config {CONFIGS / 'finetune.yaml'} --model stdlib-4m --seed 3 --set lora.r=4"
+    options = make_parser().parse_args(flags.split())
+    run = read_run(options)
+    assert (run.model.source, run.model.compute_dtype) == ("stdlib-4m", "float32")
+    assert (run.train.seed, run.lora.r, run.data.source) == (3, 4, "describe")
+
+
+# ------------------------------------------------------------------ sweeps
+
+
+def test_cells_are_the_product_of_all_lists():
+    sweep = build_sweep(
+        {
+            "models": ["stdlib-1m", "a/b"],
+            "datasets": {"describe": {}, "mine": {"source": "x.json", "target_max_len": 9}},
+            "seeds": [0, 1, 2],
+            "axes": {"lora.r": [8, 16], "method": {"QLoRA": {}, "LoRA": {"quant": None}}},
+            "rules": [{"when": {"model": "b"}, "set": {"train": {"steps": 7}}}],
+            "train": {"steps": 5},
+        },
+        "a test",
+        {"lora.alpha": 4},
+    )
+    assert len(sweep.cells) == 2 * 2 * 3 * 2 * 2
+    assert len({cell.name for cell in sweep.cells}) == len(sweep.cells)
+    cell = next(c for c in sweep.cells if c.name == "mine--b--lora.r=16--LoRA--seed2")
+    assert cell.run.model.source == "a/b"
+    assert (cell.run.data.source, cell.run.data.target_max_len) == ("x.json", 9)
+    assert cell.run.quant is None
+    assert (cell.run.lora.r, cell.run.lora.alpha) == (16, 4)
+    assert (cell.run.train.steps, cell.run.train.seed) == (7, 2)
+    assert cell.variant == "lora.r=16, LoRA"
+    assert next(c for c in sweep.cells if c.labels["model"] == "stdlib-1m").run.train.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"modles": []}, "the nearest is models"),
+        ({"models": []}, "should be a list of names"),
+        ({"seeds": 3}, "should be a list such as"),
+        ({"axes": {"lora.rr": [1]}}, "there is no option lora.rr"),
+        ({"axes": {"lora.r": 4}}, "should be a list of values"),
+        ({"rules": [{"when": {"modell": "x"}, "set": {}}]}, "the nearest is when.model"),
+        ({"rules": [{"if": 1}]}, "should read"),
+        ({"models": ["a/b", "c/b"]}, "two entries called b"),
+    ],
+)
+def test_a_wrong_sweep_is_refused(tree, words):
+    with pytest.raises(ValueError, match=words):
+        build_sweep(tree, "a test")
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_files_that_come_along_are_valid(file):
+    tree = read_yaml(file)
+    if "models" in tree:
+        sweep = build_sweep(tree, file.name)
+        assert len(sweep.cells) >= 8
+    else:
+        build_run(tree, file.name)
+
+
+def test_embedded_names_are_those_of_the_folders():
+    assert all(dataset.folder.is_dir() for dataset in DATASETS.values())
+    assert list(MODELS) == ["stdlib-1m", "stdlib-4m"]

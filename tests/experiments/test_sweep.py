@@ -1,0 +1,179 @@
+"""Both commands, end to end, on a Llama of random weights: skipping, failing, resuming."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from experiments import finetune, run, sweep
+from qlora_jax.checkpoints import read_adapter_config
+from qlora_jax.train.run_folder import locked_run_folder
+
+FAST = [
+    "train.steps=3", "train.micro_batch_size=2", "train.eval_every=2", "train.save_every=1",
+    "lora.r=2", "data.validation_rows=4", "data.max_rows=12", "data.buckets=[128]",
+    "model.compute_dtype=float32", "data.source_max_len=96", "data.target_max_len=32",
+]  # fmt: skip
+
+
+def fast(*more: str) -> list[str]:
+    return [flag for setting in (*FAST, *more) for flag in ("--set", setting)]
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path, tiny_model: Path) -> Path:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        f"name: small\nmodels: {{tiny: {tiny_model}}}\ndatasets: [describe, implement]\n"
+        "axes: {method: {QLoRA: {}, LoRA-16: {quant: null}}}\n"
+    )
+    return file
+
+
+def test_a_sweep_from_its_file_to_its_page(sweep_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [str(sweep_file), "--out", str(out), *fast()]
+    assert sweep.main([*command, "--dry-run"]) == 0
+    assert "4 cells" in capsys.readouterr().out
+    assert not out.exists()
+
+    assert sweep.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "4 cells, 4 to run" in printed
+    folders = {f.name for f in out.iterdir() if f.is_dir()}
+    assert folders == {
+        f"{d}--tiny--{m}--seed0" for d in ("describe", "implement") for m in ("QLoRA", "LoRA-16")
+    }
+    cell = out / "describe--tiny--QLoRA--seed0"
+    assert {"config.yaml", "metrics.jsonl", "adapter", "checkpoints", "result.json"} <= {
+        f.name for f in cell.iterdir()
+    }
+    assert read_adapter_config(cell / "adapter").r == 2
+    result = json.loads((cell / "result.json").read_text())
+    other = json.loads((out / "describe--tiny--LoRA-16--seed0" / "result.json").read_text())
+    assert result["base_bytes"] < other["base_bytes"]
+    assert result["before"]["loss"] != other["before"]["loss"]
+    assert result["steps"] == 3
+
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["finished"] * 4
+    assert float(rows[0]["loss_after"]) == result["after"]["loss"]
+    check_page((out / "report.html").read_text(), cells=4)
+
+    stamp = (cell / "result.json").stat().st_mtime_ns
+    assert sweep.main(command) == 0
+    assert "4 cells, 0 to run" in capsys.readouterr().out
+    assert (cell / "result.json").stat().st_mtime_ns == stamp
+
+    assert sweep.main([*command, "--set", "train.learning_rate=1"]) == 2
+    assert "train.learning_rate: 1.0, was 0.0002" in capsys.readouterr().err
+
+
+def check_page(text: str, *, cells: int) -> None:
+    """Well-formed, self-contained, and with every panel."""
+
+    class Balance(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.open: list[str] = []
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            if tag not in ("meta", "br"):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    balance = Balance()
+    balance.feed(re.sub(r"<(line|circle|path)([^<>]*)/>", r"<\1\2></\1>", text))
+    assert balance.open == []
+    assert not re.search(r"https?://|src=|<script|@import|url\(", text)
+    assert "prefers-color-scheme: dark" in text
+    assert text.count('class="held') == cells
+    assert text.count("before, ") == cells + 1
+
+
+def test_a_failing_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    command = [str(sweep_file), "--out", str(out), "--only", "describe*", *fast()]
+    load = run.load_pretrained
+
+    def broken(folder, *, quant, **options):
+        if quant is None:
+            raise RuntimeError("no memory\nleft")
+        return load(folder, quant=quant, **options)
+
+    monkeypatch.setattr(run, "load_pretrained", broken)
+    assert sweep.main(command) == 1
+    printed = capsys.readouterr().out
+    assert "failed: no memory left" in printed
+    failed = out / "describe--tiny--LoRA-16--seed0"
+    assert "Traceback" in (failed / "error.txt").read_text()
+    assert (out / "describe--tiny--QLoRA--seed0" / "result.json").is_file()
+    assert "no memory left" in (out / "results.csv").read_text()
+    assert "no memory left" in (out / "report.html").read_text()
+
+    monkeypatch.setattr(run, "load_pretrained", load)
+    assert sweep.main(command) == 0
+    assert "2 cells, 1 to run" in capsys.readouterr().out
+    assert not (failed / "error.txt").exists()
+
+
+def test_a_run_broken_off_ends_with_the_same_adapter(tiny_model, tmp_path, monkeypatch, capsys):
+    def command(folder: Path) -> list[str]:
+        flags = ["--model", str(tiny_model), "--data", "describe", "--out", str(folder)]
+        return [*flags, *fast("lora.lora_dropout=0.1", "train.steps=4")]
+
+    assert finetune.main(command(tmp_path / "whole")) == 0
+
+    def stop(self, step, values):
+        if step == 3 and "loss" in values:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._FirstWords, "log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.main(command(tmp_path / "broken"))
+    assert not (tmp_path / "broken" / "result.json").exists()
+    assert finetune.main(command(tmp_path / "broken")) == 0
+    assert "resumed after step 2" in capsys.readouterr().out
+    adapters = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("whole", "broken")
+    ]
+    assert adapters[0] == adapters[1]
+    results = [
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "broken")
+    ]
+    for key in ("before", "after", "steps", "trained_tokens"):
+        assert results[0][key] == results[1][key]
+
+    # The resolved configuration is the same run; a finished one is not repeated.
+    again = ["--config", str(tmp_path / "whole" / "config.yaml"), "--out", str(tmp_path / "whole")]
+    assert finetune.main(again) == 0
+    assert "finished; --overwrite repeats it" in capsys.readouterr().out
+
+
+def test_a_cell_of_another_process_is_left_alone(sweep_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [str(sweep_file), "--out", str(out), "--only", "describe--tiny--QLoRA*", *fast()]
+    cell = out / "describe--tiny--QLoRA--seed0"
+    with locked_run_folder(cell):
+        assert sweep.main(command) == 1
+    assert "left alone" in capsys.readouterr().out
+    assert not (cell / "error.txt").exists()
+    assert not (cell / "result.json").exists()
+
+
+def test_overwrite_deletes_runs_and_nothing_else(tiny_model, tmp_path, capsys):
+    mine = tmp_path / "precious"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    flags = ["--model", str(tiny_model), "--data", "describe", "--out", str(mine), "--overwrite"]
+    assert finetune.main([*flags, *fast()]) == 2
+    assert "is not deleted" in capsys.readouterr().err
+    assert (mine / "thesis.txt").exists()
