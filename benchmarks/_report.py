@@ -1,6 +1,10 @@
 """From numbers to a table, a roofline plot, and a kernel's own time out of a trace."""
 
 import collections
+import datetime
+import os
+import platform
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,6 +14,26 @@ import jax
 
 from benchmarks._points import BASELINES
 from benchmarks._programs import Program
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement must be told with: device, driver, versions, date, flags."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "driver": _driver(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _driver() -> str:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "none"
 
 
 def kernel_times(run: Callable[[], Any], program: Program) -> dict[str, Any]:

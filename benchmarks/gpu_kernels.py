@@ -19,11 +19,8 @@ threads, the median over repeats, and the spread beside it.
 import argparse
 import concurrent.futures
 import dataclasses
-import datetime
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -109,7 +106,8 @@ class Run:
         known = [card.description for card in CARDS.values()]
         card = find_card(self.device.device_kind) if self.device.device_kind in known else None
         self.l2 = card.l2 if card else 2**12 if options.toy else 2**26
-        self.results: dict[str, Any] = {"meta": self._meta(), "ceilings": {}, "points": []}
+        meta = _report.machine() | {"seed": self.seed, "repeats": options.repeats}
+        self.results: dict[str, Any] = {"meta": meta, "ceilings": {}, "points": []}
         options.out.mkdir(parents=True, exist_ok=True)
 
     def measure(self) -> None:
@@ -234,19 +232,6 @@ class Run:
         else:
             print(f"{point.label:42s} {entry['status']}: {entry['error'][:300]}", flush=True)
 
-    def _meta(self) -> dict[str, Any]:
-        return {
-            "device": self.device.device_kind,
-            "driver": _driver(),
-            "jax": jax.__version__,
-            "jaxlib": sys.modules["jaxlib"].__version__,
-            "python": platform.python_version(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "seed": self.seed,
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-            "repeats": self.options.repeats,
-        }
-
 
 def poison(program: Program) -> None:
     """Fill the memory that the results will take with NaN, so that what is not written shows."""
@@ -280,14 +265,6 @@ def ceilings(toy: bool) -> dict[str, float]:
         "copy_bytes_per_s": 2 * source.nbytes / best(copy, source),
         "bf16_flops": 2 * width**3 / best(product, a, b),
     }
-
-
-def _driver() -> str:
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return "none"
 
 
 if __name__ == "__main__":
