@@ -133,11 +133,13 @@ def below(index: Array, limit: int, block: int) -> Array | None:
     return None if limit % block == 0 else index < limit
 
 
-def split_pairs(values: Array) -> tuple[Array, Array]:
-    """values[0::2] and values[1::2] of a vector, in registers."""
-    half = values.shape[0] // 2
-    even, odd = jnp.split(values.reshape(half, 2), 2, axis=-1)
-    return even.reshape(half), odd.reshape(half)
+def pack_pairs(x: Array) -> Array:
+    """x[rows, k] with two neighbours in one element: a free view for 16-bit x, [rows, k/2] uint32.
+
+    float32 becomes [rows, k/2, 2].
+    """
+    pairs = x.reshape(x.shape[0], x.shape[1] // 2, 2)
+    return pairs if x.dtype == jnp.float32 else jax.lax.bitcast_convert_type(pairs, jnp.uint32)
 
 
 def join_pairs(even: Array, odd: Array) -> Array:
@@ -147,22 +149,24 @@ def join_pairs(even: Array, odd: Array) -> Array:
     return joined.reshape(*batch, 2 * half)
 
 
-def weight_tile(
+def read_tile(
     codes_ref: Any,
     scale_refs: tuple[Any, ...],
-    decode: Callable[[Array], tuple[Array, Array]],
     row: Array,
     tile: Array | int,
     block_k: int,
     layout: Layout,
     row_mask: Array | None,
-    dtype: Any,
     *,
     ragged: bool,
-) -> Array:
-    """The tile-th `block_k` columns of W's rows `row` in `dtype`, rounded once; 0 outside W.
+) -> tuple[Array, Array]:
+    """Codes and scales of the tile-th `block_k` columns of W's rows `row`.
 
-    `ragged` says that the tile may reach beyond W's last column, `row_mask` which rows are W's.
+    `ragged` says that the tile may reach beyond W's last column, `row_mask` which rows are W's;
+    outside of W both results are 0.
+
+    Returns:
+        bytes [rows, block_k / 2], and float32 scales [rows, block_k / 32], one per run.
     """
     _, k = layout.shape
     rows, width = row.shape[0], block_k // 2
@@ -173,13 +177,20 @@ def weight_tile(
     in_rows = None if row_mask is None else row_mask[:, None]
     mask = both(in_rows, None if byte_mask is None else byte_mask[None, :])
     scale_mask = both(in_rows, None if run_mask is None else run_mask[None, :])
-    if mask is not None:
+    if mask is not None and scale_mask is not None:
         mask = jnp.broadcast_to(mask, (rows, width))
         scale_mask = jnp.broadcast_to(scale_mask, (rows, runs))
     codes = load(codes_ref, (row[:, None], byte[None, :]), mask)
-    in_row = divide(run, layout.blocksize // 32)
+    in_row = divide(run, layout.blocksize // (2 * RUN))
     block = row[:, None] * (k // layout.blocksize) + in_row[None, :]
-    scale = load_scales(scale_refs, block, scale_mask)
-    scale = jnp.broadcast_to(scale[:, :, None], (rows, runs, RUN)).reshape(rows, width)
+    return codes, load_scales(scale_refs, block, scale_mask)
+
+
+def weight_tile(
+    codes: Array, scale: Array, decode: Callable[[Array], tuple[Array, Array]], dtype: Any
+) -> Array:
+    """What `read_tile` read, as weights [rows, block_k] in `dtype`, rounded once."""
+    rows, runs = scale.shape
+    by_byte = jnp.broadcast_to(scale[:, :, None], (rows, runs, RUN)).reshape(codes.shape)
     high, low = decode(codes)
-    return join_pairs((high * scale).astype(dtype), (low * scale).astype(dtype))
+    return join_pairs((high * by_byte).astype(dtype), (low * by_byte).astype(dtype))

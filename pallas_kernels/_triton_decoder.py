@@ -144,16 +144,50 @@ def _half(pairs: Array, registers: str) -> Array:
     return value
 
 
-def two_products(a: Array, x: Array, b: Array, y: Array, interpret: bool) -> Array:
-    """a·x + b·y in float32, the sum fused with one product: the lowering by itself never fuses."""
-    if interpret:
-        return a * x + b * y
-    shape = jnp.broadcast_shapes(a.shape, x.shape)
+_UNPACK = {
+    # A bfloat16 is the upper half of a float32.
+    "bfloat16": "shl.b32 e, $3, 16; and.b32 o, $3, 0xffff0000; mov.b32 x, e; mov.b32 y, o;",
+    "float16": "mov.b32 {h, g}, $3; cvt.f32.f16 x, h; cvt.f32.f16 y, g;",
+}
+
+
+def pair_product(
+    high: Array, low: Array, x_ref: Any, row: Array, pair: Array, mask: Array | None, dtype: Any
+) -> Array:
+    """high · x[2·pair] + low · x[2·pair + 1] in float32, for a row of `pack_pairs(x)`.
+
+    `high` and `low` are [rows, pairs], `pair` is [pairs]. The sum is fused with one product. 16-bit
+    pairs are taken apart only here, because Triton brings x to the threads through shared memory.
+    """
+    shape = high.shape
+    if dtype == jnp.float32:
+        even, odd = (
+            jnp.broadcast_to(load(x_ref, (row, pair, jnp.full_like(pair, i)), mask, 0.0), shape)
+            for i in (0, 1)
+        )
+        return high * even + low * odd
+    pairs = jnp.broadcast_to(load(x_ref, (row, pair), mask), shape)
     (out,) = plgpu.elementwise_inline_asm(
-        "{ .reg .f32 t; mul.rn.f32 t, $1, $2; fma.rn.f32 $0, $3, $4, t; }",
-        args=[jnp.broadcast_to(v, shape) for v in (a, x, b, y)],
-        constraints="=f,f,f,f,f",
+        "{ .reg .b32 e, o; .reg .b16 h, g; .reg .f32 x, y, t;"
+        f" {_UNPACK[jnp.dtype(dtype).name]} mul.rn.f32 t, $1, x; fma.rn.f32 $0, $2, y, t; }}",
+        args=[high, low, pairs],
+        constraints="=f,f,f,r",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
     )
     return out
+
+
+def pair_product_interpreted(
+    high: Array, low: Array, x_ref: Any, row: Array, pair: Array, mask: Array | None, dtype: Any
+) -> Array:
+    """`pair_product` without inline PTX, for the interpreter."""
+    if dtype == jnp.float32:
+        return pair_product(high, low, x_ref, row, pair, mask, dtype)
+    pairs = load(x_ref, (row, pair), mask)
+    halves = (pairs & 0xFFFF, pairs >> 16)
+    even, odd = (
+        jax.lax.bitcast_convert_type(half.astype(jnp.uint16), dtype).astype(jnp.float32)
+        for half in halves
+    )
+    return high * even + low * odd

@@ -219,7 +219,7 @@ def configs_to_try(op: str, rows: int, n: int, k: int) -> list[TritonConfig]:
             for block_k in (1024, 2048, 4096):
                 for warps in (4, 8, 16):
                     loads = block_n * block_k // 2 // 16 / (32 * warps)
-                    if 1 <= loads * rows <= 8:
+                    if 1 <= loads <= 4 and loads * rows <= 8:
                         found.append(
                             TritonConfig(1, block_n, block_k, num_warps=warps, num_stages=2)
                         )

@@ -20,15 +20,13 @@ from pallas_kernels._triton import (
     RUN,
     TritonConfig,
     below,
-    both,
-    divide,
     launch,
     load,
-    load_scales,
-    split_pairs,
+    pack_pairs,
+    read_tile,
     weight_operands,
 )
-from pallas_kernels._triton_decoder import make_decoder, two_products
+from pallas_kernels._triton_decoder import make_decoder, pair_product, pair_product_interpreted
 from pallas_kernels.nf4_matmul.triton import nf4_matmul_triton
 
 
@@ -45,42 +43,52 @@ def _kernel(
     *scale_refs, table_ref, out_ref = refs
     bias_ref = scale_refs.pop(0) if has_bias else None
     n, k = layout.shape
-    width, runs = config.block_k // 2, config.block_k // 2 // RUN
+    runs = config.block_k // 2 // RUN
     row = pl.program_id(0) * config.block_n + jnp.arange(config.block_n)
     row_mask = below(row, n, config.block_n)
-    in_rows = None if row_mask is None else row_mask[:, None]
+    tiles = pl.cdiv(k, config.block_k)
+    ragged = k % config.block_k != 0
+
+    def fetch(tile: Any) -> tuple[Array, Array]:
+        return read_tile(
+            codes_ref,
+            tuple(scale_refs),
+            row,
+            tile,
+            config.block_k,
+            layout,
+            row_mask,
+            ragged=ragged,
+        )
+
+    # The first bytes are on their way while the decoder's table is filled.
+    fetched = fetch(0)
+    multiply = pair_product_interpreted if interpret else pair_product
     decode = make_decoder(config.decoder, table_ref, config.num_warps, interpret)
 
-    def add_tile(tile: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        byte = tile * width + jnp.arange(width)
-        run = tile * runs + jnp.arange(runs)
-        column = tile * config.block_k + jnp.arange(config.block_k)
-        column_mask = below(column, k, config.block_k)
-        byte_mask, run_mask = below(byte, k // 2, width), below(run, k // 2 // RUN, runs)
-        mask = both(in_rows, None if byte_mask is None else byte_mask[None, :])
-        scale_mask = both(in_rows, None if run_mask is None else run_mask[None, :])
-        if mask is not None:
-            mask = jnp.broadcast_to(mask, (config.block_n, width))
-            scale_mask = jnp.broadcast_to(scale_mask, (config.block_n, runs))
-        codes = load(codes_ref, (row[:, None], byte[None, :]), mask)
-        block = (
-            row[:, None] * (k // layout.blocksize) + divide(run, layout.blocksize // 32)[None, :]
-        )
-        scale = load_scales(tuple(scale_refs), block, scale_mask)
+    def add_tile(tile: Any, fetched: tuple[Array, Array], sums: tuple[Array, ...]) -> Any:
+        codes, scale = fetched
+        pair = tile * (config.block_k // 2) + jnp.arange(config.block_k // 2)
+        pair_mask = pair < k // 2 if ragged else None
         high, low = decode(codes)
         added = []
         for m in range(rows):
-            x = load(x_ref, (jnp.full_like(column, m), column), column_mask, 0.0)
-            even, odd = split_pairs(x.astype(jnp.float32))
-            products = two_products(high, even[None, :], low, odd[None, :], interpret)
+            x_row = jnp.full_like(pair, m)
+            products = multiply(high, low, x_ref, x_row, pair, pair_mask, out_ref.dtype)
             by_run = products.reshape(config.block_n, runs, RUN).sum(axis=2)
             added.append(sums[m] + by_run * scale)
         return tuple(added)
 
-    zero = jnp.zeros((config.block_n, runs), jnp.float32)
-    tiles = pl.cdiv(k, config.block_k)
-    sums: tuple[Array, ...] = (zero,) * rows
-    sums = add_tile(0, sums) if tiles == 1 else jax.lax.fori_loop(0, tiles, add_tile, sums)
+    def step(tile: Any, carry: Any) -> Any:
+        fetched, sums = carry
+        # The next tile is on its way while this one is used.
+        following = fetch(tile + 1)
+        return following, add_tile(tile, fetched, sums)
+
+    sums: tuple[Array, ...] = (jnp.zeros((config.block_n, runs), jnp.float32),) * rows
+    if tiles > 1:
+        fetched, sums = jax.lax.fori_loop(0, tiles - 1, step, (fetched, sums))
+    sums = add_tile(tiles - 1, fetched, sums)
     bias = 0.0 if bias_ref is None else load(bias_ref, (row,), row_mask, 0.0).astype(jnp.float32)
     for m in range(rows):
         result = (sums[m].sum(axis=1) + bias).astype(out_ref.dtype)
@@ -134,7 +142,7 @@ def nf4_gemv_triton(
         jax.ShapeDtypeStruct((rows, n), x.dtype),
         config,
         interpret,
-        x.reshape(rows, -1),
+        pack_pairs(x.reshape(rows, -1)),
         weight,
         *(() if bias is None else (bias,)),
         *scales_and_table,

@@ -22,6 +22,7 @@ from pallas_kernels._triton import (
     both,
     launch,
     load,
+    read_tile,
     weight_operands,
     weight_tile,
 )
@@ -61,18 +62,17 @@ def _kernel(
         if mask is not None:
             mask = jnp.broadcast_to(mask, (config.block_m, config.block_k))
         x = load(x_ref, (m_index[:, None], column[None, :]), mask, 0.0)
-        w = weight_tile(
+        codes, scale = read_tile(
             codes_ref,
             tuple(scale_refs),
-            decode,
             row,
             here,
             config.block_k,
             layout,
             row_mask,
-            x.dtype,
             ragged=k % reach != 0,
         )
+        w = weight_tile(codes, scale, decode, x.dtype)
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         return total + jnp.dot(x, w.T, preferred_element_type=jnp.float32, precision=precision)
 

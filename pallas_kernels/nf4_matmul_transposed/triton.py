@@ -20,6 +20,7 @@ from pallas_kernels._triton import (
     both,
     launch,
     load,
+    read_tile,
     weight_operands,
     weight_tile,
 )
@@ -52,18 +53,17 @@ def _kernel(
         if mask is not None:
             mask = jnp.broadcast_to(mask, (config.block_m, config.block_n))
         dy = load(dy_ref, (m_index[:, None], row[None, :]), mask, 0.0)
-        w = weight_tile(
+        codes, scale = read_tile(
             codes_ref,
             tuple(scale_refs),
-            decode,
             row,
             column_tile,
             config.block_k,
             layout,
             row_mask,
-            dy.dtype,
             ragged=k % config.block_k != 0,
         )
+        w = weight_tile(codes, scale, decode, dy.dtype)
         precision = jax.lax.Precision.HIGHEST if dy.dtype == jnp.float32 else None
         return total + jnp.dot(dy, w, preferred_element_type=jnp.float32, precision=precision)
 
