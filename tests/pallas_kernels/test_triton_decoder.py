@@ -29,6 +29,19 @@ def prmt(a, b, selector):
     return out
 
 
+def compute(op, v, args):
+    """The result of an instruction without memory, for operands `v` written as `args`."""
+    if op == "prmt.b32":
+        return prmt(v[0], v[1], int(args[2], 0))
+    return {
+        "mov.u32": lambda a: a,
+        "and.b32": lambda a, b: a & b,
+        "add.u32": lambda a, b: a + b,
+        "shl.b32": lambda a, b: a << b,
+        "mad.lo.u32": lambda a, b, c: a * b + c,
+    }[op](*v)
+
+
 def run(asm, lanes, memory, operands):
     """Execute one instance of `asm` for all lanes at once; returns bytes touched per access."""
     registers = {"%laneid": lanes.astype(np.uint64), "nf4_pairs": np.zeros_like(lanes, np.uint64)}
@@ -59,14 +72,7 @@ def run(asm, lanes, memory, operands):
             continue
         target, *args = (part.strip() for part in rest.split(","))
         v = [value(a) for a in args]
-        registers[target] = {
-            "mov.u32": lambda: v[0],
-            "and.b32": lambda: v[0] & v[1],
-            "add.u32": lambda: v[0] + v[1],
-            "shl.b32": lambda: v[0] << v[1],
-            "mad.lo.u32": lambda: v[0] * v[1] + v[2],
-            "prmt.b32": lambda: prmt(v[0], v[1], int(args[2], 0)),
-        }[op]() & np.uint64(0xFFFFFFFF)
+        registers[target] = compute(op, v, args) & np.uint64(0xFFFFFFFF)
     return registers, touched
 
 
