@@ -59,7 +59,7 @@ def bitsandbytes(weight: np.ndarray) -> dict[str, Callable[[], object]]:
             return bnb.quantize_4bit(tensor, quant_type="nf4", compress_statistics=double)
 
         work[f"quantize nf4{suffix}"] = quantize
-        packed, state = quantize()
+        packed, _ = quantize()
         for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
             _, other = bnb.quantize_4bit(
                 tensor.to(dtype), quant_type="nf4", compress_statistics=double
