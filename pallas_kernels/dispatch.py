@@ -14,6 +14,7 @@ measures the candidates of `configs_to_try` and writes the rules of a card.
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from pallas_kernels.cards import CARDS
 IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu", "jax_triton")
 
 AVAILABLE = {
-    "nf4_dequantize": ("xla", "triton"),
+    "nf4_dequantize": ("xla", "triton", "jax_triton"),
     "nf4_matmul": ("xla", "triton", "mosaic_gpu"),
     "nf4_matmul_transposed": ("xla", "triton"),
     "nf4_gemv": ("xla", "triton", "mosaic_gpu"),
@@ -141,7 +142,8 @@ def which_implementation(
             return Choice(rule.implementation, rule.config, f"tuned for {rule.card}")
         return Choice("xla", None, problem)
     if implementation is not None:
-        config = default_config(op, rows) if implementation == "triton" else None
+        tiled = implementation in ("triton", "jax_triton")
+        config = default_config(op, rows) if tiled else None
         return Choice(implementation, config, "asked for")
     return Choice("xla", None, f"no rule of {TABLE.name} covers {op} with {rows} rows on {kind!r}")
 
@@ -164,11 +166,33 @@ def why_not(
         if card is None or not card.supports_mosaic_gpu:
             return f"it needs compute capability 9.0 and {kind!r} has another"
         return why_not_mosaic(layout, dtype)
+    if implementation == "jax_triton":
+        if interpret:
+            return "Pallas' interpreter cannot run it (Triton's own does, in the tests)"
+        problem = missing_jax_triton()
+        if problem:
+            return problem
     if card is not None and not card.supports_triton and not interpret:
         return f"it needs compute capability 8.0 and {kind!r} is older"
     if op == "nf4_dequantize":
         return why_not_triton(layout) if layout.quant_type == "int8" else None
     return why_not_triton(layout)
+
+
+@functools.cache
+def missing_jax_triton() -> str | None:
+    """What the extra [triton] still needs here, or None where it is complete."""
+    for package, least in (("jax-triton", (0, 4)), ("triton", (3, 7))):
+        wanted = f"{package} >= {least[0]}.{least[1]}"
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{package} is not installed (pip install 'qlora-jax[triton]')"
+        if tuple(int(part) for part in found.split(".")[:2]) < least:
+            return f"{package} is {found} and it needs {wanted}"
+    if jax.__version_info__ >= (0, 12) and importlib.metadata.version("jax-triton") < "0.5":
+        return f"jax-triton 0.4 cannot be lowered by jax {jax.__version__}, only by jax 0.11"
+    return None
 
 
 def why_not_mosaic(layout: Layout, dtype: DTypeLike) -> str | None:
