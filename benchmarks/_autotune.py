@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from benchmarks._points import Point
-from benchmarks._programs import compile_program, make_input, make_weights, timing, whole_error
+from benchmarks._programs import compile_check, compile_program, make_input, make_weights, timing
 from pallas_kernels import dispatch
 from pallas_kernels.nf4_gemv.api import MAX_ROWS
 
@@ -71,6 +71,8 @@ def measure_candidates(
     ]
     began = time.monotonic()
     programs = [run.program(point) for point in points]
+    of_shape = {program.point.shape_name: program for program in programs}
+    checks = {shape: pool.submit(compile_check, p) for shape, p in of_shape.items()}
     compiled = [pool.submit(compile_program, program) for program in programs]
     concurrent.futures.wait(compiled, timeout=max(run.left() * 0.7, 1))
     print(f"{op}:{rows}: {len(points)} candidates, {time.monotonic() - began:.0f} s", flush=True)
@@ -86,7 +88,7 @@ def measure_candidates(
         if point.shape_name != shape_name:
             shape_name = point.shape_name
             weights, x = make_weights(program, run.seed), make_input(point, run.seed + 1)
-            error = jax.jit(whole_error(point))
+            error = checks[shape_name].result()
         try:
             executable, _ = job.result()
             last_x, out, _ = jax.block_until_ready(executable(x, weights))

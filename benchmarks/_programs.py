@@ -90,7 +90,18 @@ def make_weights(program: Program, seed: int) -> list[tuple[jax.Array, ...]]:
 def make_input(point: Point, seed: int) -> jax.Array:
     """Random activations [rows, k], or [rows, n] for the transposed op."""
     width = point.n if point.op == "transposed" else point.k
-    return jax.random.normal(jax.random.key(seed), (max(point.rows, 1), width), jnp.bfloat16)
+    return _normal(jax.random.key(seed), max(point.rows, 1), width)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, rows: int, width: int) -> jax.Array:
+    return jax.random.normal(key, (rows, width), jnp.bfloat16)
+
+
+def prepare(point: Point) -> None:
+    """Compile what makes the point's weights and input, so that it is there when they are made."""
+    make_weights(Program(point, copies=1, rounds=1, launches=1), 0)
+    make_input(point, 0)
 
 
 def op_function(point: Point, interpret: bool | None = None) -> Callable[..., jax.Array]:
@@ -166,6 +177,18 @@ def compile_program(program: Program) -> tuple[jax.stages.Compiled, float]:
     lowered = jax.jit(build(program)).lower(x, weights)
     compiled = lowered.compile(compiler_options(program.point))
     return compiled, time.monotonic() - began
+
+
+def compile_check(program: Program) -> Callable[..., jax.Array]:
+    """The compiled `whole_error` of the program's point."""
+    point = dataclasses.replace(program.point, implementation="xla", config=None)
+    (weight, *_) = jax.eval_shape(lambda: make_weights(Program(point, 1, 1, 1), 0))
+    x = jax.eval_shape(lambda: make_input(point, 0))
+    out = jax.eval_shape(op_function(point), x, *weight)
+    # Its speed does not matter: no autotuning.
+    options = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+    lowered = jax.jit(whole_error(point)).lower(x, weight, out)
+    return lowered.compile(options if jax.default_backend() == "gpu" else None)
 
 
 def timing(

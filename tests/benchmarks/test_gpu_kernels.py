@@ -64,7 +64,7 @@ def test_a_wrong_kernel_is_called_wrong(tmp_path, monkeypatch):
         return (lambda *args: 2 * op(*args)) if point.implementation == "xla" else op
 
     monkeypatch.setattr(_programs, "op_function", doubled)
-    monkeypatch.setattr(gpu_kernels, "whole_error", lambda point: lambda *args: jnp.float32(0))
+    monkeypatch.setattr(gpu_kernels, "compile_check", lambda program: lambda *_: jnp.float32(0))
     arguments = ["--implementations", "xla", "--ops", "matmul", "--shapes", "toy", "--rows", "2"]
     base = ["--toy", "--out", str(tmp_path), "--repeats", "1", "--threads", "1"]
     assert gpu_kernels.main(base + arguments) == 1
