@@ -90,7 +90,7 @@ def load_model(
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
 
-    def build(key: Key[Array, ""]) -> Decoder:
+    def build(key: Key[Array, ""], quant: QuantConfig | None = quant) -> Decoder:
         return Decoder(
             config,
             quant=quant,
@@ -110,7 +110,7 @@ def load_model(
     _fill(model, weights, slots, None if stored is not None else quant, progress)
     if lora is not None:
         # Only the adapters are asked for, so the compiler drops the random base.
-        adapters = jax.jit(lambda key: nnx.state(build(key), nnx.LoRAParam))
+        adapters = jax.jit(lambda key: nnx.state(build(key, None), nnx.LoRAParam))
         nnx.update(model, adapters(key))
     if trainable_base:
         unfreeze(model)

@@ -297,7 +297,7 @@ class Decoder(nnx.Module):
 
             return DecoderLayer(config, dense)
 
-        def layer_state(key: Array) -> nnx.State:
+        def layer_state(key: Array) -> Any:
             return nnx.state(make_layer(key))
 
         vocab, embed = config.vocab_size, config.hidden_size
@@ -361,7 +361,7 @@ class Decoder(nnx.Module):
             else jax.random.split(dropout_key, self.config.num_hidden_layers)
         )
 
-        def step(x: Array, layer: tuple[nnx.State, Array | None]) -> tuple[Array, None]:
+        def step(x: Array, layer: tuple[Any, Array | None]) -> tuple[Array, None]:
             state, key = layer
             y = nnx.merge(graphdef, state)(
                 x, turns, key_mask, implementation=self.attention, dropout_key=key
