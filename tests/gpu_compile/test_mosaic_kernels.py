@@ -1,0 +1,72 @@
+"""The Hopper kernels (Mosaic GPU, wgmma) at Llama's linear shapes, compiled for an H200."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import compile_for as harness
+from pallas_kernels._arguments import Layout
+from pallas_kernels.cards import CARDS
+from tests.gpu_compile.test_kernels import SHAPES, packed
+
+pytestmark = pytest.mark.skipif(
+    not harness.gpu_compiler_available(), reason=f"no GPU compiler here. {harness.PLUGIN_HINT}"
+)
+
+WORK = (("gemv", 1), ("matmul", 16), ("matmul", 4096), ("transposed", 4096))
+QUICK = {
+    ("7b-qkvo", "gemv"),
+    ("70b-down", "gemv"),
+    ("7b-qkvo", "matmul"),
+    ("7b-gate", "transposed"),
+}
+MATRIX = [
+    pytest.param(
+        name,
+        *work,
+        id=f"{name}-{work[0]}-{work[1]}",
+        marks=() if (name, work[0]) in QUICK else pytest.mark.slow,
+    )
+    for name, work in itertools.product(SHAPES, WORK)
+]
+
+
+def kernel_of(op: str):
+    # Imported here: it loads Mosaic GPU, which needs the plugin's jaxlib.
+    if op == "gemv":
+        from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic as kernel
+    elif op == "matmul":
+        from pallas_kernels.nf4_matmul.mosaic_sm90 import nf4_matmul_mosaic as kernel
+    else:
+        from pallas_kernels.nf4_matmul_transposed.mosaic_sm90 import (
+            nf4_matmul_transposed_mosaic as kernel,
+        )
+    return kernel
+
+
+@pytest.mark.parametrize(("shape_name", "op", "rows"), MATRIX)
+def test_hopper_kernel(shape_name, op, rows):
+    n, k = SHAPES[shape_name]
+    layout = Layout((n, k), "nf4", 64, double_quant=True)
+    kernel = kernel_of(op)
+    x = jax.ShapeDtypeStruct((rows, n if op == "transposed" else k), jnp.bfloat16)
+    after = () if op == "transposed" else (None,)
+
+    def run(x, *weight):
+        return kernel(x, *weight, *after, layout=layout)
+
+    compiled, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
+    own = [k for k in kernels if "mosaic_gpu" in k.name]
+    assert own, [k.name for k in kernels]
+    for code in own:
+        if code.registers is not None:
+            assert code.spill_bytes == 0
+            assert code.registers * code.threads <= CARDS["h200"].multiprocessor.registers
+        wide = re.search(r"ld\.(?:volatile\.)?global[\w.:]*\.v4\.[bu]32", code.ptx)
+        assert wide or "cp.async.bulk" in code.ptx, "codes are not read 16 bytes at a time"
+        if op != "gemv":
+            assert "wgmma.mma_async" in code.ptx
+    assert compiled.memory_analysis().temp_size_in_bytes < n * k
