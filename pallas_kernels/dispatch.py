@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels._arguments import Layout
+from pallas_kernels._mosaic import why_not_mosaic
 from pallas_kernels._triton import TritonConfig, why_not_triton
 from pallas_kernels.cards import CARDS
 
@@ -31,7 +32,7 @@ IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu", "jax_triton")
 AVAILABLE = {
     "nf4_dequantize": ("xla", "triton", "jax_triton"),
     "nf4_matmul": ("xla", "triton", "mosaic_gpu"),
-    "nf4_matmul_transposed": ("xla", "triton"),
+    "nf4_matmul_transposed": ("xla", "triton", "mosaic_gpu"),
     "nf4_gemv": ("xla", "triton", "mosaic_gpu"),
 }
 """op -> the implementations it has."""
@@ -119,7 +120,9 @@ def which_implementation(
         )
     kind = target() if kind is None else kind
     if implementation is not None:
-        problem = why_not(op, implementation, layout, kind, interpret, dtype)
+        problem = why_not(
+            op, implementation, rows, layout, kind=kind, interpret=interpret, dtype=dtype
+        )
         if problem:
             raise ValueError(
                 f"implementation is {implementation!r}, but {problem}: "
@@ -137,7 +140,9 @@ def which_implementation(
             if rule.implementation == implementation:
                 return Choice(implementation, rule.config, "asked for")
             continue
-        problem = why_not(op, rule.implementation, layout, kind, interpret, dtype)
+        problem = why_not(
+            op, rule.implementation, rows, layout, kind=kind, interpret=interpret, dtype=dtype
+        )
         if problem is None:
             return Choice(rule.implementation, rule.config, f"tuned for {rule.card}")
         return Choice("xla", None, problem)
@@ -149,7 +154,14 @@ def which_implementation(
 
 
 def why_not(
-    op: str, implementation: str, layout: Layout, kind: str, interpret: bool, dtype: DTypeLike
+    op: str,
+    implementation: str,
+    rows: int,
+    layout: Layout,
+    *,
+    kind: str,
+    interpret: bool,
+    dtype: DTypeLike,
 ) -> str | None:
     """Why an implementation cannot run `op` there on this weight; None where it can."""
     if implementation == "xla":
@@ -165,7 +177,10 @@ def why_not(
             return "Pallas' interpreter cannot run it (its own emulation is in the tests)"
         if card is None or not card.supports_mosaic_gpu:
             return f"it needs compute capability 9.0 and {kind!r} has another"
-        return why_not_mosaic(layout, dtype)
+        problem = why_not_mosaic(op, rows, layout, dtype)
+        if problem and op == "nf4_gemv":  # its larger sister may take it
+            problem = why_not_mosaic("nf4_matmul", rows, layout, dtype)
+        return problem
     if implementation == "jax_triton":
         if interpret:
             return "Pallas' interpreter cannot run it (Triton's own does, in the tests)"
@@ -192,19 +207,6 @@ def missing_jax_triton() -> str | None:
             return f"{package} is {found} and it needs {wanted}"
     if jax.__version_info__ >= (0, 12) and importlib.metadata.version("jax-triton") < "0.5":
         return f"jax-triton 0.4 cannot be lowered by jax {jax.__version__}, only by jax 0.11"
-    return None
-
-
-def why_not_mosaic(layout: Layout, dtype: DTypeLike) -> str | None:
-    """Why the Hopper kernels cannot take this weight, or None where they can."""
-    n, k = layout.shape
-    if layout.quant_type == "int8" or layout.blocksize != 64 or k % 64 or n % 2:
-        return (
-            f"the weight is {layout.quant_type} {layout.shape} in blocks of {layout.blocksize}, "
-            "and the Hopper kernels take 4-bit codes in blocks of 64, k a multiple of 64, n even"
-        )
-    if jnp.dtype(dtype).itemsize != 2:
-        return f"the activations are {jnp.dtype(dtype).name}, and the Hopper kernels take 16 bits"
     return None
 
 

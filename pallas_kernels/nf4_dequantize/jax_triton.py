@@ -76,15 +76,12 @@ def nf4_dequantize_jax_triton(
 ) -> Float[Array, "..."]:
     """The weight itself, of any shape and any 4-bit type; `block_k` elements per program."""
 
-    def run(
-        codes: Array, absmax: Array, nested_absmax: Array | None, offset: Array | None
-    ) -> Array:
+    def run(codes: Array, absmax: Array, *nested: Array) -> Array:
         unused = jnp.zeros((1,), jnp.float32)
         return jax_triton.triton_call(
             codes.reshape(-1),
             absmax,
-            unused if nested_absmax is None else nested_absmax,
-            unused if offset is None else offset.reshape(1),
+            *((nested[0], nested[1].reshape(1)) if nested else (unused, unused)),
             jnp.asarray(DYNAMIC_SIGNED),
             jnp.asarray(CODEBOOKS[layout.quant_type]),
             kernel=dequantize_kernel,
@@ -98,19 +95,20 @@ def nf4_dequantize_jax_triton(
         ).reshape(layout.shape)
 
     @jax.custom_batching.custom_vmap
-    def batched(*weight: Array | None) -> Array:
+    def batched(*weight: Array) -> Array:
         return run(*weight)
 
     @batched.def_vmap
-    def _one_by_one(_size: int, in_batched: list[bool], *weight: Array | None) -> tuple:
-        stacked = tuple(w if b else None for w, b in zip(weight, in_batched, strict=True))
+    def _one_by_one(_size: int, in_batched: list[bool], *weight: Array) -> tuple[Array, bool]:
+        stacked = [w for w, b in zip(weight, in_batched, strict=True) if b]
 
-        def one(parts: tuple[Array | None, ...]) -> Array:
-            return run(*(w if p is None else p for w, p in zip(weight, parts, strict=True)))
+        def one(parts: list[Array]) -> Array:
+            own = iter(parts)
+            return run(*(next(own) if b else w for w, b in zip(weight, in_batched, strict=True)))
 
         return jax.lax.map(one, stacked), True
 
-    return batched(codes, absmax, nested_absmax, offset)
+    return batched(*(w for w in (codes, absmax, nested_absmax, offset) if w is not None))
 
 
 def kernel_constants(layout: Layout, width: int) -> dict[str, int | bool]:

@@ -4,6 +4,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import check_matmul, check_packed, rows_of
+from pallas_kernels._mosaic import why_not_mosaic
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_gemv.reference import nf4_gemv_xla
 from pallas_kernels.nf4_gemv.triton import nf4_gemv_triton
@@ -64,9 +65,11 @@ def nf4_gemv(
         )
     if choice.implementation == "mosaic_gpu":
         # Imported where it runs: it loads Mosaic, which no other implementation needs.
-        from pallas_kernels.nf4_gemv import mosaic_sm90 as few
-        from pallas_kernels.nf4_matmul import mosaic_sm90 as many
+        if why_not_mosaic("nf4_gemv", rows_of(x), layout, x.dtype) is None:
+            from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
 
-        run = few.nf4_gemv_mosaic if rows_of(x) <= few.MAX_ROWS else many.nf4_matmul_mosaic
-        return run(x, *weight, bias, layout=layout)
+            return nf4_gemv_mosaic(x, *weight, bias, layout=layout)
+        from pallas_kernels.nf4_matmul.mosaic_sm90 import nf4_matmul_mosaic
+
+        return nf4_matmul_mosaic(x, *weight, bias, layout=layout)
     return nf4_gemv_xla(x, *weight, bias, layout=layout)

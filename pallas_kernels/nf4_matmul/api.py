@@ -62,7 +62,7 @@ def nf4_matmul(
             nested_absmax,
             offset,
             bias,
-            shape=layout.shape,
+            shape=(layout.shape[0], layout.shape[1]),
             quant_type=quant_type,
             blocksize=blocksize,
             implementation=implementation,

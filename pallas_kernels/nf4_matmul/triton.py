@@ -83,8 +83,9 @@ def _kernel(
     mask = both(in_m, None if row_mask is None else row_mask[None, :])
     if mask is not None:
         mask = jnp.broadcast_to(mask, total.shape)
-    where = (m_index[:, None], row[None, :])
-    where = where if config.split_k == 1 else (jnp.full_like(where[0], part), *where)
+    where: tuple[Array, ...] = (m_index[:, None], row[None, :])
+    if config.split_k > 1:
+        where = (jnp.full_like(where[0], part), *where)
     plgpu.store(out_ref.at[where], total.astype(out_ref.dtype), mask=mask)
 
 

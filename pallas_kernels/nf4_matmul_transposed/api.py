@@ -63,4 +63,9 @@ def nf4_matmul_transposed(
         return nf4_matmul_transposed_triton(
             dy, *weight, layout=layout, config=config or choice.config, interpret=interpret
         )
+    if choice.implementation == "mosaic_gpu":
+        # Imported where it runs: it loads Mosaic, which no other implementation needs.
+        from pallas_kernels.nf4_matmul_transposed.mosaic_sm90 import nf4_matmul_transposed_mosaic
+
+        return nf4_matmul_transposed_mosaic(dy, *weight, layout=layout)
     return nf4_matmul_transposed_xla(dy, *weight, layout=layout)
