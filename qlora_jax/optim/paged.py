@@ -124,9 +124,11 @@ def paged(
 def resting_shardings(tree: PyTree) -> PyTree:
     """`out_shardings` that let every array of `tree` rest where it rests now.
 
-    Arrays in pinned host memory give their sharding, memory kind included; all others give None,
-    which leaves the choice to the compiler. Without this, a jitted step may return paged state
-    on the device (JAX decides by version and platform).
+    An array in pinned host memory, or spread over several devices, gives its own sharding, memory
+    kind included; one in the memory of one device gives None. Without this, a jitted step may
+    return paged state on the device (JAX decides by version and platform), and over several
+    devices XLA may pair a donated array with an output of the other memory kind and fail
+    ("Memory kind mismatch"): give the shardings of all donated arrays, parameters too.
 
     Args:
       tree: concrete arrays, such as a training state just initialised.
@@ -137,7 +139,10 @@ def resting_shardings(tree: PyTree) -> PyTree:
 
     def rest(leaf: Any) -> jax.sharding.Sharding | None:
         sharding = getattr(leaf, "sharding", None)
-        return sharding if getattr(sharding, "memory_kind", None) == "pinned_host" else None
+        if sharding is None:
+            return None
+        elsewhere = sharding.memory_kind == "pinned_host" or len(sharding.device_set) > 1
+        return sharding if elsewhere else None
 
     return jax.tree.map(rest, tree)
 

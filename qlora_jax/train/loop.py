@@ -127,7 +127,11 @@ def fit(
     folder = Path(run_folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked_run_folder(folder))
-        check_or_write_config(folder, describe_run(config, identity or {}))
+        checkpoints = stack.enter_context(
+            Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
+        )
+        started = checkpoints.latest_step() is not None
+        check_or_write_config(folder, describe_run(config, identity or {}), started=started)
         console = console or Console()
         outlets: list[Callback] = [
             MetricsFile(folder / "metrics.jsonl"),
@@ -138,9 +142,6 @@ def fit(
             outlets.append(TensorBoard(folder / "tensorboard"))
         for outlet in outlets:
             stack.callback(outlet.close)
-        checkpoints = stack.enter_context(
-            Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
-        )
         run = _Run(model, config, loss_fn, tx or config.optimizer(), checkpoints, outlets)
         # The step uses up the model's own arrays, so it is given the trained ones however it ends.
         stack.callback(lambda: nnx.update(model, run.state.lora))

@@ -1,4 +1,4 @@
-"""A run folder belongs to one process at a time and to one configuration for ever.
+"""A run folder belongs to one process at a time and, from its first checkpoint on, to one run.
 
     run/config.json     what the run is: its TrainConfig, and whatever else the caller names
     run/run.lock        who writes here now (pid, host), held by an operating-system lock
@@ -123,14 +123,17 @@ def describe_run(config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, 
     return json.loads(json.dumps(description, default=str))
 
 
-def check_or_write_config(folder: Path, description: dict[str, Any]) -> None:
-    """Write config.json; or, where it exists, make sure that it describes the same run.
+def check_or_write_config(folder: Path, description: dict[str, Any], *, started: bool) -> None:
+    """Write config.json; or, for a run that has `started`, make sure that it is the same run.
+
+    A run has started once it has a checkpoint. What failed before (a wrong batch shape, a model
+    without adapters) left nothing to resume, and does not bind the folder to its configuration.
 
     Raises:
       ValueError: naming every field that differs, with both values.
     """
     path = folder / "config.json"
-    if not path.exists():
+    if not (started and path.exists()):
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(description, indent=2) + "\n")
         partial.replace(path)

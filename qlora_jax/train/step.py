@@ -65,11 +65,25 @@ def committed(state: TrainState) -> TrainState:
     """The state with every array bound to where it lies (while tracing: as it is).
 
     A step returns arrays bound to their device and memory, and `jax.jit` compiles anew for the
-    difference: unbound arrays in the first step would cost a second compile in the next.
+    difference: unbound arrays in the first step would cost a second compile in the next. Where
+    the adapters are spread over a mesh, what lies on one device alone (counters, the key) is
+    replicated over that mesh, since a program runs on one set of devices.
     """
+    leaves = jax.tree.leaves(state)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return state
+    meshes = [
+        leaf.sharding.mesh
+        for leaf in leaves
+        if isinstance(leaf.sharding, jax.sharding.NamedSharding)
+    ]
 
     def bound(leaf: jax.Array) -> jax.Array:
-        return leaf if isinstance(leaf, jax.core.Tracer) else jax.device_put(leaf, leaf.sharding)
+        if meshes and len(leaf.sharding.device_set) < meshes[0].size:
+            return jax.device_put(
+                leaf, jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
+            )
+        return jax.device_put(leaf, leaf.sharding)
 
     return jax.tree.map(bound, state)
 

@@ -33,7 +33,7 @@ def _run(tx: optax.GradientTransformation, params, steps: int = 3, donate: bool 
     step = jax.jit(
         step,
         donate_argnums=(0, 1) if donate else (),
-        out_shardings=(None, resting_shardings(state)),
+        out_shardings=resting_shardings((params, state)),
     )
     for i in range(steps):
         params, state = step(params, state, jnp.float32(3.0 + i))
@@ -115,6 +115,18 @@ def test_state_has_the_structure_of_the_unpaged_one():
     params = _params([(3, 3), (4,)])
     tx = optax.adamw(1e-3)
     _assert_same_bits(paged(tx, min_size=0).init(params), tx.init(params))
+
+
+def test_sharded_parameters_keep_their_sharding_on_the_host():
+    mesh = jax.make_mesh((8,), ("shard",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("shard"))
+    params = jax.device_put(_params([(16, 8), (32, 3), (8,)]), sharding)
+    tx = optax.adamw(1e-2)
+    found = _run(paged(tx, min_size=0), params, donate=True)
+    for leaf in jax.tree.leaves(found[1][0].mu):
+        assert leaf.sharding.memory_kind == "pinned_host"
+        assert leaf.sharding.spec == sharding.spec
+    _assert_same_bits(found, _run(tx, params))
 
 
 def test_no_parameters():

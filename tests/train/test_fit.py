@@ -2,6 +2,8 @@
 
 import io
 import json
+import sys
+import types
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from qlora_jax.train import Checkpoints, TrainConfig, fit
+from qlora_jax.train import Checkpoints, TrainConfig, WandB, fit
 from qlora_jax.train.callbacks import MetricsFile, TensorBoard, read_lines
 from qlora_jax.train.progress import ProgressDisplay
 from tests.train.toy import Toy, ToyBatches, adapters, toy_loss
@@ -136,6 +138,31 @@ def test_metrics_file_cuts_what_a_killed_run_left_after_its_checkpoint(tmp_path)
     file.flush()
     file.close()
     assert read_lines(path) == [*lines[:2], {"step": 3, "loss": 9.0}]
+
+
+def test_what_failed_before_its_first_checkpoint_does_not_bind_the_folder(tmp_path):
+    with pytest.raises(ValueError, match="leaf of shape"):
+        _fit(tmp_path, batches=ToyBatches(3), identity={"data": "wrong"})
+    _, result, _ = _fit(tmp_path, identity={"data": "right"})
+    assert result.step == 12
+    assert json.loads((tmp_path / "config.json").read_text())["run"] == {"data": "right"}
+
+
+def test_wandb_gets_the_same_numbers(monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
+    )
+    fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    outlet = WandB("project", name="cell", config={"seed": 1})
+    outlet.start(0)
+    outlet.log(1, {"loss": 2.0})
+    outlet.flush()
+    outlet.close()
+    assert calls[0]["id"] == "cell"
+    assert calls[0]["config"] == {"seed": 1}
+    assert calls[1:] == [(1, {"loss": 2.0}), "end"]
 
 
 def test_tensorboard_needs_its_package(tmp_path, monkeypatch):

@@ -141,3 +141,42 @@ def test_bfloat16_adapters_are_accumulated_in_float32():
     state, metrics = make_train_step(graphdef, tx, toy_loss)(state, frozen, ToyBatches(4, 2).at(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.lora)} == {jnp.dtype(jnp.bfloat16)}
     assert np.isfinite(float(metrics.grad_norm))
+
+
+def test_adapters_spread_over_a_mesh_train_as_on_one_device():
+    mesh = jax.make_mesh((8,), ("shard",), axis_types=(jax.sharding.AxisType.Auto,))
+    named = jax.sharding.NamedSharding
+
+    def run(place):
+        graphdef, lora, frozen = _split(Toy(dropout=0.1))
+        tx = TrainConfig(page_min_size=0, learning_rate=1e-2).optimizer()
+        state = init_state(place(lora), tx, seed=0)
+        step = make_train_step(graphdef, tx, toy_loss, state=state)
+        for i in range(3):
+            state, _ = step(state, frozen, ToyBatches(2, 4).at(i))
+        return state
+
+    def spread(lora):
+        # A [r, in] over its inputs, B [out, r] over its outputs.
+        specs = {"lora_A": (None, "shard"), "lora_B": ("shard", None)}
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jax.device_put(
+                leaf,
+                named(
+                    mesh,
+                    jax.sharding.PartitionSpec(
+                        *next(s for n, s in specs.items() if n in jax.tree_util.keystr(path))
+                    ),
+                ),
+            ),
+            lora,
+        )
+
+    one, many = run(lambda lora: lora), run(spread)
+    for a, b in zip(jax.tree.leaves(one.lora), jax.tree.leaves(many.lora), strict=True):
+        assert len(b.sharding.device_set) == 8
+        assert not b.sharding.is_fully_replicated
+        # Sums over inputs are split over devices: another order of addition.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    moments = jax.tree.leaves(many.opt_state[1][0].mu)
+    assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host"}
