@@ -6,7 +6,8 @@ op up to that many rows, so the winner is the candidate with the least *regret*:
 over shapes of its time over the shape's best.
 
 `tuned.json` in the output folder is this card's rules in the form of `pallas_kernels/tuned.json`;
-`autotune.json` keeps every time that was measured.
+`autotune.json` keeps every time that was measured. With those rules in place, an ordinary run
+compares the implementations and writes which to take where: `rules.json`, in the same form.
 """
 
 import concurrent.futures
@@ -22,6 +23,7 @@ import jax
 from benchmarks._points import Point
 from benchmarks._programs import compile_check, compile_program, make_input, make_weights, timing
 from pallas_kernels import dispatch
+from pallas_kernels._arguments import Layout
 from pallas_kernels.nf4_gemv.api import MAX_ROWS
 
 if TYPE_CHECKING:
@@ -109,25 +111,34 @@ def measure_candidates(
     return entries
 
 
-def best_rule(
-    run: "Run", op: str, rows: int, entries: list[dict[str, Any]]
-) -> dict[str, Any] | None:
-    """The candidate of least regret among those right and measured on every shape."""
-    by_config: dict[str, dict[str, float]] = {}
-    for entry in entries:
-        if "seconds" in entry:
-            key = json.dumps(entry["config"], sort_keys=True)
-            by_config.setdefault(key, {})[entry["shape"]] = entry["seconds"]
-    shapes = {entry["shape"] for entry in entries}
-    complete = {key: found for key, found in by_config.items() if set(found) == shapes}
+def least_regret(times: dict[str, dict[str, float]], shapes: set[str]) -> str | None:
+    """Of candidate -> shape -> seconds, the candidate nearest to the best over all shapes.
+
+    Nearest by the geometric mean of its time over the shape's best; one that is not measured on
+    every shape (wrong, failed, out of time) is no candidate. None where none is left.
+    """
+    complete = {name: found for name, found in times.items() if set(found) == shapes}
     if not complete:
         return None
     best = {shape: min(found[shape] for found in complete.values()) for shape in shapes}
+    return min(
+        complete,
+        key=lambda name: sum(math.log(complete[name][shape] / best[shape]) for shape in shapes),
+    )
 
-    def regret(found: dict[str, float]) -> float:
-        return sum(math.log(found[shape] / best[shape]) for shape in shapes)
 
-    key = min(complete, key=lambda candidate: regret(complete[candidate]))
+def best_rule(
+    run: "Run", op: str, rows: int, entries: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The Triton candidate of least regret, as a rule."""
+    times: dict[str, dict[str, float]] = {}
+    for entry in entries:
+        if "seconds" in entry:
+            key = json.dumps(entry["config"], sort_keys=True)
+            times.setdefault(key, {})[entry["shape"]] = entry["seconds"]
+    key = least_regret(times, {entry["shape"] for entry in entries})
+    if key is None:
+        return None
     return {
         "op": dispatch_op(op, rows),
         "card": dispatch.card_name(run.device.device_kind) or run.device.device_kind,
@@ -135,6 +146,42 @@ def best_rule(
         "implementation": "triton",
         "config": json.loads(key),
     }
+
+
+def implementation_rules(run: "Run") -> list[dict[str, Any]]:
+    """Which implementation to take, by op and rows, from the points of a finished run.
+
+    A Triton rule carries the tile sizes that were measured: those of the table at the time.
+    """
+    points = [p for p in run.results["points"] if p["implementation"] in dispatch.IMPLEMENTATIONS]
+    rules = []
+    for op, rows in dict.fromkeys((p["op"], p["rows"]) for p in points):
+        here = [p for p in points if (p["op"], p["rows"]) == (op, rows)]
+        times: dict[str, dict[str, float]] = {}
+        for point in here:
+            if point["status"] == "ok":
+                found = times.setdefault(point["implementation"], {})
+                found[point["shape_name"]] = point["seconds"]
+        name = least_regret(times, {p["shape_name"] for p in here})
+        if name is None:
+            continue
+        config = None
+        if name == "triton":
+            layout = Layout((here[0]["n"], here[0]["k"]), "nf4", 64, double_quant=True)
+            choice = dispatch.which_implementation(
+                dispatch_op(op, rows), max(rows, 1), layout, implementation=name, interpret=True
+            )
+            config = dataclasses.asdict(choice.config) if choice.config else None
+        rules.append(
+            {
+                "op": dispatch_op(op, rows),
+                "card": dispatch.card_name(run.device.device_kind) or run.device.device_kind,
+                "max_rows": rows,
+                "implementation": name,
+                "config": config,
+            }
+        )
+    return cover_all_rows(rules)
 
 
 def cover_all_rows(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:

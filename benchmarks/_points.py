@@ -93,7 +93,8 @@ def plan(
     for op, m in dict.fromkeys(wanted):
         if op not in ops:
             continue
-        names = [i for i in implementations if not (op == "dequantize" and i in BASELINES)]
+        without = (*BASELINES, "mosaic_gpu") if op == "dequantize" else ()
+        names = [i for i in implementations if i not in without]
         group = [
             Point(op, implementation, m, name, *shape)
             for (name, shape), implementation in itertools.product(shapes.items(), names)

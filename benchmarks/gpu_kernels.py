@@ -8,9 +8,10 @@ then the time per call, and beside it two ceilings measured in the same run: the
 large copy and the rate of a large bf16 product. The 16-bit baseline runs in the same programs.
 
 Results are written after every point, so a session that ends early keeps what it has:
-`kernels.json`, `kernels.md` and `roofline.png` in the output folder, where it also looks for the
-peer's numbers (`benchmarks.gpu_bitsandbytes`). Without a GPU it runs at toy sizes (`--toy`), with
-the kernels in interpret mode: the numbers mean nothing, the path is the same.
+`kernels.json`, and at the end `kernels.md`, `roofline.png` and `rules.json` (what the dispatch
+should take, see `_autotune`), in the output folder, where it also looks for the peer's numbers
+(`benchmarks.gpu_bitsandbytes`). Without a GPU it runs at toy sizes (`--toy`), with the kernels in
+interpret mode: the numbers mean nothing, the path is the same.
 
 The method: a program of many calls on cold weights (`_programs`), compiled ahead in parallel
 threads, the median over repeats, and the spread beside it.
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run.measure()
     finally:
+        rules = _autotune.implementation_rules(run)
+        (options.out / "rules.json").write_text(json.dumps(rules, indent=1) + "\n")
         run.add_peer()
         run.write()
         _report.write_markdown(run.results, options.out / "kernels.md")

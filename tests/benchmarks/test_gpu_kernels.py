@@ -141,3 +141,37 @@ def test_the_rule_of_least_regret_wins_and_failures_do_not():
     assert rule["op"] == "nf4_matmul_transposed"
     rules = _autotune.cover_all_rows([rule | {"max_rows": 4096}, rule])
     assert [r["max_rows"] for r in rules] == [64, _autotune.ALL_ROWS]
+
+
+def test_rules_take_the_fastest_right_implementation_everywhere_measured():
+    def point(op, rows, implementation, seconds, status="ok", shape="a"):
+        return {
+            "op": op,
+            "rows": rows,
+            "implementation": implementation,
+            "seconds": seconds,
+            "status": status,
+            "shape_name": shape,
+            "n": 128,
+            "k": 256,
+        }
+
+    class Run:
+        device = jax.devices()[0]
+        results: dict = {  # noqa: RUF012
+            "points": [
+                point("matmul", 1, "xla", 9.0),
+                point("matmul", 1, "triton", 2.0),
+                point("matmul", 1, "mosaic_gpu", 1.0, status="wrong"),
+                point("matmul", 64, "triton", 3.0),
+                point("matmul", 64, "mosaic_gpu", 2.0),
+                point("matmul", 64, "bf16", 0.1),
+            ]
+        }
+
+    few, many = _autotune.implementation_rules(Run())
+    assert (few["op"], few["implementation"], few["max_rows"]) == ("nf4_gemv", "triton", 16)
+    assert TritonConfig(**few["config"])
+    assert (many["op"], many["implementation"]) == ("nf4_matmul", "mosaic_gpu")
+    assert many["config"] is None
+    assert many["max_rows"] == _autotune.ALL_ROWS
