@@ -9,6 +9,8 @@ NeurIPS 2023, arXiv 2305.14314.
 """
 
 from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense, add_lora, quantize_module
+from qlora_jax.optim import paged
+from qlora_jax.pretrained import load_pretrained
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize, quantized_matmul
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "QuantDense",
     "QuantizedTensor",
     "add_lora",
+    "load_pretrained",
+    "paged",
     "quantize",
     "quantize_module",
     "quantized_matmul",
