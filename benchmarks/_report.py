@@ -2,11 +2,12 @@
 
 import collections
 import datetime
+import json
 import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,35 @@ def kernel_times(run: Callable[[], Any], program: Program) -> dict[str, Any]:
         return {"kernel_error": "the trace holds no GPU kernels"}
     top = {name: seconds / calls for name, seconds in busy.most_common(4)}
     return {"kernel_s": sum(busy.values()) / calls, "kernels": top}
+
+
+def merge(paths: Sequence[Path]) -> dict[str, Any]:
+    """Several `kernels.json` of one card as one; of a point in several, the last that was timed.
+
+    Raises ValueError where the runs are of different devices.
+    """
+    runs = [json.loads(path.read_text()) for path in paths]
+    devices = {run["meta"]["device"] for run in runs}
+    if len(devices) != 1:
+        raise ValueError(f"the runs are of {sorted(devices)}; merge those of one device")
+    points: dict[str, dict[str, Any]] = {}
+    for point in (point for run in runs for point in run["points"]):
+        if "seconds" in point or "seconds" not in points.get(point["label"], {}):
+            points[point["label"]] = point
+    # Each run measured its ceilings; the best of them is what the card can do.
+    names = list(runs[0]["ceilings"])
+    ceilings = {name: max(run["ceilings"].get(name, 0) for run in runs) for name in names}
+    metas = [run["meta"] for run in runs]
+    meta = {key: value for meta in metas for key, value in meta.items()} | {"runs": metas}
+    return {"meta": meta, "ceilings": ceilings, "points": list(points.values())}
+
+
+def write_all(results: dict[str, Any], folder: Path) -> None:
+    """`kernels.json`, `kernels.md` and `roofline.png` of the results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels.json").write_text(json.dumps(results, indent=1))
+    write_markdown(results, folder / "kernels.md")
+    write_roofline(results, folder / "roofline.png")
 
 
 def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -57,6 +57,9 @@ IMPLEMENTATIONS = ("bf16", "triton", "mosaic_gpu", "xla", "bf16-xla")
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a line per point, write the files; 1 if any kernel was wrong."""
     options = _parser().parse_args(argv)
+    if options.merge:
+        _report.write_all(_report.merge(options.merge), options.out)
+        return 0
     run = Run(options)
     try:
         run.measure()
@@ -64,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rules = _autotune.implementation_rules(run)
         (options.out / "rules.json").write_text(json.dumps(rules, indent=1) + "\n")
         run.add_peer()
-        run.write()
-        _report.write_markdown(run.results, options.out / "kernels.md")
-        _report.write_roofline(run.results, options.out / "roofline.png")
+        _report.write_all(run.results, options.out)
     wrong = [p["label"] for p in run.results["points"] if p["status"] == "wrong"]
     if wrong:
         print("WRONG:", ", ".join(wrong))
@@ -76,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, help="measure nothing: join these kernels.json in --out"
+    )
     parser.add_argument("--budget", type=float, default=480, help="seconds, compiles included")
     parser.add_argument("--quick", action="store_true", help="rows 1 and 4096, Llama 7B and 70B")
     parser.add_argument("--toy", action="store_true", help="toy shapes: what a CPU can interpret")

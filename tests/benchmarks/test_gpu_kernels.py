@@ -175,3 +175,25 @@ def test_rules_take_the_fastest_right_implementation_everywhere_measured():
     assert (many["op"], many["implementation"]) == ("nf4_matmul", "mosaic_gpu")
     assert many["config"] is None
     assert many["max_rows"] == _autotune.ALL_ROWS
+
+
+def test_runs_of_one_card_are_merged_and_of_two_refused(tmp_path):
+    def results(name, device, seconds, copy):
+        point = {"op": "matmul", "rows": 1, "shape_name": "a", "n": 8, "k": 8, "bytes": 9}
+        point |= {"flop": 9, "label": "x", "implementation": "xla", "status": "ok"}
+        point |= {"flop_per_s": 1.0} | ({"seconds": seconds} if seconds else {"error": "late"})
+        meta = {"device": device, "jax": "0", "python": "3", "driver": "d", "date": "today"}
+        ceilings = {"copy_bytes_per_s": copy, "bf16_flops": 1e12}
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"meta": meta, "ceilings": ceilings, "points": [point]}))
+        return str(path)
+
+    first, last = results("a", "H", 2.0, 1e12), results("b", "H", None, 2e12)
+    out = tmp_path / "out"
+    assert gpu_kernels.main(["--out", str(out), "--merge", first, last]) == 0
+    merged = json.loads((out / "kernels.json").read_text())
+    assert [p["seconds"] for p in merged["points"]] == [2.0]
+    assert merged["ceilings"]["copy_bytes_per_s"] == 2e12
+    assert len(merged["meta"]["runs"]) == 2
+    with pytest.raises(ValueError, match="of one device"):
+        gpu_kernels.main(["--out", str(out), "--merge", first, results("c", "G", 1.0, 1e12)])
