@@ -116,7 +116,7 @@ def loss_panel(lines: Sequence[Line], bounds: tuple[float, float], label: str) -
 
 def change_chart(changes: Sequence[Change], bounds: tuple[float, float]) -> str:
     """One row per run on a common scale: a hollow dot before, a filled one after."""
-    width, row = 220, 16
+    width, row = 400, 18
     low, high = bounds
     span = (high - low) or 1.0
 

@@ -39,13 +39,16 @@ class ModelConfig:
     Attributes:
         source: an embedded model's name, a Hugging Face folder, or a hub name ("owner/name").
         revision: of a hub name.
-        compute_dtype: of activations and matmuls; with `quant: null` also of the frozen weights.
+        compute_dtype: of activations and matmuls.
+        param_dtype: of the frozen weights that are not quantized: embeddings, head, and with
+            `quant: null` all; None for `compute_dtype`.
         remat: what the backward pass recomputes: "full" (least memory), "dots" or "none" (fastest).
     """
 
     source: str = "stdlib-1m"
     revision: str | None = None
     compute_dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    param_dtype: Literal["bfloat16", "float32", "float16"] | None = None
     remat: Literal["full", "dots", "none"] = "full"
 
 

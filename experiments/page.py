@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 
 from experiments.charts import Change, Line, change_chart, loss_panel, y_range
-from experiments.report import CellReport, duration
+from experiments.report import CellReport, duration, percent
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1a; --soft: #6b6a66; --line: #e4e2dc; --card: #fff;
@@ -29,13 +29,15 @@ code { font: .88em ui-monospace, Menlo, Consolas, monospace; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; }
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: .85rem; }
-.grid-table { border-spacing: 8px; border-collapse: separate; margin: 0 -8px; }
-.grid-table th { padding: 0 .4rem; vertical-align: middle; }
+.grid-table { width: 100%; border-spacing: 8px; border-collapse: separate; margin: 0 -8px; }
+.grid-table th { padding: 0 .4rem; vertical-align: middle; width: 1%; white-space: nowrap; }
+.grid-table tr:first-child th { width: auto; }
 .grid-table td { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: .7rem .8rem; vertical-align: top; min-width: 250px; }
+  padding: .7rem .8rem; vertical-align: top; min-width: 300px; }
 .row { display: flex; gap: .55rem; align-items: baseline; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 .row .name { color: var(--soft); flex: 1; } .row b { font-weight: 650; }
+.row .change { min-width: 4em; text-align: right; }
 .down { color: var(--good); } .up { color: var(--bad); }
 .swatch { display: inline-block; width: .7em; height: .7em; border-radius: 50%; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; color: var(--soft);
@@ -48,7 +50,7 @@ th { text-align: left; font-weight: 600; color: var(--soft); font-size: .85rem; 
 .list tr:last-child td { border-bottom: 0; } .list .number { text-align: right; }
 .list .why { white-space: normal; color: var(--bad); }
 svg { display: block; width: 100%; height: auto; }
-svg.change { max-width: 260px; margin-top: .4rem; }
+svg.change { margin-top: .4rem; }
 svg text { fill: var(--soft); font-size: 10px; } svg .grid { stroke: var(--line); }
 svg path { fill: none; } svg .train { stroke-width: 1.2; opacity: .45; }
 svg .held { stroke-width: 2; } svg .bar { stroke-width: 2.5; opacity: .5; }
@@ -111,7 +113,7 @@ percentage is the change. In the chart a hollow dot is before, a filled one afte
 share one scale.</p>
 <div class="scroll">{matrix}</div>
 <h2>Loss over steps</h2>
-<p>Strong dotted lines are held-out loss, faint ones the smoothed training loss.</p>
+<p>Lines with dots are held-out loss, faint ones the smoothed training loss.</p>
 <div class="scroll">{curves}</div>
 <h2>Every cell</h2>
 <div class="scroll">{_list(reports)}</div>
@@ -157,7 +159,7 @@ def _matrix_cell(
         kind = "down" if change < 0 else "up"
         lines.append(
             f'<div class="row">{swatch}{label}<span>{before:.3f} → <b>{after:.3f}</b></span>'
-            f'<span class="{kind}">{change:+.1%}</span></div>'
+            f'<span class="change {kind}">{percent(change)}</span></div>'
         )
         changes.append(Change(variant, color[variant], before, after))
     return "".join(lines) + (change_chart(changes, span) if changes else "")

@@ -89,6 +89,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
+def percent(change: float) -> str:
+    """`"−12.3 %"`, with a minus sign as wide as the plus."""
+    return f"{change:+.1%}".replace("-", "−").replace("%", " %")
+
+
 def csv_text(reports: Sequence[CellReport]) -> str:
     """`results.csv`: one line per cell, labels first; a cell without a result has empty figures."""
     labels = list(dict.fromkeys(name for r in reports for name in r.cell.labels))
@@ -144,7 +149,7 @@ def terminal_table(name: str, reports: Sequence[CellReport]) -> Table:
             *row,
             f"{report.before:.4f}",
             f"[bold]{report.after:.4f}[/bold]",
-            f"[{'green' if change < 0 else 'red'}]{change:+.1%}[/]",
+            f"[{'green' if change < 0 else 'red'}]{percent(change)}[/]",
             f"{result['before']['perplexity']:.1f} → {result['after']['perplexity']:.1f}",
             f"{result['tokens_per_second']:,.0f}",
             duration(result["seconds"]),

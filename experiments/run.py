@@ -193,11 +193,13 @@ def execute(
     checked = check(run)
     train = run.train
     dtype = jnp.dtype(run.model.compute_dtype)
+    param_dtype = jnp.dtype(run.model.param_dtype) if run.model.param_dtype else dtype
     model, _ = load_pretrained(
         checked.folder,
         quant=run.quant,
         lora=run.lora,
         compute_dtype=dtype,
+        param_dtype=param_dtype,
         remat=run.model.remat,
         seed=train.seed,
     )

@@ -10,10 +10,10 @@ corpus is one array of token ids there, a batch is a gather at random offsets, a
 one `lax.scan` in one jitted call.
 
 The corpus is small (2.4M tokens), so a model sees it many times, and what keeps it from learning
-it by heart is a schedule that ends in time and a strong weight decay. How much of both a scale wants
-is tried: every combination of `--epochs` and `--weight-decay` is a run (linear warm-up, then cosine to
-nothing), and the weights with the lowest held-out loss are kept. With `--minutes` there is one run,
-whose length is found by timing its first chunks (all of them warm-up).
+it by heart is a schedule that ends in time and a strong weight decay. How much of both a scale
+wants is tried: every combination of `--epochs` and `--weight-decay` is a run (linear warm-up, then
+cosine to nothing), and the weights with the lowest held-out loss are kept. With `--minutes` there
+is one run, whose length is found by timing its first chunks (all of them warm-up).
 
 Each model is written as a Hugging Face folder in bfloat16: config.json, model.safetensors,
 tokenizer.json, tokenizer_config.json, and training.json with what was run and what came out.
