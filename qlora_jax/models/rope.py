@@ -100,8 +100,7 @@ def _yarn_ramp(config: RopeConfig, head_dim: int) -> Float[np.ndarray, "half"]:
     if config.truncate:
         first, last = np.floor(first), np.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
-    width = max(last - first, 1e-3)
-    return np.clip((np.arange(head_dim // 2) - first) / width, 0.0, 1.0)
+    return np.clip((np.arange(head_dim // 2) - first) / (last - first or 1e-3), 0.0, 1.0)
 
 
 def attention_factor(config: RopeConfig) -> float:

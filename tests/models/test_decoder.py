@@ -1,0 +1,245 @@
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qlora_jax.models import Decoder, DecoderConfig, attention_for, next_token_loss, unfreeze
+from qlora_jax.nn import FrozenParam, LoraConfig
+from qlora_jax.quant import QuantConfig
+
+CONFIG = DecoderConfig(
+    vocab_size=32,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 6)), jnp.int32)
+
+
+@functools.cache
+def _parts(config: DecoderConfig, **options) -> tuple:
+    return nnx.split(Decoder(config, rngs=nnx.Rngs(0), **options))
+
+
+def decoder(config: DecoderConfig = CONFIG, **options) -> Decoder:
+    """A fresh copy of a random model."""
+    options = {"quant": None, "lora": LoraConfig(r=4)} | options
+    return nnx.merge(*_parts(config, **options))
+
+
+@jax.jit
+def logits(model: Decoder, ids, mask=None, positions=None, key=None):
+    return model(ids, mask, positions, dropout_key=key)
+
+
+def randomised(model: Decoder) -> Decoder:
+    """With a B that is not zero, so that A takes a gradient."""
+    state = nnx.state(model, nnx.LoRAParam)
+    leaves, treedef = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    drawn = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    nnx.update(model, jax.tree.unflatten(treedef, drawn))
+    return model
+
+
+def mean_loss(model: Decoder, **options):
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+    def function(lora, rest):
+        return next_token_loss(nnx.merge(graphdef, lora, rest), IDS, IDS, **options).mean
+
+    return function, lora, rest
+
+
+def equations(jaxpr) -> Iterator:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def test_the_program_is_as_long_for_many_layers_as_for_few():
+    def length(depth: int) -> int:
+        config = dataclasses.replace(CONFIG, num_hidden_layers=depth)
+        abstract = nnx.eval_shape(
+            lambda: Decoder(config, quant=QuantConfig(), lora=LoraConfig(), rngs=nnx.Rngs(0))
+        )
+        function, lora, rest = mean_loss(abstract)
+        return sum(1 for _ in equations(jax.make_jaxpr(jax.grad(function))(lora, rest).jaxpr))
+
+    assert length(2) == length(40)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+def test_no_weight_is_a_residual(remat):
+    # Three tokens: every activation of a layer is smaller than the smallest weight.
+    ids = IDS[:1, :3]
+    model = decoder(quant=QuantConfig())
+    model.remat = remat
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+    def function(lora, rest):
+        return next_token_loss(nnx.merge(graphdef, lora, rest), ids, ids).mean
+
+    jaxpr = jax.make_jaxpr(jax.grad(function))(lora, rest).jaxpr
+    smallest = CONFIG.hidden_size * CONFIG.num_key_value_heads * CONFIG.head_dim
+    scans = [e for e in equations(jaxpr) if e.primitive.name == "scan"]
+    assert len(scans) == 2
+    for scan in scans:
+        for variable in (*scan.invars, *scan.outvars):
+            aval = variable.aval
+            if jnp.issubdtype(aval.dtype, jnp.floating) and aval.shape[:1] == (3,):
+                assert np.prod(aval.shape[1:]) < smallest, aval
+
+
+def test_remat_does_not_change_loss_or_gradients():
+    results = []
+    for remat in ("full", "none"):
+        model = randomised(decoder(quant=QuantConfig()))
+        model.remat = remat
+        function, lora, rest = mean_loss(model)
+        results.append(jax.jit(jax.value_and_grad(function))(lora, rest))
+    (loss, gradient), *others = results
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+    for other_loss, other_gradient in others:
+        np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+        jax.tree.map(
+            # Recomputed in another fusion: float32 rounding of gradients up to 0.1.
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            gradient,
+            other_gradient,
+        )
+
+
+def test_gradient_of_adapters_by_finite_differences():
+    model = randomised(decoder())
+    function, lora, rest = mean_loss(model)
+    function = jax.jit(function)
+    gradient = jax.jit(jax.grad(function))(lora, rest)
+    leaves, treedef = jax.tree.flatten(lora)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    direction = jax.tree.unflatten(
+        treedef, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
+    step = 1e-3
+
+    def moved(sign: int):
+        return jax.tree.map(lambda x, d: x + sign * step * d, lora, direction)
+
+    measured = (function(moved(1), rest) - function(moved(-1), rest)) / (2 * step)
+    products = jax.tree.map(lambda g, d: jnp.vdot(g, d), gradient, direction)
+    # A float32 loss near 4 is known to 5e-7; over a step of 2e-3 that is 2e-4.
+    assert float(sum(jax.tree.leaves(products))) == pytest.approx(float(measured), abs=2e-3)
+
+
+def test_padding_on_either_side_and_given_positions():
+    model = decoder()
+    plain = logits(model, IDS)
+    for before in (0, 3):
+        pads = ((0, 0), (before, 3 - before))
+        ids = jnp.pad(IDS, pads, constant_values=7)
+        mask = jnp.pad(jnp.ones_like(IDS), pads)
+        padded = logits(model, ids, mask)
+        real = padded[:, before : before + IDS.shape[1]]
+        np.testing.assert_allclose(real, plain, atol=2e-5)
+        assert bool(jnp.isfinite(padded).all())
+    # Rotations depend on distances alone.
+    positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
+    shifted = logits(model, IDS, None, positions + 11)
+    np.testing.assert_allclose(shifted, plain, atol=1e-4)
+    stretched = logits(model, IDS, None, 2 * positions)
+    assert float(jnp.abs(stretched - plain).max()) > 1e-3
+
+
+def test_dropout_key():
+    model = randomised(decoder(lora=LoraConfig(r=4, lora_dropout=0.5)))
+
+    def run(model, key):
+        return logits(model, IDS, key=key)
+
+    still, one, two = (run(model, key) for key in (None, jax.random.key(0), jax.random.key(1)))
+    np.testing.assert_array_equal(one, run(model, jax.random.key(0)))
+    assert float(jnp.abs(one - two).max()) > 1e-3
+    assert float(jnp.abs(one - still).max()) > 1e-3
+    undropped = randomised(decoder())
+    np.testing.assert_array_equal(run(undropped, jax.random.key(0)), run(undropped, None))
+
+
+def test_layers_and_modules_drop_different_inputs():
+    model = decoder(lora=LoraConfig(r=4, lora_dropout=0.5))
+    keys = jax.random.split(jax.random.key(0), CONFIG.num_hidden_layers)
+    masks = {
+        np.asarray(jax.random.bernoulli(key, 0.5, (16,))).tobytes()
+        for layer in keys
+        for key in jax.random.split(layer, 7)
+    }
+    assert len(masks) == 7 * CONFIG.num_hidden_layers
+    assert model.layers.self_attn.q_proj.lora.lora_dropout == 0.5
+
+
+def test_hidden_and_head_are_the_two_halves():
+    model = decoder()
+    halves = jax.jit(lambda model: model.head(model.hidden(IDS)))(model)
+    np.testing.assert_array_equal(halves, logits(model, IDS))
+    tied = decoder(dataclasses.replace(CONFIG, tie_word_embeddings=True))
+    assert tied.lm_head is None
+    assert logits(tied, IDS).shape == (2, 6, 32)
+
+
+def test_split_tells_adapters_from_the_base():
+    model = decoder(lora=LoraConfig(r=4, target_modules=("q_proj", "v_proj")))
+    state = nnx.state(model, nnx.LoRAParam)
+    assert set(state["layers"]["self_attn"]) == {"q_proj", "v_proj"}
+    assert "mlp" not in state["layers"]
+    assert jax.tree.structure(nnx.state(model, nnx.Param)) == jax.tree.structure(state)
+    with pytest.raises(ValueError, match="which names no linear layer of the decoder"):
+        decoder(lora=LoraConfig(target_modules=("query",)))
+
+
+def test_unfreeze_trains_every_dense_weight():
+    model = decoder(lora=None)
+    unfreeze(model)
+    assert not jax.tree.leaves(nnx.state(model, FrozenParam))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def function(params):
+        return next_token_loss(nnx.merge(graphdef, params, rest), IDS, IDS).mean
+
+    gradient = jax.jit(jax.grad(function))(params)
+    assert len(jax.tree.leaves(gradient)) == 3 + 9
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+    with pytest.raises(ValueError, match="kernel is quantized, and codes cannot be trained"):
+        unfreeze(decoder(quant=QuantConfig()))
+
+
+def test_16_bit_compute_keeps_logits_in_float32():
+    model = decoder(compute_dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    assert jax.eval_shape(lambda model: model.hidden(IDS), model).dtype == jnp.bfloat16
+    assert jax.eval_shape(logits, model, IDS).dtype == jnp.float32
+    function, lora, rest = mean_loss(model)
+    gradient = jax.eval_shape(jax.grad(function), lora, rest)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
+
+
+def test_attention_is_chosen_for_the_target():
+    assert attention_for("cuda", jnp.bfloat16, 128) == "cudnn"
+    assert attention_for("gpu", jnp.float16, 64) == "cudnn"
+    assert attention_for("cuda", jnp.float32, 128) == "xla"
+    assert attention_for("cuda", jnp.bfloat16, 256) == "xla"
+    assert attention_for("cpu", jnp.bfloat16, 128) == "xla"
+
+
+def test_unknown_remat():
+    with pytest.raises(ValueError, match="remat is 'some', but one of full, dots, none"):
+        decoder(remat="some")
