@@ -10,9 +10,9 @@ A *unit* is 8 rows of W. An instruction's 16 rows are the same 8 rows twice: row
 half of a warp's chunk of columns, rows 8–15 the second; column 2r + h of B is row r of x on half h.
 So 8 rows can be dealt to a block, which keeps 132 multiprocessors evenly busy.
 
-Lane (g, t) looks up bytes 8t … 8t + 7 of each 32-byte block of row g. All four lanes of a group work
-on the same block, so a sum needs no zeros to stay apart from its neighbour's, and of several blocks'
-sums lane t scales those of block 4i + t alone.
+Lane (g, t) looks up bytes 8t … 8t + 7 of each 32-byte block of row g. All four lanes of a group
+work on the same block, so a sum needs no zeros to stay apart from its neighbour's, and of several
+blocks' sums lane t scales those of block 4i + t alone.
 """
 
 import dataclasses
@@ -286,9 +286,7 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, out):
         for i in range(8):
             at = (entry << 8) + ((tid & 1) << 7) + ((tid + i & 7) << 4)
             m.shared_store(at, word * 4, when=tid + first < 512)
-    m.shared_store(
-        (tid << 2) + plan.nested_at, nested_word, when=tid < plan.nested_count
-    )
+    m.shared_store((tid << 2) + plan.nested_at, nested_word, when=tid < plan.nested_count)
     unscale = [_stage_x(m, plan, loaded[row], lane, column_warp, row) for row in range(plan.m)]
     m.barrier()
     m.bulk_wait(absmax_barrier, m.word(0))

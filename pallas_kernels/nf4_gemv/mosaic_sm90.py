@@ -449,9 +449,9 @@ def _write_out(m, plan, tid, units, bias, out):
 
 
 @functools.cache
-def lookup_tables(quant_type: str) -> np.ndarray:
-    """[256, 2] words: a byte's two float16 weights (even column low), the dynamic map's float32."""
-    half = CODEBOOKS[quant_type].astype(np.float16).view(np.uint16).astype(np.uint32)
+def lookup_tables(quant_type: str, dtype: str = "float16") -> np.ndarray:
+    """[256, 2] words: a byte's two 16-bit weights (even column low), the dynamic map's float32."""
+    half = CODEBOOKS[quant_type].astype(jnp.dtype(dtype)).view(np.uint16).astype(np.uint32)
     byte = np.arange(256)
     pairs = half[byte >> 4] | half[byte & 15] << 16
     return np.stack([pairs, DYNAMIC_SIGNED.view(np.uint32)], 1)

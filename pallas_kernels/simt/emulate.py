@@ -76,6 +76,17 @@ class Machine:
         """Two float32 rounded to `dtype` ("bfloat16" or "float16") in one word."""
         return self.float_bits(low, dtype) | self.float_bits(high, dtype) << 16
 
+    def multiply_pair(self, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
+        """Two 16-bit products, each rounded to `dtype` ("bfloat16" or "float16")."""
+
+        def parts(word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            if dtype == "float16":
+                return self.half_pair(word)
+            return self.as_float(word << 16), self.as_float(word & 0xFFFF0000)
+
+        (a0, a1), (b0, b1) = parts(a), parts(b)
+        return self.pack(a0 * b0, a1 * b1, dtype)
+
     def float_bits(self, number: np.ndarray, dtype: str) -> np.ndarray:
         """A float32 rounded to `dtype` ("bfloat16", "float16", "float32"), as the low bits."""
         if dtype == "float32":

@@ -200,6 +200,11 @@ class Machine:
         text = f"cvt.rn.{kind}.f32 $0, $1, $2;"
         return Word(*_asm(text, [_i32()], [high.value, low.value]))
 
+    def multiply_pair(self, a: Word, b: Word, dtype: str) -> Word:
+        """Two 16-bit products, each rounded to `dtype` ("bfloat16" or "float16")."""
+        kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
+        return Word(*_asm(f"mul.rn.{kind} $0, $1, $2;", [_i32()], [a.value, b.value]))
+
     def float_bits(self, number: Float, dtype: str) -> Word:
         """A float32 rounded to `dtype` ("bfloat16", "float16", "float32"), as the low bits."""
         if dtype == "float32":
