@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
+import jax
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
 import numpy as np
+from flax import nnx
 from safetensors.numpy import save_file
 
 from qlora_jax.checkpoints.folder import SINGLE, replace_file
@@ -14,7 +16,7 @@ from qlora_jax.models import FAMILIES, Decoder
 from qlora_jax.quant import QuantizedTensor
 
 
-def save_model(folder: str | Path, model: Decoder, *, dtype: jnp.dtype | None = None) -> None:
+def save_model(folder: str | Path, model: Decoder, *, dtype: Any = None) -> None:
     """Writes a dense model's base weights, for `load_model(folder, quant=None)` and transformers.
 
     Args:
@@ -25,6 +27,11 @@ def save_model(folder: str | Path, model: Decoder, *, dtype: jnp.dtype | None = 
     Raises:
         ValueError: the model is quantized, or has adapters, which this file format cannot hold.
     """
+    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+        raise ValueError(
+            "The model has adapters, which a model.safetensors cannot hold: save them with "
+            "save_adapter, or build the model with lora=None."
+        )
     family = FAMILIES[model.config.model_type]
     tensors: dict[str, np.ndarray] = {}
     for name, (path, layer) in family.weight_names(model.config).items():
@@ -37,12 +44,6 @@ def save_model(folder: str | Path, model: Decoder, *, dtype: jnp.dtype | None = 
         array = value if layer is None else value[layer]
         tensors[name] = np.ascontiguousarray(
             np.asarray(array if dtype is None else array.astype(dtype))
-        )
-    adapted = getattr(model.layers.self_attn.q_proj, "lora_A", None)
-    if adapted is not None:
-        raise ValueError(
-            "The model has adapters, which a model.safetensors cannot hold: save them with "
-            "save_adapter, or build the model with lora=None."
         )
     stored = {str(array.dtype) for array in tensors.values()}
     config = family.write_config(model.config)

@@ -1,0 +1,95 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from qlora_jax.checkpoints import WeightFolder
+
+TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
+
+
+def write_sharded(folder, weight_map=None):
+    for name, tensor in TENSORS.items():
+        save_file({name: tensor}, folder / f"model-{name}.safetensors")
+    weight_map = weight_map or {name: f"model-{name}.safetensors" for name in TENSORS}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_single_and_sharded_read_alike(tmp_path):
+    single, sharded = tmp_path / "single", tmp_path / "sharded"
+    single.mkdir()
+    sharded.mkdir()
+    save_file(TENSORS, single / "model.safetensors")
+    write_sharded(sharded)
+    for folder in (WeightFolder(single), WeightFolder(sharded)):
+        assert folder.shapes == {"a": (2, 3), "b": (4,)}
+        assert sorted(folder) == ["a", "b"]
+        assert "a" in folder
+        assert "c" not in folder
+        for name, tensor in TENSORS.items():
+            np.testing.assert_array_equal(folder.read(name), tensor)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../model-a.safetensors",
+        "/etc/passwd",
+        "sub/model-a.safetensors",
+        "..\\model-a.safetensors",
+        "C:\\model-a.safetensors",
+        "..",
+        "",
+        3,
+    ],
+)
+def test_index_pointing_outside_is_refused(tmp_path, shard):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(TENSORS, tmp_path / "model-a.safetensors")
+    write_sharded(folder, {"a": shard, "b": "model-b.safetensors"})
+    with pytest.raises(ValueError, match=r"not a file of the folder itself"):
+        WeightFolder(folder)
+
+
+def test_missing_shard(tmp_path):
+    write_sharded(tmp_path)
+    (tmp_path / "model-b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-b.safetensors is missing, but .*lists it"):
+        WeightFolder(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 40, -1])
+def test_truncated_shard(tmp_path, kept):
+    write_sharded(tmp_path)
+    shard = tmp_path / "model-b.safetensors"
+    shard.write_bytes(shard.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model-b.safetensors is truncated or no safetensors"):
+        WeightFolder(tmp_path)
+
+
+def test_index_that_promises_more_than_the_shards_hold(tmp_path):
+    write_sharded(tmp_path, {"a": "model-a.safetensors", "c": "model-a.safetensors"})
+    with pytest.raises(ValueError, match=r"lacks 'c'"):
+        WeightFolder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_damaged_index(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index.json"):
+        WeightFolder(tmp_path)
+
+
+def test_pickles_are_refused_with_the_way_to_convert(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin, a pickle.*save_pretrained"):
+        WeightFolder(tmp_path)
+
+
+def test_no_weights_or_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds neither model.safetensors nor"):
+        WeightFolder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"is no folder"):
+        WeightFolder(tmp_path / "absent")

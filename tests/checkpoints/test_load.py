@@ -1,0 +1,185 @@
+import dataclasses
+import gc
+import json
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax.checkpoints import WeightFolder, load_model, save_model
+from qlora_jax.models import Decoder
+from qlora_jax.nn import FrozenParam, LoraConfig
+from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
+from tests.checkpoints.tiny import CONFIG, IDS, change_config, change_tensors, write_model
+
+DENSE = {"quant": None, "lora": None, "compute_dtype": jnp.float32}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return folder, write_model(folder)
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A copy that may be damaged."""
+    for path in original[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def same(first: Decoder, second: Decoder) -> None:
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(first), nnx.state(second))
+
+
+def test_saved_model_reads_back_bit_for_bit(original):
+    folder, model = original
+    same(load_model(folder, **DENSE), model)
+
+
+def test_tied_model_has_no_head_in_its_file(tmp_path):
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    model = write_model(tmp_path, config)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    same(load_model(tmp_path, **DENSE), model)
+    # Some writers store the tied head a second time.
+    change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    same(load_model(tmp_path, **DENSE), model)
+
+
+def test_sharded_folder_and_buffers_of_old_checkpoints(folder, original):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for index in range(3):
+        shard = f"model-{index + 1:05}-of-00003.safetensors"
+        part = {name: tensors[name] for name in names[index::3]}
+        save_file(part, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    same(load_model(folder, **DENSE), original[1])
+
+
+@pytest.mark.parametrize("quant", [QuantConfig(), QuantConfig("int8", 32, False)])
+def test_streamed_quantization_equals_quantizing_each_weight(original, quant):
+    folder, dense = original
+    model = load_model(folder, quant=quant, lora=None, compute_dtype=jnp.float32)
+    kernel = model.layers.mlp.down_proj.kernel.get_value()
+    assert isinstance(kernel, QuantizedTensor)
+    for layer in range(CONFIG.num_hidden_layers):
+        expected = quantize(dense.layers.mlp.down_proj.kernel.get_value()[layer], quant)
+        for ours, theirs in zip(jax.tree.leaves(kernel), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(ours[layer], theirs)
+    # What is not a layer's linear weight stays dense.
+    np.testing.assert_array_equal(model.lm_head.weight[...], dense.lm_head.weight[...])
+
+
+def test_one_tensor_at_a_time(original, monkeypatch):
+    alive: list[weakref.ref] = []
+    most = 0
+    read = WeightFolder.read
+
+    def watched(self, name):
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+        tensor = read(self, name)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(WeightFolder, "read", watched)
+    load_model(original[0], lora=None)
+    assert len(alive) == 3 + CONFIG.num_hidden_layers * (2 + 7 + 4)
+    # JAX may still hold the last one on the CPU, where an array can share NumPy's memory.
+    assert most <= 1
+
+
+def test_adapters_are_drawn_from_the_seed(original):
+    folder, _ = original
+    lora = LoraConfig(r=4)
+    first, again, other = (
+        nnx.state(load_model(folder, lora=lora, seed=seed), nnx.LoRAParam) for seed in (0, 0, 1)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    a, b = (s["layers"]["mlp"]["up_proj"]["lora_A"].get_value() for s in (first, other))
+    assert bool((a != b).any())
+    assert float(jnp.abs(a).max()) <= CONFIG.hidden_size**-0.5
+    assert bool((a[0] != a[1]).any()), "every layer draws its own"
+    assert not first["layers"]["mlp"]["up_proj"]["lora_B"].get_value().any()
+
+
+def test_dtypes(original):
+    folder, _ = original
+    model = load_model(folder, lora=None)
+    assert model.embed_tokens.weight.get_value().dtype == jnp.bfloat16
+    assert model.layers.mlp.up_proj.kernel.get_value().dtype == jnp.bfloat16
+    model = load_model(folder, quant=None, lora=None, trainable_base=True)
+    assert model.compute_dtype == jnp.bfloat16
+    params = nnx.state(model, nnx.Param)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    assert not jax.tree.leaves(nnx.state(model, FrozenParam))
+
+
+def test_16_bit_file(original, tmp_path):
+    save_model(tmp_path, original[1], dtype=jnp.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    model = load_model(tmp_path, **DENSE)
+    expected = original[1].embed_tokens.weight[...].astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(model.embed_tokens.weight[...], expected)
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: change_config(f, model_type="rwkv"), "'rwkv', but only these"),
+        (lambda f: change_config(f, intermediate_size=64), r"has shape \[.*calls for \[.*64"),
+        (lambda f: change_config(f, num_hidden_layers=3), r"lacks the tensor 'model.layers.2"),
+        (lambda f: change_config(f, num_hidden_layers=1), r"'model.layers.1.* no place for"),
+        (lambda f: change_config(f, vocab_size=25), "tensor .* has shape"),
+        (lambda f: change_tensors(f, lambda t: t.pop(NAME)), "lacks the tensor .*up_proj"),
+        (lambda f: change_tensors(f, lambda t: t.update(extra=t[NAME])), "'extra'.*no place"),
+        (lambda f: (f / "config.json").write_text("{"), "no readable JSON"),
+        (lambda f: change_config(f, quantization_config={"quant_method": "gptq"}), "'gptq', but"),
+    ],
+)
+def test_what_contradicts_the_config_is_refused_before_any_number_is_read(
+    folder, damage, message, monkeypatch
+):
+    damage(folder)
+    monkeypatch.setattr(WeightFolder, "read", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_config_is_missing(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config.json does not exist"):
+        load_model(folder)
+
+
+def test_codes_cannot_be_trained(folder):
+    with pytest.raises(ValueError, match="give quant=None"):
+        load_model(folder, trainable_base=True)
+
+
+def test_only_plain_dense_models_are_saved(original, tmp_path):
+    folder, _ = original
+    with pytest.raises(ValueError, match=r"is quantized \(nf4\)"):
+        save_model(tmp_path, load_model(folder, lora=None))
+    adapted = load_model(folder, quant=None, lora=LoraConfig(r=2, target_modules=("up_proj",)))
+    with pytest.raises(ValueError, match="has adapters"):
+        save_model(tmp_path, adapted)
+    assert not list(tmp_path.iterdir())
+    assert load_model(folder, quant=None)(IDS).shape == (2, 4, 24)
