@@ -204,7 +204,7 @@ def functions_of(document: Document) -> Iterator[Function]:
 def _first_sentence(docstring: str) -> str | None:
     """The first sentence on one line, where it is a sentence of a fit length, else None."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
-    match = re.match(r".+?[.](?=\s|$)", paragraph)
+    match = re.match(r".+?[.](?=\s+[A-Z(]|$)", paragraph)  # not at the stops of "a.k.a. this"
     sentence = match.group(0) if match else paragraph + "."
     fits = 15 <= len(sentence) <= MAX_SUMMARY_CHARACTERS
     return sentence if fits and sentence[0].isupper() and sentence.isascii() else None
