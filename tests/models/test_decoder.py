@@ -129,14 +129,14 @@ def test_gradient_of_adapters_by_finite_differences():
     function = jax.jit(function)
     gradient = jax.jit(jax.grad(function))(lora, rest)
     slope = float(optax.tree.norm(gradient))
-    step = 3e-3 / slope
+    step = 4e-4 / slope
 
     def moved(sign: int):
         return jax.tree.map(lambda x, g: x + sign * step * g, lora, gradient)
 
     measured = float(function(moved(1), rest) - function(moved(-1), rest)) / (2 * step)
     # Along the gradient the loss rises by its squared norm. A float32 loss near 4 is known to 5e-7.
-    assert measured == pytest.approx(slope**2, rel=3e-3)
+    assert measured == pytest.approx(slope**2, rel=5e-3)
 
 
 def test_padding_on_either_side_and_given_positions():
