@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from huggingface_hub import errors
+
+from qlora_jax import pretrained
+from qlora_jax.pretrained import find_folder, load_pretrained
+from tests.shared import shared_path
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    """Without the response it would carry, whose type differs between versions of the library."""
+    error = kind.__new__(kind)
+    error.args = ("refused",)
+    return error
+
+
+def test_model_and_tokenizer_of_a_folder():
+    folder = shared_path("data/models/stories260K")
+    model, tokenizer = load_pretrained(folder, compute_dtype=jnp.float32, remat="none")
+    assert model.remat == "none"
+    ids = jnp.asarray([tokenizer.encode("Once upon a time")])
+    best = int(model(ids)[0, -1].argmax())
+    assert tokenizer.decode([*map(int, ids[0]), best]).startswith("Once upon a time,")
+
+
+@pytest.mark.parametrize(
+    ("given", "raised", "message"),
+    [
+        (hub_error(errors.GatedRepoError), PermissionError, "behind a licence: accept it"),
+        (hub_error(errors.RepositoryNotFoundError), FileNotFoundError, "check the spelling"),
+        (hub_error(errors.RevisionNotFoundError), FileNotFoundError, "no revision 'v9'"),
+        (errors.LocalEntryNotFoundError("offline"), ConnectionError, "cannot be reached"),
+        (hub_error(errors.HfHubHTTPError), ConnectionError, "did not give 'org/name'"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_what_the_hub_answers_in_plain_words(given, raised, message, monkeypatch):
+    def fail(*_, **__):
+        raise given
+
+    monkeypatch.setattr(pretrained, "snapshot_download", fail)
+    with pytest.raises(raised, match=message):
+        find_folder("org/name", revision="v9")
+
+
+def test_only_harmless_files_are_fetched(monkeypatch):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return "/cache/snapshot"
+
+    monkeypatch.setattr(pretrained, "snapshot_download", download)
+    assert find_folder("org/name", revision="v1") == Path("/cache/snapshot")
+    assert (asked["name"], asked["revision"]) == ("org/name", "v1")
+    assert not any(p.endswith((".bin", ".py", ".pt", "*")) for p in asked["allow_patterns"][:5])
+    assert not {"*", "*.bin", "*.py"} & set(asked["allow_patterns"])
+
+
+def test_neither_folder_nor_hub_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a folder here nor a hub name"):
+        find_folder(tmp_path / "absent")
+    with pytest.raises(ValueError, match="is a local folder, which has none"):
+        find_folder(tmp_path, revision="main")
