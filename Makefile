@@ -1,7 +1,6 @@
 # make sweep          the embedded sweep: two tiny pretrained Llamas × their datasets, no network
-# make test           lint, types and all tests, in parallel
-# make test-peers     round trips against transformers, PEFT and bitsandbytes (torch on the CPU)
-# make benchmark-cpu  speed and memory beside bitsandbytes + PEFT
+# make test           lint, types and all tests but the slow ones, in parallel
+# make test-slow      the rest: every kernel compiled for every card
 #
 # Each creates its environment if there is none. PYTHON=python3.12 chooses the interpreter of a new one.
 
@@ -13,7 +12,7 @@ WORKERS ?= 2
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: sweep test lint types pytest clean
+.PHONY: sweep test test-slow lint types pytest clean
 
 sweep: $(VENV)/.installed
 	$(BIN)/python -m experiments.sweep
@@ -28,7 +27,10 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 pytest: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(TESTS)
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(TESTS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -38,13 +40,15 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-# The plugin that compiles for NVIDIA cards, of the same version as jax and without CUDA's libraries:
-# 140 MB instead of several GB.
+# The plugin that compiles for NVIDIA cards, of the same version as jax and without CUDA's libraries
+# (140 MB instead of several GB), the assembler and disassembler that read its kernels, and the one
+# for TPUs.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	version=$$($(BIN)/python -c "import jax; print(jax.__version__)"); \
 	$(BIN)/python -m pip install --quiet --no-deps \
-		jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version libtpu
+		jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version libtpu \
+		nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 	touch $@
 
 clean:

@@ -183,6 +183,9 @@ class Attention(nnx.Module):
         query = rotate(heads(self.q_proj, dropout_keys[0]), *turns)
         key = rotate(heads(self.k_proj, dropout_keys[1]), *turns)
         value = heads(self.v_proj, dropout_keys[2])
+        if mask is not None and implementation == "cudnn":
+            # cuDNN broadcasts a mask over batch and heads, but not over queries.
+            mask = jnp.broadcast_to(mask, (mask.shape[0], 1, x.shape[1], x.shape[1]))
         mixed = jax.nn.dot_product_attention(
             query, key, value, mask=mask, is_causal=True, implementation=implementation
         )
