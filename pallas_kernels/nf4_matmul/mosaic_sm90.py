@@ -30,10 +30,9 @@ from jaxtyping import Array
 from pallas_kernels._arguments import Layout
 from pallas_kernels._mosaic import check_mosaic
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
-from pallas_kernels.nf4_gemv.mosaic_sm90 import BLOCK, TABLE_BYTES, lookup_tables
+from pallas_kernels.nf4_gemv.mosaic_sm90 import BLOCK, SMS, TABLE_BYTES, lookup_tables
 from pallas_kernels.simt import arrays
 
-SMS = 132
 COMPUTE = 2  # warpgroups that compute
 
 
@@ -46,15 +45,12 @@ class MatmulConfig:
         stages: tiles of x in shared memory.
         ahead: decode the next step's weights before waiting for this step's `wgmma`.
         group: tiles along n that run side by side, so that their x stays in the second-level cache.
-        exact: scale weights in float32 and round once; else the code's value, the scale and their
-            product are each rounded to x's dtype, which takes less than half the instructions.
     """
 
     rows: int = 256
     stages: int = 4
     ahead: bool = True
     group: int = 16
-    exact: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +74,6 @@ class Plan:
     def tiles(self) -> tuple[int, int]:
         """Along x's rows and along n."""
         return -(-self.m // self.config.rows), -(-self.n // (64 * COMPUTE))
-
-    @property
-    def table_dtype(self) -> str:
-        """The dtype of the values in the look-up table."""
-        return "float16" if self.config.exact else self.dtype
 
     @property
     def grid(self) -> int:
@@ -137,13 +128,9 @@ def decode_block(m, plan, words, offset):
         else:
             scales.append(m.as_float(code))
     out = []
-    doubled = [] if plan.config.exact else [m.pack(s, s, plan.dtype) for s in scales]
     for j in range(8):
         for h in (0, 1):
             (pair,) = m.shared_load(m.prmt(words[8 * h + j], table_lane, selector))
-            if doubled:
-                out.append(m.multiply_pair(pair, doubled[h], plan.dtype))
-                continue
             low, high = m.half_pair(pair)
             out.append(m.pack(low * scales[h], high * scales[h], plan.dtype))
     return out
@@ -217,7 +204,7 @@ def nf4_matmul_mosaic(
         unused if nested_absmax is None else nested_absmax,
         unused if offset is None else offset.reshape(1),
         unused if bias is None else bias.astype(jnp.float32),
-        jnp.asarray(lookup_tables(layout.quant_type, plan.table_dtype)),
+        jnp.asarray(lookup_tables(layout.quant_type)),
     )
     return y.reshape(*batch, n)
 

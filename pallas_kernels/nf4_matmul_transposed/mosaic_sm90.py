@@ -26,10 +26,9 @@ from jaxtyping import Array
 from pallas_kernels._arguments import Layout
 from pallas_kernels._mosaic import check_mosaic
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
-from pallas_kernels.nf4_gemv.mosaic_sm90 import BLOCK, TABLE_BYTES, lookup_tables
+from pallas_kernels.nf4_gemv.mosaic_sm90 import BLOCK, SMS, TABLE_BYTES, lookup_tables
 from pallas_kernels.nf4_matmul.mosaic_sm90 import (
     COMPUTE,
-    SMS,
     MatmulConfig,
     choose_config,
     fill_table,
@@ -62,11 +61,6 @@ class Plan:
     def tiles(self) -> tuple[int, int]:
         """Along dy's rows and along dx's columns."""
         return -(-self.m // self.config.rows), -(-self.n // (BLOCK * COMPUTE))
-
-    @property
-    def table_dtype(self) -> str:
-        """The dtype of the values in the look-up table."""
-        return "float16" if self.config.exact else self.dtype
 
     @property
     def grid(self) -> int:
@@ -119,14 +113,8 @@ def decode_tile(m, plan, warpgroup, tile, scales):
         for e in (0, 1):
             code = m.shared_load_byte(at, offset=(8 * j + e) * 64, region=tile)
             (pair,) = m.shared_load(m.prmt(code, table_lane, 0x5504))
-            pairs.append(m.half_pair(pair) if plan.config.exact else pair)
+            pairs.append(m.half_pair(pair))
         scale = [m.as_float(w) for w in m.shared_load(scale_at, 2, offset=32 * j, region=scales)]
-        if not plan.config.exact:
-            both = m.pack(scale[0], scale[1], plan.dtype)
-            for selector in (0x5410, 0x7632):
-                codes = m.prmt(pairs[0], pairs[1], selector)
-                out.append(m.multiply_pair(codes, both, plan.dtype))
-            continue
         for h in (0, 1):
             out.append(m.pack(pairs[0][h] * scale[0], pairs[1][h] * scale[1], plan.dtype))
     return out
@@ -168,7 +156,7 @@ def nf4_matmul_transposed_mosaic(
         absmax,
         unused if nested_absmax is None else nested_absmax,
         unused if offset is None else offset.reshape(1),
-        jnp.asarray(lookup_tables(layout.quant_type, plan.table_dtype)),
+        jnp.asarray(lookup_tables(layout.quant_type)),
     )
     return dx.reshape(*batch, n)
 

@@ -26,7 +26,6 @@ class Machine:
         self.cta = np.full(threads, cta, np.uint32)
         noise = np.random.default_rng(cta)
         self.shared = noise.integers(0, 256, shared_bytes, dtype=np.uint8)
-        self._pending: dict[int, int] = {}
 
     # -- values ---------------------------------------------------------------------------------
 
@@ -75,17 +74,6 @@ class Machine:
     def pack(self, low: np.ndarray, high: np.ndarray, dtype: str) -> np.ndarray:
         """Two float32 rounded to `dtype` ("bfloat16" or "float16") in one word."""
         return self.float_bits(low, dtype) | self.float_bits(high, dtype) << 16
-
-    def multiply_pair(self, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
-        """Two 16-bit products, each rounded to `dtype` ("bfloat16" or "float16")."""
-
-        def parts(word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            if dtype == "float16":
-                return self.half_pair(word)
-            return self.as_float(word << 16), self.as_float(word & 0xFFFF0000)
-
-        (a0, a1), (b0, b1) = parts(a), parts(b)
-        return self.pack(a0 * b0, a1 * b1, dtype)
 
     def float_bits(self, number: np.ndarray, dtype: str) -> np.ndarray:
         """A float32 rounded to `dtype` ("bfloat16", "float16", "float32"), as the low bits."""
@@ -220,56 +208,6 @@ class Machine:
     def shuffle_xor(self, value: np.ndarray, mask: int) -> np.ndarray:
         """The value of lane `lane ^ mask`."""
         return value[np.arange(self.threads) ^ mask]
-
-    def shuffle_quad(self, value: np.ndarray, lane: int) -> np.ndarray:
-        """The value of one lane of the four lanes around this one."""
-        return value[np.arange(self.threads) // 4 * 4 + lane]
-
-    # -- the copy engine: copies arrive at once, and what is counted must be what is copied -------
-
-    def bulk_barrier(self, at: np.ndarray | int, *, when: np.ndarray) -> None:
-        """Make an mbarrier of one arrival at `at` (8 bytes of shared memory)."""
-        at = np.broadcast_to(np.asarray(at, np.uint32), (self.threads,))
-        self._scatter(self.shared, at, [self.word(0), self.word(0)], 8, 0, when)
-
-    def bulk_fence(self) -> None:
-        """The copy engine sees the mbarriers made before."""
-
-    def bulk_expect(self, at: np.ndarray | int, count: np.ndarray, *, when: np.ndarray) -> None:
-        """The one arrival of this round, which `count` bytes of copies will complete."""
-        for thread in np.flatnonzero(when):
-            place = int(np.broadcast_to(at, (self.threads,))[thread])
-            self._pending[place] = self._pending.get(place, 0) + int(count[thread])
-
-    def bulk_load(
-        self,
-        buffer: np.ndarray,
-        address: np.ndarray,
-        at: np.ndarray,
-        count: np.ndarray,
-        barrier: np.ndarray,
-        *,
-        when: np.ndarray,
-    ) -> None:
-        """Start a copy of `count` bytes (all multiples of 16) to shared memory at `at`."""
-        source = _bytes(buffer)
-        for thread in np.flatnonzero(when):
-            start, to, size = int(address[thread]), int(at[thread]), int(count[thread])
-            if start % 16 or to % 16 or size % 16 or size == 0:
-                raise AssertionError(f"a copy of {size} bytes from {start} to {to}")
-            if start + size > source.size or to + size > self.shared.size:
-                raise AssertionError(f"a copy of {size} bytes from {start} to {to}: out of bounds")
-            self.shared[to : to + size] = source[start : start + size]
-            self._pending[int(barrier[thread])] = self._pending.get(int(barrier[thread]), 0) - size
-
-    def bulk_wait(self, at: np.ndarray, parity: np.ndarray) -> None:
-        """Wait for the end of the mbarrier's round with this parity."""
-        for place in np.unique(at):
-            if self._pending.get(int(place), 0):
-                raise AssertionError(f"{self._pending[int(place)]} bytes never arrive at {place}")
-
-    def warp_barrier(self) -> None:
-        """Shared memory written by the warp before is read by it after."""
 
     def barrier(self) -> None:
         """Shared memory written by the block before is read by it after."""

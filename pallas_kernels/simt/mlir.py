@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
 
 def _i32() -> ir.Type:
@@ -200,11 +200,6 @@ class Machine:
         text = f"cvt.rn.{kind}.f32 $0, $1, $2;"
         return Word(*_asm(text, [_i32()], [high.value, low.value]))
 
-    def multiply_pair(self, a: Word, b: Word, dtype: str) -> Word:
-        """Two 16-bit products, each rounded to `dtype` ("bfloat16" or "float16")."""
-        kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
-        return Word(*_asm(f"mul.rn.{kind} $0, $1, $2;", [_i32()], [a.value, b.value]))
-
     def float_bits(self, number: Float, dtype: str) -> Word:
         """A float32 rounded to `dtype` ("bfloat16", "float16", "float32"), as the low bits."""
         if dtype == "float32":
@@ -315,57 +310,6 @@ class Machine:
     def shuffle_xor(self, value: Any, mask: int) -> Any:
         """The value of lane `lane ^ mask`."""
         return type(value)(mgpu_utils.shfl_bfly(value.value, mask))
-
-    def shuffle_quad(self, value: Any, lane: int) -> Any:
-        """The value of one lane of the four lanes around this one."""
-        bits = self.as_word(value) if isinstance(value, Float) else value
-        text = f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1c1f, 0xffffffff;"
-        made = Word(*_asm(text, [_i32()], [bits.value], has_side_effects=True))
-        return self.as_float(made) if isinstance(value, Float) else made
-
-    # -- the copy engine ------------------------------------------------------------------------
-
-    def bulk_barrier(self, at: Word | int, *, when: Flag) -> None:
-        """Make an mbarrier of one arrival at `at` (8 bytes of shared memory)."""
-        inputs = [self._shared_address(at), when.value]
-        _asm("@$1 mbarrier.init.shared::cta.b64 [$0], 1;", [], inputs)
-
-    def bulk_fence(self) -> None:
-        """The copy engine sees the mbarriers made before."""
-        _asm("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;", [], [])
-
-    def bulk_expect(self, at: Word | int, count: Word, *, when: Flag) -> None:
-        """The one arrival of this round, which `count` bytes of copies will complete."""
-        text = "@$2 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"
-        _asm(text, [], [self._shared_address(at), count.value, when.value])
-
-    def bulk_load(
-        self, buffer: ir.Value, address: Word, at: Word, count: Word, barrier: Word, *, when: Flag
-    ) -> None:
-        """Start a copy of `count` bytes (all multiples of 16) to shared memory at `at`."""
-        text = (
-            "@$4 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-            "[$0], [$1], $2, [$3];"
-        )
-        source = self._at(buffer, address)
-        places = [self._shared_address(at), source, count.value, self._shared_address(barrier)]
-        _asm(text, [], [*places, when.value])
-
-    def bulk_wait(self, at: Word, parity: Word) -> None:
-        """Wait for the end of the mbarrier's round with this parity."""
-        text = (
-            "{ .reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; "
-            "@!p bra AGAIN; }"
-        )
-        _asm(text, [], [self._shared_address(at), parity.value])
-
-    def _shared_address(self, at: Word | int) -> ir.Value:
-        word = at if isinstance(at, Word) else self.word(at)
-        return llvm.ptrtoint(_i32(), self._shared_at(word, 0, None))
-
-    def warp_barrier(self) -> None:
-        """Shared memory written by the warp before is read by it after."""
-        nvvm.bar_warp_sync(_const(0xFFFFFFFF, _i32()))
 
     def barrier(self) -> None:
         """Shared memory written by the block before is read by it after."""
