@@ -7,9 +7,17 @@ silently: `which_implementation` answers beforehand what a call would run, and w
 The machine is the card of the mesh in scope (so a program compiled for a card that is not here,
 under `jax.sharding.use_abstract_mesh`, is planned for that card), else JAX's default device.
 
-A rule of `tuned.json` reads: for this op, on this card ("*": any), up to `max_rows` rows, run this
-implementation with this `TritonConfig`. The first that fits wins. `benchmarks/gpu_kernels.py`
-measures the candidates of `configs_to_try` and writes the rules of a card.
+A rule of `tuned.json` reads: for this op, on this card ("*": any), from `min_rows` to `max_rows`
+rows and from `min_out` columns of the result on, run this implementation with this `TritonConfig`.
+The first that fits *and can run on this weight* wins; XLA stands behind the last. The rules of the
+H200 are measured; those of the H100 (the same multiprocessors, slower memory) are taken over from
+it, and those of "*" are the H200's Triton rules. `benchmarks/gpu_kernels.py` measures the
+candidates of `configs_to_try` and writes the rules of a card.
+
+Two things the table knows. The Hopper matmuls cut the result into tiles of 256 rows by 128 columns
+and pay for decoding by the tile, so they want 64 tiles or more: hence `min_out`, which falls as
+`min_rows` rises. And the Triton tile kernels reach a fifth of the tensor cores' rate, so for many
+rows Triton's rule is `fused=False`: dequantize, multiply in XLA, one 16-bit weight at a time.
 """
 
 import dataclasses
@@ -51,13 +59,20 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of the table. `max_rows` is inclusive; `card` is a key of CARDS or "*"."""
+    """One line of the table. The limits are inclusive; `card` is a key of CARDS or "*"."""
 
     op: str
     card: str
     max_rows: int
     implementation: str
     config: TritonConfig | None
+    min_rows: int = 0
+    min_out: int = 0
+
+    def covers(self, op: str, card: str | None, rows: int, columns: int) -> bool:
+        """Whether the rule speaks of this op, card and size of the result."""
+        here = self.op == op and self.card in (card, "*")
+        return here and self.min_rows <= rows <= self.max_rows and columns >= self.min_out
 
 
 @functools.cache
@@ -70,6 +85,8 @@ def rules() -> tuple[Rule, ...]:
             max_rows=entry["max_rows"],
             implementation=entry["implementation"],
             config=TritonConfig(**entry["config"]) if entry.get("config") else None,
+            min_rows=entry.get("min_rows", 0),
+            min_out=entry.get("min_out", 0),
         )
         for entry in json.loads(TABLE.read_text(encoding="utf-8"))
     )
@@ -133,24 +150,22 @@ def which_implementation(
         return Choice("xla", None, "asked for")
     if implementation is None and name is None:
         return Choice("xla", None, f"the program is for {kind!r}, which is not an NVIDIA card")
-    for rule in rules():
-        if rule.op != op or rule.card not in (name, "*") or rows > rule.max_rows:
-            continue
-        if implementation is not None:
-            if rule.implementation == implementation:
-                return Choice(implementation, rule.config, "asked for")
-            continue
+    columns = layout.shape[-1 if op == "nf4_matmul_transposed" else 0]
+    found = [rule for rule in rules() if rule.covers(op, name, rows, columns)]
+    if implementation is not None:
+        tiled = "triton" if implementation == "jax_triton" else implementation
+        configs = [rule.config for rule in found if rule.implementation == tiled]
+        return Choice(implementation, configs[0] if configs else None, "asked for")
+    refused = ""
+    for rule in found:
         problem = why_not(
             op, rule.implementation, rows, layout, kind=kind, interpret=interpret, dtype=dtype
         )
         if problem is None:
-            return Choice(rule.implementation, rule.config, f"tuned for {rule.card}")
-        return Choice("xla", None, problem)
-    if implementation is not None:
-        tiled = implementation in ("triton", "jax_triton")
-        config = default_config(op, rows) if tiled else None
-        return Choice(implementation, config, "asked for")
-    return Choice("xla", None, f"no rule of {TABLE.name} covers {op} with {rows} rows on {kind!r}")
+            whose = "every card" if rule.card == "*" else rule.card
+            return Choice(rule.implementation, rule.config, f"rule for {whose}{refused}")
+        refused += f"; not {rule.implementation}: {problem}"
+    return Choice("xla", None, f"no rule of {TABLE.name} can run {op} here{refused}")
 
 
 def why_not(
@@ -177,10 +192,7 @@ def why_not(
             return "Pallas' interpreter cannot run it (its own emulation is in the tests)"
         if card is None or not card.supports_mosaic_gpu:
             return f"it needs compute capability 9.0 and {kind!r} has another"
-        problem = why_not_mosaic(op, rows, layout, dtype)
-        if problem and op == "nf4_gemv":  # its larger sister may take it
-            problem = why_not_mosaic("nf4_matmul", rows, layout, dtype)
-        return problem
+        return why_not_mosaic(op, rows, layout, dtype)
     if implementation == "jax_triton":
         if interpret:
             return "Pallas' interpreter cannot run it (Triton's own does, in the tests)"
@@ -208,21 +220,6 @@ def missing_jax_triton() -> str | None:
     if jax.__version_info__ >= (0, 12) and importlib.metadata.version("jax-triton") < "0.5":
         return f"jax-triton 0.4 cannot be lowered by jax {jax.__version__}, only by jax 0.11"
     return None
-
-
-def default_config(op: str, rows: int) -> TritonConfig:
-    """Tile sizes that compile without spills for every card: where no rule has been measured."""
-    if op == "nf4_dequantize":
-        return TritonConfig(1, 1, 4096, num_warps=4, num_stages=1, decoder="table")
-    if op == "nf4_gemv" and rows <= MAX_GEMV_ROWS:
-        return TritonConfig(1, 8, 2048, num_warps=8, num_stages=2)
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
-    if op == "nf4_matmul_transposed":
-        return TritonConfig(block_m, 64, 128, num_warps=8 if block_m == 128 else 4, num_stages=2)
-    if rows <= 16:
-        return TritonConfig(16, 128, 64, num_warps=4, num_stages=3, split_k=4)
-    # With the decoder's 32 KiB, two stages are what the 99 KiB of sm_86 and sm_89 hold.
-    return TritonConfig(block_m, 128, 64, num_warps=8 if block_m == 128 else 4, num_stages=2)
 
 
 MAX_GEMV_ROWS = 4

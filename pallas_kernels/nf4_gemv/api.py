@@ -4,7 +4,6 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import check_matmul, check_packed, rows_of
-from pallas_kernels._mosaic import why_not_mosaic
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_gemv.reference import nf4_gemv_xla
 from pallas_kernels.nf4_gemv.triton import nf4_gemv_triton
@@ -65,11 +64,7 @@ def nf4_gemv(
         )
     if choice.implementation == "mosaic_gpu":
         # Imported where it runs: it loads Mosaic, which no other implementation needs.
-        if why_not_mosaic("nf4_gemv", rows_of(x), layout, x.dtype) is None:
-            from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
+        from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
 
-            return nf4_gemv_mosaic(x, *weight, bias, layout=layout)
-        from pallas_kernels.nf4_matmul.mosaic_sm90 import nf4_matmul_mosaic
-
-        return nf4_matmul_mosaic(x, *weight, bias, layout=layout)
+        return nf4_gemv_mosaic(x, *weight, bias, layout=layout)
     return nf4_gemv_xla(x, *weight, bias, layout=layout)

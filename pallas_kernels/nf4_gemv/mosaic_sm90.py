@@ -493,6 +493,8 @@ def nf4_gemv_mosaic(
     n, k = layout.shape
     rows = math.prod(x.shape[:-1])
     check_mosaic("nf4_gemv", rows, layout, x.dtype)
+    config = config or choose_config(rows, n, k)
+    assert config is not None  # or check_mosaic had refused it
     plan = Plan(
         m=rows,
         n=n,
@@ -500,7 +502,7 @@ def nf4_gemv_mosaic(
         x_dtype=str(x.dtype),
         double_quant=layout.double_quant,
         has_bias=bias is not None,
-        config=config or choose_config(rows, n, k),
+        config=config,
     )
     unused = jnp.zeros((1,), jnp.float32)
     inputs = (

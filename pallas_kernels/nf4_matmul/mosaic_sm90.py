@@ -247,7 +247,7 @@ def _kernel(plan: Plan):
                 column = lax.rem(s, plan.steps) * BLOCK
 
                 @pl.when(s >= cfg.stages)
-                def _():
+                def _wait():
                     plgpu.barrier_wait(empty.at[slot])
 
                 plgpu.copy_gmem_to_smem(

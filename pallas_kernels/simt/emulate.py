@@ -218,8 +218,8 @@ class Machine:
         """mma.m16n8k16, float16 inputs and float32 sums: c + A · B over the warp's fragments."""
         lane = np.arange(WARP)
         group, quad = lane // 4, lane % 4
-        half = [v.reshape(-1, WARP).copy().view(np.float16) for v in (*a, *b)]
-        half = [v.reshape(-1, WARP, 2).astype(np.float64) for v in half]
+        words = [v.reshape(-1, WARP).copy() for v in (*a, *b)]
+        half = [v.view(np.float16).reshape(-1, WARP, 2).astype(np.float64) for v in words]
         warps = self.threads // WARP
         left, right = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
         for i in range(2):

@@ -1,8 +1,10 @@
 """Every kernel at Llama's linear shapes, compiled for cards that are not here.
 
 What the compiler leaves is asserted: the weight never appears in 16 bits, shared memory fits the
-card, no register spills, tensor cores where there are rows enough, codes in 16-byte loads. The
-whole matrix is large; what is not marked slow covers every op on every card at one size each.
+card, no register spills, tensor cores where there are rows enough, codes in 16-byte loads. Tile
+sizes are those of the dispatch's table, and for many rows, where its rule is to dequantize first,
+FUSED beside it. The whole matrix is large; what is not marked slow covers every rule and op, and
+every card with some of them.
 """
 
 import itertools
@@ -14,6 +16,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import compile_for as harness
+from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card
 
 pytestmark = pytest.mark.skipif(
@@ -31,12 +34,24 @@ SHAPES = {
     "70b-down": (8192, 28672),
 }
 # (op, rows of x): decoding, a small batch, training forward and backward, the weight itself.
-WORK = (("gemv", 1), ("matmul", 16), ("matmul", 4096), ("transposed", 4096), ("dequantize", 0))
+WORK = (
+    ("gemv", 1),
+    ("gemv", 4),
+    ("matmul", 16),
+    ("matmul", 4096),
+    ("transposed", 4096),
+    ("dequantize", 0),
+)
+# Two stages are what the 99 KiB of sm_86 and sm_89 hold beside the decoder's table.
+FUSED = {
+    "matmul": TritonConfig(128, 128, 64, num_warps=8, num_stages=2),
+    "transposed": TritonConfig(128, 64, 128, num_warps=8, num_stages=2),
+}
 QUICK = {
-    ("h200", "7b-qkvo"): WORK,
+    ("h200", "7b-qkvo"): (("gemv", 1), ("matmul", 16), ("matmul", 4096), ("dequantize", 0)),
     ("a100-80", "7b-gate"): (("gemv", 1), ("matmul", 4096), ("dequantize", 0)),
     ("l40", "7b-down"): (("matmul", 16), ("transposed", 4096)),
-    ("rtx-4090", "70b-qo"): (("gemv", 1), ("matmul", 4096), ("transposed", 4096)),
+    ("rtx-4090", "70b-qo"): (("gemv", 4), ("matmul", 4096)),
 }
 MATRIX = [
     pytest.param(
@@ -61,7 +76,7 @@ def packed(n: int, k: int, blocksize: int = 64) -> tuple[jax.ShapeDtypeStruct, .
     )
 
 
-def work_for(op: str, rows: int, n: int, k: int, implementation: str):
+def work_for(op: str, rows: int, n: int, k: int, implementation: str | None, config=None):
     """A function of shapes and its arguments."""
     weight = packed(n, k)
     if op == "dequantize":
@@ -76,7 +91,8 @@ def work_for(op: str, rows: int, n: int, k: int, implementation: str):
         "transposed": pallas_kernels.nf4_matmul_transposed,
     }[op]
     x = jax.ShapeDtypeStruct((rows, n if op == "transposed" else k), jnp.bfloat16)
-    return (lambda x, *parts: kernel(x, *parts, implementation=implementation)), (x, *weight)
+    options = {"implementation": implementation, "config": config}
+    return (lambda x, *parts: kernel(x, *parts, **options)), (x, *weight)
 
 
 def reads_codes_in_16_bytes(ptx: str) -> bool:
@@ -92,7 +108,8 @@ def check_kernel(card: Card, kernel: harness.KernelCode, op: str, rows: int) -> 
         assert kernel.registers * kernel.threads <= card.multiprocessor.registers
     assert reads_codes_in_16_bytes(kernel.ptx), "codes are not read 16 bytes at a time"
     if rows >= 16:
-        # A wgmma multiplies 64 rows at least: for 16, three quarters of it would be padding.
+        # On Hopper issue 3 asks for wgmma from 16 rows on. A wgmma has at least 64 rows: for 16,
+        # three quarters would be padding, so there the older mma.sync of 16 rows is asserted.
         wanted = "wgmma.mma_async" if card.name == "h200" and rows >= 64 else "mma.sync"
         assert wanted in kernel.ptx, f"no {wanted}: the product is not on the tensor cores"
 
@@ -100,7 +117,8 @@ def check_kernel(card: Card, kernel: harness.KernelCode, op: str, rows: int) -> 
 @pytest.mark.parametrize(("card_name", "shape_name", "op", "rows"), MATRIX)
 def test_triton_kernel(card_name, shape_name, op, rows):
     card, (n, k) = CARDS[card_name], SHAPES[shape_name]
-    fn, arguments = work_for(op, rows, n, k, "triton")
+    config = FUSED[op] if rows > 16 else None
+    fn, arguments = work_for(op, rows, n, k, "triton", config)
     compiled, kernels = harness.inspect_kernels(card, fn, *arguments)
     own = [kernel for kernel in kernels if kernel.name.startswith("nf4_")]
     assert own, [kernel.name for kernel in kernels]
@@ -108,6 +126,29 @@ def test_triton_kernel(card_name, shape_name, op, rows):
         check_kernel(card, kernel, op, rows)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     assert temporaries < n * k, "a 16-bit copy of the weight lies among the temporaries"
+
+
+@pytest.mark.parametrize("op", ["matmul", "transposed"])
+@pytest.mark.parametrize(
+    "card_name", ["a100-80", *(pytest.param(c, marks=pytest.mark.slow) for c in TARGETS[1:])]
+)
+def test_rule_for_many_rows_dequantizes_first(card_name, op):
+    """One dequantizing kernel, one product by the library, one 16-bit weight and no more."""
+    n, k = SHAPES["7b-gate"]
+    fn, arguments = work_for(op, 4096, n, k, "triton")
+    compiled, kernels = harness.inspect_kernels(CARDS[card_name], fn, *arguments)
+    own = [kernel for kernel in kernels if kernel.name.startswith("nf4_")]
+    assert [kernel.name for kernel in own] == ["nf4_dequantize"]
+    check_kernel(CARDS[card_name], own[0], "dequantize", 0)
+    assert 2 * n * k <= compiled.memory_analysis().temp_size_in_bytes < 3 * n * k
+
+
+def test_what_the_dispatch_chooses_compiles():
+    """With no implementation named, the card that is compiled for decides."""
+    fn, arguments = work_for("matmul", 512, 4096, 4096, None)
+    compiled, kernels = harness.inspect_kernels(CARDS["h200"], fn, *arguments)
+    assert any("mosaic_gpu" in kernel.name for kernel in kernels)
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096
 
 
 @pytest.mark.parametrize("rows", [1, 4096])

@@ -16,21 +16,24 @@ pytestmark = pytest.mark.skipif(
     not harness.gpu_compiler_available(), reason=f"no GPU compiler here. {harness.PLUGIN_HINT}"
 )
 
-WORK = (("gemv", 1), ("matmul", 16), ("matmul", 4096), ("transposed", 4096))
+WORK = (("gemv", 1), ("gemv", 8), ("matmul", 64), ("matmul", 4096), ("transposed", 4096))
 QUICK = {
-    ("7b-qkvo", "gemv"),
-    ("70b-down", "gemv"),
-    ("7b-qkvo", "matmul"),
-    ("7b-gate", "transposed"),
+    ("7b-qkvo", "gemv", 8),
+    ("70b-down", "gemv", 1),
+    ("7b-qkvo", "matmul", 64),
+    ("7b-qkvo", "matmul", 4096),
+    ("7b-gate", "transposed", 4096),
 }
 MATRIX = [
     pytest.param(
         name,
         *work,
         id=f"{name}-{work[0]}-{work[1]}",
-        marks=() if (name, work[0]) in QUICK else pytest.mark.slow,
+        marks=() if (name, *work) in QUICK else pytest.mark.slow,
     )
     for name, work in itertools.product(SHAPES, WORK)
+    # Eight rows of more columns do not fit into shared memory: the dispatch goes on to Triton.
+    if work != ("gemv", 8) or (SHAPES[name][1] <= 8192 and SHAPES[name][0] <= 11008)
 ]
 
 

@@ -71,3 +71,48 @@ def test_mosaic_needs_hopper_and_its_own_kind_of_weight():
         which_implementation("nf4_matmul", 64, CROSSING, kind="NVIDIA H200", **ask)
     with pytest.raises(ValueError, match="not float32"):
         which_implementation("nf4_gemv", 1, WEIGHT, kind="NVIDIA H200", dtype=jnp.float32, **ask)
+
+
+def chosen(op, rows, shape, kind="NVIDIA H200", **more):
+    return which_implementation(op, rows, Layout(shape, "nf4", 64, True), kind=kind, **more)
+
+
+def test_where_a_rule_cannot_run_the_next_one_does():
+    assert chosen("nf4_gemv", 1, (4096, 4096)).reason == "rule for h200"
+    # Eight rows of 28672 do not fit into shared memory, float32 is not Hopper's.
+    wide = chosen("nf4_gemv", 8, (8192, 28672))
+    single = chosen("nf4_gemv", 1, (4096, 4096), dtype=jnp.float32)
+    for choice in (wide, single):
+        assert choice.implementation == "triton"
+        assert choice.config is not None
+        assert choice.reason.startswith("rule for every card; not mosaic_gpu: it ")
+    crossing = which_implementation("nf4_matmul", 4096, CROSSING, kind="NVIDIA H200")
+    assert crossing.implementation == "xla"
+    assert "not triton: blocks of 64 cross" in crossing.reason
+
+
+@pytest.mark.parametrize("card", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+@pytest.mark.parametrize("op", ["nf4_matmul", "nf4_matmul_transposed"])
+def test_hopper_matmuls_need_tiles_enough(card, op):
+    """64 tiles of 256 rows by 128 columns; else the weight is dequantized for XLA's product."""
+    for rows, width, wanted in (
+        (64, 8192, "mosaic_gpu"),
+        (64, 4096, "triton"),
+        (256, 4096, "triton"),
+        (257, 4096, "mosaic_gpu"),
+        (4096, 1024, "mosaic_gpu"),
+        (1024, 1024, "triton"),
+    ):
+        shape = (2048, width) if op == "nf4_matmul_transposed" else (width, 2048)
+        choice = chosen(op, rows, shape, card)
+        assert choice.implementation == wanted, (rows, width, choice)
+        assert wanted == "mosaic_gpu" or not choice.config.fused
+
+
+@pytest.mark.parametrize("card", [card for card in CARDS.values() if card.supports_triton])
+@pytest.mark.parametrize("op", AVAILABLE)
+def test_triton_has_tile_sizes_for_every_card_and_number_of_rows(card, op):
+    for rows in (1, 4, 5, 16) if op == "nf4_gemv" else (1, 17, 64, 100_000):
+        ask = {"implementation": "triton", "interpret": True}
+        assert chosen(op, rows, (512, 512), card.description, **ask).config is not None
+        assert chosen(op, rows, (512, 512), card.description).implementation != "xla"
