@@ -220,6 +220,8 @@ def model_point(card: Card, point: Point) -> tuple[compile_for.KernelCode, Predi
             op, rows, layout, implementation="triton", kind=card.pallas_kind
         ).config
     assert config is not None
+    if not config.fused:  # the rule leaves the product to XLA: what is modelled is a kernel of ours
+        config = dispatch.configs_to_try(op, rows, point.n, point.k)[0]
     weight = jax.eval_shape(
         lambda: packed_weight(jax.random.key(0), point.n, point.k, point.blocksize)
     )

@@ -292,7 +292,7 @@ def _kernel(plan: Plan):
                     def multiply(step, weights):
                         slot = lax.rem(base + step, cfg.stages)
                         plgpu.barrier_wait(full.at[slot])
-                        plgpu.wgmma(acc, weights, plgpu.transpose_ref(x_tiles.at[slot], (1, 0)))
+                        plgpu.wgmma(acc, weights, x_tiles.at[slot].transpose((1, 0)))
                         return slot
 
                     def simple(step, held):

@@ -260,7 +260,7 @@ def _kernel(plan: Plan):
 
                     def multiply(step, weights, following):
                         slot = lax.rem(base + step, cfg.stages)
-                        plgpu.wgmma(acc, weights, plgpu.transpose_ref(dy_tiles.at[slot], (1, 0)))
+                        plgpu.wgmma(acc, weights, dy_tiles.at[slot].transpose((1, 0)))
                         weights = arrived(step + 1) if following and cfg.ahead else None
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[slot])
