@@ -65,7 +65,9 @@ class Cell:
     def variant(self) -> str:
         """The labels beside dataset, model and seed: what is compared within one of a matrix."""
         own = {k: v for k, v in self.labels.items() if k not in ("dataset", "model", "seed")}
-        return ", ".join(f"{k}={v}" if "." in k else v for k, v in own.items()) or "after"
+        if not own:
+            return "16-bit LoRA" if self.run.quant is None else f"QLoRA {self.run.quant.quant_type}"
+        return ", ".join(f"{k}={v}" if "." in k else v for k, v in own.items())
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from experiments.config import parse_setting
+from experiments.config import RunConfig, parse_setting, to_tree
+from qlora_jax.train import Callback, WandB
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -37,6 +39,15 @@ def keep_compiled_programs(folder: Path) -> None:
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def wandb_callbacks(project: str | None, name: str, run: RunConfig) -> list[Callback]:
+    """What `--wandb PROJECT` asks for; ValueError where the package is missing."""
+    if project is None:
+        return []
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError("--wandb needs the package wandb: pip install 'qlora-jax[wandb]'.")
+    return [WandB(project, name=name, config=to_tree(run))]
 
 
 def make_console() -> Console:

@@ -25,11 +25,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 
-from experiments.cli import CONFIGS, keep_compiled_programs, make_console, read_settings, refuse
+from experiments.cli import (
+    CONFIGS,
+    keep_compiled_programs,
+    make_console,
+    read_settings,
+    refuse,
+    wandb_callbacks,
+)
 from experiments.config import RunConfig, build_run, merged, read_yaml, to_yaml, with_setting
-from experiments.report import duration
+from experiments.report import ERROR, duration, write_atomically
 from experiments.run import check, check_writable, delete_run, execute, is_finished
 
 
@@ -53,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite", action="store_true", help="delete an earlier run in the run folder first"
     )
+    parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved options and stop"
     )
@@ -100,6 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(f"{folder} holds this run, finished; --overwrite repeats it.")
             return 0
         check(run)
+        callbacks = wandb_callbacks(options.wandb, folder.name, run)
         check_writable(folder)
     except (ValueError, OSError, RuntimeError) as error:
         return refuse(error)
@@ -107,8 +117,10 @@ def main(arguments: list[str] | None = None) -> int:
     labels = {"dataset": run.data.source, "model": run.model.source, "seed": str(run.train.seed)}
     console.print(f"{run.model.source} on {run.data.source}, in {folder}", highlight=False)
     try:
-        result = execute(run, folder, labels=labels, console=console)
-    except FloatingPointError as error:
+        result = execute(run, folder, labels=labels, callbacks=callbacks, console=console)
+    except (FloatingPointError, ValueError) as error:
+        # What `fit` refuses (a folder of another run, say), or a training that blew up.
+        write_atomically(folder / ERROR, traceback.format_exc())
         return refuse(error)
     before, after = result["before"], result["after"]
     console.print(

@@ -19,7 +19,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def _tokenize(
     )
 
 
-class _FirstWords(Callback):
+class _FirstWords:
     """Writes config.yaml once the folder's lock is held, and forgets an earlier failure."""
 
     def __init__(self, run: RunConfig, folder: Path) -> None:
@@ -182,7 +182,12 @@ class _FirstWords(Callback):
 
 
 def execute(
-    run: RunConfig, folder: Path, *, labels: Mapping[str, str], console: Console | None = None
+    run: RunConfig,
+    folder: Path,
+    *,
+    labels: Mapping[str, str],
+    callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Train, or go on training, in a run folder; returns (and writes) the content of result.json.
 
@@ -230,7 +235,7 @@ def execute(
         eval_batches=batches(checked.validation, shuffle=False),
         identity=identity(run),
         save_adapter=save,
-        callbacks=[_FirstWords(run, folder)],
+        callbacks=[_FirstWords(run, folder), *callbacks],
         console=console,
     )
     result = _result(model, folder, labels) | {

@@ -37,7 +37,14 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cells import Cell, Sweep, build_sweep
-from experiments.cli import CONFIGS, keep_compiled_programs, make_console, read_settings, refuse
+from experiments.cli import (
+    CONFIGS,
+    keep_compiled_programs,
+    make_console,
+    read_settings,
+    refuse,
+    wandb_callbacks,
+)
 from experiments.config import Tree, parse_setting, read_yaml
 from experiments.page import render
 from experiments.report import (
@@ -75,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="set any option in every cell; repeatable",
     )  # fmt: skip
+    parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
     parser.add_argument("--only", metavar="PATTERN", help="cells whose name matches, as in *qlora*")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and stop")
     parser.add_argument("--report-only", action="store_true", help="run nothing, report again")
@@ -147,15 +155,19 @@ def dry_run(sweep: Sweep, out: Path, console: Console) -> None:
     console.print(table)
 
 
-def run_cell(cell: Cell, folder: Path, console: Console) -> None:
+def run_cell(cell: Cell, folder: Path, console: Console, wandb: str | None = None) -> None:
     """Runs one cell; what goes wrong with it is written down and goes no further."""
     try:
         check_writable(folder)
-    except RuntimeError as error:  # another process works on it: its folder is not ours to write
+    except (RuntimeError, OSError) as error:  # another process works on it: not ours to write
         console.print(f"[yellow]left alone:[/yellow] {error}", highlight=False)
         return
     try:
-        execute(cell.run, folder, labels=cell.labels, console=console)
+        if is_finished(cell.run, folder):  # by another process, since the sweep began
+            console.print("finished by another process")
+            return
+        callbacks = wandb_callbacks(wandb, cell.name, cell.run)
+        execute(cell.run, folder, labels=cell.labels, callbacks=callbacks, console=console)
     except Exception as error:  # one cell must not stop a night's sweep
         text = " ".join(str(error).split()) or type(error).__name__
         console.print(f"[red]failed:[/red] {text}", highlight=False)
@@ -195,6 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
                 check(cell.run)
             for cell in sweep.cells:
                 delete_run(out / cell.name)
+        wandb_callbacks(options.wandb, sweep.name, sweep.cells[0].run)
         todo = [] if options.report_only else plan(sweep, out)
         check_writable(out)
     except (ValueError, OSError, RuntimeError) as error:
@@ -203,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"{sweep.name}: {len(sweep.cells)} cells, {len(todo)} to run, in {out}")
     for number, cell in enumerate(todo, 1):
         console.rule(f"{number}/{len(todo)} {cell.name}", align="left")
-        run_cell(cell, out / cell.name, console)
+        run_cell(cell, out / cell.name, console, options.wandb)
         write_report(sweep, out, command)
     reports = write_report(sweep, out, command)
     console.print(terminal_table(sweep.name, reports))
