@@ -52,6 +52,7 @@ class WeightFolder:
     Attributes:
         folder: where it lies.
         shapes: every tensor's shape, in the order in which they are best read (shard by shard).
+        dtypes: every tensor's dtype, in safetensors' names ("BF16").
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -68,6 +69,7 @@ class WeightFolder:
         self.folder = Path(folder)
         self._shard_of = self._locate()
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         for shard in dict.fromkeys(self._shard_of.values()):
             self._read_header(shard)
 
@@ -121,6 +123,7 @@ class WeightFolder:
                 for name in file.keys() if not expected else expected & set(file.keys()):
                     view = file.get_slice(name)
                     self.shapes[name] = tuple(view.get_shape())
+                    self.dtypes[name] = view.get_dtype()
                     self._shard_of[name] = shard
         except SafetensorError as error:
             raise ValueError(

@@ -27,6 +27,7 @@ from qlora_jax.models import AttentionName, Decoder, Slot, attention_for, family
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
 
+_DTYPES = ("F32", "BF16", "F16")
 # Tensors that older checkpoints carry and that the model computes itself.
 _DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
@@ -141,12 +142,16 @@ def _matching(
     for name in read:
         value = node_at(model, names[name].path).get_value()
         given = weights.shapes[name]
-        if isinstance(value, QuantizedTensor):
-            expected = value.shape
-            if packed:
-                given = read_state(weights, name).shape
-        else:
-            expected = value.shape if names[name].layer is None else value.shape[1:]
+        quantized = isinstance(value, QuantizedTensor)
+        if quantized and packed:
+            given = read_state(weights, name).shape
+        elif weights.dtypes[name] not in _DTYPES:
+            raise ValueError(
+                f"{folder}: tensor {name!r} is stored as {weights.dtypes[name]}, but weights of "
+                f"{', '.join(_DTYPES)} are read: take a 16- or 32-bit checkpoint."
+            )
+        stacked = not quantized and names[name].layer is not None
+        expected = value.shape[1:] if stacked else value.shape
         if tuple(given) != tuple(expected):
             raise ValueError(
                 f"{folder}: tensor {name!r} has shape {list(given)}, but config.json calls for "

@@ -149,6 +149,10 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (lambda f: change_config(f, vocab_size=25), "tensor .* has shape"),
         (lambda f: change_tensors(f, lambda t: t.pop(NAME)), "lacks the tensor .*up_proj"),
         (lambda f: change_tensors(f, lambda t: t.update(extra=t[NAME])), "'extra'.*no place"),
+        (
+            lambda f: change_tensors(f, lambda t: t.update({NAME: t[NAME].astype(np.int8)})),
+            "is stored as I8, but",
+        ),
         (lambda f: (f / "config.json").write_text("{"), "no readable JSON"),
         (lambda f: change_config(f, quantization_config={"quant_method": "gptq"}), "'gptq', but"),
     ],
