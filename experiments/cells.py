@@ -94,8 +94,9 @@ def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = Non
         if key not in LISTS and key not in sections:
             raise unknown_key(str(key), [*LISTS, *sections], "", where)
     base = {key: value for key, value in tree.items() if key in sections}
-    models = _sources(tree.get("models", ["stdlib-1m"]), MODELS, "models", where)
-    datasets = _sources(tree.get("datasets", ["describe"]), DATASETS, "datasets", where)
+    # The file of a single run is a sweep of one cell.
+    models = _sources(tree.get("models", [base.get("model", {})]), MODELS, "models", where)
+    datasets = _sources(tree.get("datasets", [base.get("data", {})]), DATASETS, "datasets", where)
     seeds = tree.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds:
         raise ValueError(f"seeds in {where} is {seeds!r}, but should be a list such as [0, 1].")
@@ -123,7 +124,7 @@ def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = Non
         if cell.name in cells:
             raise ValueError(f"{where} makes two cells called {cell.name}: give them other labels.")
         cells[cell.name] = cell
-    return Sweep(str(tree.get("name", "sweep")), tuple(cells.values()))
+    return Sweep(str(tree.get("name", Path(where).stem)), tuple(cells.values()))
 
 
 def _with_all(tree: Tree, options: Mapping[str, Any]) -> Tree:
@@ -154,12 +155,14 @@ def _sources(given: Any, known: Collection[str], what: str, where: str) -> dict[
         )
     sources: dict[str, Any] = {}
     for item in given:
-        label = _label(named_source(known, item, f"{what} in {where}"), where)
+        section = named_source(known, item, f"{what} in {where}")
+        section = {"source": next(iter(known)), **section}
+        label = _label(section, where)
         if label in sources:
             raise ValueError(
                 f"{what} in {where} has two entries called {label}: write label: source."
             )
-        sources[label] = item
+        sources[label] = section
     return sources
 
 

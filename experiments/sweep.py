@@ -134,7 +134,7 @@ def plan(sweep: Sweep, out: Path) -> list[Cell]:
 
 def dry_run(sweep: Sweep, out: Path, console: Console) -> None:
     """Lists the cells with what they would train on, and which are finished."""
-    table = Table(title=f"{sweep.name}: {len(sweep.cells)} cells in {out}", title_justify="left")
+    table = Table(title=f"{sweep.name}: {len(sweep.cells)} cell(s) in {out}", title_justify="left")
     for name in sweep.cells[0].labels:
         table.add_column(name)
     for name in ("base", "steps", "rows", "tokens", "status"):
@@ -213,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         return refuse(error)
     keep_compiled_programs(out.parent / ".jax-cache")
-    console.print(f"{sweep.name}: {len(sweep.cells)} cells, {len(todo)} to run, in {out}")
+    console.print(f"{sweep.name}: {len(sweep.cells)} cell(s), {len(todo)} to run, in {out}")
     for number, cell in enumerate(todo, 1):
         console.rule(f"{number}/{len(todo)} {cell.name}", align="left")
         run_cell(cell, out / cell.name, console, options.wandb)

@@ -37,12 +37,12 @@ def test_a_sweep_from_its_file_to_its_page(sweep_file, tmp_path, capsys):
     out = tmp_path / "out"
     command = [str(sweep_file), "--out", str(out), *fast()]
     assert sweep.main([*command, "--dry-run"]) == 0
-    assert "4 cells" in capsys.readouterr().out
+    assert "4 cell(s)" in capsys.readouterr().out
     assert not out.exists()
 
     assert sweep.main(command) == 0
     printed = capsys.readouterr().out
-    assert "4 cells, 4 to run" in printed
+    assert "4 cell(s), 4 to run" in printed
     folders = {f.name for f in out.iterdir() if f.is_dir()}
     assert folders == {
         f"{d}--tiny--{m}--seed0" for d in ("describe", "implement") for m in ("QLoRA", "LoRA-16")
@@ -66,7 +66,7 @@ def test_a_sweep_from_its_file_to_its_page(sweep_file, tmp_path, capsys):
 
     stamp = (cell / "result.json").stat().st_mtime_ns
     assert sweep.main(command) == 0
-    assert "4 cells, 0 to run" in capsys.readouterr().out
+    assert "4 cell(s), 0 to run" in capsys.readouterr().out
     assert (cell / "result.json").stat().st_mtime_ns == stamp
 
     assert sweep.main([*command, "--set", "train.learning_rate=1"]) == 2
@@ -119,7 +119,7 @@ def test_a_failing_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path, c
 
     monkeypatch.setattr(run, "load_pretrained", load)
     assert sweep.main(command) == 0
-    assert "2 cells, 1 to run" in capsys.readouterr().out
+    assert "2 cell(s), 1 to run" in capsys.readouterr().out
     assert not (failed / "error.txt").exists()
 
 
