@@ -80,6 +80,15 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
     return {"meta": meta, "ceilings": ceilings, "points": list(points.values())}
 
 
+def add_peer(results: dict[str, Any], folder: Path) -> None:
+    """Take in what `benchmarks.gpu_bitsandbytes` left in a folder, if it did."""
+    path = folder / "bitsandbytes.json"
+    if path.exists():
+        peer = json.loads(path.read_text())
+        results["meta"] |= peer["meta"]
+        results["points"] += peer["points"]
+
+
 def write_all(results: dict[str, Any], folder: Path) -> None:
     """`kernels.json`, `kernels.md` and `roofline.png` of the results."""
     folder.mkdir(parents=True, exist_ok=True)

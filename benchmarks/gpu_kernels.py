@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a line per point, write the files; 1 if any kernel was wrong."""
     options = _parser().parse_args(argv)
     if options.merge:
-        _report.write_all(_report.merge(options.merge), options.out)
+        results = _report.merge(options.merge)
+        _report.add_peer(results, options.out)
+        _report.write_all(results, options.out)
         return 0
     run = Run(options)
     try:
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         rules = _autotune.implementation_rules(run)
         (options.out / "rules.json").write_text(json.dumps(rules, indent=1) + "\n")
-        run.add_peer()
+        _report.add_peer(run.results, options.out)
         _report.write_all(run.results, options.out)
     wrong = [p["label"] for p in run.results["points"] if p["status"] == "wrong"]
     if wrong:
@@ -132,14 +134,6 @@ class Run:
                     print("budget spent: the rest is not measured", flush=True)
                     break
                 self._measure_group(group, pool)
-
-    def add_peer(self) -> None:
-        """Take in what `benchmarks.gpu_bitsandbytes` left in the output folder."""
-        path = self.options.out / "bitsandbytes.json"
-        if path.exists():
-            peer = json.loads(path.read_text())
-            self.results["meta"] |= peer["meta"]
-            self.results["points"] += peer["points"]
 
     def left(self) -> float:
         """Seconds of budget left."""

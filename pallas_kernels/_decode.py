@@ -29,7 +29,10 @@ def add_unfused(product: Float32[Array, "..."], addend: Float32[Array, "..."]) -
 
 def select_tree(code: UInt8[Array, "..."], table: np.ndarray) -> Float32[Array, "..."]:
     """table[code] for 16 float32 entries and codes below 16, by selects on the code's bits."""
-    values = [jnp.float32(v) for v in table]
+    # Tied to the codes: JAX hoists what depends on constants alone out of a scan over layers, and
+    # here that would be full arrays of the table's entries, held through the backward pass.
+    zero = (code & np.uint8(0)).astype(jnp.float32)
+    values = [zero + np.float32(v) for v in table]
     for bit in (1, 2, 4, 8):
         is_set = (code & np.uint8(bit)) != 0
         values = [
