@@ -42,8 +42,9 @@ def test_nf4_errors_as_published(blocksize: int) -> None:
 
 def test_fp4_errors_as_published() -> None:
     absolute, relative = errors(ql.QuantConfig("fp4", 64, double_quant=False))
-    assert abs(absolute - 0.096543) < 7 * SIGMA * 1.6
-    assert abs(relative - 0.260125) < 7 * SIGMA * 5.5
+    # From the published mean to the limit that bitsandbytes' own tests set.
+    assert abs(absolute - 0.096543) < 0.097320 - 0.096543
+    assert abs(relative - 0.260125) < 0.262778 - 0.260125
 
 
 def test_double_quantization_costs_little() -> None:

@@ -53,20 +53,32 @@ def test_codes_and_absmax(name: str, quant_type: str) -> None:
 @pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_dequantized_values(name: str, quant_type: str) -> None:
+    """Quantized here and read back: bitsandbytes' values, but where its index says that the CPU
+    (which made them) and CUDA choose different numbers for a tie."""
     vectors = load_npz(shared_path(f"vectors/quant/{name}.npz"))
+    index = json.loads((shared_path("vectors/quant") / "index.json").read_text())
     weight = bf16(vectors["input"])
+    checked = 0
     for blocksize in (64, 4096):
-        expected = vectors.get(f"{quant_type}_bs{blocksize}.dequant")
-        if expected is None or f"{quant_type}_bs{blocksize}.codes_cudarule" in vectors:
+        key = f"{quant_type}_bs{blocksize}"
+        if f"{key}.dequant" not in vectors:
             continue
         tensor = ql.quantize(
             jnp.asarray(weight), ql.QuantConfig(quant_type, blocksize, double_quant=False)
         )
-        if (
-            np.asarray(tensor.codes).reshape(-1) != vectors[f"{quant_type}_bs{blocksize}.codes"]
-        ).any():
-            continue  # a ragged last block on a midpoint; see test_codes_and_absmax
-        assert_same_numbers(np.asarray(tensor.dequantize()), bf16(expected))
+        actual = np.asarray(tensor.dequantize())
+        expected = bf16(vectors[f"{key}.dequant"])
+        assert actual.dtype == expected.dtype
+        differs = (actual.astype(np.float32) != expected.astype(np.float32)).reshape(-1)
+        ties = index["tensors"][name]["cases"][key]["values_differing_from_cuda_rule"]
+        whole = weight.size // blocksize * blocksize
+        assert differs[:whole].sum() <= ties
+        # A short last block is scaled one ulp apart (test_codes_and_absmax).
+        assert differs[whole:].sum() <= ties + 1
+        if whole == weight.size:
+            assert differs.sum() == ties
+        checked += 1
+    assert checked
 
 
 @pytest.mark.parametrize("name", NESTED)
