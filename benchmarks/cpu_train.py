@@ -51,7 +51,7 @@ def ours(size: tuple[int, int], dtype: str, remat: str) -> Callable[[], float]:
     import qlora_jax as ql
     from qlora_jax.data import Batch
     from qlora_jax.evaluate import split_adapters
-    from qlora_jax.models.decoder import Decoder, DecoderConfig
+    from qlora_jax.models import Decoder, DecoderConfig
     from qlora_jax.train import init_state, make_train_step
 
     model = Decoder(

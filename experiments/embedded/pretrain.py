@@ -42,7 +42,7 @@ from flax import nnx
 from experiments.embedded import MODELS, ROOT
 from experiments.embedded.make_corpus import SPECIAL_TOKENS, read_corpus
 from qlora_jax.checkpoints import save_model
-from qlora_jax.models.decoder import AttentionName, Decoder, DecoderConfig, unfreeze
+from qlora_jax.models import AttentionName, Decoder, DecoderConfig, unfreeze
 from qlora_jax.models.loss import cross_entropy
 from qlora_jax.optim import decay_mask
 

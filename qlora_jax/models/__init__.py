@@ -1,13 +1,8 @@
 """Floor 3: which architectures? One decoder, its configuration per family, and its loss."""
 
-from qlora_jax.models.decoder import (
-    REMAT,
-    AttentionName,
-    Decoder,
-    DecoderConfig,
-    attention_for,
-    unfreeze,
-)
+from qlora_jax.models.attention import AttentionName, attention_for
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import REMAT, Decoder
 from qlora_jax.models.families import FAMILIES, family_of
 from qlora_jax.models.family import Family, Slot
 from qlora_jax.models.loss import (
@@ -17,6 +12,7 @@ from qlora_jax.models.loss import (
     next_tokens,
 )
 from qlora_jax.models.rope import RopeConfig
+from qlora_jax.models.unfreeze import unfreeze
 
 __all__ = [
     "FAMILIES",

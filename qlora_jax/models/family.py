@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qlora_jax.models.decoder import DecoderConfig
+from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.rope import RopeConfig
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.models.decoder import DecoderConfig
+from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.family import Family, Slot, read_rope, required, write_rope
 
 

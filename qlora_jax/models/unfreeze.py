@@ -1,0 +1,29 @@
+"""Training the base itself: frozen weights become parameters."""
+
+from flax import nnx
+
+from qlora_jax.nn import FrozenParam
+from qlora_jax.quant import QuantizedTensor
+
+
+def unfreeze(model: nnx.Module) -> None:
+    """Makes every dense base weight trainable, in place: each `FrozenParam` becomes an `nnx.Param`.
+
+    For pretraining and full finetuning.
+
+    Raises:
+        ValueError: a weight is quantized; codes have no gradient.
+    """
+    for path, node in nnx.iter_graph(model):
+        if not isinstance(node, nnx.Module):
+            continue
+        for name, value in list(vars(node).items()):
+            if isinstance(value, FrozenParam):
+                weight = value.get_value()
+                if isinstance(weight, QuantizedTensor):
+                    where = ".".join(map(str, (*path, name)))
+                    raise ValueError(
+                        f"{where} is quantized, and codes cannot be trained: build or load the "
+                        "model with quant=None to train its base weights."
+                    )
+                setattr(node, name, nnx.Param(weight))
