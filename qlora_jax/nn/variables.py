@@ -12,3 +12,8 @@ from flax import nnx
 
 class FrozenParam(nnx.Variable):
     """A weight of the frozen base: an array, or a `QuantizedTensor` (a pytree of arrays)."""
+
+
+class TrainedParam(nnx.LoRAParam):
+    """A weight of the base that is trained and saved whole: PEFT's `modules_to_save`, trained
+    biases, the rows of added tokens. It is found wherever adapters are found."""
