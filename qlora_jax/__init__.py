@@ -8,6 +8,8 @@ Dettmers, Pagnoni, Holtzman, Zettlemoyer: "QLoRA: Efficient Finetuning of Quanti
 NeurIPS 2023, arXiv 2305.14314.
 """
 
+from qlora_jax.checkpoints import load_adapter, read_adapter_config, save_adapter
+from qlora_jax.models import add_tokens, resize_token_embeddings, train_tokens
 from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense, add_lora, quantize_module
 from qlora_jax.optim import paged
 from qlora_jax.pretrained import load_pretrained
@@ -20,9 +22,15 @@ __all__ = [
     "QuantDense",
     "QuantizedTensor",
     "add_lora",
+    "add_tokens",
+    "load_adapter",
     "load_pretrained",
     "paged",
     "quantize",
     "quantize_module",
     "quantized_matmul",
+    "read_adapter_config",
+    "resize_token_embeddings",
+    "save_adapter",
+    "train_tokens",
 ]

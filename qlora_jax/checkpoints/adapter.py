@@ -1,206 +1,337 @@
-"""LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+"""Adapters out of a model and into one, in PEFT's format (`adapter_file.py`).
 
-PEFT names a tensor `base_model.model.<module>.lora_A.weight`, where `<module>` is the adapted
-linear layer's name in the Hugging Face model, so an adapter trained here loads there and the
-reverse. Only what a decoder here can apply is read; anything else in a config is refused rather
-than left out.
+Both directions walk the same list: every array that is trained, with its PEFT name, and where it
+lies in the model. A stack of layers is one array here and one tensor per layer there; where the
+layers' ranks differ, what fills the smaller ones up is left out.
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from qlora_jax.checkpoints.folder import read_json, replace_file
-from qlora_jax.checkpoints.load import node_at
-from qlora_jax.models import FAMILIES, Decoder
-from qlora_jax.nn import LoraConfig
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-# Switches of PEFT's that change what an adapter computes, and that a decoder here does not know.
-_UNSUPPORTED = (
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "layer_replication",
-    "layers_to_transform",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
+from qlora_jax.checkpoints.adapter_config import CONFIG, config_to_json
+from qlora_jax.checkpoints.adapter_file import (
+    PREFIX,
+    TOKENS,
+    WEIGHTS,
+    PeftAdapter,
+    read_adapter,
 )
+from qlora_jax.checkpoints.folder import replace_file
+from qlora_jax.checkpoints.load import node_at
+from qlora_jax.data import Tokenizer
+from qlora_jax.models import (
+    FAMILIES,
+    module_names,
+    resize_token_embeddings,
+    train_rows_of,
+    vocabularies,
+)
+from qlora_jax.nn import LoraConfig, QuantDense, TrainedParam
+
+# PEFT's task by the kind of model.
+_TASKS = {
+    "Decoder": "CAUSAL_LM",
+    "EncoderDecoder": "SEQ_2_SEQ_LM",
+    "EncoderClassifier": "SEQ_CLS",
+}
+
+
+class _Part(NamedTuple):
+    """One tensor of the adapter, and the place in the model that holds it.
+
+    Attributes:
+        names: what PEFT calls it (without its prefix); the first is what we write, any is read.
+        variable: the array, of a whole stack.
+        index: of the layer in the stack; () where there is none.
+        axis: along which only the first `length` entries are the adapter's; None for all.
+        length: the layer's rank.
+    """
+
+    names: tuple[str, ...]
+    variable: nnx.Variable
+    index: tuple[int, ...] = ()
+    axis: int | None = None
+    length: int = 0
+
+    def taken(self) -> np.ndarray:
+        """The tensor, out of the model."""
+        array = np.asarray(self.variable.get_value())[self.index]
+        if self.axis is not None:
+            array = array.take(range(self.length), axis=self.axis)
+        return np.ascontiguousarray(array)
 
 
 class _Adapted(NamedTuple):
-    """One adapted linear layer of the tree."""
+    """One adapted linear layer of the tree, or a stack of them.
+
+    Attributes:
+        path: in the tree.
+        layer: the module.
+        modules: its Hugging Face names, one for each layer of the stack.
+    """
 
     path: str
-    modules: list[str]  # its Hugging Face names, one for each layer of the stack
-    lora: LoraConfig
-    lora_A: nnx.LoRAParam
-    lora_B: nnx.LoRAParam
+    layer: QuantDense
+    modules: list[str]
+
+    def index(self, number: int) -> tuple[int, ...]:
+        """Where the layer of a number lies along the stack's axes."""
+        return tuple(map(int, np.unravel_index(number, self.layer.stack_shape)))
+
+    def scaling(self, number: int) -> float:
+        """What the adapter of one layer is scaled by; 0 where it has none."""
+        assert self.layer.lora is not None
+        if self.layer.lora_scaling is None:
+            return self.layer.lora.scaling
+        return float(self.layer.lora_scaling.get_value()[self.index(number)])
 
 
-def _adapted(model: Decoder) -> Iterator[_Adapted]:
-    names: dict[tuple[str, ...], list[str]] = {}
-    family = FAMILIES[model.config.model_type]
-    for name, slot in family.weight_names(model.config).items():
-        if slot.path[-1] == "kernel":
-            names.setdefault(slot.path[:-1], []).append(name.removesuffix(".weight"))
-    for path, modules in names.items():
-        layer = node_at(model, path)
-        if layer.lora is not None:
-            yield _Adapted(".".join(path), modules, layer.lora, layer.lora_A, layer.lora_B)
+def _adapted(model: Any) -> Iterator[_Adapted]:
+    tensors = FAMILIES[model.config.model_type].weight_names(model.config)
+    kernels = {name: slot for name, slot in tensors.items() if slot.path[-1] == "kernel"}
+    for path, modules in module_names(kernels).items():
+        layer = node_at(model, tuple(path.split(".")))
+        if isinstance(layer, QuantDense) and layer.lora is not None:
+            yield _Adapted(path, layer, modules)
 
 
-def read_adapter_config(folder: str | Path) -> LoraConfig:
-    """The `LoraConfig` of a saved adapter: what to build a model with before `load_adapter`.
+def _parts(model: Any, lora: LoraConfig) -> Iterator[_Part]:
+    """Every tensor of an adapter with this configuration."""
+    biases = set()
+    for adapted in _adapted(model):
+        layer = adapted.layer
+        for number, module in enumerate(adapted.modules):
+            own, index = lora.at(module), adapted.index(number)
+            if own is None:
+                continue
+            biases.add(f"{module}.bias")
+            yield _Part((f"{module}.lora_A.weight",), layer.lora_A, index, 0, own.r)
+            yield _Part((f"{module}.lora_B.weight",), layer.lora_B, index, 1, own.r)
+            if layer.lora_magnitude_vector is not None:
+                name = f"{module}.lora_magnitude_vector"
+                yield _Part((name, f"{name}.weight"), layer.lora_magnitude_vector, index)
+    for name, slot in FAMILIES[model.config.model_type].weight_names(model.config).items():
+        variable = node_at(model, slot.path)
+        if not isinstance(variable, TrainedParam):
+            continue
+        index = slot.layer if isinstance(slot.layer, tuple) else (slot.layer,)
+        names = (name,)
+        if name in biases:
+            # Where PEFT has put an adapter around the layer; older versions left the name alone.
+            names = (f"{name.removesuffix('bias')}base_layer.bias", name)
+        yield _Part(names, variable, () if slot.layer is None else index)
+    for module, embedding in _token_modules(model).items():
+        if embedding.token_rows is not None:
+            yield _Part((f"{module}.{TOKENS}",), embedding.token_rows)
 
-    Raises:
-        FileNotFoundError: there is no adapter_config.json.
-        ValueError: it asks for what is not supported here, or is no LoRA.
-    """
-    path = Path(folder) / CONFIG
-    config = read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{path} has peft_type {config.get('peft_type')!r}, but only 'LORA' adapters are read."
-        )
-    unsupported = [name for name in _UNSUPPORTED if config.get(name)]
-    if config.get("bias", "none") != "none":
-        unsupported.append("bias")
-    if unsupported:
-        name = unsupported[0]
-        raise ValueError(
-            f"{path} sets {name} to {config[name]!r}, which is not supported here: use an adapter "
-            "trained without it."
-        )
-    targets = config.get("target_modules") or "all-linear"
-    return LoraConfig(
-        r=int(config["r"]),
-        alpha=config["lora_alpha"],
-        lora_dropout=float(config.get("lora_dropout", 0.0)),
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        use_rslora=bool(config.get("use_rslora", False)),
-    )
+
+def _token_modules(model: Any) -> dict[str, Any]:
+    """The matrices with a row for each token, by their Hugging Face names."""
+    names = module_names(FAMILIES[model.config.model_type].weight_names(model.config))
+    return {names[path][0]: embedding for path, embedding in vocabularies(model).items()}
 
 
 def save_adapter(
-    folder: str | Path, model: Decoder, lora_config: LoraConfig, base_name: str
+    folder: str | Path,
+    model: Any,
+    lora_config: LoraConfig,
+    base_name: str,
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Writes a model's adapters for PEFT, in the dtype they have here.
+    """Writes all that a model has trained for PEFT, in the dtype it has here.
 
     Args:
         folder: made if missing; both files are put in place whole or not at all.
         model: with adapters.
         lora_config: what they were built with.
         base_name: the base model's name or folder, as PEFT should find it.
+        tokenizer: written beside, where tokens were added to it.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or not the ones of this configuration.
     """
-    tensors: dict[str, np.ndarray] = {}
-    targets = set()
-    for layer in _adapted(model):
-        a, b = np.asarray(layer.lora_A.get_value()), np.asarray(layer.lora_B.get_value())
-        for index, module in enumerate(layer.modules):
-            targets.add(module.rpartition(".")[2])
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a[index])
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b[index])
-    if not tensors:
+    if not any(True for _ in _adapted(model)):
         raise ValueError("The model has no adapters to save: build or load it with a LoraConfig.")
-    config = {
-        "base_model_name_or_path": base_name,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": lora_config.alpha,
-        "lora_dropout": lora_config.lora_dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": lora_config.r,
-        "target_modules": sorted(targets),
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": lora_config.use_rslora,
-    }
+    _check_same(model, lora_config, "lora_config", "give the one that the model was built with")
+    tensors = {PREFIX + part.names[0]: part.taken() for part in _parts(model, lora_config)}
+    config = config_to_json(
+        lora_config,
+        base_name=base_name,
+        targets=_targets(model, lora_config),
+        task_type=_TASKS[type(model).__name__],
+    )
+    trained = {m: e for m, e in _token_modules(model).items() if e.token_ids is not None}
+    if trained:
+        config["trainable_token_indices"] = {
+            module: e.token_ids.get_value().tolist() for module, e in trained.items()
+        }
+    if getattr(model.config, "tie_word_embeddings", False):
+        # Our head is the embedding itself; PEFT trains a copy unless it is told.
+        whole = any(isinstance(e.weight, TrainedParam) for e in _token_modules(model).values())
+        if whole or trained:
+            config["ensure_weight_tying"] = True
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
     replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    if tokenizer is not None:
+        tokenizer.save(folder)
 
 
-def load_adapter(folder: str | Path, model: Decoder) -> None:
-    """Puts a PEFT adapter's numbers into a model's adapters, in place.
+def _targets(model: Any, lora: LoraConfig) -> tuple[str, ...] | str:
+    """`target_modules` for PEFT: as given, but "all-linear" by name, since PEFT's idea of what is
+    linear depends on how a model is implemented there."""
+    if isinstance(lora.target_modules, tuple):
+        return tuple(sorted(lora.target_modules))
+    if lora.target_modules != "all-linear":
+        return lora.target_modules
+    names = [
+        module
+        for adapted in _adapted(model)
+        for module in adapted.modules
+        if lora.at(module) is not None
+    ]
+    ends = {name.rpartition(".")[2] for name in names}
+    every = module_names(FAMILIES[model.config.model_type].weight_names(model.config))
+    others = {module for modules in every.values() for module in modules} - set(names)
+    if lora.layers_to_transform is None and any(o.rpartition(".")[2] in ends for o in others):
+        # A last name alone would also mean a module that has no adapter.
+        return tuple(names)
+    return tuple(sorted(ends))
+
+
+def load_adapter(folder: str | Path, model: Any) -> None:
+    """Puts a PEFT adapter's numbers into a model, in place. Tokens that were added with it are added
+    to the model, too (not to its tokenizer, which lies beside the adapter).
 
     Args:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
-        model: built with a LoraConfig of the same rank, scaling and targets
-            (`read_adapter_config(folder)` gives it).
+        model: built with the adapter's own configuration (`read_adapter_config(folder)` gives it).
 
     Raises:
         FileNotFoundError: one of the files is missing.
         ValueError: the adapter is damaged, or does not fit the model: another rank, scaling, other
-            modules or another base.
+            modules or another base. The model is then as it was.
     """
-    folder = Path(folder)
-    config = read_adapter_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        pickle = folder / "adapter_model.bin"
-        hint = (
-            f"; {pickle.name} is a pickle and never read here: load it once in PEFT and save it "
-            "with `safe_serialization=True`"
-            if pickle.is_file()
-            else ": give the folder that PEFT's save_pretrained wrote"
-        )
-        raise FileNotFoundError(f"{folder} has no {WEIGHTS}{hint}.")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{folder / WEIGHTS} is truncated or no safetensors file ({error}): fetch it again."
-        ) from error
-    replacements: list[tuple[nnx.LoRAParam, np.ndarray]] = []
-    for layer in _adapted(model):
-        if layer.lora.scaling != config.scaling:
+    adapter = read_adapter(folder)
+    tensors = dict(adapter.tensors)
+    advice = "build the model with read_adapter_config(folder)"
+    _check_same(model, adapter.config, str(folder), advice)
+    _check_tied(model, adapter)
+    rows = [
+        (embedding, ids, tensors.pop(f"{module}.{TOKENS}", None), module)
+        for module, embedding in _token_modules(model).items()
+        for named, ids in adapter.token_ids.items()
+        if module == named or module.endswith(f".{named}")
+    ]
+    tokens = {f"{module}.{TOKENS}" for module in _token_modules(model)}
+    for embedding, ids, found, module in rows:
+        expected = (len(ids), embedding.weight.get_value().shape[1])
+        if found is None or found.shape != expected:
+            shape = "missing" if found is None else f"of shape {list(found.shape)}"
             raise ValueError(
-                f"{folder} scales its adapters by {config.scaling:g} and the model by "
-                f"{layer.lora.scaling:g}: build the model with read_adapter_config(folder)."
+                f"{folder}: the rows of {len(ids)} trained tokens of {module!r} are {shape}, but "
+                f"{list(expected)} is needed: the adapter is of another base model, or damaged."
             )
-        for name in ("lora_A", "lora_B"):
-            keys = [f"{_PREFIX}{module}.{name}.weight" for module in layer.modules]
-            absent = [key for key in keys if key not in tensors]
-            if absent:
-                raise ValueError(
-                    f"{folder} lacks {absent[0]!r}, but the model adapts {layer.path}: build the "
-                    "model with read_adapter_config(folder)."
-                )
-            stack = np.stack([tensors.pop(key) for key in keys])
-            variable = getattr(layer, name)
-            if stack.shape != variable.get_value().shape:
-                raise ValueError(
-                    f"{folder}: {keys[0]!r} has shape {list(stack.shape[1:])}, but the model's is "
-                    f"{list(variable.get_value().shape[1:])}: the adapter was trained with another "
-                    "rank or on another base model."
-                )
-            replacements.append((variable, stack))
+    parts = []
+    for part in _parts(model, adapter.config):
+        if part.names[0] in tokens:
+            continue
+        name = next((name for name in part.names if name in tensors), None)
+        if name is None:
+            raise ValueError(
+                f"{folder} lacks {part.names[0]!r}, but the model trains it: {advice}."
+            )
+        tensor = tensors.pop(name)
+        if tensor.shape != part.taken().shape:
+            raise ValueError(
+                f"{folder}: {name!r} has shape {list(tensor.shape)}, but the model's is "
+                f"{list(part.taken().shape)}: the adapter was trained with another rank or on "
+                "another base model."
+            )
+        parts.append((part, tensor))
     if tensors:
         raise ValueError(
             f"{folder} holds {sorted(tensors)[0]!r} (and {len(tensors) - 1} more) that the model "
             "does not adapt: build it with read_adapter_config(folder), on the adapter's own base."
         )
-    for variable, stack in replacements:
-        variable.set_value(jnp.asarray(stack, variable.get_value().dtype))
+    _put(parts)
+    largest = max((max(ids) for _, ids, _, _ in rows), default=-1)
+    if largest >= model.config.vocab_size:
+        resize_token_embeddings(model, largest + 1)
+    for embedding, ids, found, _ in rows:
+        train_rows_of(embedding, ids)
+        order = embedding.token_ids.get_value().tolist()
+        places = jnp.asarray([order.index(id_) for id_ in ids])
+        values = embedding.token_rows.get_value()
+        embedding.token_rows.set_value(values.at[places].set(jnp.asarray(found, values.dtype)))
+
+
+def _put(parts: list[tuple[_Part, np.ndarray]]) -> None:
+    """Writes tensors into their places; one transfer for each array of the model."""
+    arrays: dict[int, tuple[nnx.Variable, np.ndarray]] = {}
+    for part, tensor in parts:
+        if id(part.variable) not in arrays:
+            value = part.variable.get_value()
+            arrays[id(part.variable)] = (part.variable, np.zeros(value.shape, value.dtype))
+        whole = arrays[id(part.variable)][1][part.index or ...]
+        if part.axis == 0:
+            whole = whole[: part.length]
+        elif part.axis == 1:
+            whole = whole[:, : part.length]
+        whole[...] = tensor
+    for variable, array in arrays.values():
+        variable.set_value(jnp.asarray(array))
+
+
+def _check_same(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
+    """Refuses a configuration whose adapters are not the model's."""
+    for adapted in _adapted(model):
+        largest = 0
+        for number, module in enumerate(adapted.modules):
+            own, has = lora.at(module), adapted.scaling(number)
+            if has and own is None:
+                raise ValueError(
+                    f"{what} lacks an adapter of {module!r}, but the model adapts it: {advice}."
+                )
+            if own is None:
+                continue
+            largest = max(largest, own.r)
+            if not np.isclose(own.scaling, has, rtol=1e-6):
+                raise ValueError(
+                    f"{what} scales its adapters by {own.scaling:g} and the model by {has:g} "
+                    f"({module}): {advice}."
+                )
+        rank = adapted.layer.lora_A.get_value().shape[-2]
+        if largest != rank:
+            raise ValueError(
+                f"{what} has rank {largest} at {adapted.path}, but the model has {rank}: it is of "
+                f"another rank or on another base; {advice}."
+            )
+        if lora.use_dora != (adapted.layer.lora_magnitude_vector is not None):
+            raise ValueError(
+                f"{what} has use_dora={lora.use_dora}, but the model at {adapted.path} does "
+                f"{'not ' if lora.use_dora else ''}have DoRA's magnitudes: {advice}."
+            )
+
+
+def _check_tied(model: Any, adapter: PeftAdapter) -> None:
+    """Refuses an adapter that has trained embedding and head apart where they are one here."""
+    if adapter.ties or not getattr(model.config, "tie_word_embeddings", False):
+        return
+    heads = [m for m in _token_modules(model) if adapter.config.saves(m)]
+    if heads or adapter.config.saves("lm_head"):
+        raise ValueError(
+            f"{adapter.folder} trains {', '.join(heads) or 'lm_head'} as a copy apart from the "
+            "matrix that this base shares between embedding and head, which a tied model cannot "
+            "hold: train it in PEFT with ensure_weight_tying=True."
+        )

@@ -11,6 +11,7 @@ exists.
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
 from qlora_jax.checkpoints.open import open_checkpoint
-from qlora_jax.models import AttentionName, Decoder, Slot, attention_for, family_of, unfreeze
-from qlora_jax.nn import LoraConfig
+from qlora_jax.models import (
+    AttentionName,
+    Decoder,
+    Slot,
+    attention_for,
+    family_of,
+    module_names,
+    unfreeze,
+)
+from qlora_jax.nn import LoraConfig, add_lora, start_from_weight
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
 
 # Tensors that older checkpoints carry and that the model computes itself.
@@ -88,11 +97,10 @@ def load_model(
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
 
-    def build(key: Key[Array, ""], quant: QuantConfig | None = quant) -> Decoder:
+    def build(key: Key[Array, ""]) -> Decoder:
         return Decoder(
             config,
             quant=quant,
-            lora=lora,
             compute_dtype=compute_dtype,
             param_dtype=param_dtype,
             remat=remat,
@@ -105,11 +113,12 @@ def load_model(
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
     slots = _matching(checkpoint, family.weight_names(config), model)
-    _fill(model, checkpoint, slots, None if stored is not None else quant, progress)
+    start = None if stored is not None else _starter(lora, quant)
+    starts = _fill(model, checkpoint, slots, None if stored is not None else quant, start, progress)
     if lora is not None:
-        # Only the adapters are asked for, so the compiler drops the random base.
-        adapters = jax.jit(lambda key: nnx.state(build(key, None), nnx.LoRAParam))
-        nnx.update(model, adapters(key))
+        # Adapters come last: some are made from the weights.
+        names = module_names(family.weight_names(config))
+        add_lora(model, lora, rngs=nnx.Rngs(params=key), names=names, starts=starts)
     if trainable_base:
         unfreeze(model)
     return model
@@ -174,13 +183,17 @@ def _fill(
     checkpoint: Checkpoint,
     slots: dict[str, Slot],
     quant: QuantConfig | None,
+    start: Callable[[str, Array], tuple[Any, Array, Array] | None] | None,
     progress: bool,
-) -> None:
+) -> dict[str, tuple[Array, Array]]:
     """Reads every tensor into its place; the abstract Variables become arrays on the device.
 
     `quant` is how dense tensors of the file are quantized; None where they are packed already.
+    `start` (see `_starter`) may store a weight in its own way; returns, by module, the A and B it
+    gave.
     """
     filled: dict[tuple[str, ...], Any] = {}
+    starts: dict[str, tuple[Array, Array]] = {}
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("loading"),
@@ -198,17 +211,39 @@ def _fill(
             bar.update(task, tensor=name)
             struct = node_at(model, path).get_value()
             tensor = jax.tree.map(jnp.asarray, checkpoint.read(name))
+            module, started = name.removesuffix(".weight"), None
+            if start is not None and path[-1] == "kernel":
+                started = start(module, tensor)
+            if started is not None:
+                tensor, *factors = started
+                starts[module] = (factors[0], factors[1])
             if layer is None:
                 filled[path] = tensor.astype(struct.dtype)
             else:
                 if path not in filled:
                     filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
-                filled[path] = _put(filled[path], tensor, jnp.int32(layer), quant)
+                how = None if isinstance(tensor, QuantizedTensor) else quant
+                filled[path] = _put(filled[path], tensor, jnp.int32(layer), how)
             # Without waiting, the reader runs ahead and tensors pile up in front of the device.
             jax.block_until_ready(filled[path])
             bar.advance(task, sizes[name])
     for path, value in filled.items():
         node_at(model, path).set_value(value)
+    return starts
+
+
+def _starter(
+    lora: LoraConfig | None, quant: QuantConfig | None
+) -> Callable[[str, Array], tuple[Any, Array, Array] | None] | None:
+    """(module, weight) → the base to store, A and B, where adapters start from the weight."""
+    if lora is None or lora.init_lora_weights not in ("loftq", "pissa"):
+        return None
+
+    def start(module: str, weight: Array) -> tuple[Any, Array, Array] | None:
+        own = lora.at(module)
+        return None if own is None else start_from_weight(weight, quant, own)
+
+    return start
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)

@@ -23,8 +23,10 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 class JsonBackend:
     """A `tokenizer.json` of the `tokenizers` library."""
 
-    def __init__(self, file: Path):
-        self._spec = _load_spec(file)
+    def __init__(self, file: Path, spec: dict[str, Any] | None = None):
+        """Reads a file, or takes what it would hold from `spec`."""
+        self._file = file
+        self._spec = _load_spec(file) if spec is None else spec
         self._variants: dict[tuple[bool, bool], tokenizers.Tokenizer] = {}
         try:
             self._plain = self._variant(continues=False, special=True)
@@ -44,6 +46,20 @@ class JsonBackend:
     def token_id(self, token: str) -> int | None:
         """The id of a piece, None where there is none."""
         return self._plain.token_to_id(token)
+
+    def with_tokens(self, tokens: Sequence[str]) -> "JsonBackend":
+        """The same with more special tokens behind the last id."""
+        traits = ("single_word", "lstrip", "rstrip", "normalized")
+        added = [
+            {"id": id_, "content": token, **dict.fromkeys(traits, False), "special": True}
+            for id_, token in enumerate(tokens, self.vocab_size)
+        ]
+        spec = {**self._spec, "added_tokens": [*(self._spec.get("added_tokens") or []), *added]}
+        return JsonBackend(self._file, spec)
+
+    def files(self) -> dict[str, bytes]:
+        """What to write so that it can be read again."""
+        return {"tokenizer.json": json.dumps(self._spec, ensure_ascii=False).encode()}
 
     def own_special_id(self, kind: str) -> int | None:
         """The bos that the post-processor puts in front; the file names no others by role."""
@@ -114,8 +130,10 @@ class SentencePieceBackend:
 
     begins_with_bos: bool
 
-    def __init__(self, file: Path):
-        self._proto = file.read_bytes()
+    def __init__(self, file: Path, proto: bytes | None = None):
+        """Reads a file, or takes what it would hold from `proto`."""
+        self._file = file
+        self._proto = file.read_bytes() if proto is None else proto
         self._start = _processor(self._proto, file)
         self._continuation: sentencepiece.SentencePieceProcessor | None = None
         # Llama, Mistral and Gemma have a bos and begin with it; T5 has none.
@@ -130,6 +148,14 @@ class SentencePieceBackend:
         """The id of a piece, None where there is none."""
         found = self._start.piece_to_id(token)
         return found if self._start.id_to_piece(found) == token else None
+
+    def with_tokens(self, tokens: Sequence[str]) -> "SentencePieceBackend":
+        """The same with more control pieces behind the last id."""
+        return SentencePieceBackend(self._file, self._proto + b"".join(map(_control, tokens)))
+
+    def files(self) -> dict[str, bytes]:
+        """What to write so that it can be read again."""
+        return {self._file.name: self._proto}
 
     def own_special_id(self, kind: str) -> int | None:
         """The id the model itself gives to bos, eos or pad; None where it has none."""
@@ -183,6 +209,20 @@ class SentencePieceBackend:
         if self._continuation is None:
             self._continuation = _processor(self._proto + _NO_DUMMY_PREFIX, Path())
         return self._continuation
+
+
+def _control(piece: str) -> bytes:
+    """One more entry of the model's list of pieces (field 1): piece (1), score 0 (2), type (3)
+    CONTROL (3)."""
+    text = piece.encode()
+    entry = b"\x0a" + _varint(len(text)) + text + b"\x15\x00\x00\x00\x00\x18\x03"
+    return b"\x0a" + _varint(len(entry)) + entry
+
+
+def _varint(number: int) -> bytes:
+    """Protobuf's integers: seven bits to a byte, the lowest first, the last without the high bit."""
+    low, rest = number & 0x7F, number >> 7
+    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
 
 
 def _processor(proto: bytes, file: Path) -> sentencepiece.SentencePieceProcessor:

@@ -16,8 +16,8 @@ Two choices that differ from the Hugging Face default:
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -26,6 +26,7 @@ from qlora_jax.data._backends import JsonBackend, SentencePieceBackend
 
 _JSON = "tokenizer.json"
 _MODELS = ("tokenizer.model", "spiece.model")
+_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,35 @@ class Tokenizer:
     add_bos: bool
     vocab_size: int
     _backend: JsonBackend | SentencePieceBackend = field(repr=False, compare=False)
+    _companions: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token, None where the vocabulary lacks it."""
+        return self._backend.token_id(token)
+
+    def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
+        """The tokenizer with more special tokens; those it has already keep their ids.
+
+        New ids follow the largest one, in the order given. (The model's rows: `models.add_tokens`.)
+
+        Raises:
+            ValueError: a token is empty.
+        """
+        new = [t for t in dict.fromkeys(tokens) if self.token_id(t) is None]
+        if not all(tokens):
+            raise ValueError(f"tokens is {list(tokens)!r}, but a token needs at least a character.")
+        if not new:
+            return self
+        backend = self._backend.with_tokens(new)
+        return replace(self, vocab_size=backend.vocab_size, _backend=backend)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer for `load_tokenizer` and transformers: its vocabulary, and as they
+        were the configuration files that lay beside it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in {**self._companions, **self._backend.files()}.items():
+            (folder / name).write_bytes(content)
 
     def encode(
         self,
@@ -155,6 +185,11 @@ def load_tokenizer(
         add_bos=bool(add_bos) and bos is not None,
         vocab_size=backend.vocab_size,
         _backend=backend,
+        _companions={
+            name: (folder / name).read_bytes()
+            for name in _COMPANIONS
+            if (folder / name).is_file()
+        },
     )
 
 

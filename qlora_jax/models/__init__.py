@@ -4,7 +4,7 @@ from qlora_jax.models.attention import AttentionName, attention_for
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import REMAT, Decoder
 from qlora_jax.models.families import FAMILIES, family_of
-from qlora_jax.models.family import Family, Slot
+from qlora_jax.models.family import Family, Slot, module_names
 from qlora_jax.models.loss import (
     TokenLoss,
     cross_entropy,
@@ -12,6 +12,13 @@ from qlora_jax.models.loss import (
     next_tokens,
 )
 from qlora_jax.models.rope import RopeConfig
+from qlora_jax.models.tokens import (
+    add_tokens,
+    resize_token_embeddings,
+    train_rows_of,
+    train_tokens,
+    vocabularies,
+)
 from qlora_jax.models.unfreeze import unfreeze
 
 __all__ = [
@@ -24,10 +31,16 @@ __all__ = [
     "RopeConfig",
     "Slot",
     "TokenLoss",
+    "add_tokens",
     "attention_for",
     "cross_entropy",
     "family_of",
+    "module_names",
     "next_token_loss",
     "next_tokens",
+    "resize_token_embeddings",
+    "train_rows_of",
+    "train_tokens",
     "unfreeze",
+    "vocabularies",
 ]

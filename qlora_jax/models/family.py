@@ -42,6 +42,22 @@ class Family:
     weight_names: Callable[[DecoderConfig], dict[str, Slot]]
 
 
+def module_names(tensors: Mapping[str, Slot]) -> dict[str, list[str]]:
+    """What the modules of a tree are called in checkpoints, from what their tensors are called.
+
+    Args:
+        tensors: as `Family.weight_names` gives them.
+
+    Returns:
+        Dotted tree path → the module's name, or the names of each layer of a stack in order.
+    """
+    found: dict[str, dict[tuple[int, ...], str]] = {}
+    for name, (path, layer) in tensors.items():
+        index = layer if isinstance(layer, tuple) else () if layer is None else (layer,)
+        found.setdefault(".".join(path[:-1]), {})[index] = name.rpartition(".")[0]
+    return {path: [names[i] for i in sorted(names)] for path, names in found.items()}
+
+
 def required(config: Mapping[str, Any], key: str) -> Any:
     """A field that every config.json of the family has.
 

@@ -1,0 +1,143 @@
+"""`adapter_config.json`: PEFT's `LoraConfig` as a file, read into ours and written from it.
+
+Any version's file is read (what it does not name has PEFT's default). What a field asks for is
+either applied here exactly, or the adapter is refused; fields that only concern training in PEFT
+(`inference_mode`, `runtime_config`, ...) are passed over.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.checkpoints.folder import read_json
+from qlora_jax.nn import LoraConfig
+
+CONFIG = "adapter_config.json"
+# Switches that change what an adapter computes, and that are not known here.
+_UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_qalora",
+)
+# Starts of A and B that change the base's weights in a way that cannot be repeated here.
+_UNREPEATABLE = ("olora", "corda", "lora_ga", "pissa_niter")
+
+
+def read_adapter_config(folder: str | Path) -> LoraConfig:
+    """The `LoraConfig` of a saved adapter: what to build a model with before `load_adapter`.
+
+    Raises:
+        FileNotFoundError: there is no adapter_config.json.
+        ValueError: it asks for what is not supported here, or is no LoRA.
+    """
+    path = Path(folder) / CONFIG
+    return config_from_json(read_json(path), path)
+
+
+def config_from_json(config: Mapping[str, Any], path: Path) -> LoraConfig:
+    """The `LoraConfig` of an adapter_config.json's content; raises as `read_adapter_config`."""
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{path} has peft_type {config.get('peft_type')!r}, but only 'LORA' adapters are read."
+        )
+    unsupported = next((name for name in _UNSUPPORTED if config.get(name)), None)
+    if unsupported is not None:
+        raise ValueError(
+            f"{path} sets {unsupported} to {config[unsupported]!r}, which is not supported here: "
+            "use an adapter trained without it."
+        )
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), int | float):
+            raise ValueError(f"{path} has {name} {config.get(name)!r}, but a number is needed.")
+    targets = config.get("target_modules") or "all-linear"
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = "all-linear"
+    return LoraConfig(
+        r=int(config["r"]),
+        alpha=config["lora_alpha"],
+        lora_dropout=float(config.get("lora_dropout") or 0.0),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        exclude_modules=config.get("exclude_modules") or None,
+        use_rslora=bool(config.get("use_rslora", False)),
+        use_dora=bool(config.get("use_dora", False)),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        layers_to_transform=config.get("layers_to_transform"),
+        layers_pattern=config.get("layers_pattern") or None,
+        modules_to_save=config.get("modules_to_save") or None,
+        bias=config.get("bias", "none"),
+        **_init(config, path),
+    )
+
+
+def _init(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """How A and B started, where that has changed the base that they belong to."""
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(_UNREPEATABLE):
+        raise ValueError(
+            f"{path} has init_lora_weights {config['init_lora_weights']!r}, which changed the base "
+            "that the adapter was trained on: in PEFT, save it as a plain LoRA with "
+            "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`."
+        )
+    if init == "pissa":
+        return {"init_lora_weights": "pissa"}
+    if init != "loftq":
+        return {}
+    loftq = config.get("loftq_config") or {}
+    if loftq.get("loftq_bits", 4) != 4:
+        raise ValueError(
+            f"{path} has loftq_config {loftq!r}, but only 4-bit bases are made here: use the "
+            "adapter in PEFT."
+        )
+    return {"init_lora_weights": "loftq", "loftq_iter": int(loftq.get("loftq_iter", 1))}
+
+
+def config_to_json(
+    lora: LoraConfig, *, base_name: str, targets: tuple[str, ...] | str, task_type: str
+) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Args:
+        lora: what the adapters were built with.
+        base_name: the base model's name or folder.
+        targets: `target_modules` as PEFT is to match them.
+        task_type: PEFT's, such as "CAUSAL_LM".
+    """
+    init: bool | str = lora.init_lora_weights if lora.changes_base else True
+    config = {
+        "alpha_pattern": dict(lora.alpha_pattern),
+        "base_model_name_or_path": base_name,
+        "bias": lora.bias,
+        "exclude_modules": _listed(lora.exclude_modules),
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        # PEFT repeats a start that changes the base when it loads; any other has done its work.
+        "init_lora_weights": init,
+        "layers_pattern": _listed(lora.layers_pattern),
+        "layers_to_transform": _listed(lora.layers_to_transform),
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.lora_dropout,
+        "modules_to_save": _listed(lora.modules_to_save),
+        "peft_type": "LORA",
+        "r": lora.r,
+        "rank_pattern": dict(lora.rank_pattern),
+        "target_modules": _listed(targets),
+        "task_type": task_type,
+        "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora,
+    }
+    if init == "loftq":
+        config["loftq_config"] = {"loftq_bits": 4, "loftq_iter": lora.loftq_iter}
+    return config
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

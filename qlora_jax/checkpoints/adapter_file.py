@@ -1,0 +1,92 @@
+"""A PEFT adapter's folder, read into memory whole: its configuration and its tensors by name.
+
+PEFT writes `base_model.model.<module>.<what>`, where `<module>` is a module's name in the Hugging
+Face model. `<what>` is
+
+    lora_A.weight, lora_B.weight                 [r, in], [out, r]
+    lora_magnitude_vector                        [out], DoRA
+    weight, bias                                 of a module that is saved whole
+    bias, base_layer.bias                        a trained bias; the second of an adapted layer
+    token_adapter.trainable_tokens_delta         [n, embed]: the rows of trained tokens
+
+Adapters are small, so nothing is streamed here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from qlora_jax.checkpoints.adapter_config import CONFIG, config_from_json
+from qlora_jax.checkpoints.folder import read_json
+from qlora_jax.nn import LoraConfig
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+TOKENS = "token_adapter.trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter as PEFT stores it.
+
+    Attributes:
+        folder: where it lies.
+        config: what it adapts, and how.
+        tensors: by name, without PEFT's prefix.
+        token_ids: by module, the tokens whose rows it has trained.
+        ties: whether a head that is tied to a trained embedding was trained with it.
+    """
+
+    folder: Path
+    config: LoraConfig
+    tensors: Mapping[str, np.ndarray]
+    token_ids: Mapping[str, tuple[int, ...]]
+    ties: bool
+
+
+def read_adapter(folder: str | Path) -> PeftAdapter:
+    """Reads an adapter's folder.
+
+    Args:
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        FileNotFoundError: one of the files is missing; a pickle in its place is not read.
+        ValueError: the adapter is damaged, or asks for what is not supported here.
+    """
+    folder = Path(folder)
+    raw = read_json(folder / CONFIG)
+    config = config_from_json(raw, folder / CONFIG)
+    if not (folder / WEIGHTS).is_file():
+        pickle = folder / "adapter_model.bin"
+        hint = (
+            f"; {pickle.name} is a pickle and never read here: load it once in PEFT and save it "
+            "with `safe_serialization=True`"
+            if pickle.is_file()
+            else ": give the folder that PEFT's save_pretrained wrote"
+        )
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}{hint}.")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder / WEIGHTS} is truncated or no safetensors file ({error}): fetch it again."
+        ) from error
+    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    tokens = raw.get("trainable_token_indices") or {}
+    if not isinstance(tokens, dict):
+        # A bare list means the input embedding, whatever its name.
+        modules = [n.removesuffix(f".{TOKENS}") for n in named if n.endswith(TOKENS)]
+        tokens = dict.fromkeys(modules, tokens)
+    return PeftAdapter(
+        folder,
+        config,
+        named,
+        {module: tuple(map(int, ids)) for module, ids in tokens.items()},
+        bool(raw.get("ensure_weight_tying", False)),
+    )
