@@ -161,7 +161,9 @@ def save_adapter(
     """
     if not any(True for _ in _adapted(model)):
         raise ValueError("The model has no adapters to save: build or load it with a LoraConfig.")
-    _check_same(model, lora_config, "lora_config", "give the one that the model was built with")
+    advice = "give the one that the model was built with"
+    _check_same(model, lora_config, "lora_config", advice)
+    _check_whole(model, lora_config, "lora_config", advice)
     tensors = {PREFIX + part.names[0]: part.taken() for part in _parts(model, lora_config)}
     config = config_to_json(
         lora_config,
@@ -225,8 +227,9 @@ def load_adapter(folder: str | Path, model: Any) -> None:
     adapter = read_adapter(folder)
     tensors = dict(adapter.tensors)
     advice = "build the model with read_adapter_config(folder)"
-    _check_same(model, adapter.config, str(folder), advice)
     _check_tied(model, adapter)
+    _check_same(model, adapter.config, str(folder), advice)
+    _check_whole(model, adapter.config, str(folder), advice)
     rows = [
         (embedding, ids, tensors.pop(f"{module}.{TOKENS}", None), module)
         for module, embedding in _token_modules(model).items()
@@ -321,6 +324,20 @@ def _check_same(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
             raise ValueError(
                 f"{what} has use_dora={lora.use_dora}, but the model at {adapted.path} does "
                 f"{'not ' if lora.use_dora else ''}have DoRA's magnitudes: {advice}."
+            )
+
+
+def _check_whole(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
+    """Refuses a configuration that trains other weights of the base whole than the model does."""
+    for name, slot in FAMILIES[model.config.model_type].weight_names(model.config).items():
+        module, _, kind = name.rpartition(".")
+        biased = lora.bias == "all" or (lora.bias == "lora_only" and lora.at(module) is not None)
+        asked = lora.saves(module) or (kind == "bias" and biased)
+        if asked != isinstance(node_at(model, slot.path), TrainedParam):
+            raise ValueError(
+                f"{what} has modules_to_save={lora.modules_to_save!r} and bias={lora.bias!r}, but "
+                f"the model {'keeps' if asked else 'trains'} {name!r}"
+                f"{' frozen' if asked else ' whole'}: {advice}."
             )
 
 

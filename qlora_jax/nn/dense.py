@@ -192,7 +192,7 @@ class QuantDense(nnx.Module):
         dtype = self.lora.dtype
         graphdef, state = nnx.split(self)
 
-        def lengths(state: nnx.State) -> jax.Array:
+        def lengths(state: Any) -> jax.Array:
             return jnp.sqrt(nnx.merge(graphdef, state)._adapted_squares()).astype(dtype)
 
         each: Callable[..., jax.Array] = lengths

@@ -10,7 +10,7 @@ starts from the error of quantization.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +64,10 @@ class LoraConfig:
     use_dora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenDict)
     alpha_pattern: Mapping[str, int | float] = field(default_factory=FrozenDict)
-    layers_to_transform: tuple[int, ...] | None = None
-    layers_pattern: tuple[str, ...] | None = None
-    modules_to_save: tuple[str, ...] | None = None
-    bias: Literal["none", "lora_only", "all"] = "none"
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
+    modules_to_save: tuple[str, ...] | str | None = None
+    bias: str = "none"
     init_lora_weights: bool | str = True
     loftq_iter: int = 1
     dtype: Any = jnp.float32

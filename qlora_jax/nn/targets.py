@@ -24,13 +24,13 @@ def named(names: Names, path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def inside(names: tuple[str, ...], path: str) -> bool:
+def inside(names: Names, path: str) -> bool:
     """Whether the module at a path is one that a list names, or lies inside of one."""
     return any(f".{name}." in f".{path}." for name in names)
 
 
 def targeted(
-    names: Names, path: str, layers: tuple[int, ...] | None, pattern: tuple[str, ...] | None
+    names: Names, path: str, layers: tuple[int, ...] | int | None, pattern: Names | None
 ) -> bool:
     """Whether `target_modules` means the layer at a path.
 
@@ -50,7 +50,8 @@ def targeted(
     lists = [rf"(?:^|.*?\.){name}" for name in pattern] if pattern else [r".*?\.[^.]*"]
     matches = (re.match(rf"{part}\.(\d+)\.", path) for part in lists)
     number = next((match for match in matches if match), None)
-    return number is not None and int(number.group(1)) in layers
+    chosen = (layers,) if isinstance(layers, int) else layers
+    return number is not None and int(number.group(1)) in chosen
 
 
 def by_pattern(pattern: Mapping[str, Number], path: str, default: Number) -> Number:

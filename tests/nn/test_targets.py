@@ -1,0 +1,97 @@
+"""PEFT's rules of which module a name means (its `check_target_module_exists`), by example."""
+
+import pytest
+
+from qlora_jax.nn import LoraConfig
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("targets", "path", "means"),
+    [
+        (("q_proj",), Q, True),
+        (("self_attn.q_proj",), Q, True),
+        ((Q,), Q, True),
+        (("proj",), Q, False),
+        (("q_proj",), "q_proj", True),
+        ((), Q, False),
+        ("q_proj", Q, False),  # a text is a regular expression over the whole path
+        (r".*\.q_proj", Q, True),
+        (r"model\.layers\.[1-9]\..*", Q, False),
+        ("all-linear", Q, True),
+        ("all-linear", "lm_head", False),
+        ("all-linear", "embed_out", False),
+        ("all-linear", "classifier.dense", False),
+    ],
+)
+def test_target_modules(targets, path: str, means: bool) -> None:
+    assert LoraConfig(target_modules=targets).targets(path) is means
+
+
+def test_exclude_modules() -> None:
+    by_name = LoraConfig(exclude_modules=("q_proj", "layers.1.mlp.up_proj"))
+    assert not by_name.targets(Q)
+    assert by_name.targets("model.layers.0.mlp.up_proj")
+    assert not by_name.targets("model.layers.1.mlp.up_proj")
+    assert not LoraConfig(exclude_modules=r".*self_attn.*").targets(Q)
+
+
+def test_saved_modules_get_no_adapter() -> None:
+    lora = LoraConfig(target_modules=("dense",), modules_to_save=("classifier",))
+    assert lora.saves("classifier.dense")
+    assert not lora.targets("classifier.dense")
+    assert lora.targets("roberta.encoder.layer.0.output.dense")
+    assert not lora.saves("my_classifier")
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "path", "means"),
+    [
+        ((0,), None, Q, True),
+        ((1,), None, Q, False),
+        (0, None, Q, True),
+        ((0, 3), None, "base.layers.3.block_sparse_moe.experts.1.w1", True),  # the first number
+        ((1,), None, "base.layers.3.block_sparse_moe.experts.1.w1", False),
+        ((1,), ("experts",), "base.layers.3.block_sparse_moe.experts.1.w1", True),
+        ((1,), "block", "encoder.block.1.layer.0.SelfAttention.q", True),
+        ((0,), ("h",), Q, False),
+    ],
+)
+def test_layers_to_transform(layers, pattern, path: str, means: bool) -> None:
+    lora = LoraConfig(
+        target_modules=("q_proj", "w1", "q"), layers_to_transform=layers, layers_pattern=pattern
+    )
+    assert lora.targets(path) is means
+
+
+def test_patterns_set_rank_and_alpha_of_some_layers() -> None:
+    lora = LoraConfig(
+        r=8,
+        alpha=16,
+        rank_pattern={"q_proj": 4, r"model\.layers\.1\.mlp\.up_proj": 2},
+        alpha_pattern={"up_proj": 32},
+    )
+    assert [lora.at(Q).r, lora.at(Q).scaling] == [4, 4.0]
+    up = lora.at("model.layers.1.mlp.up_proj")
+    assert (up.r, up.alpha, up.scaling) == (2, 32, 16.0)
+    other = lora.at("model.layers.0.mlp.up_proj")
+    assert (other.r, other.scaling) == (8, 4.0)
+    assert lora.at("lm_head") is None
+    assert hash(lora) == hash(LoraConfig(**vars(lora)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank_pattern": {"q_proj": 0}}, "at least 1"),
+        ({"bias": "some"}, "none, lora_only, all"),
+        ({"init_lora_weights": "olora"}, "'gaussian', 'loftq', 'pissa'"),
+        ({"loftq_iter": 0}, "at least one round"),
+        ({"target_modules": ".*q", "layers_to_transform": (0,)}, "the layers' numbers in the"),
+        ({"layers_pattern": ("h",)}, "say which layers"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LoraConfig(**options)
