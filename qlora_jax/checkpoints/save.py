@@ -34,14 +34,15 @@ def save_model(folder: str | Path, model: Decoder, *, dtype: Any = None) -> None
         )
     family = FAMILIES[model.config.model_type]
     tensors: dict[str, np.ndarray] = {}
-    for name, (path, layer) in family.weight_names(model.config).items():
+    for name, slot in family.weight_names(model.config).items():
+        path = slot.path
         value = node_at(model, path).get_value()
         if isinstance(value, QuantizedTensor):
             raise ValueError(
                 f"{'.'.join(path)} is quantized ({value.quant_type}), but only dense weights can "
                 "be written: save the adapter alone with save_adapter, or load with quant=None."
             )
-        array = value if layer is None else value[layer]
+        array = value[slot.stack_index]
         tensors[name] = np.ascontiguousarray(
             np.asarray(array if dtype is None else array.astype(dtype))
         )
