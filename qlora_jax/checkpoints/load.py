@@ -115,6 +115,17 @@ def load_model(
     return model
 
 
+def linear_weights(checkpoint: Checkpoint) -> frozenset[str]:
+    """The tensors that `load_model` quantizes: the layers' linear weights.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    family = family_of(checkpoint.config)
+    names = family.weight_names(family.read_config(checkpoint.config))
+    return frozenset(name for name, slot in names.items() if slot.path[-1] == "kernel")
+
+
 def _matching(
     checkpoint: Checkpoint, names: dict[str, Slot], model: Decoder
 ) -> dict[str, Slot]:
