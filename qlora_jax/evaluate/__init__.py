@@ -1,5 +1,6 @@
 """Floor 4: is it any good? Token-weighted loss and perplexity."""
 
+from qlora_jax.evaluate.drift import Drift, drift, token_logits, windows
 from qlora_jax.evaluate.perplexity import (
     Evaluation,
     LossFn,
@@ -11,11 +12,15 @@ from qlora_jax.evaluate.perplexity import (
 )
 
 __all__ = [
+    "Drift",
     "Evaluation",
     "LossFn",
     "causal_lm_loss",
+    "drift",
     "evaluate",
     "make_eval_step",
     "perplexity",
     "split_adapters",
+    "token_logits",
+    "windows",
 ]
