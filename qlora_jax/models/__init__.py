@@ -6,7 +6,9 @@ from qlora_jax.models.decoder import REMAT, Decoder
 from qlora_jax.models.families import FAMILIES, family_of
 from qlora_jax.models.family import Family, Slot
 from qlora_jax.models.loss import (
+    LOSS_CHUNK,
     TokenLoss,
+    chunked_cross_entropy,
     cross_entropy,
     next_token_loss,
     next_tokens,
@@ -16,6 +18,7 @@ from qlora_jax.models.unfreeze import unfreeze
 
 __all__ = [
     "FAMILIES",
+    "LOSS_CHUNK",
     "REMAT",
     "AttentionName",
     "Decoder",
@@ -25,6 +28,7 @@ __all__ = [
     "Slot",
     "TokenLoss",
     "attention_for",
+    "chunked_cross_entropy",
     "cross_entropy",
     "family_of",
     "next_token_loss",
