@@ -1,6 +1,7 @@
 """Floor 3: which architectures? One decoder, its configuration per family, and its loss."""
 
 from qlora_jax.models.attention import AttentionName, attention_for
+from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import REMAT, Decoder
 from qlora_jax.models.families import FAMILIES, family_of
@@ -28,6 +29,7 @@ __all__ = [
     "Slot",
     "TokenLoss",
     "attention_for",
+    "chunked_attention",
     "chunked_cross_entropy",
     "cross_entropy",
     "family_of",

@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels.cards import CARDS
 from pallas_kernels.compile_for import PLUGIN_HINT, compile_for, gpu_compiler_available
-from qlora_jax.models import chunked_cross_entropy, cross_entropy
+from qlora_jax.models import chunked_attention, chunked_cross_entropy, cross_entropy
 
 pytestmark = pytest.mark.skipif(
     not gpu_compiler_available(), reason=f"no GPU compiler here. {PLUGIN_HINT}"
@@ -36,3 +36,20 @@ def test_chunked_cross_entropy_holds_one_chunk_of_logits():
     assert temporaries(whole) >= 4 * vocab * tokens
     # The chunk's logits, their gradient, and arrays of the hidden states' size.
     assert temporaries(by_chunk) <= 3 * logits + 6 * tokens * embed * 2
+
+
+def test_chunked_attention_is_linear_in_the_sequence():
+    def temporaries(length):
+        query = jax.ShapeDtypeStruct((1, length, 32, 128), jnp.bfloat16)
+        key = jax.ShapeDtypeStruct((1, length, 8, 128), jnp.bfloat16)
+
+        def total(query, key, value):
+            return chunked_attention(query, key, value, causal=True).astype(jnp.float32).sum()
+
+        compiled = compile_for(CARDS["l40"], jax.grad(total, (0, 1, 2)), query, key, key)
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(8192), temporaries(32768)
+    # Llama 3 8B's heads at 32k tokens: the scores alone would be 64 GiB in bfloat16.
+    assert short < long <= 4 * short
+    assert long < 2**30
