@@ -115,9 +115,7 @@ def load_model(
     return model
 
 
-def _matching(
-    checkpoint: Checkpoint, names: dict[str, Slot], model: Decoder
-) -> dict[str, Slot]:
+def _matching(checkpoint: Checkpoint, names: dict[str, Slot], model: Decoder) -> dict[str, Slot]:
     """The tensors to read, in reading order, once every name and shape fits the model."""
     source, tensors = checkpoint.source, checkpoint.tensors
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
