@@ -2,6 +2,7 @@
 
     config.yaml      the run, resolved; `python -m experiments.finetune --config` takes it back
     metrics.jsonl    every step and evaluation             (qlora_jax.train)
+    mmlu.jsonl       the answers of the finished model     (with `mmlu` configured)
     checkpoints/     what a killed run resumes from        (qlora_jax.train)
     adapter/         the trained adapter in PEFT's format
     result.json      held-out loss before and after, speed, memory; written last, when all is done
@@ -30,11 +31,13 @@ from rich.console import Console
 
 from experiments.config import RunConfig, build_run
 from experiments.embedded import MODELS
+from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
 from experiments.rows import context_length, examples_of
 from experiments.tree import differences, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
-from qlora_jax.data import Batches, Examples
+from qlora_jax.data import Batches, Examples, load_tokenizer
+from qlora_jax.evaluate import answer_tokens
 from qlora_jax.models import Decoder
 from qlora_jax.nn import FrozenParam
 from qlora_jax.pretrained import find_folder, load_pretrained
@@ -65,6 +68,9 @@ def check(run: RunConfig) -> Checked:
     folder = model_folder(run)
     longest = run.data.max_len or context_length(folder)
     train, validation, pad = examples_of(run.data, folder, longest)
+    if run.mmlu is not None:
+        answer_tokens(load_tokenizer(folder))
+        check_questions(run.mmlu)
     return Checked(folder, train, validation, pad)
 
 
@@ -119,9 +125,10 @@ def execute(
     began = time.perf_counter()
     checked = check(run)
     train = run.train
+    context = context_length(checked.folder)
     dtype = jnp.dtype(run.model.compute_dtype)
     param_dtype = jnp.dtype(run.model.param_dtype) if run.model.param_dtype else dtype
-    model, _ = load_pretrained(
+    model, tokenizer = load_pretrained(
         checked.folder,
         quant=run.quant,
         lora=run.lora,
@@ -157,10 +164,13 @@ def execute(
         eval_batches=batches(checked.validation, shuffle=False),
         identity=identity(run),
         save_adapter=save,
+        probes=probes(run.mmlu, tokenizer, context),
         callbacks=[_FirstWords(run, folder), *callbacks],
         console=console,
     )
+    examined = final(model, tokenizer, run.mmlu, context, folder, console)
     result = _result(model, folder, labels) | {
+        **examined,
         "seconds": round(time.perf_counter() - began, 1),
         "train_rows": len(checked.train),
         "validation_rows": len(checked.validation),
