@@ -4,12 +4,13 @@ from qlora_jax.nn.convert import add_lora, quantize_module
 from qlora_jax.nn.dense import QuantDense
 from qlora_jax.nn.linen import linen_quant_dense
 from qlora_jax.nn.lora import LoraConfig
-from qlora_jax.nn.variables import FrozenParam
+from qlora_jax.nn.variables import FrozenParam, TrainedParam
 
 __all__ = [
     "FrozenParam",
     "LoraConfig",
     "QuantDense",
+    "TrainedParam",
     "add_lora",
     "linen_quant_dense",
     "quantize_module",
