@@ -127,7 +127,7 @@ class Attention(nnx.Module):
     """Self-attention, its output projection and norm; the first is called `self`."""
 
     def __init__(self, config: EncoderConfig, storage: Storage, rngs: nnx.Rngs) -> None:
-        setattr(self, "self", SelfAttention(config, storage, rngs))
+        self.self = SelfAttention(config, storage, rngs)
         self.output = Output(config, "layers.attention.output", config.hidden_size, storage, rngs)
 
     def __call__(
@@ -138,7 +138,7 @@ class Attention(nnx.Module):
         keys: Keys,
     ) -> Float[Array, "batch seq embed"]:
         """The same shape and dtype as x."""
-        return self.output(getattr(self, "self")(x, mask, implementation, keys), x, keys)
+        return self.output(self.self(x, mask, implementation, keys), x, keys)
 
 
 class Intermediate(nnx.Module):
