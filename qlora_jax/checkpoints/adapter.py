@@ -7,6 +7,7 @@ layers' ranks differ, what fills the smaller ones up is left out.
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,12 +123,11 @@ def _parts(model: Any, lora: LoraConfig) -> Iterator[_Part]:
         variable = node_at(model, slot.path)
         if not isinstance(variable, TrainedParam):
             continue
-        index = slot.layer if isinstance(slot.layer, tuple) else (slot.layer,)
-        names = (name,)
+        names: tuple[str, ...] = (name,)
         if name in biases:
             # Where PEFT has put an adapter around the layer; older versions left the name alone.
             names = (f"{name.removesuffix('bias')}base_layer.bias", name)
-        yield _Part(names, variable, () if slot.layer is None else index)
+        yield _Part(names, variable, slot.stack_index)
     for module, embedding in _token_modules(model).items():
         if embedding.token_rows is not None:
             yield _Part((f"{module}.{TOKENS}",), embedding.token_rows)
@@ -165,6 +165,10 @@ def save_adapter(
     _check_same(model, lora_config, "lora_config", advice)
     _check_whole(model, lora_config, "lora_config", advice)
     tensors = {PREFIX + part.names[0]: part.taken() for part in _parts(model, lora_config)}
+    heads = _heads(model, lora_config)
+    if heads:
+        saved = (*(lora_config.modules_to_save or ()), *sorted(heads))
+        lora_config = replace(lora_config, modules_to_save=saved)
     config = config_to_json(
         lora_config,
         base_name=base_name,
@@ -212,8 +216,8 @@ def _targets(model: Any, lora: LoraConfig) -> tuple[str, ...] | str:
 
 
 def load_adapter(folder: str | Path, model: Any) -> None:
-    """Puts a PEFT adapter's numbers into a model, in place. Tokens that were added with it are added
-    to the model, too (not to its tokenizer, which lies beside the adapter).
+    """Puts a PEFT adapter's numbers into a model, in place. Tokens that were added with it are
+    added to the model, too (not to its tokenizer, which lies beside the adapter).
 
     Args:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
@@ -314,6 +318,7 @@ def _check_same(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
                     f"{what} scales its adapters by {own.scaling:g} and the model by {has:g} "
                     f"({module}): {advice}."
                 )
+        assert adapted.layer.lora_A is not None
         rank = adapted.layer.lora_A.get_value().shape[-2]
         if largest != rank:
             raise ValueError(
@@ -328,17 +333,34 @@ def _check_same(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
 
 
 def _check_whole(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
-    """Refuses a configuration that trains other weights of the base whole than the model does."""
-    for name, slot in FAMILIES[model.config.model_type].weight_names(model.config).items():
+    """Refuses a configuration that trains weights of the base whole which the model keeps frozen."""
+    for name, variable in _base_tensors(model):
         module, _, kind = name.rpartition(".")
         biased = lora.bias == "all" or (lora.bias == "lora_only" and lora.at(module) is not None)
         asked = lora.saves(module) or (kind == "bias" and biased)
-        if asked != isinstance(node_at(model, slot.path), TrainedParam):
+        if asked and not isinstance(variable, TrainedParam):
             raise ValueError(
                 f"{what} has modules_to_save={lora.modules_to_save!r} and bias={lora.bias!r}, but "
-                f"the model {'keeps' if asked else 'trains'} {name!r}"
-                f"{' frozen' if asked else ' whole'}: {advice}."
+                f"the model keeps {name!r} frozen: {advice}."
             )
+
+
+def _heads(model: Any, lora: LoraConfig) -> set[str]:
+    """Modules that a model trains whole without being asked: a classifier's head."""
+    biases = lora.bias != "none"
+    return {
+        name.partition(".")[0]
+        for name, variable in _base_tensors(model)
+        if isinstance(variable, TrainedParam)
+        and not lora.saves(name.rpartition(".")[0])
+        and not (biases and name.endswith(".bias"))
+    }
+
+
+def _base_tensors(model: Any) -> Iterator[tuple[str, nnx.Variable]]:
+    """The base's tensors by name, and the Variable that holds each (of a stack, the whole)."""
+    for name, slot in FAMILIES[model.config.model_type].weight_names(model.config).items():
+        yield name, node_at(model, slot.path)
 
 
 def _check_tied(model: Any, adapter: PeftAdapter) -> None:

@@ -12,6 +12,7 @@ exists.
 import functools
 import math
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
 from qlora_jax.checkpoints.open import open_checkpoint
 from qlora_jax.models import (
     AttentionName,
-    Decoder,
+    Family,
     Slot,
     attention_for,
     family_of,
@@ -35,9 +36,6 @@ from qlora_jax.models import (
 )
 from qlora_jax.nn import LoraConfig, add_lora, start_from_weight
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
-
-# Tensors that older checkpoints carry and that the model computes itself.
-_DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
 
 def load_model(
@@ -53,7 +51,7 @@ def load_model(
     matmul: str | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> Decoder:
+) -> Any:
     """A model from a checkpoint.
 
     Args:
@@ -97,24 +95,34 @@ def load_model(
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
 
-    def build(key: Key[Array, ""]) -> Decoder:
-        return Decoder(
+    if attention is None:
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        backend = jax.default_backend()
+        attention = attention_for(backend, compute_dtype, config.head_dim, softcap=softcap)
+
+    def build(key: Key[Array, ""]) -> Any:
+        return family.build(
             config,
             quant=quant,
             compute_dtype=compute_dtype,
             param_dtype=param_dtype,
             remat=remat,
-            attention=attention
-            or attention_for(jax.default_backend(), compute_dtype, config.head_dim),
+            attention=attention,
             matmul=matmul,
             rngs=nnx.Rngs(params=key),
         )
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
-    slots = _matching(checkpoint, family.weight_names(config), model)
-    start = None if stored is not None else _starter(lora, quant)
-    starts = _fill(model, checkpoint, slots, None if stored is not None else quant, start, progress)
+    slots = _matching(checkpoint, family, model)
+    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+        # Only what is trained is asked for, so the compiler drops the random base. A head that the
+        # checkpoint has is then read over it.
+        trained = jax.jit(lambda key: nnx.state(build(key), nnx.LoRAParam))
+        nnx.update(model, trained(key))
+    starts: dict[str, tuple[Array, Array]] = {}
+    prepare = _preparation(lora, quant, starts)
+    _fill(model, checkpoint, slots, None if stored is not None else quant, prepare, progress)
     if lora is not None:
         # Adapters come last: some are made from the weights.
         names = module_names(family.weight_names(config))
@@ -124,14 +132,27 @@ def load_model(
     return model
 
 
-def _matching(
-    checkpoint: Checkpoint, names: dict[str, Slot], model: Decoder
-) -> dict[str, Slot]:
+def linear_weights(checkpoint: Checkpoint) -> frozenset[str]:
+    """The tensors that `load_model` quantizes: the layers' linear weights.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    family = family_of(checkpoint.config)
+    names = family.weight_names(family.read_config(checkpoint.config))
+    return frozenset(name for name, slot in names.items() if slot.path[-1] == "kernel")
+
+
+def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Slot]:
     """The tensors to read, in reading order, once every name and shape fits the model."""
     source, tensors = checkpoint.source, checkpoint.tensors
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    read = [name for name in tensors if name not in tied and not name.endswith(_DERIVED)]
-    strange = [name for name in read if name not in names]
+    names = family.weight_names(model.config)
+    read = [name for name in tensors if name in names]
+    strange = [
+        name
+        for name in tensors
+        if name not in names and not any(fnmatchcase(name, pattern) for pattern in family.ignored)
+    ]
     if strange:
         raise ValueError(
             f"{source} holds the tensor {strange[0]!r} (and {len(strange) - 1} more) that a "
@@ -163,8 +184,8 @@ def _matching(
                 f"{source}: tensor {name!r} is stored as {info.dtype}, but weights of "
                 f"{', '.join(DTYPES)} are read: take a 16- or 32-bit checkpoint."
             )
-        stacked = not quantized and names[name].layer is not None
-        expected = value.shape[1:] if stacked else value.shape
+        stacked = 0 if quantized else len(names[name].stack_index)
+        expected = value.shape[stacked:]
         if tuple(info.shape) != tuple(expected):
             raise ValueError(
                 f"{source}: tensor {name!r} has shape {list(info.shape)}, but config.json calls "
@@ -179,21 +200,19 @@ def node_at(model: nnx.Module, path: tuple[str, ...]) -> Any:
 
 
 def _fill(
-    model: Decoder,
+    model: nnx.Module,
     checkpoint: Checkpoint,
     slots: dict[str, Slot],
     quant: QuantConfig | None,
-    start: Callable[[str, Array], tuple[Any, Array, Array] | None] | None,
+    prepare: Callable[[str, Any], Any],
     progress: bool,
-) -> dict[str, tuple[Array, Array]]:
+) -> None:
     """Reads every tensor into its place; the abstract Variables become arrays on the device.
 
     `quant` is how dense tensors of the file are quantized; None where they are packed already.
-    `start` (see `_starter`) may store a weight in its own way; returns, by module, the A and B it
-    gave.
+    `prepare` (see `_preparation`) sees every linear weight first.
     """
     filled: dict[tuple[str, ...], Any] = {}
-    starts: dict[str, tuple[Array, Array]] = {}
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("loading"),
@@ -207,54 +226,53 @@ def _fill(
     with bar:
         sizes = {name: math.prod(checkpoint.tensors[name].shape) for name in slots}
         task = bar.add_task("loading", total=sum(sizes.values()), tensor="")
-        for name, (path, layer) in slots.items():
+        for name, slot in slots.items():
             bar.update(task, tensor=name)
+            path = slot.path
             struct = node_at(model, path).get_value()
             tensor = jax.tree.map(jnp.asarray, checkpoint.read(name))
-            module, started = name.removesuffix(".weight"), None
-            if start is not None and path[-1] == "kernel":
-                started = start(module, tensor)
-            if started is not None:
-                tensor, *factors = started
-                starts[module] = (factors[0], factors[1])
-            if layer is None:
-                filled[path] = tensor.astype(struct.dtype)
-            else:
-                if path not in filled:
-                    filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
-                how = None if isinstance(tensor, QuantizedTensor) else quant
-                filled[path] = _put(filled[path], tensor, jnp.int32(layer), how)
+            if path[-1] == "kernel":
+                tensor = prepare(name, tensor)
+            if path not in filled:
+                filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
+            how = None if isinstance(tensor, QuantizedTensor) else quant
+            filled[path] = _put(filled[path], tensor, tuple(map(jnp.int32, slot.stack_index)), how)
             # Without waiting, the reader runs ahead and tensors pile up in front of the device.
             jax.block_until_ready(filled[path])
             bar.advance(task, sizes[name])
     for path, value in filled.items():
         node_at(model, path).set_value(value)
-    return starts
 
 
-def _starter(
-    lora: LoraConfig | None, quant: QuantConfig | None
-) -> Callable[[str, Array], tuple[Any, Array, Array] | None] | None:
-    """(module, weight) → the base to store, A and B, where adapters start from the weight."""
+def _preparation(
+    lora: LoraConfig | None, quant: QuantConfig | None, starts: dict[str, tuple[Array, Array]]
+) -> Callable[[str, Any], Any]:
+    """(name, weight) → what to store of a linear weight: itself, or where the adapter starts from
+    the weight, its quantized base; A and B then go into `starts`, by module."""
     if lora is None or lora.init_lora_weights not in ("loftq", "pissa"):
-        return None
+        return lambda name, weight: weight
 
-    def start(module: str, weight: Array) -> tuple[Any, Array, Array] | None:
+    def prepare(name: str, weight: Any) -> Any:
+        module = name.removesuffix(".weight")
         own = lora.at(module)
-        return None if own is None else start_from_weight(weight, quant, own)
+        if own is None or isinstance(weight, QuantizedTensor):
+            return weight
+        base, a, b = start_from_weight(weight, quant, own)
+        starts[module] = (a, b)
+        return base
 
-    return start
+    return prepare
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(stack: Any, tensor: Any, layer: Array, quant: QuantConfig | None) -> Any:
-    """The stack with one layer's tensor in its slice, quantized from the file's own numbers."""
+def _put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
+    """The stack with one tensor in its place, quantized from the file's own numbers."""
     if isinstance(stack, QuantizedTensor) and quant is not None:
         tensor = quantize(tensor, quant)
     wholes, treedef = jax.tree.flatten(stack)
     # The tree's static part is the stack's: its dtype is what the model computes in.
     filled = [
-        whole.at[layer].set(part.astype(whole.dtype))
+        whole.at[index].set(part.astype(whole.dtype))
         for whole, part in zip(wholes, jax.tree.leaves(tensor), strict=True)
     ]
     return jax.tree.unflatten(treedef, filled)

@@ -220,7 +220,7 @@ def _control(piece: str) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    """Protobuf's integers: seven bits to a byte, the lowest first, the last without the high bit."""
+    """Protobuf's integers: seven bits to a byte, the lowest first; the last has no high bit."""
     low, rest = number & 0x7F, number >> 7
     return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
 

@@ -32,7 +32,7 @@ def add_tokens(model: Any, tokenizer: Tokenizer, tokens: Sequence[str]) -> Token
         The tokenizer with the tokens (the one given is left as it is).
 
     Raises:
-        ValueError: no token is given, or one is empty; embeddings that cannot be trained row by row.
+        ValueError: no token is given, or one is empty; the embedding is trained whole already.
     """
     if not tokens:
         raise ValueError("tokens is empty: name at least one token to add.")

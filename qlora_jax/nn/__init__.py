@@ -4,8 +4,8 @@ from qlora_jax.nn.adapt import add_lora
 from qlora_jax.nn.convert import quantize_module
 from qlora_jax.nn.dense import QuantDense
 from qlora_jax.nn.linen import linen_quant_dense
-from qlora_jax.nn.lora import LoraConfig
 from qlora_jax.nn.loftq import start_from_weight
+from qlora_jax.nn.lora import LoraConfig
 from qlora_jax.nn.variables import FrozenParam, TrainedParam
 
 __all__ = [

@@ -36,8 +36,7 @@ def add_lora(
     and biases become `TrainedParam`.
 
     An `nnx.Linear` that is named is first frozen, unquantized. Dropout draws from `rngs` in
-    training mode (`module.train()`); the layers of a stack, and those of a module with `names`, take
-    explicit keys alone.
+    training mode (`module.train()`); stacks, and modules with `names`, take explicit keys alone.
 
     Args:
         module: changed in place.
@@ -76,7 +75,10 @@ def add_lora(
         found = True
         start = None
         if lora.init_lora_weights in ("loftq", "pissa"):
-            start = [_start(name, config, lora, starts) for name, config in zip(own, configs)]
+            start = [
+                _start(name, config, lora, starts)
+                for name, config in zip(own, configs, strict=True)
+            ]
         layer.adapt(configs, rngs, rngs if names is None else None, start)
         return layer
 
@@ -127,11 +129,13 @@ def _train_whole(module: nnx.Module, lora: LoraConfig, called: Names) -> None:
         chosen = {lora.saves(name) for name in own}
         if len(chosen) == 2:
             raise ValueError(
-                f"modules_to_save is {lora.modules_to_save!r}, which names some layers of the stack "
-                f"{path} but not others: name all of them or none"
+                f"modules_to_save is {lora.modules_to_save!r}, which names some layers of the "
+                f"stack {path} but not others: name all of them or none"
             )
         whole = chosen == {True}
         for name, variable in list(vars(node).items()):
+            if whole and isinstance(variable, TrainedParam):
+                saved = True
             frozen = isinstance(variable, FrozenParam) or type(variable) is nnx.Param
             if not frozen or name in ("row_squares", "lora_scaling"):
                 continue
@@ -164,8 +168,8 @@ def _trained(variable: nnx.Variable, path: str) -> TrainedParam:
     value = variable.get_value()
     if isinstance(value, QuantizedTensor):
         raise ValueError(
-            f"{path} is quantized, and codes cannot be trained: leave it out of modules_to_save, or "
-            "keep it dense"
+            f"{path} is quantized, and codes cannot be trained: leave it out of modules_to_save, "
+            "or keep it dense"
         )
     return TrainedParam(value)
 

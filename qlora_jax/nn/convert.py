@@ -88,6 +88,7 @@ def replace_layers(module: Any, kind: type, convert: Callable[[str, Any], nnx.Mo
 
 
 def children(node: Any) -> Iterator[tuple[Any, Any]]:
+    """What a module, list or dict holds, by attribute name, index or key."""
     if isinstance(node, dict):
         return iter(node.items())
     if isinstance(node, (list, tuple, nnx.List)):

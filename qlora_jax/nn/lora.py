@@ -21,13 +21,11 @@ from qlora_jax.nn import targets
 
 ALL_LINEAR = targets.ALL_LINEAR
 _INITS = (True, "gaussian", "loftq", "pissa")
-# Fields that PEFT takes as a list of names.
-_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which layers get adapters, and how large. Names and meanings are those of PEFT's `LoraConfig`.
+    """Which layers get adapters, and how large; names and meanings are PEFT's.
 
     Attributes:
         r: rank.
@@ -79,14 +77,16 @@ class LoraConfig:
         # Part of a module's static structure, so everything here has to hash.
         for name in ("rank_pattern", "alpha_pattern"):
             put(name, FrozenDict(getattr(self, name) or {}))
-        for name in (*_NAMES, "layers_to_transform"):
+        for name in ("modules_to_save", "layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
-            if isinstance(value, int):
+            if isinstance(value, int | str):
                 put(name, (value,))
-            elif isinstance(value, str) and name in ("modules_to_save", "layers_pattern"):
-                put(name, (value,))
-            elif value is not None and not isinstance(value, str):
-                put(name, tuple(value) or (() if name == "target_modules" else None))
+            elif value is not None:
+                put(name, tuple(value) or None)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                put(name, tuple(value))
         ranks = [self.r, *self.rank_pattern.values()]
         if min(ranks) < 1:
             raise ValueError(f"r is {min(ranks)}; the rank of an adapter is at least 1")

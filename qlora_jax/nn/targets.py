@@ -41,10 +41,8 @@ def targeted(
         pattern: `layers_pattern`: the lists those numbers count in; None for the first number that
             follows two names.
     """
-    if names == ALL_LINEAR:
-        found = not _HEADS.intersection(path.split("."))
-    else:
-        found = named(names, path)
+    every = names == ALL_LINEAR
+    found = not _HEADS.intersection(path.split(".")) if every else named(names, path)
     if layers is None or not found:
         return found
     lists = [rf"(?:^|.*?\.){name}" for name in pattern] if pattern else [r".*?\.[^.]*"]
