@@ -288,8 +288,12 @@ def _put(parts: list[tuple[_Part, np.ndarray]]) -> None:
     arrays: dict[int, tuple[nnx.Variable, np.ndarray]] = {}
     for part, tensor in parts:
         if id(part.variable) not in arrays:
-            value = part.variable.get_value()
-            arrays[id(part.variable)] = (part.variable, np.zeros(value.shape, value.dtype))
+            value = np.array(part.variable.get_value())
+            # What fills a smaller rank up has to be zero; what no tensor is for stays.
+            arrays[id(part.variable)] = (
+                part.variable,
+                value if part.axis is None else np.zeros_like(value),
+            )
         whole = arrays[id(part.variable)][1][part.index or ...]
         if part.axis == 0:
             whole = whole[: part.length]
@@ -333,7 +337,7 @@ def _check_same(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
 
 
 def _check_whole(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
-    """Refuses a configuration that trains weights of the base whole which the model keeps frozen."""
+    """Refuses a configuration that trains whole what the model keeps frozen."""
     for name, variable in _base_tensors(model):
         module, _, kind = name.rpartition(".")
         biased = lora.bias == "all" or (lora.bias == "lora_only" and lora.at(module) is not None)

@@ -60,20 +60,24 @@ def config_from_json(config: Mapping[str, Any], path: Path) -> LoraConfig:
     targets = config.get("target_modules") or "all-linear"
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = "all-linear"
+    names = {
+        name: tuple(value) if isinstance(value, list) and value else value or None
+        for name in ("exclude_modules", "layers_pattern", "modules_to_save")
+        for value in [config.get(name)]
+    }
+    layers = config.get("layers_to_transform")
     return LoraConfig(
         r=int(config["r"]),
         alpha=config["lora_alpha"],
         lora_dropout=float(config.get("lora_dropout") or 0.0),
         target_modules=targets if isinstance(targets, str) else tuple(targets),
-        exclude_modules=config.get("exclude_modules") or None,
         use_rslora=bool(config.get("use_rslora", False)),
         use_dora=bool(config.get("use_dora", False)),
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
-        layers_to_transform=config.get("layers_to_transform"),
-        layers_pattern=config.get("layers_pattern") or None,
-        modules_to_save=config.get("modules_to_save") or None,
+        layers_to_transform=tuple(layers) if isinstance(layers, list) else layers,
         bias=config.get("bias", "none"),
+        **names,
         **_init(config, path),
     )
 

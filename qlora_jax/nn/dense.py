@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -158,28 +159,20 @@ class QuantDense(nnx.Module):
         uniform = len(adapted) == len(loras) and len({(x.r, x.scaling) for x in adapted}) == 1
         self.lora = adapted[0] if uniform else replace(adapted[0], r=r)
 
-        key = rngs.params()
-        keys = [key] if not stack else list(jax.random.split(key, len(loras)))
-        a, b = [], []
-        for index, (lora, layer_key) in enumerate(zip(loras, keys, strict=True)):
-            given = start[index] if start is not None else None
-            rows, columns = jnp.zeros((0, self.in_features), dtype), None
-            if given is not None:
-                rows, columns = given
-            elif lora is not None:
-                rows = init_lora_a(
-                    layer_key, lora.r, self.in_features, dtype, lora.init_lora_weights
-                )
-            if columns is None:
-                columns = jnp.zeros((self.out_features, len(rows)), dtype)
-            missing = (0, r - len(rows))
-            a.append(jnp.pad(rows, (missing, (0, 0))))
-            b.append(jnp.pad(columns, ((0, 0), missing)))
-        self.lora_A = nnx.LoRAParam(_stacked(a, stack))
-        self.lora_B = nnx.LoRAParam(_stacked(b, stack))
+        if start is None:
+            ranks = tuple(0 if lora is None else lora.r for lora in loras)
+            a = _drawn(
+                rngs.params(), ranks, stack, self.in_features, dtype, self.lora.init_lora_weights
+            )
+            b = jnp.zeros((*stack, self.out_features, r), dtype)
+        else:
+            own_a, own_b = ([None if x is None else x[i] for x in start] for i in (0, 1))
+            a = _stacked(own_a, stack, (r, self.in_features), dtype)
+            b = _stacked(own_b, stack, (self.out_features, r), dtype)
+        self.lora_A, self.lora_B = nnx.LoRAParam(a), nnx.LoRAParam(b)
         if not uniform:
-            scales = [jnp.float32(0 if lora is None else lora.scaling) for lora in loras]
-            self.lora_scaling = FrozenParam(_stacked(scales, stack))
+            scales = [0 if lora is None else lora.scaling for lora in loras]
+            self.lora_scaling = FrozenParam(jnp.asarray(scales, jnp.float32).reshape(stack))
         if self.lora.use_dora:
             self.row_squares = FrozenParam(row_squares(self.kernel.get_value()))
             self.reset_magnitude()
@@ -252,6 +245,34 @@ class QuantDense(nnx.Module):
         return y if bias is None else y + bias
 
 
-def _stacked(parts: Sequence[jax.Array], stack: tuple[int, ...]) -> jax.Array:
-    """One array of a single layer's, or the layers' along the stack's axes."""
-    return jnp.stack(parts).reshape(*stack, *parts[0].shape)
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _drawn(
+    key: Key[Array, ""],
+    ranks: tuple[int, ...],
+    stack: tuple[int, ...],
+    in_features: int,
+    dtype: Any,
+    init: bool | str,
+) -> Float[Array, "*stack r in"]:
+    """Fresh A of each layer of a stack; zeros below each one's own rank."""
+    if not stack:
+        return init_lora_a(key, ranks[0], in_features, dtype, init)
+    r, own = max(ranks), jnp.asarray(ranks)[:, None, None]
+    keys = jax.random.split(key, len(ranks))
+    a = jax.vmap(lambda key: init_lora_a(key, r, in_features, dtype, init))(keys)
+    if init == "gaussian":
+        # The deviation is 1 / the layer's own rank.
+        a = a * (r / jnp.maximum(own, 1)).astype(dtype)
+    a = jnp.where(jnp.arange(r)[:, None] < own, a, 0)
+    return a.reshape(*stack, r, in_features)
+
+
+def _stacked(
+    parts: Sequence[jax.Array | None], stack: tuple[int, ...], shape: tuple[int, int], dtype: Any
+) -> jax.Array:
+    """The layers' own A or B as one array of a stack, filled up with zeros."""
+    whole = np.zeros((len(parts), *shape), dtype)
+    for index, part in enumerate(parts):
+        if part is not None:
+            whole[index, : part.shape[0], : part.shape[1]] = part
+    return jnp.asarray(whole.reshape(*stack, *shape))

@@ -1,0 +1,235 @@
+"""Adapters of every kind, out of a model and into another: the same bits, the same logits."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+import qlora_jax as ql
+from qlora_jax.checkpoints import load_adapter, load_model, read_adapter_config, save_adapter
+from qlora_jax.models import FAMILIES, Decoder, module_names
+from qlora_jax.nn import LoraConfig, TrainedParam, add_lora
+from tests.checkpoints.tiny import CONFIG, IDS, write_model
+from tests.shared import shared_path
+
+PREFIX = "base_model.model.model.layers"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense() -> Decoder:
+    """The base in memory, to be copied: cheaper than loading it for each case."""
+    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+def adapted(dense: Decoder, lora: LoraConfig, seed: int = 0) -> Decoder:
+    """As `load_model` adapts."""
+    names = module_names(FAMILIES["llama"].weight_names(CONFIG))
+    return add_lora(nnx.clone(dense), lora, rngs=nnx.Rngs(seed), names=names)
+
+
+def trained(model: Decoder) -> Decoder:
+    """All that is trained, moved by two steps along the gradient's signs."""
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+    @jax.jit
+    def step(lora, rest):
+        def loss(lora):
+            return jnp.sum(jnp.sin(7 * nnx.merge(graphdef, lora, rest)(IDS)))
+
+        return jax.tree.map(lambda p, g: p + 0.05 * jnp.sign(g), lora, jax.grad(loss)(lora))
+
+    return nnx.merge(graphdef, step(step(lora, rest), rest), rest)
+
+
+@nnx.jit
+def logits(model: Decoder) -> jax.Array:
+    return model(IDS)
+
+
+KINDS = {
+    "patterns": LoraConfig(
+        r=4,
+        alpha=8,
+        rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 3},
+        alpha_pattern={r"layers\.0\..*down_proj": 2},
+    ),
+    "one layer": LoraConfig(r=2, target_modules=("v_proj",), layers_to_transform=(1,)),
+    "expression": LoraConfig(r=2, target_modules=r"model\.layers\.0\.(mlp|self_attn)\.[qud].*"),
+    "exclude": LoraConfig(r=2, exclude_modules=("q_proj", "layers.0.mlp.up_proj")),
+    "dora": LoraConfig(
+        r=2, use_dora=True, use_rslora=True, exclude_modules=(r"layers.0.mlp.up_proj",)
+    ),
+    "biases": LoraConfig(r=2, target_modules=("q_proj",), bias="lora_only"),
+    "all biases": LoraConfig(r=2, target_modules=("q_proj",), bias="all"),
+    "saved": LoraConfig(r=2, modules_to_save=("embed_tokens", "lm_head", "model.norm")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip(kind: str, dense: Decoder, tmp_path: Path) -> None:
+    lora = KINDS[kind]
+    model = trained(adapted(dense, lora))
+    save_adapter(tmp_path, model, lora, "base")
+    fresh = adapted(dense, read_adapter_config(tmp_path), seed=1)
+    load_adapter(tmp_path, fresh)
+    np.testing.assert_array_equal(logits(model), logits(fresh))
+    assert float(jnp.abs(logits(model) - logits(dense)).max()) > 1e-3
+    once = load_file(tmp_path / "adapter_model.safetensors")
+    save_adapter(tmp_path, fresh, lora, "base")
+    again = load_file(tmp_path / "adapter_model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, once, again)
+
+
+def names_of(dense: Decoder, folder: Path, lora: LoraConfig) -> dict[str, np.ndarray]:
+    save_adapter(folder, adapted(dense, lora), lora, "base")
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_ranks_in_the_file_are_each_layers_own(dense: Decoder, tmp_path: Path) -> None:
+    tensors = names_of(dense, tmp_path, KINDS["patterns"])
+    shapes = {name: tensors[f"{PREFIX}.{name}.weight"].shape for name in (
+        "0.self_attn.q_proj.lora_A", "0.mlp.up_proj.lora_A", "1.mlp.up_proj.lora_A",
+        "1.mlp.up_proj.lora_B",
+    )}  # fmt: skip
+    assert list(shapes.values()) == [(2, 32), (4, 32), (3, 32), (48, 3)]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 3}
+
+
+def test_names_in_the_file_are_pefts(dense: Decoder, tmp_path: Path) -> None:
+    dora = names_of(dense, tmp_path / "dora", KINDS["dora"])
+    assert f"{PREFIX}.1.mlp.up_proj.lora_magnitude_vector" in dora
+    assert not any("layers.0.mlp.up_proj" in name for name in dora)
+    biases = names_of(dense, tmp_path / "biases", KINDS["all biases"])
+    assert f"{PREFIX}.0.self_attn.q_proj.base_layer.bias" in biases
+    assert f"{PREFIX}.0.self_attn.k_proj.bias" in biases
+    saved = names_of(dense, tmp_path / "saved", KINDS["saved"])
+    whole = {name for name in saved if "lora_" not in name}
+    assert whole == {
+        "base_model.model.model.embed_tokens.weight",
+        "base_model.model.lm_head.weight",
+        "base_model.model.model.norm.weight",
+    }
+
+
+def test_all_linear_is_written_by_name(dense: Decoder, tmp_path: Path) -> None:
+    names_of(dense, tmp_path, LoraConfig(r=2))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == [
+        "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
+    ]  # fmt: skip
+    assert config["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_loftq_is_made_while_loading(rounds: int, base: Path, tmp_path: Path) -> None:
+    """The same base comes again from the adapter's own configuration, and with it the logits."""
+    lora = LoraConfig(
+        r=8,
+        init_lora_weights="loftq",
+        loftq_iter=rounds,
+        target_modules=("up_proj",),
+        use_dora=rounds == 2,
+    )
+    quant = ql.QuantConfig(double_quant=False)
+    start = load_model(base, lora=lora, quant=quant, compute_dtype=jnp.float32)
+    up = start.layers.mlp.up_proj
+    original = load_file(base / "model.safetensors")
+    for layer in range(CONFIG.num_hidden_layers):
+        weight = original[f"model.layers.{layer}.mlp.up_proj.weight"]
+        plain = ql.quantize(weight, quant).dequantize()
+        codes = up.kernel.get_value().dequantize()[layer]
+        assert bool((codes == plain).all()) is (rounds == 1)
+        low = lora.scaling * up.lora_B[...][layer] @ up.lora_A[...][layer]
+        error, before = (np.linalg.norm(weight - x) for x in (codes + low, plain))
+        assert error < 0.8 * before
+        if lora.use_dora:
+            # Training starts from W + s·B·A, so the magnitudes are its rows' lengths.
+            lengths = np.linalg.norm(np.float64(codes + low), axis=1)
+            np.testing.assert_allclose(up.lora_magnitude_vector[...][layer], lengths, rtol=1e-5)
+    save_adapter(tmp_path, start, lora, "base")
+    read = read_adapter_config(tmp_path)
+    again = load_model(base, lora=read, quant=quant, compute_dtype=jnp.float32)
+    load_adapter(tmp_path, again)
+    np.testing.assert_array_equal(logits(again), logits(start))
+
+
+def test_loftq_needs_the_original(base: Path) -> None:
+    lora = LoraConfig(r=2, init_lora_weights="loftq")
+    with pytest.raises(ValueError, match="nothing was lost"):
+        load_model(base, lora=lora, quant=None)
+
+
+def test_a_tied_head_follows_the_trained_embedding(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    lora = LoraConfig(r=2, modules_to_save=("embed_tokens",))
+    model = adapted(Decoder(config, rngs=nnx.Rngs(0)), lora)
+    assert isinstance(model.embed_tokens.weight, TrainedParam)
+    save_adapter(tmp_path / "a", model, lora, "base")
+    path = tmp_path / "a" / "adapter_config.json"
+    written = json.loads(path.read_text())
+    assert written["ensure_weight_tying"] is True
+    load_adapter(tmp_path / "a", model)
+    path.write_text(json.dumps(written | {"ensure_weight_tying": False}))
+    with pytest.raises(ValueError, match="as a copy apart from the matrix that this base shares"):
+        load_adapter(tmp_path / "a", model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"use_dora": True}, "use_dora=True, but the model .* does not have"),
+        ({"modules_to_save": ["lm_head"]}, "the model keeps 'lm_head.weight' frozen"),
+        ({"bias": "all"}, "the model keeps .*bias' frozen"),
+        ({"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 12}}, "rank 3 at .*has 2"),
+        ({"layers_to_transform": [0]}, "lacks an adapter of 'model.layers.1"),
+        ({"target_parameters": ["experts.up"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8}}, "only 4-bit"),
+        ({"r": None}, "has r None"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+    ],
+)
+def test_what_the_model_lacks_is_refused(change: dict, words: str, adapter) -> None:
+    folder, model = adapter
+    path = folder / "adapter_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | change))
+    try:
+        with pytest.raises(ValueError, match=words) as error:
+            load_adapter(folder, model)
+    finally:
+        path.write_text(before)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def adapter(dense: Decoder, tmp_path_factory):
+    lora = LoraConfig(r=2, alpha=8, target_modules=("q_proj",))
+    model, folder = adapted(dense, lora), tmp_path_factory.mktemp("adapter")
+    save_adapter(folder, model, lora, "base")
+    return folder, model
+
+
+def test_an_old_peft_adapter() -> None:
+    """PEFT 0.5's config is read; its pickle is not."""
+    folder = shared_path("data/adapters/peft_opt125m_bnb_4bit")
+    lora = read_adapter_config(folder)
+    assert (lora.r, lora.alpha, lora.target_modules) == (8, 8, ("q_proj", "v_proj"))
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.bin is a pickle .* load it once"):
+        ql.checkpoints.read_adapter(folder)
