@@ -12,11 +12,12 @@ from safetensors.numpy import save_file
 
 from qlora_jax.checkpoints.folder import SINGLE, replace_file
 from qlora_jax.checkpoints.load import node_at
-from qlora_jax.models import FAMILIES, Decoder
+from qlora_jax.models import FAMILIES
+from qlora_jax.nn import TrainedParam
 from qlora_jax.quant import QuantizedTensor
 
 
-def save_model(folder: str | Path, model: Decoder, *, dtype: Any = None) -> None:
+def save_model(folder: str | Path, model: Any, *, dtype: Any = None) -> None:
     """Writes a dense model's base weights, for `load_model(folder, quant=None)` and transformers.
 
     Args:
@@ -27,21 +28,23 @@ def save_model(folder: str | Path, model: Decoder, *, dtype: Any = None) -> None
     Raises:
         ValueError: the model is quantized, or has adapters, which this file format cannot hold.
     """
-    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+    adapters = nnx.All(nnx.LoRAParam, nnx.Not(TrainedParam))
+    if jax.tree.leaves(nnx.state(model, adapters)):
         raise ValueError(
             "The model has adapters, which a model.safetensors cannot hold: save them with "
             "save_adapter, or build the model with lora=None."
         )
     family = FAMILIES[model.config.model_type]
     tensors: dict[str, np.ndarray] = {}
-    for name, (path, layer) in family.weight_names(model.config).items():
+    for name, slot in family.weight_names(model.config).items():
+        path = slot.path
         value = node_at(model, path).get_value()
         if isinstance(value, QuantizedTensor):
             raise ValueError(
                 f"{'.'.join(path)} is quantized ({value.quant_type}), but only dense weights can "
                 "be written: save the adapter alone with save_adapter, or load with quant=None."
             )
-        array = value if layer is None else value[layer]
+        array = value[slot.stack_index]
         tensors[name] = np.ascontiguousarray(
             np.asarray(array if dtype is None else array.astype(dtype))
         )
