@@ -126,6 +126,17 @@ def load_model(
     return model
 
 
+def linear_weights(checkpoint: Checkpoint) -> frozenset[str]:
+    """The tensors that `load_model` quantizes: the layers' linear weights.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    family = family_of(checkpoint.config)
+    names = family.weight_names(family.read_config(checkpoint.config))
+    return frozenset(name for name, slot in names.items() if slot.path[-1] == "kernel")
+
+
 def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Slot]:
     """The tensors to read, in reading order, once every name and shape fits the model."""
     source, tensors = checkpoint.source, checkpoint.tensors

@@ -1,6 +1,7 @@
 """Floor 3: which architectures? A decoder, an encoder–decoder, an encoder, and their losses."""
 
 from qlora_jax.models.attention import AttentionName, attend, attention_for
+from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.classification_loss import ExampleLoss, classification_loss
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import REMAT, Decoder
@@ -10,7 +11,9 @@ from qlora_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderCache
 from qlora_jax.models.families import FAMILIES, family_of
 from qlora_jax.models.family import Family, Slot
 from qlora_jax.models.loss import (
+    LOSS_CHUNK,
     TokenLoss,
+    chunked_cross_entropy,
     cross_entropy,
     next_token_loss,
     next_tokens,
@@ -21,6 +24,7 @@ from qlora_jax.models.unfreeze import unfreeze
 
 __all__ = [
     "FAMILIES",
+    "LOSS_CHUNK",
     "REMAT",
     "AttentionName",
     "Decoder",
@@ -37,6 +41,8 @@ __all__ = [
     "TokenLoss",
     "attend",
     "attention_for",
+    "chunked_attention",
+    "chunked_cross_entropy",
     "classification_loss",
     "cross_entropy",
     "family_of",

@@ -19,4 +19,5 @@ class FrozenParam(nnx.Variable):
 
 
 class TrainedParam(nnx.LoRAParam):
-    """A base weight that is trained and saved whole, PEFT's `modules_to_save`: an array."""
+    """A weight of the base that is trained and saved whole: PEFT's `modules_to_save`, trained
+    biases, the rows of added tokens. It is found wherever adapters are found."""
