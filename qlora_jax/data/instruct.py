@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_jax.data.segments import Format, Row, TrainOn
 from qlora_jax.data.sources import load_rows
 from qlora_jax.data.templates import (
     ALPACA,
@@ -23,10 +24,7 @@ from qlora_jax.data.templates import (
     GUANACO_STYLE,
     ConversationFormat,
     FlatChatFormat,
-    Format,
     PairFormat,
-    Row,
-    TrainOn,
 )
 
 Expand = Callable[[Row], Iterable[Row]]
