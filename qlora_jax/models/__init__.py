@@ -2,12 +2,15 @@
 
 from qlora_jax.models.attention import AttentionName, attend, attention_for
 from qlora_jax.models.cache import Cache
+from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import REMAT, Decoder
 from qlora_jax.models.families import FAMILIES, family_of
 from qlora_jax.models.family import Family, Slot
 from qlora_jax.models.loss import (
+    LOSS_CHUNK,
     TokenLoss,
+    chunked_cross_entropy,
     cross_entropy,
     next_token_loss,
     next_tokens,
@@ -17,6 +20,7 @@ from qlora_jax.models.unfreeze import unfreeze
 
 __all__ = [
     "FAMILIES",
+    "LOSS_CHUNK",
     "REMAT",
     "AttentionName",
     "Cache",
@@ -28,6 +32,8 @@ __all__ = [
     "TokenLoss",
     "attend",
     "attention_for",
+    "chunked_attention",
+    "chunked_cross_entropy",
     "cross_entropy",
     "family_of",
     "next_token_loss",
