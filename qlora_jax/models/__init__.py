@@ -1,6 +1,7 @@
 """Floor 3: which architectures? One decoder, its configuration per family, and its loss."""
 
 from qlora_jax.models.attention import AttentionName, attend, attention_for
+from qlora_jax.models.cache import Cache
 from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import REMAT, Decoder
@@ -22,6 +23,7 @@ __all__ = [
     "LOSS_CHUNK",
     "REMAT",
     "AttentionName",
+    "Cache",
     "Decoder",
     "DecoderConfig",
     "Family",
