@@ -1,1 +1,1 @@
-"""One module per table or figure of the paper; each says what it needs and where its numbers go."""
+"""One module per table or figure of the QLoRA paper: `python -m experiments.paper.NAME --help`."""

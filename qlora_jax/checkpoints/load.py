@@ -9,8 +9,11 @@ the device ever holds more than the result and a few tensors: no full-precision 
 exists.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
 from qlora_jax.checkpoints.open import open_checkpoint
-from qlora_jax.models import AttentionName, Decoder, Slot, attention_for, family_of, unfreeze
+from qlora_jax.models import AttentionName, Family, Slot, attention_for, family_of, unfreeze
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
-
-# Tensors that older checkpoints carry and that the model computes itself.
-_DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
 
 def load_model(
@@ -43,8 +43,9 @@ def load_model(
     attention: AttentionName | None = None,
     matmul: str | None = None,
     seed: int = 0,
+    overrides: Mapping[str, Any] | None = None,
     progress: bool = True,
-) -> Decoder:
+) -> Any:
     """A model from a checkpoint.
 
     Args:
@@ -56,12 +57,13 @@ def load_model(
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`, or
             float32 for a trainable base.
-        trainable_base: makes the dense base weights `nnx.Param` (see `models.unfreeze`).
+        trainable_base: trains the dense base weights too (see `models.unfreeze`).
         remat: what the backward pass finds saved, one of `models.REMAT`.
         attention: implementation of attention; None asks for cuDNN where this process's default
             device is a CUDA card and the case allows it.
         matmul: implementation of the 4-bit matmul; None lets the op choose.
-        seed: of the adapters' initial A.
+        seed: of the adapters' initial A, and of a head that the checkpoint has not.
+        overrides: fields of the model's configuration to replace, such as `{"num_labels": 3}`.
         progress: shows a bar on standard error, if that is a terminal.
 
     Returns:
@@ -78,7 +80,8 @@ def load_model(
         )
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     family = family_of(checkpoint.config)
-    config = family.read_config(checkpoint.config)
+    config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
+    config = dataclasses.replace(config, **(overrides or {}))
     stored = checkpoint.quant
     if stored is not None and stored != quant:
         raise ValueError(
@@ -88,47 +91,72 @@ def load_model(
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
 
-    def build(key: Key[Array, ""], quant: QuantConfig | None = quant) -> Decoder:
-        return Decoder(
+    if attention is None:
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        backend = jax.default_backend()
+        biased = getattr(config, "score_bias", False)
+        attention = attention_for(
+            backend, compute_dtype, config.head_dim, softcap=softcap, bias=biased
+        )
+
+    def build(key: Key[Array, ""], quant: QuantConfig | None = quant) -> Any:
+        return family.build(
             config,
             quant=quant,
             lora=lora,
             compute_dtype=compute_dtype,
             param_dtype=param_dtype,
             remat=remat,
-            attention=attention
-            or attention_for(jax.default_backend(), compute_dtype, config.head_dim),
+            attention=attention,
             matmul=matmul,
             rngs=nnx.Rngs(params=key),
         )
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
-    slots = _matching(checkpoint, family.weight_names(config), model)
+    slots = _matching(checkpoint, family, model)
+    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+        # Only what is trained is asked for, so the compiler drops the random base. A head that the
+        # checkpoint has is then read over it.
+        trained = jax.jit(lambda key: nnx.state(build(key, None), nnx.LoRAParam))
+        nnx.update(model, trained(key))
     _fill(model, checkpoint, slots, None if stored is not None else quant, progress)
-    if lora is not None:
-        # Only the adapters are asked for, so the compiler drops the random base.
-        adapters = jax.jit(lambda key: nnx.state(build(key, None), nnx.LoRAParam))
-        nnx.update(model, adapters(key))
     if trainable_base:
         unfreeze(model)
     return model
 
 
-def _matching(
-    checkpoint: Checkpoint, names: dict[str, Slot], model: Decoder
-) -> dict[str, Slot]:
+def linear_weights(checkpoint: Checkpoint) -> frozenset[str]:
+    """The tensors that `load_model` quantizes: the layers' linear weights.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    family = family_of(checkpoint.config)
+    names = family.weight_names(family.read_config(checkpoint.config))
+    return frozenset(name for name, slot in names.items() if slot.path[-1] == "kernel")
+
+
+def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Slot]:
     """The tensors to read, in reading order, once every name and shape fits the model."""
     source, tensors = checkpoint.source, checkpoint.tensors
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    read = [name for name in tensors if name not in tied and not name.endswith(_DERIVED)]
-    strange = [name for name in read if name not in names]
+    names = family.weight_names(model.config)
+    read = [name for name in tensors if name in names]
+    strange = [
+        name
+        for name in tensors
+        if name not in names and not any(fnmatchcase(name, pattern) for pattern in family.ignored)
+    ]
     if strange:
         raise ValueError(
             f"{source} holds the tensor {strange[0]!r} (and {len(strange) - 1} more) that a "
             "model with its config.json has no place for: check that both are of one checkpoint."
         )
-    absent = [name for name in names if name not in tensors]
+    absent = [
+        name
+        for name in names
+        if name not in tensors and not any(fnmatchcase(name, fresh) for fresh in family.fresh)
+    ]
     if absent:
         raise ValueError(
             f"{source} lacks the tensor {absent[0]!r} (and {len(absent) - 1} more) that its "
@@ -154,8 +182,8 @@ def _matching(
                 f"{source}: tensor {name!r} is stored as {info.dtype}, but weights of "
                 f"{', '.join(DTYPES)} are read: take a 16- or 32-bit checkpoint."
             )
-        stacked = not quantized and names[name].layer is not None
-        expected = value.shape[1:] if stacked else value.shape
+        stacked = 0 if quantized else len(names[name].stack_index)
+        expected = value.shape[stacked:]
         if tuple(info.shape) != tuple(expected):
             raise ValueError(
                 f"{source}: tensor {name!r} has shape {list(info.shape)}, but config.json calls "
@@ -170,7 +198,7 @@ def node_at(model: nnx.Module, path: tuple[str, ...]) -> Any:
 
 
 def _fill(
-    model: Decoder,
+    model: nnx.Module,
     checkpoint: Checkpoint,
     slots: dict[str, Slot],
     quant: QuantConfig | None,
@@ -194,16 +222,16 @@ def _fill(
     with bar:
         sizes = {name: math.prod(checkpoint.tensors[name].shape) for name in slots}
         task = bar.add_task("loading", total=sum(sizes.values()), tensor="")
-        for name, (path, layer) in slots.items():
+        for name, slot in slots.items():
             bar.update(task, tensor=name)
+            path = slot.path
             struct = node_at(model, path).get_value()
             tensor = jax.tree.map(jnp.asarray, checkpoint.read(name))
-            if layer is None:
-                filled[path] = tensor.astype(struct.dtype)
-            else:
-                if path not in filled:
-                    filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
-                filled[path] = _put(filled[path], tensor, jnp.int32(layer), quant)
+            if path not in filled:
+                filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
+            filled[path] = _put(
+                filled[path], tensor, tuple(map(jnp.int32, slot.stack_index)), quant
+            )
             # Without waiting, the reader runs ahead and tensors pile up in front of the device.
             jax.block_until_ready(filled[path])
             bar.advance(task, sizes[name])
@@ -212,14 +240,14 @@ def _fill(
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(stack: Any, tensor: Any, layer: Array, quant: QuantConfig | None) -> Any:
-    """The stack with one layer's tensor in its slice, quantized from the file's own numbers."""
+def _put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
+    """The stack with one tensor in its place, quantized from the file's own numbers."""
     if isinstance(stack, QuantizedTensor) and quant is not None:
         tensor = quantize(tensor, quant)
     wholes, treedef = jax.tree.flatten(stack)
     # The tree's static part is the stack's: its dtype is what the model computes in.
     filled = [
-        whole.at[layer].set(part.astype(whole.dtype))
+        whole.at[index].set(part.astype(whole.dtype))
         for whole, part in zip(wholes, jax.tree.leaves(tensor), strict=True)
     ]
     return jax.tree.unflatten(treedef, filled)

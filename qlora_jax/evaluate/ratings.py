@@ -184,9 +184,9 @@ def _points(row: dict[str, Any], *, reread: bool) -> tuple[float, float] | None:
 
 
 def _named(rows: Sequence[dict[str, Any]]) -> bool:
-    return all(
-        {"system1", "system2"} <= row.get("metadata", {}).keys() for row in rows
-    ) and bool(rows)
+    return all({"system1", "system2"} <= row.get("metadata", {}).keys() for row in rows) and bool(
+        rows
+    )
 
 
 def _systems_in_name(file: Path) -> tuple[str, str]:
