@@ -1,6 +1,7 @@
 """Floor 3: which architectures? A decoder, an encoder–decoder, an encoder, and their losses."""
 
 from qlora_jax.models.attention import AttentionName, attend, attention_for
+from qlora_jax.models.cache import Cache
 from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.classification_loss import ExampleLoss, classification_loss
 from qlora_jax.models.config import DecoderConfig
@@ -27,6 +28,7 @@ __all__ = [
     "LOSS_CHUNK",
     "REMAT",
     "AttentionName",
+    "Cache",
     "Decoder",
     "DecoderConfig",
     "EncoderClassifier",
