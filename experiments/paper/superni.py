@@ -5,9 +5,9 @@
     python -m experiments.paper.superni --data natural-instructions \\
         --models google/t5-small-lm-adapt google/t5-base-lm-adapt
 
-MODELS are T5 folders or hub names (v1.0, v1.1, LM-adapted or Flan), a column each. DATA is a copy of
-the repository allenai/natural-instructions, or flattened rows (topic, instruction, input, output).
-The score is ROUGE-L of greedy answers on tasks never trained on.
+MODELS are T5 folders or hub names (v1.0, v1.1, LM-adapted or Flan), a column each. DATA is a copy
+of the repository allenai/natural-instructions, or flattened rows (topic, instruction, input,
+output). The score is ROUGE-L of greedy answers on tasks never trained on.
 
 Adapters have the paper's rank, 16 up to T5-large and 64 above, and its alpha of 64 (appendix B.2);
 it gives no other hyperparameters for this table, so the rest is Tk-Instruct's (arXiv 2204.07705,

@@ -1,7 +1,7 @@
-"""Super-NaturalInstructions (arXiv 2204.07705): instances by task, their prompt, and held-out tasks.
+"""Super-NaturalInstructions (arXiv 2204.07705): instances by task, prompts, held-out tasks.
 
-What is measured is instruction following on *tasks* never trained on, so rows are split by task. Two
-sources are read: a copy of the repository allenai/natural-instructions (`tasks/*.json` with its
+What is measured is instruction following on *tasks* never trained on, so rows are split by task.
+Two sources are read: a copy of the repository allenai/natural-instructions (`tasks/*.json` with its
 official `splits/default`), and flattened rows with the columns instruction, input, output and the
 task's name (`topic` or `task`), of which some tasks are held out by a seeded draw.
 """
@@ -71,11 +71,9 @@ def load_split(
             "rows, or hold out fewer (--held-out-tasks)."
         )
     names = _shuffled(sorted(tasks))
-    held_out, kept = names[:held_out_tasks], names[held_out_tasks:]
-    train, test = (
-        [i for name in part for i in tasks[name][:per_task]] for part in (kept, held_out)
-    )
-    return _shuffled(train), _shuffled(test)
+    parts = (names[held_out_tasks:], names[:held_out_tasks])
+    chosen = [_shuffled([i for name in part for i in tasks[name][:per_task]]) for part in parts]
+    return chosen[0], chosen[1]
 
 
 def _shuffled(items: list[Any]) -> list[Any]:

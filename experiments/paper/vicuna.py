@@ -59,17 +59,7 @@ def percent_table(found: dict[str, Percent]) -> Table:
                 percent.judgements,
             )
         )
-    columns = (
-        "system",
-        "paper: ChatGPT first",
-        "ours",
-        "paper: system first",
-        "ours ",
-        "paper: mean",
-        "ours  ",
-        "±",
-        "judgements",
-    )
+    columns = ("system", "paper: ChatGPT first", "ours", "paper: system first", "ours ", "paper: mean", "ours  ", "±", "judgements")
     return Table("percent-of-chatgpt", TITLE, columns, tuple(rows))
 
 
