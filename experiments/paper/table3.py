@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from experiments.config import flat
 from experiments.report import ERROR, RESULT, write_atomically
+from experiments.tree import flat
 from qlora_jax.checkpoints import load_model
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
@@ -289,18 +289,20 @@ def about(what: str, options: argparse.Namespace, results: Mapping[Cell, Mapping
     """The sentences under a table: what was measured, on how much, where."""
     text = f"{what}; mean over seeds {', '.join(map(str, options.seeds))}."
     if results:
-        rows, steps = (
-            sorted({result[name] for result in results.values()})
-            for name in ("train_rows", "steps")
-        )
-        spans = (f"{v[0]:,}" if len(v) == 1 else f"{v[0]:,} to {v[-1]:,}" for v in (rows, steps))
-        text += " {} training rows, {} steps a cell.".format(*spans)
+        rows = _span([result["train_rows"] for result in results.values()])
+        steps = _span([result["steps"] for result in results.values()])
+        text += f" {rows} training rows, {steps} steps a cell."
     if options.scale == "tiny":
         text += (
             " At this scale the table shows that everything runs, not what a method is worth: "
             "without --model(s) the base is random."
         )
     return f"{text} {jax.devices()[0].device_kind}, jax {jax.__version__}."
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def write_report(
