@@ -1,8 +1,10 @@
-"""Floor 4: how do weights come and go? Hugging Face folders and PEFT adapters, in and out."""
+"""Floor 4: how do weights come and go? Hugging Face folders, bitsandbytes' 4-bit ones, PEFT adapters
+and GGUF files, in and out."""
 
 from qlora_jax.checkpoints.adapter import load_adapter, read_adapter_config, save_adapter
 from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, cast, dequantized, quantized
 from qlora_jax.checkpoints.folder import WeightFolder
+from qlora_jax.checkpoints.gguf import open_gguf, save_gguf
 from qlora_jax.checkpoints.load import linear_weights, load_model
 from qlora_jax.checkpoints.merge import MODES, merge, merged
 from qlora_jax.checkpoints.open import open_checkpoint
@@ -22,9 +24,11 @@ __all__ = [
     "merged",
     "model_checkpoint",
     "open_checkpoint",
+    "open_gguf",
     "quantized",
     "read_adapter_config",
     "save_adapter",
     "save_checkpoint",
+    "save_gguf",
     "save_model",
 ]

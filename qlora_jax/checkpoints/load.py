@@ -126,9 +126,7 @@ def linear_weights(checkpoint: Checkpoint) -> frozenset[str]:
     return frozenset(name for name, slot in names.items() if slot.path[-1] == "kernel")
 
 
-def _matching(
-    checkpoint: Checkpoint, names: dict[str, Slot], model: Decoder
-) -> dict[str, Slot]:
+def _matching(checkpoint: Checkpoint, names: dict[str, Slot], model: Decoder) -> dict[str, Slot]:
     """The tensors to read, in reading order, once every name and shape fits the model."""
     source, tensors = checkpoint.source, checkpoint.tensors
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()

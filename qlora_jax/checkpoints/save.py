@@ -143,7 +143,5 @@ def _write(folder: Path, checkpoint: Checkpoint, max_shard_size: int | str) -> N
     config = dict(checkpoint.config)
     if checkpoint.quant is not None:
         dtype = next(info.dtype for info in checkpoint.tensors.values() if info.quant)
-        config["quantization_config"] = quantization_config(
-            checkpoint.quant, DTYPES[dtype].name
-        )
+        config["quantization_config"] = quantization_config(checkpoint.quant, DTYPES[dtype].name)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

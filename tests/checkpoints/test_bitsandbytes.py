@@ -18,7 +18,6 @@ FOLDER = shared_path("vectors/llama/bnb4")
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
-
 def same_files(ours: Path, theirs: Path) -> None:
     first, second = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
     assert first.keys() == second.keys()
@@ -39,7 +38,9 @@ def test_what_bitsandbytes_wrote_is_written_back_byte_for_byte(theirs, tmp_path)
     theirs = shared_path(theirs)
     save_checkpoint(tmp_path / "ours", open_checkpoint(theirs))
     same_files(tmp_path / "ours", theirs)
-    ours, config = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "ours", theirs))
+    ours, config = (
+        json.loads((f / "config.json").read_text()) for f in (tmp_path / "ours", theirs)
+    )
     assert ours == config
 
 
