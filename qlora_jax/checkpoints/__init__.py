@@ -1,5 +1,5 @@
-"""Floor 4: how do weights come and go? Hugging Face folders, bitsandbytes' 4-bit ones, PEFT adapters
-and GGUF files, in and out."""
+"""Floor 4: how do weights come and go? Hugging Face folders, 16-bit or in bitsandbytes' 4-bit
+format, PEFT adapters and GGUF files, in and out."""
 
 from qlora_jax.checkpoints.adapter import load_adapter, read_adapter_config, save_adapter
 from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, cast, dequantized, quantized

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from safetensors.numpy import load_file
 
 from qlora_jax.checkpoints import load_model, open_checkpoint, save_checkpoint, save_model

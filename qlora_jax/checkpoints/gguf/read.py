@@ -156,6 +156,6 @@ def _refuse_unreadable(path: Path, name: str, tensor: StoredTensor) -> None:
         gguf.dequantize(block, tensor.kind)
     except NotImplementedError as error:
         raise ValueError(
-            f"{path}: {name!r} is stored as {tensor.kind.name}, which the gguf package cannot read: "
-            "take a file in another data type."
+            f"{path}: {name!r} is stored as {tensor.kind.name}, which the gguf package cannot "
+            "read: take a file in another data type."
         ) from error

@@ -267,8 +267,8 @@ def from_metadata(metadata: Mapping[str, Any]) -> Vocabulary:
 
     if value("model") not in ("gpt2", "llama") or not value("tokens"):
         raise ValueError(
-            f"The file's tokenizer is {value('model')!r}, but of GGUF tokenizers gpt2 and llama are "
-            "read: put the checkpoint's tokenizer files beside the file and give their folder."
+            f"The file's tokenizer is {value('model')!r}, but of GGUF tokenizers gpt2 and llama "
+            "are read: put the checkpoint's tokenizer files beside the file and give their folder."
         )
     tokens = value("tokens")
     return Vocabulary(
@@ -318,8 +318,8 @@ def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     if vocabulary.pre not in _PRE_TOKENIZERS:
         raise ValueError(
             f"The file's tokenizer cuts texts by the rule {vocabulary.pre!r}, which is none of "
-            f"{', '.join(_PRE_TOKENIZERS)}: put the checkpoint's tokenizer.json beside the file and "
-            "give their folder."
+            f"{', '.join(_PRE_TOKENIZERS)}: put the checkpoint's tokenizer.json beside the file "
+            "and give their folder."
         )
     kinds = {_CONTROL: True, _USER_DEFINED: False}
     added = [
