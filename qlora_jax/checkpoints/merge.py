@@ -184,10 +184,15 @@ class AdapterFile:
     def _check(self, shapes: dict[str, tuple[int, ...]], base: Checkpoint) -> None:
         for name in self.adapted:
             keys = self._keys[name]
-            if not {"A", "B"} <= keys.keys() or False:
+            if not {"A", "B"} <= keys.keys() or self._lora.use_dora != ("magnitude" in keys):
                 raise ValueError(
                     f"{self._path} holds only {', '.join(sorted(keys))} of {name!r}'s adapter: "
                     "fetch it again, whole."
+                )
+            if self._lora.at(name.removesuffix(".weight")) is None:
+                raise ValueError(
+                    f"{self._path} adapts {name!r}, which its adapter_config.json does not target: "
+                    "fetch both again, of one revision."
                 )
             (rank, inputs), (outputs, _) = shapes[keys["A"]], shapes[keys["B"]]
             if shapes[keys["B"]][1] != rank or base.tensors[name].shape != (outputs, inputs):
@@ -219,7 +224,8 @@ class AdapterFile:
     def merge(self, name: str, weight: np.ndarray) -> np.ndarray:
         """The weight [out, in], float32, with its adapter added."""
         a, b = (self._read(name, part).astype(np.float32) for part in "AB")
-        weight = weight + np.float32(self._lora.scaling) * (b @ a)
+        own = self._lora.at(name.removesuffix(".weight")) or self._lora
+        weight = weight + np.float32(own.scaling) * (b @ a)
         if "magnitude" in self._keys[name]:
             magnitude = self._read(name, "magnitude").astype(np.float32).reshape(-1)
             length = np.linalg.norm(weight, axis=1)

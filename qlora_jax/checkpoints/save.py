@@ -94,20 +94,21 @@ def model_checkpoint(model: Decoder) -> Checkpoint:
     family = FAMILIES[model.config.model_type]
     slots = family.weight_names(model.config)
     tensors = {}
-    for name, (path, layer) in slots.items():
+    for name, slot in slots.items():
+        path = slot.path
         value = node_at(model, path).get_value()
         quant = None
         shape = value.shape
         if isinstance(value, QuantizedTensor):
             quant = QuantConfig(value.quant_type, value.blocksize, value.double_quant)
-        elif layer is not None:
-            shape = shape[1:]
+        else:
+            shape = shape[len(slot.stack_index) :]
         tensors[name] = TensorInfo(tuple(shape), dtype_name(value.dtype), quant)
 
     def read(name: str) -> np.ndarray | QuantizedTensor:
-        path, layer = slots[name]
-        value = node_at(model, path).get_value()
-        return jax.tree.map(lambda x: np.asarray(x if layer is None else x[layer]), value)
+        slot = slots[name]
+        value = node_at(model, slot.path).get_value()
+        return jax.tree.map(lambda x: np.asarray(x[slot.stack_index]), value)
 
     stored = {DTYPES[info.dtype].name for info in tensors.values()}
     config = family.write_config(model.config)
