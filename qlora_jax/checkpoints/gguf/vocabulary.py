@@ -8,15 +8,13 @@ merges by the pieces' scores. Hugging Face keeps the first as `tokenizer.json`, 
 
 import json
 import struct
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from qlora_jax.data import load_tokenizer
+from qlora_jax.checkpoints.tokenizer import tokenizer_from_files
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _GPT2_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -114,10 +112,7 @@ def from_files(files: Mapping[str, bytes], vocab_size: int) -> Vocabulary:
     types += [_UNUSED for _ in missing]
     if parts.get("scores"):
         parts["scores"] += [-1000.0 for _ in missing]
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
-        tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_from_files(files)
     special = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
