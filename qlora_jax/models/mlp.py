@@ -24,5 +24,7 @@ class GatedMLP(nnx.Module):
     ) -> Float[Array, "batch seq embed"]:
         """The same shape and dtype as x; one dropout key a projection."""
         gate = self.gate_proj(x, dropout_key=dropout_keys[0])
+        # One decoded weight at a time, on the way back too: `up` waits for `gate`.
+        x, gate = jax.lax.optimization_barrier((x, gate))
         up = self.up_proj(x, dropout_key=dropout_keys[1])
         return self.down_proj(jax.nn.silu(gate) * up, dropout_key=dropout_keys[2])
