@@ -68,9 +68,7 @@ def read_state(weights: WeightFolder, name: str) -> PackedState:
         )
     try:
         state = json.loads(weights.read(blob).tobytes().decode("utf-8"))
-        config = QuantConfig(
-            state["quant_type"], int(state["blocksize"]), "nested_offset" in state
-        )
+        config = QuantConfig(state["quant_type"], int(state["blocksize"]), "nested_offset" in state)
         shape, dtype = tuple(map(int, state["shape"])), str(state["dtype"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -88,7 +88,11 @@ def dtype_name(dtype: Any) -> str:
 
 
 def quantized(
-    checkpoint: Checkpoint, names: frozenset[str] | set[str], quant: QuantConfig
+    checkpoint: Checkpoint,
+    names: frozenset[str] | set[str],
+    quant: QuantConfig,
+    *,
+    dtype: Any = None,
 ) -> Checkpoint:
     """The same with some of its dense tensors quantized as they are read.
 
@@ -96,6 +100,8 @@ def quantized(
         checkpoint: dense.
         names: which tensors; `linear_weights` gives those that `load_model` would quantize.
         quant: how.
+        dtype: what the quantized tensors dequantize to; None for what they were. They are
+            quantized from the numbers they have, whatever this says.
 
     Raises:
         ValueError: it is quantized already.
@@ -106,14 +112,21 @@ def quantized(
             "checkpoint."
         )
 
-    def read(name: str) -> np.ndarray | QuantizedTensor:
-        value = checkpoint.read(name)
-        return jax.tree.map(np.asarray, quantize(value, quant)) if name in names else value
-
     tensors = {
-        name: info._replace(quant=quant) if name in names else info
+        name: TensorInfo(info.shape, dtype_name(dtype or info.dtype), quant)
+        if name in names
+        else info
         for name, info in checkpoint.tensors.items()
     }
+
+    def read(name: str) -> np.ndarray | QuantizedTensor:
+        value = checkpoint.read(name)
+        if name not in names:
+            return value
+        tensor = jax.tree.map(np.asarray, quantize(value, quant))
+        tensor.dtype = DTYPES[tensors[name].dtype]
+        return tensor
+
     return replace(checkpoint, tensors=tensors, read=read)
 
 

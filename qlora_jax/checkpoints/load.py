@@ -11,6 +11,7 @@ exists.
 
 import functools
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
 from qlora_jax.checkpoints.open import open_checkpoint
-from qlora_jax.models import AttentionName, Decoder, Slot, attention_for, family_of, unfreeze
+from qlora_jax.models import AttentionName, Family, Slot, attention_for, family_of, unfreeze
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
-
-# Tensors that older checkpoints carry and that the model computes itself.
-_DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
 
 def load_model(
@@ -44,7 +42,7 @@ def load_model(
     matmul: str | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> Decoder:
+) -> Any:
     """A model from a checkpoint.
 
     Args:
@@ -88,23 +86,27 @@ def load_model(
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
 
-    def build(key: Key[Array, ""], quant: QuantConfig | None = quant) -> Decoder:
-        return Decoder(
+    if attention is None:
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        backend = jax.default_backend()
+        attention = attention_for(backend, compute_dtype, config.head_dim, softcap=softcap)
+
+    def build(key: Key[Array, ""], quant: QuantConfig | None = quant) -> Any:
+        return family.build(
             config,
             quant=quant,
             lora=lora,
             compute_dtype=compute_dtype,
             param_dtype=param_dtype,
             remat=remat,
-            attention=attention
-            or attention_for(jax.default_backend(), compute_dtype, config.head_dim),
+            attention=attention,
             matmul=matmul,
             rngs=nnx.Rngs(params=key),
         )
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
-    slots = _matching(checkpoint, family.weight_names(config), model)
+    slots = _matching(checkpoint, family, model)
     _fill(model, checkpoint, slots, None if stored is not None else quant, progress)
     if lora is not None:
         # Only the adapters are asked for, so the compiler drops the random base.
@@ -115,14 +117,27 @@ def load_model(
     return model
 
 
-def _matching(
-    checkpoint: Checkpoint, names: dict[str, Slot], model: Decoder
-) -> dict[str, Slot]:
+def linear_weights(checkpoint: Checkpoint) -> frozenset[str]:
+    """The tensors that `load_model` quantizes: the layers' linear weights.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    family = family_of(checkpoint.config)
+    names = family.weight_names(family.read_config(checkpoint.config))
+    return frozenset(name for name, slot in names.items() if slot.path[-1] == "kernel")
+
+
+def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Slot]:
     """The tensors to read, in reading order, once every name and shape fits the model."""
     source, tensors = checkpoint.source, checkpoint.tensors
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    read = [name for name in tensors if name not in tied and not name.endswith(_DERIVED)]
-    strange = [name for name in read if name not in names]
+    names = family.weight_names(model.config)
+    read = [name for name in tensors if name in names]
+    strange = [
+        name
+        for name in tensors
+        if name not in names and not any(fnmatchcase(name, pattern) for pattern in family.ignored)
+    ]
     if strange:
         raise ValueError(
             f"{source} holds the tensor {strange[0]!r} (and {len(strange) - 1} more) that a "
@@ -154,8 +169,8 @@ def _matching(
                 f"{source}: tensor {name!r} is stored as {info.dtype}, but weights of "
                 f"{', '.join(DTYPES)} are read: take a 16- or 32-bit checkpoint."
             )
-        stacked = not quantized and names[name].layer is not None
-        expected = value.shape[1:] if stacked else value.shape
+        stacked = 0 if quantized else len(names[name].stack_index)
+        expected = value.shape[stacked:]
         if tuple(info.shape) != tuple(expected):
             raise ValueError(
                 f"{source}: tensor {name!r} has shape {list(info.shape)}, but config.json calls "
@@ -170,7 +185,7 @@ def node_at(model: nnx.Module, path: tuple[str, ...]) -> Any:
 
 
 def _fill(
-    model: Decoder,
+    model: nnx.Module,
     checkpoint: Checkpoint,
     slots: dict[str, Slot],
     quant: QuantConfig | None,
@@ -194,16 +209,16 @@ def _fill(
     with bar:
         sizes = {name: math.prod(checkpoint.tensors[name].shape) for name in slots}
         task = bar.add_task("loading", total=sum(sizes.values()), tensor="")
-        for name, (path, layer) in slots.items():
+        for name, slot in slots.items():
             bar.update(task, tensor=name)
+            path = slot.path
             struct = node_at(model, path).get_value()
             tensor = jax.tree.map(jnp.asarray, checkpoint.read(name))
-            if layer is None:
-                filled[path] = tensor.astype(struct.dtype)
-            else:
-                if path not in filled:
-                    filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
-                filled[path] = _put(filled[path], tensor, jnp.int32(layer), quant)
+            if path not in filled:
+                filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
+            filled[path] = _put(
+                filled[path], tensor, tuple(map(jnp.int32, slot.stack_index)), quant
+            )
             # Without waiting, the reader runs ahead and tensors pile up in front of the device.
             jax.block_until_ready(filled[path])
             bar.advance(task, sizes[name])
@@ -212,14 +227,14 @@ def _fill(
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(stack: Any, tensor: Any, layer: Array, quant: QuantConfig | None) -> Any:
-    """The stack with one layer's tensor in its slice, quantized from the file's own numbers."""
+def _put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
+    """The stack with one tensor in its place, quantized from the file's own numbers."""
     if isinstance(stack, QuantizedTensor) and quant is not None:
         tensor = quantize(tensor, quant)
     wholes, treedef = jax.tree.flatten(stack)
     # The tree's static part is the stack's: its dtype is what the model computes in.
     filled = [
-        whole.at[layer].set(part.astype(whole.dtype))
+        whole.at[index].set(part.astype(whole.dtype))
         for whole, part in zip(wholes, jax.tree.leaves(tensor), strict=True)
     ]
     return jax.tree.unflatten(treedef, filled)

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from qlora_jax.models.loss import next_token_loss
+from qlora_jax.models.loss import LOSS_CHUNK, next_token_loss
 
 LossFn = Callable[[Any, Any, Any], tuple[Float[Array, ""], Int[Array, ""]]]
 """(model, batch, dropout key or None) -> (sum of token losses in nats, number of trained tokens).
@@ -35,14 +35,22 @@ class Evaluation(NamedTuple):
 
 
 def causal_lm_loss(
-    model: Any, batch: Any, dropout_key: Key[Array, ""] | None, /
+    model: Any,
+    batch: Any,
+    dropout_key: Key[Array, ""] | None,
+    /,
+    *,
+    loss_chunk: int | None = LOSS_CHUNK,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The loss of a causal language model on a `data.Batch` [batch seq], as sum and count.
 
     The batch is padded on the right, as `data.Batches` pads: then no token that is judged can see
     the padding, and attention without a mask is faster and, under cuDNN, linear in memory.
+    `functools.partial(causal_lm_loss, loss_chunk=...)` sets how many tokens' logits are held.
     """
-    loss = next_token_loss(model, batch.input_ids, batch.labels, dropout_key=dropout_key)
+    loss = next_token_loss(
+        model, batch.input_ids, batch.labels, loss_chunk=loss_chunk, dropout_key=dropout_key
+    )
     return loss.total, loss.tokens
 
 

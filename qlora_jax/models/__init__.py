@@ -1,12 +1,15 @@
 """Floor 3: which architectures? One decoder, its configuration per family, and its loss."""
 
-from qlora_jax.models.attention import AttentionName, attention_for
+from qlora_jax.models.attention import AttentionName, attend, attention_for
+from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import REMAT, Decoder
 from qlora_jax.models.families import FAMILIES, family_of
 from qlora_jax.models.family import Family, Slot
 from qlora_jax.models.loss import (
+    LOSS_CHUNK,
     TokenLoss,
+    chunked_cross_entropy,
     cross_entropy,
     next_token_loss,
     next_tokens,
@@ -16,6 +19,7 @@ from qlora_jax.models.unfreeze import unfreeze
 
 __all__ = [
     "FAMILIES",
+    "LOSS_CHUNK",
     "REMAT",
     "AttentionName",
     "Decoder",
@@ -24,7 +28,10 @@ __all__ = [
     "RopeConfig",
     "Slot",
     "TokenLoss",
+    "attend",
     "attention_for",
+    "chunked_attention",
+    "chunked_cross_entropy",
     "cross_entropy",
     "family_of",
     "next_token_loss",

@@ -1,0 +1,137 @@
+"""Stacks of layers: made under one `vmap`, run under one `lax.scan`, recomputed one at a time.
+
+A stack is a layer whose every Variable carries a leading axis, so the program is as long for 24
+layers as for 2. Encoders and encoder–decoders share this file; what a layer computes is theirs.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Key
+
+from qlora_jax.models.decoder import REMAT
+from qlora_jax.nn import LoraConfig, QuantDense
+from qlora_jax.quant import QuantConfig
+
+Keys = Iterator[Key[Array, ""] | None]
+"""Dropout keys, drawn one after another; without dropout each of them is None."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a model's linear layers are stored, adapted and multiplied.
+
+    Attributes:
+        quant: of the weights; None keeps them dense in `param_dtype`.
+        lora: adapters on them; None for none.
+        compute_dtype: of activations and products.
+        param_dtype: of dense weights, biases and embeddings.
+        matmul: implementation of the 4-bit matmul; None lets the op choose.
+    """
+
+    quant: QuantConfig | None
+    lora: LoraConfig | None
+    compute_dtype: Any
+    param_dtype: Any
+    matmul: str | None
+
+    def dense(self, prefix: str, rngs: nnx.Rngs) -> Callable[..., QuantDense]:
+        """(name, inputs, outputs, **options) → the linear layer at `prefix.name`."""
+
+        def make(name: str, inputs: int, outputs: int, **options: Any) -> QuantDense:
+            adapted = self.lora is not None and self.lora.targets(f"{prefix}.{name}")
+            return QuantDense(
+                inputs,
+                outputs,
+                quant=self.quant,
+                lora=self.lora if adapted else None,
+                compute_dtype=self.compute_dtype,
+                param_dtype=self.param_dtype,
+                implementation=self.matmul,
+                rngs=rngs,
+                **options,
+            )
+
+        return make
+
+
+def stack_layers(
+    make_layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs
+) -> nnx.Module:
+    """`count` random layers as one module whose Variables carry a leading axis.
+
+    Args:
+        make_layer: draws one layer.
+        count: how many.
+        rngs: stream `params`.
+    """
+    keys = jax.random.split(rngs.params(), count)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_layer(nnx.Rngs(keys[0]))))
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make_layer(nnx.Rngs(key))))(keys))
+
+
+def scan_layers(
+    layers: nnx.Module,
+    apply: Callable[[Any, Array, Any], tuple[Array, Any]],
+    x: Array,
+    per_layer: Any,
+    *,
+    remat: str,
+) -> tuple[Array, Any]:
+    """Runs a stack: `apply(layer, x, slice) -> (x, output)`, layer after layer.
+
+    Args:
+        layers: as `stack_layers` made it.
+        apply: one layer's part.
+        x: what goes through.
+        per_layer: a pytree whose leaves carry the layers' axis (dropout keys, caches), or None.
+        remat: a key of `REMAT`: what the backward pass finds saved.
+
+    Returns:
+        What came through, and the outputs stacked.
+    """
+    graphdef, stacked = nnx.split(layers)
+
+    def step(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
+        state, given = layer
+        return apply(nnx.merge(graphdef, state), x, given)
+
+    policy = REMAT[remat]
+    if policy is not None:
+        # prevent_cse only hinders fusion inside a scan (see Decoder.hidden).
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return jax.lax.scan(step, x, (stacked, per_layer))
+
+
+def split_key(key: Key[Array, ""] | None, count: int) -> Key[Array, " count"] | None:
+    """A key for each layer; None where there is no dropout."""
+    return None if key is None else jax.random.split(key, count)
+
+
+def draw(key: Key[Array, ""] | None, count: int) -> Keys:
+    """At most `count` keys out of one, to be taken with `next`."""
+    return itertools.repeat(None, count) if key is None else iter(jax.random.split(key, count))
+
+
+def check_options(
+    remat: str, lora: LoraConfig | None, model: nnx.Module, linears: tuple[str, ...]
+) -> None:
+    """Refuses an unknown remat, and adapters that found no layer.
+
+    Raises:
+        ValueError: saying what there is to choose from.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat is {remat!r}, but one of {', '.join(REMAT)} is needed.")
+    if lora is not None and not any(
+        isinstance(node, QuantDense) and node.lora is not None
+        for _, node in nnx.iter_graph(model)
+    ):
+        raise ValueError(
+            f"target_modules is {lora.target_modules!r}, which names no linear layer of the "
+            f"{type(model).__name__}; it has {', '.join(linears)}."
+        )

@@ -1,0 +1,55 @@
+"""What each memory switch saves, from the compiler's own report for a card (none is needed)."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.cards import CARDS
+from pallas_kernels.compile_for import PLUGIN_HINT, compile_for, gpu_compiler_available
+from qlora_jax.models import chunked_attention, chunked_cross_entropy, cross_entropy
+
+pytestmark = pytest.mark.skipif(
+    not gpu_compiler_available(), reason=f"no GPU compiler here. {PLUGIN_HINT}"
+)
+
+
+def test_chunked_cross_entropy_holds_one_chunk_of_logits():
+    tokens, embed, vocab, chunk = 8192, 256, 32000, 512
+    hidden = jax.ShapeDtypeStruct((1, tokens, embed), jnp.bfloat16)
+    weight = jax.ShapeDtypeStruct((vocab, embed), jnp.bfloat16)
+    targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+
+    def head(weight):
+        return lambda x: jnp.einsum("...e,ve->...v", x, weight, preferred_element_type=jnp.float32)
+
+    def whole(hidden, weight, targets):
+        return cross_entropy(head(weight)(hidden), targets).sum()
+
+    def by_chunk(hidden, weight, targets):
+        return chunked_cross_entropy(head(weight), hidden, targets, chunk=chunk)
+
+    def temporaries(function):
+        compiled = compile_for(CARDS["l40"], jax.value_and_grad(function), hidden, weight, targets)
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 4 * vocab * chunk
+    assert temporaries(whole) >= 4 * vocab * tokens
+    # The chunk's logits, their gradient, and arrays of the hidden states' size.
+    assert temporaries(by_chunk) <= 3 * logits + 6 * tokens * embed * 2
+
+
+def test_chunked_attention_is_linear_in_the_sequence():
+    def temporaries(length):
+        query = jax.ShapeDtypeStruct((1, length, 32, 128), jnp.bfloat16)
+        key = jax.ShapeDtypeStruct((1, length, 8, 128), jnp.bfloat16)
+
+        def total(query, key, value):
+            return chunked_attention(query, key, value, causal=True).astype(jnp.float32).sum()
+
+        compiled = compile_for(CARDS["l40"], jax.grad(total, (0, 1, 2)), query, key, key)
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(8192), temporaries(32768)
+    # Llama 3 8B's heads at 32k tokens: the scores alone would be 64 GiB in bfloat16.
+    assert short < long <= 4 * short
+    assert long < 2**30
