@@ -1,18 +1,20 @@
 # make sweep          the embedded sweep: two tiny pretrained Llamas × their datasets, no network
 # make test           lint, types and all tests but the slow ones, in parallel
-# make test-slow      the rest: every kernel compiled for every card
+# make test-slow      the rest: every kernel and the largest models compiled for their cards
+# make test-peers     round trips through transformers, PEFT and bitsandbytes, in .venv-peers
 #
 # Each creates its environment if there is none. PYTHON=python3.12 chooses the interpreter of a new one.
 
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 TESTS ?= tests
 WORKERS ?= 2
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: sweep test test-slow lint types pytest clean
+.PHONY: sweep test test-slow test-peers lint types pytest clean
 
 sweep: $(VENV)/.installed
 	$(BIN)/python -m experiments.sweep
@@ -31,6 +33,17 @@ pytest: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(TESTS)
+
+test-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python -m pytest tests/peers
+
+# torch's own wheel, by version: unpinned it would bring gigabytes of CUDA.
+$(PEERS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
+	$(PEERS)/bin/python -m pip install --quiet torch==2.13.0
+	$(PEERS)/bin/python -m pip install --quiet -e ".[test,peers]"
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -52,4 +65,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(PEERS) runs .pytest_cache .ruff_cache .mypy_cache

@@ -25,17 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.config import (
-    RunConfig,
-    Tree,
-    build_run,
-    merged,
-    named_source,
-    option_names,
-    unknown_key,
-    with_setting,
-)
+from experiments.config import RunConfig, build_run, named_source
 from experiments.embedded import DATASETS, MODELS
+from experiments.tree import Tree, merged, option_names, unknown_key, with_setting
 
 LISTS = ("name", "models", "datasets", "seeds", "axes", "rules")
 

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from experiments.config import RunConfig, parse_setting, to_tree
+from experiments.config import RunConfig
+from experiments.tree import parse_setting, to_tree
 from qlora_jax.train import Callback, WandB
 
 CONFIGS = Path(__file__).resolve().parent / "configs"

@@ -1,35 +1,23 @@
-"""What a run is, as frozen dataclasses, and how a YAML file and `--set key=value` become one.
+"""What a run is, as frozen dataclasses, and how a tree of options becomes one.
 
-A run's configuration is a tree: `model`, `data`, `quant`, `lora`, `train`. Three of its
-sections are the library's own dataclasses, so that every option of theirs can be set here, under
-its own name, without being listed a second time. A file names only what differs from the defaults;
-the resolved tree is written beside a run's results and can be given back as a file.
-
-Everything a file says is checked before anything runs: a key that does not exist is refused with
-the nearest one that does, a value of the wrong kind with what was expected.
+A run's configuration has the sections `model`, `data`, `quant`, `lora`, `train`, `mmlu`. Three of
+them are the library's own dataclasses. A file names only what differs from the defaults; the
+resolved tree is written beside a run's results and can be given back as a file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
-import yaml
-
 from experiments.embedded import DATASETS, MODELS
+from experiments.tree import Tree, convert
+from qlora_jax.data import INSTRUCT
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig
-
-Tree = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,16 +45,20 @@ class DataConfig:
     """Which rows, in which prompt, cut where.
 
     Attributes:
-        source: an embedded dataset's name, a file (.json, .jsonl, .csv, .parquet), a folder, or a
-            hub name.
+        source: an embedded dataset's name, one of the paper's eight (`qlora_jax.data.INSTRUCT`), a
+            file (.json, .jsonl, .csv, .parquet), a folder, or a hub name.
+        files: of a dataset of the paper, the file or folder that holds it; None: the hub.
         split: the rows to train on; None for the only split or "train".
         validation_source: another source for the validation rows; None for the same.
         validation_split: the split that holds them; None without a `validation_source` holds
             `validation_rows` of the training rows out instead (the same ones for every seed).
         validation_rows: how many rows are held out, or, of a split, the most that are used.
         max_rows: train on the first so many rows only.
-        format: a prompt format of `qlora_jax.data.FORMATS`; "auto" looks at the columns.
-        train_on: loss on the "response" only, or on "all".
+        format: a prompt format of `qlora_jax.data.FORMATS`; "chat-template", the model's own;
+            "auto" looks at the columns. A dataset of the paper brings its own.
+        system_prompt: for conversations (`messages`) that have none.
+        train_on: loss on the "response" only, or on "all"; None: as the paper did for its dataset,
+            else on the response.
         source_max_len, target_max_len: tokens that prompt and response are cut to.
         max_len: refuse longer examples; None: the model's own limit.
         group_by_length: batches of examples of like length.
@@ -75,18 +67,54 @@ class DataConfig:
     """
 
     source: str = "describe"
+    files: str | None = None
     split: str | None = None
     validation_source: str | None = None
     validation_split: str | None = None
     validation_rows: int = 200
     max_rows: int | None = None
     format: str = "auto"
-    train_on: Literal["response", "all"] = "response"
+    system_prompt: str | None = None
+    train_on: Literal["response", "all"] | None = None
     source_max_len: int | None = 384
     target_max_len: int | None = 128
     max_len: int | None = None
     group_by_length: bool = True
     buckets: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class MmluConfig:
+    """How a run is examined on MMLU.
+
+    Attributes:
+        source: the hub name of a set in the form of "cais/mmlu", or a folder with the original
+            `dev/`, `val/` and `test/` CSV files.
+        split: which questions the finished run is asked: "test", "val" (or another folder of the
+            source); None: none.
+        every: steps between examinations on the validation questions during training; 0: none.
+        shots: solved questions in front of each, from `dev`: 5 or 0 in the paper.
+        limit: only so many questions of each subject; None: all.
+        batch_size: questions at once.
+    """
+
+    source: str = "cais/mmlu"
+    split: str | None = "test"
+    every: int = 0
+    shots: int = 5
+    limit: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
+        if not 0 <= self.shots <= 5:
+            raise ValueError(
+                f"shots={self.shots} must be 0 to 5: dev has five questions a subject."
+            )
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} must be 1 or more; null asks all questions.")
 
 
 @dataclass(frozen=True)
@@ -100,6 +128,7 @@ class RunConfig:
         lora: the adapters.
         train: the optimizer and the loop; `train.seed` also decides the adapters' initial values
             and the batch order.
+        mmlu: the examination; None: none.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -107,57 +136,7 @@ class RunConfig:
     quant: QuantConfig | None = field(default_factory=QuantConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-
-# --------------------------------------------------------------------------- reading
-
-
-def read_yaml(path: Path) -> Tree:
-    """The tree of a YAML file; ValueError where it is not one."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        nearby = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f"; {path.parent} has {', '.join(nearby)}" if nearby else ""
-        raise FileNotFoundError(f"the configuration file {path} does not exist{hint}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not valid YAML: {reason}.") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} should hold keys and values, but holds a {_kind(tree)}.")
-    return tree
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """`"train.learning_rate=1e-3"` as its dotted key and its value, read as YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"--set {text!r} should read key=value, as in train.learning_rate=1e-3.")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {text!r}: the value is not valid YAML.") from error
-
-
-def with_setting(tree: Tree, key: str, value: Any) -> Tree:
-    """A copy of the tree with a dotted key set; what was no section on the way becomes one."""
-    head, _, rest = key.partition(".")
-    if not rest:
-        return {**tree, head: value}
-    below = tree.get(head)
-    return {**tree, head: with_setting(below if isinstance(below, dict) else {}, rest, value)}
-
-
-def merged(base: Tree, over: Mapping[str, Any]) -> Tree:
-    """A copy of `base` in which `over` wins; sections are merged, all else is replaced."""
-    result = dict(base)
-    for key, value in over.items():
-        below = result.get(key)
-        both = isinstance(below, dict) and isinstance(value, Mapping)
-        result[key] = merged(below, value) if both else value  # type: ignore[arg-type]
-    return result
+    mmlu: MmluConfig | None = None
 
 
 def named_source(known: Iterable[str], value: Any, what: str) -> Tree:
@@ -188,186 +167,29 @@ def build_run(tree: Tree, where: str) -> RunConfig:
     if "data" in tree:
         tree["data"] = named_source(DATASETS, tree["data"], f"data in {where}")
     run: RunConfig = convert(tree, RunConfig, "", where)
-    embedded = DATASETS.get(run.data.source)
+    return dataclasses.replace(run, data=_resolved(run.data, where))
+
+
+def _resolved(data: DataConfig, where: str) -> DataConfig:
+    """With what follows from the dataset's name written out."""
+    if data.source in INSTRUCT:
+        if data.format != "auto":
+            raise ValueError(
+                f"data.format in {where} is {data.format!r}, but {data.source} is a dataset of the "
+                "paper and brings its own: leave it out, or name the rows by file or hub name."
+            )
+        return dataclasses.replace(data, train_on=data.train_on or INSTRUCT[data.source].train_on)
+    if data.files is not None:
+        raise ValueError(
+            f"data.files in {where} is given for {data.source!r}, but belongs to a dataset of the "
+            f"paper ({', '.join(INSTRUCT)}): name the file as data.source."
+        )
+    data = dataclasses.replace(data, train_on=data.train_on or "response")
+    embedded = DATASETS.get(data.source)
     if embedded is None:
-        return run
-    data = run.data
+        return data
     if data.format == "auto":
         data = dataclasses.replace(data, format=embedded.format)
     if data.validation_source is None and data.validation_split is None:
         data = dataclasses.replace(data, validation_split="validation")
-    return dataclasses.replace(run, data=data)
-
-
-def convert(value: Any, kind: Any, key: str, where: str) -> Any:
-    """A value out of YAML as the annotated type `kind`; ValueError says what was expected."""
-    if dataclasses.is_dataclass(kind):
-        return _convert_section(value, kind, key, where)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return _dtype(value, key, where) if key.endswith("dtype") else value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert_union(value, arguments, key, where)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        choices = ", ".join(map(str, arguments))
-        raise ValueError(f"{key} in {where} is {value!r}, but should be one of {choices}.")
-    if origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(convert(item, arguments[0], key, where) for item in value)
-        raise _wrong(value, "a list", key, where)
-    return _convert_plain(value, kind, key, where)
-
-
-_KINDS = ((int, "a whole number"), (float, "a number"), (bool, "true or false"), (str, "text"))
-
-
-def _convert_plain(value: Any, kind: Any, key: str, where: str) -> Any:
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, str):
-        return value
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind in (int, float) and not isinstance(value, bool):
-        # YAML 1.1 reads 1e-3 as text, and 1e4 is a number of steps as people write it.
-        try:
-            number = float(value) if not isinstance(value, int) else value
-        except (TypeError, ValueError):
-            number = None
-        if number is not None and kind is float:
-            return float(number)
-        if number is not None and number == int(number):
-            return int(number)
-    expected = next((name for known, name in _KINDS if kind is known), str(kind))
-    raise _wrong(value, expected, key, where)
-
-
-def _convert_union(value: Any, kinds: tuple[Any, ...], key: str, where: str) -> Any:
-    kinds = tuple(kind for kind in kinds if kind is not type(None))
-    exact = [kind for kind in kinds if isinstance(kind, type) and type(value) is kind]
-    errors = []
-    for kind in [*exact, *kinds]:
-        try:
-            return convert(value, kind, key, where)
-        except ValueError as error:
-            errors.append(error)
-    raise errors[0]
-
-
-def _convert_section(value: Any, kind: Any, key: str, where: str) -> Any:
-    if dataclasses.is_dataclass(value):
-        return value
-    if not isinstance(value, Mapping):
-        raise _wrong(value, f"a section ({', '.join(option_names(kind))})", key, where)
-    hints = type_hints(kind)
-    for name in value:
-        if name not in hints:
-            raise unknown_key(str(name), option_names(kind), key, where)
-    options = {
-        name: convert(item, hints[name], f"{key}.{name}" if key else name, where)
-        for name, item in value.items()
-    }
-    try:
-        return kind(**options)
-    except ValueError as error:
-        raise ValueError(f"{key or 'the configuration'} in {where}: {error}") from error
-    except TypeError as error:
-        missing = [
-            f.name
-            for f in dataclasses.fields(kind)
-            if f.name not in value
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-        ]
-        if not missing:
-            raise
-        raise ValueError(
-            f"{key} in {where} needs {', '.join(missing)}, which it does not give."
-        ) from error
-
-
-def unknown_key(name: str, known: list[str], section: str, where: str) -> ValueError:
-    """The refusal of a key that does not exist, naming the nearest that does."""
-    prefix = f"{section}." if section else ""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = (
-        f"the nearest is {prefix}{near[0]}"
-        if near
-        else f"there are {', '.join(prefix + option for option in known)}"
-    )
-    return ValueError(f"there is no option {prefix}{name} ({where}); {hint}.")
-
-
-@functools.cache
-def type_hints(kind: Any) -> dict[str, Any]:
-    """The annotations of a dataclass's fields that can be set, as types."""
-    hints = typing.get_type_hints(kind)
-    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
-
-
-def option_names(kind: Any) -> list[str]:
-    """The names of a dataclass's options."""
-    return list(type_hints(kind))
-
-
-def _dtype(value: Any, key: str, where: str) -> Any:
-    try:
-        return jnp.dtype(value)
-    except TypeError:
-        raise _wrong(value, "a dtype such as float32 or bfloat16", key, where) from None
-
-
-def _wrong(value: Any, expected: str, key: str, where: str) -> ValueError:
-    shown = value if isinstance(value, str | int | float | bool | None) else _kind(value)
-    return ValueError(f"{key} in {where} is {shown!r}, but should be {expected}.")
-
-
-def _kind(value: Any) -> str:
-    names = {"dict": "section", "str": "text", "NoneType": "empty value"}
-    return names.get(type(value).__name__, type(value).__name__)
-
-
-# --------------------------------------------------------------------------- writing
-
-
-def to_tree(config: Any) -> Any:
-    """A dataclass tree as plain YAML values; `build_run(to_tree(run))` is the run again."""
-    if dataclasses.is_dataclass(config):
-        fields = (f.name for f in dataclasses.fields(config) if f.init)
-        return {name: to_tree(getattr(config, name)) for name in fields}
-    if isinstance(config, Mapping):
-        return {str(key): to_tree(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [to_tree(item) for item in config]
-    if isinstance(config, bool | int | float | str) or config is None:
-        return config
-    if isinstance(config, Path):
-        return str(config)
-    return jnp.dtype(config).name
-
-
-def to_yaml(config: Any) -> str:
-    """A configuration as a YAML file's text."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree as dotted keys: what two configurations are compared by."""
-    if isinstance(tree, dict) and tree:
-        items = (flat(value, f"{prefix}{key}.") for key, value in tree.items())
-        return {key: value for part in items for key, value in part.items()}
-    return {prefix.removesuffix("."): tree}
-
-
-def differences(one: Any, other: Any) -> list[str]:
-    """What two configurations differ in, as `"lora.r: 8, was 16"`."""
-    now, was = flat(to_tree(one)), flat(to_tree(other))
-    return [
-        f"{key}: {now.get(key, 'absent')}, was {was.get(key, 'absent')}"
-        for key in dict.fromkeys([*now, *was])
-        if now.get(key, "absent") != was.get(key, "absent")
-    ]
+    return data

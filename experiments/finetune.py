@@ -36,9 +36,10 @@ from experiments.cli import (
     refuse,
     wandb_callbacks,
 )
-from experiments.config import RunConfig, build_run, merged, read_yaml, to_yaml, with_setting
+from experiments.config import RunConfig, build_run
 from experiments.report import ERROR, duration, write_atomically
 from experiments.run import check, check_writable, delete_run, execute, is_finished
+from experiments.tree import merged, read_yaml, to_yaml, with_setting
 
 
 def make_parser() -> argparse.ArgumentParser:

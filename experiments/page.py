@@ -112,12 +112,39 @@ def render(name: str, reports: Sequence[CellReport], *, command: str, about: str
 percentage is the change. In the chart a hollow dot is before, a filled one after; a dataset's cells
 share one scale.</p>
 <div class="scroll">{matrix}</div>
-<h2>Loss over steps</h2>
+{_mmlu(datasets, models, grid)}<h2>Loss over steps</h2>
 <p>Lines with dots are held-out loss, faint ones the smoothed training loss.</p>
 <div class="scroll">{curves}</div>
 <h2>Every cell</h2>
 <div class="scroll">{_list(reports)}</div>
 </body></html>
+"""
+
+
+def _mmlu(
+    datasets: Sequence[str], models: Sequence[str], grid: dict[tuple[str, str], list[CellReport]]
+) -> str:
+    """The matrix of examinations, empty where there was none."""
+    examined = [r for cell in grid.values() for r in cell if r.mmlu is not None and r.result]
+    if not examined:
+        return ""
+
+    def shown(dataset: str, model: str) -> str:
+        runs = [r for r in grid[dataset, model] if r.mmlu is not None]
+        lines = []
+        for variant in dict.fromkeys(r.cell.variant for r in runs):
+            shares = [r.mmlu for r in runs if r.cell.variant == variant and r.mmlu is not None]
+            lines.append(
+                f'<div class="row"><span class="name">{escape(variant)}</span>'
+                f"<b>{100 * sum(shares) / len(shares):.1f}</b></div>"
+            )
+        return "".join(lines) or "–"
+
+    about = examined[0].result["mmlu"] if examined[0].result else {}
+    return f"""<h2>MMLU, % of questions answered rightly</h2>
+<p>{about["shots"]}-shot, {about["questions"]:,} questions of the {escape(about["split"])} split,
+each counted once; a guess is right in 25 %.</p>
+<div class="scroll">{_table(datasets, models, shown)}</div>
 """
 
 

@@ -54,6 +54,11 @@ class CellReport:
         """Held-out loss after training."""
         return float(self.result["after"]["loss"]) if self.result else float("nan")
 
+    @property
+    def mmlu(self) -> float | None:
+        """Share of MMLU's questions answered rightly, where the run was examined."""
+        return self.result["mmlu"]["micro"] if self.result and "mmlu" in self.result else None
+
 
 def read_cell(cell: Cell, folder: Path) -> CellReport:
     """The report of one cell from its run folder."""
@@ -100,7 +105,7 @@ def csv_text(reports: Sequence[CellReport]) -> str:
     figures = [
         "loss_before", "loss_after", "perplexity_before", "perplexity_after", "validation_tokens",
         "steps", "trained_tokens", "tokens_per_second", "seconds", "peak_host_memory_bytes",
-        "adapter_parameters", "base_bytes",
+        "adapter_parameters", "base_bytes", "mmlu_micro", "mmlu_macro",
     ]  # fmt: skip
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -117,10 +122,45 @@ def csv_text(reports: Sequence[CellReport]) -> str:
             "perplexity_before": result["before"]["perplexity"],
             "perplexity_after": result["after"]["perplexity"],
             "validation_tokens": result["after"]["tokens"],
+            "mmlu_micro": result.get("mmlu", {}).get("micro", ""),
+            "mmlu_macro": result.get("mmlu", {}).get("macro", ""),
             **result,
         }
         writer.writerow([*row, report.status, *(known[name] for name in figures), ""])
     return buffer.getvalue()
+
+
+def terminal_matrix(name: str, reports: Sequence[CellReport]) -> Table:
+    """The sweep as a matrix, datasets × models: MMLU where runs were examined, else held-out loss.
+
+    Of several seeds the mean; variants one below the other; "–" where nothing is finished.
+    """
+    examined = any(r.mmlu is not None for r in reports)
+    what = "MMLU, % right" if examined else "held-out loss after training"
+    table = Table(title=f"{name}: {what}", title_justify="left")
+    models = list(dict.fromkeys(r.cell.labels["model"] for r in reports))
+    variants = list(dict.fromkeys(r.cell.variant for r in reports))
+    for column in ("dataset", *(["method"] if len(variants) > 1 else [])):
+        table.add_column(column)
+    for model in models:
+        table.add_column(model, justify="right")
+
+    def shown(dataset: str, variant: str, model: str) -> str:
+        key = (dataset, variant, model)
+        found = [
+            100 * r.mmlu if r.mmlu is not None else r.after
+            for r in reports
+            if (r.cell.labels["dataset"], r.cell.variant, r.cell.labels["model"]) == key
+            and r.result is not None
+            and (r.mmlu is not None) == examined
+        ]
+        return f"{sum(found) / len(found):.{1 if examined else 3}f}" if found else "–"
+
+    for dataset in dict.fromkeys(r.cell.labels["dataset"] for r in reports):
+        for variant in variants:
+            row = [dataset, *([variant] if len(variants) > 1 else [])]
+            table.add_row(*row, *(shown(dataset, variant, model) for model in models))
+    return table
 
 
 def terminal_table(name: str, reports: Sequence[CellReport]) -> Table:

@@ -2,6 +2,7 @@
 
     config.yaml      the run, resolved; `python -m experiments.finetune --config` takes it back
     metrics.jsonl    every step and evaluation             (qlora_jax.train)
+    mmlu.jsonl       the answers of the finished model     (with `mmlu` configured)
     checkpoints/     what a killed run resumes from        (qlora_jax.train)
     adapter/         the trained adapter in PEFT's format
     result.json      held-out loss before and after, speed, memory; written last, when all is done
@@ -14,7 +15,6 @@ then trains. Tokenized datasets are kept between runs of one process: a sweep re
 
 from __future__ import annotations
 
-import functools
 import json
 import platform
 import shutil
@@ -29,29 +29,16 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from experiments.config import (
-    DataConfig,
-    RunConfig,
-    build_run,
-    differences,
-    read_yaml,
-    to_tree,
-    to_yaml,
-)
-from experiments.embedded import DATASETS, MODELS
+from experiments.config import RunConfig, build_run
+from experiments.embedded import MODELS
+from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
+from experiments.rows import context_length, examples_of
+from experiments.tree import differences, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
-from qlora_jax.data import (
-    Batches,
-    Examples,
-    Tokenizer,
-    detect_format,
-    get_format,
-    load_rows,
-    load_tokenizer,
-    tokenize_rows,
-)
-from qlora_jax.models import Decoder, family_of
+from qlora_jax.data import Batches, Examples, load_tokenizer
+from qlora_jax.evaluate import answer_tokens
+from qlora_jax.models import Decoder
 from qlora_jax.nn import FrozenParam
 from qlora_jax.pretrained import find_folder, load_pretrained
 from qlora_jax.train import Callback, fit
@@ -79,8 +66,11 @@ def check(run: RunConfig) -> Checked:
         ValueError, OSError: what is wrong, in a sentence.
     """
     folder = model_folder(run)
-    longest = run.data.max_len or _context(folder)
-    train, validation, pad = _examples(run.data, folder, longest)
+    longest = run.data.max_len or context_length(folder)
+    train, validation, pad = examples_of(run.data, folder, longest)
+    if run.mmlu is not None:
+        answer_tokens(load_tokenizer(folder))
+        check_questions(run.mmlu)
     return Checked(folder, train, validation, pad)
 
 
@@ -93,71 +83,9 @@ def model_folder(run: RunConfig) -> Path:
             f"python -m experiments.embedded.pretrain {source}."
         )
     folder = find_folder(MODELS.get(source, source), revision=run.model.revision)
-    _context(folder)
+    context_length(folder)
     WeightFolder(folder)
     return folder
-
-
-@functools.lru_cache(maxsize=16)
-def _context(folder: Path) -> int:
-    """The model's longest sequence, from a config.json of a known architecture."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no Hugging Face model folder: it has no config.json.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return family_of(raw).read_config(raw).max_position_embeddings
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again.") from error
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-
-
-@functools.lru_cache(maxsize=16)
-def _examples(data: DataConfig, folder: Path, longest: int) -> tuple[Examples, Examples, int]:
-    tokenizer = load_tokenizer(folder)
-    embedded = DATASETS.get(data.source)
-    source = embedded.folder if embedded else data.source
-    rows = load_rows(source, data.split or ("train" if embedded else None))
-    if data.validation_source is None and data.validation_split is None:
-        if len(rows) <= data.validation_rows:
-            raise ValueError(
-                f"{data.source} has {len(rows)} rows, but {data.validation_rows} are to be held "
-                "out: lower data.validation_rows, or name a data.validation_split."
-            )
-        # The same rows for every seed, or seeds could not be compared.
-        halves = rows.train_test_split(test_size=data.validation_rows, seed=0)
-        rows, held_out = halves["train"], halves["test"]
-    else:
-        other = data.validation_source or source
-        held_out = load_rows(other, data.validation_split)
-        held_out = held_out.select(range(min(len(held_out), data.validation_rows)))
-    if data.max_rows is not None:
-        rows = rows.select(range(min(len(rows), data.max_rows)))
-    train = _tokenize(rows, data, tokenizer, longest, data.source)
-    validation = _tokenize(held_out, data, tokenizer, longest, f"{data.source} (validation)")
-    # The loss does not depend on the order, the padding does.
-    by_length = sorted(validation, key=lambda example: len(example.input_ids))
-    return train, Examples.of(by_length), tokenizer.pad_token_id
-
-
-def _tokenize(
-    rows: Any, data: DataConfig, tokenizer: Tokenizer, longest: int, name: str
-) -> Examples:
-    if data.format == "auto":
-        form = detect_format(rows.column_names, source=name)
-    else:
-        form = get_format(data.format)
-    return tokenize_rows(
-        rows,
-        form,
-        tokenizer,
-        train_on=data.train_on,
-        source_max_len=data.source_max_len,
-        target_max_len=data.target_max_len,
-        max_len=longest,
-        source=name,
-    )
 
 
 class _FirstWords:
@@ -197,9 +125,10 @@ def execute(
     began = time.perf_counter()
     checked = check(run)
     train = run.train
+    context = context_length(checked.folder)
     dtype = jnp.dtype(run.model.compute_dtype)
     param_dtype = jnp.dtype(run.model.param_dtype) if run.model.param_dtype else dtype
-    model, _ = load_pretrained(
+    model, tokenizer = load_pretrained(
         checked.folder,
         quant=run.quant,
         lora=run.lora,
@@ -235,10 +164,13 @@ def execute(
         eval_batches=batches(checked.validation, shuffle=False),
         identity=identity(run),
         save_adapter=save,
+        probes=probes(run.mmlu, tokenizer, context),
         callbacks=[_FirstWords(run, folder), *callbacks],
         console=console,
     )
+    examined = final(model, tokenizer, run.mmlu, context, folder, console)
     result = _result(model, folder, labels) | {
+        **examined,
         "seconds": round(time.perf_counter() - began, 1),
         "train_rows": len(checked.train),
         "validation_rows": len(checked.validation),

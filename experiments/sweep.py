@@ -45,7 +45,6 @@ from experiments.cli import (
     refuse,
     wandb_callbacks,
 )
-from experiments.config import Tree, parse_setting, read_yaml
 from experiments.page import render
 from experiments.report import (
     ERROR,
@@ -57,6 +56,7 @@ from experiments.report import (
     write_atomically,
 )
 from experiments.run import check, check_writable, delete_run, execute, is_finished
+from experiments.tree import Tree, parse_setting, read_yaml
 
 
 def make_parser() -> argparse.ArgumentParser:

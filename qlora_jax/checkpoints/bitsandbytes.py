@@ -1,4 +1,4 @@
-"""4-bit weights as bitsandbytes stores them: read as they are, never dequantized on the way.
+"""4-bit weights as bitsandbytes stores them, both ways, never dequantized on the way.
 
 A weight `X` takes several tensors of a checkpoint:
 
@@ -8,21 +8,26 @@ A weight `X` takes several tensors of a checkpoint:
     X.nested_absmax, X.nested_quant_map   with double quantization: float32
     X.quant_state.bitsandbytes__nf4   UTF-8 JSON: quant_type, blocksize, shape, nested_offset, ...
 
-Our `QuantizedTensor` holds the same bytes; only their shape differs.
+and config.json has a `quantization_config`. Our `QuantizedTensor` holds the same bytes; only their
+shape differs.
 """
 
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
 from qlora_jax.checkpoints.folder import WeightFolder
 from qlora_jax.quant import QuantConfig, QuantizedTensor
+from qlora_jax.quant.tensor import codes_shape
 
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _STATE = ".quant_state.bitsandbytes__"
+QUANT_TYPES = ("nf4", "fp4")
+"""What bitsandbytes has a 4-bit format for."""
 
 
 class PackedState(NamedTuple):
@@ -30,29 +35,8 @@ class PackedState(NamedTuple):
 
     config: QuantConfig
     shape: tuple[int, ...]
+    dtype: str
     offset: float | None
-
-
-def stored_config(config: Mapping[str, Any], weights: WeightFolder) -> QuantConfig | None:
-    """How the weights of a folder are quantized; None where they are not.
-
-    Args:
-        config: its config.json.
-        weights: its tensors; the first 4-bit one speaks for all.
-
-    Raises:
-        ValueError: they are quantized, but not in bitsandbytes' 4-bit format.
-    """
-    given = config.get("quantization_config")
-    if not given:
-        return None
-    name = next((name for name in weights if _STATE in name), None)
-    if given.get("quant_method") != "bitsandbytes" or name is None:
-        raise ValueError(
-            f"{weights.folder} is quantized by {given.get('quant_method')!r}, but of quantized "
-            "checkpoints only bitsandbytes' 4-bit ones are read: take the 16-bit one."
-        )
-    return read_state(weights, name.partition(_STATE)[0]).config
 
 
 def is_part(name: str) -> bool:
@@ -60,28 +44,43 @@ def is_part(name: str) -> bool:
     return name.endswith(_PARTS) or _STATE in name
 
 
+def packed_names(weights: WeightFolder) -> set[str]:
+    """The weights of a folder that are stored in 4 bits."""
+    return {name.partition(_STATE)[0] for name in weights if _STATE in name}
+
+
 def read_state(weights: WeightFolder, name: str) -> PackedState:
     """The description of a 4-bit weight: small, read before anything heavy.
 
     Raises:
-        ValueError: the weight is not 4-bit, one of its parts is missing, or its code tables are
-            not bitsandbytes' own.
+        ValueError: one of its parts is missing, or its data type or code tables are not
+            bitsandbytes' own.
     """
-    blob = next((f"{name}{_STATE}{t}" for t in CODEBOOKS if f"{name}{_STATE}{t}" in weights), None)
+    blob = next(
+        (f"{name}{_STATE}{t}" for t in QUANT_TYPES if f"{name}{_STATE}{t}" in weights), None
+    )
     if blob is None:
+        strange = next(key for key in weights if key.startswith(name + _STATE))
         raise ValueError(
-            f"{weights.folder}: {name!r} has no quant_state, but config.json says that the layers "
-            "are quantized in 4 bits: fetch the whole checkpoint again."
+            f"{weights.folder}: {name!r} has the quant_type {strange.rpartition('__')[2]!r}, but "
+            f"bitsandbytes' 4-bit types are {' and '.join(QUANT_TYPES)}: take the 16-bit "
+            "checkpoint."
         )
-    state = json.loads(weights.read(blob).tobytes().decode("utf-8"))
-    nested = "nested_offset" in state
-    needed = [name, *(name + part for part in (_PARTS if nested else _PARTS[:2]))]
+    try:
+        state = json.loads(weights.read(blob).tobytes().decode("utf-8"))
+        config = QuantConfig(state["quant_type"], int(state["blocksize"]), "nested_offset" in state)
+        shape, dtype = tuple(map(int, state["shape"])), str(state["dtype"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{weights.folder}: {blob!r} is no quant_state of bitsandbytes ({error!r}): fetch the "
+            "checkpoint again."
+        ) from error
+    needed = [name, *(name + part for part in (_PARTS if config.double_quant else _PARTS[:2]))]
     absent = [part for part in needed if part not in weights]
     if absent:
         raise ValueError(f"{weights.folder} lacks {absent[0]!r}: fetch the checkpoint again.")
-    config = QuantConfig(state["quant_type"], int(state["blocksize"]), nested)
     tables = [(f"{name}.quant_map", CODEBOOKS[config.quant_type])]
-    if nested:
+    if config.double_quant:
         tables.append((f"{name}.nested_quant_map", DYNAMIC_SIGNED))
     for key, table in tables:
         # Its tables differ from ours in the last bit where they were computed on another machine.
@@ -90,48 +89,113 @@ def read_state(weights: WeightFolder, name: str) -> PackedState:
                 f"{weights.folder}: {key!r} is not bitsandbytes' table: quantize the 16-bit "
                 "checkpoint instead."
             )
-    if nested and state.get("nested_blocksize", NESTED_BLOCKSIZE) != NESTED_BLOCKSIZE:
+    if config.double_quant and state.get("nested_blocksize", NESTED_BLOCKSIZE) != NESTED_BLOCKSIZE:
         raise ValueError(
             f"{weights.folder}: {name!r} has nested blocks of {state['nested_blocksize']}, but "
             f"only {NESTED_BLOCKSIZE} is read: quantize the 16-bit checkpoint instead."
         )
-    return PackedState(config, tuple(state["shape"]), state.get("nested_offset"))
+    return PackedState(config, shape, dtype, state.get("nested_offset"))
 
 
-def read_packed(weights: WeightFolder, name: str, target: QuantizedTensor) -> QuantizedTensor:
+def read_packed(weights: WeightFolder, name: str) -> QuantizedTensor:
     """A 4-bit weight's bytes as a `QuantizedTensor` of NumPy arrays.
 
-    Args:
-        weights: the folder.
-        name: of the weight.
-        target: what it will fill, one layer of it: gives the static part and the codes' shape.
-
     Raises:
-        ValueError: it is stored in another way than the target, or its bytes are too few or many.
+        ValueError: as `read_state`, or its bytes are too few or many.
     """
     state = read_state(weights, name)
-    expected_config = QuantConfig(target.quant_type, target.blocksize, target.double_quant)
-    if state.config != expected_config:
-        raise ValueError(
-            f"{weights.folder}: {name!r} is stored as {state.config}, but other weights as "
-            f"{expected_config}: quantize the 16-bit checkpoint instead."
-        )
     # `quant_storage` may have written the same bytes as 16- or 32-bit numbers.
     codes = weights.read(name).reshape(-1).view(np.uint8)
-    expected = (target.size + 1) // 2
+    shape = codes_shape(state.shape, state.config.quant_type)
+    expected = int(np.prod(shape))
     if codes.size != expected:
         raise ValueError(
             f"{weights.folder}: {name!r} has {codes.size} bytes of codes, but its shape "
-            f"{list(target.shape)} calls for {expected}: fetch the checkpoint again."
+            f"{list(state.shape)} calls for {expected}: fetch the checkpoint again."
         )
-    even = target.shape[-1] % 2 == 0
     return QuantizedTensor(
-        codes.reshape(*target.shape[:-1], -1) if even else codes,
+        codes.reshape(shape),
         weights.read(f"{name}.absmax").reshape(-1),
         weights.read(f"{name}.nested_absmax").reshape(-1) if state.config.double_quant else None,
         None if state.offset is None else np.float32(state.offset),
-        shape=target.shape,
-        dtype=target.dtype,
-        quant_type=target.quant_type,
-        blocksize=target.blocksize,
+        shape=state.shape,
+        dtype=jnp.dtype(state.dtype),
+        quant_type=state.config.quant_type,
+        blocksize=state.config.blocksize,
     )
+
+
+def packed_tensors(name: str, weight: QuantizedTensor) -> dict[str, np.ndarray]:
+    """A weight as the tensors of a checkpoint: `read_packed` the other way round.
+
+    Args:
+        name: of the weight.
+        weight: a single tensor, no stack.
+
+    Raises:
+        ValueError: its data type is not one of bitsandbytes'.
+    """
+    if weight.quant_type not in QUANT_TYPES:
+        raise ValueError(
+            f"{name!r} is quantized as {weight.quant_type!r}, for which bitsandbytes has no 4-bit "
+            f"format: quantize as {' or '.join(QUANT_TYPES)}, or dequantize."
+        )
+    state: dict[str, Any] = {
+        "quant_type": weight.quant_type,
+        "blocksize": weight.blocksize,
+        "dtype": weight.dtype.name,
+        "shape": list(weight.shape),
+    }
+    tensors = {
+        name: np.asarray(weight.codes).reshape(-1, 1),
+        f"{name}.absmax": np.asarray(weight.absmax),
+        f"{name}.quant_map": CODEBOOKS[weight.quant_type],
+    }
+    if weight.double_quant:
+        tensors[f"{name}.nested_absmax"] = np.asarray(weight.nested_absmax)
+        tensors[f"{name}.nested_quant_map"] = DYNAMIC_SIGNED
+        state |= {
+            "nested_blocksize": NESTED_BLOCKSIZE,
+            "nested_dtype": "float32",
+            "nested_offset": float(weight.offset),
+        }
+    blob = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return tensors | {f"{name}{_STATE}{weight.quant_type}": blob}
+
+
+def quantization_config(quant: QuantConfig, compute_dtype: str) -> dict[str, Any]:
+    """What config.json says of a folder in 4 bits, as transformers writes it.
+
+    Args:
+        quant: of its weights.
+        compute_dtype: what transformers multiplies in, such as "bfloat16".
+    """
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": quant.quant_type,
+        "bnb_4bit_use_double_quant": quant.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def check_method(config: Mapping[str, Any], weights: WeightFolder) -> None:
+    """Refuses a folder that is quantized in another format than bitsandbytes' 4-bit one.
+
+    Raises:
+        ValueError: config.json says so.
+    """
+    given = config.get("quantization_config")
+    if given and (given.get("quant_method") != "bitsandbytes" or not packed_names(weights)):
+        raise ValueError(
+            f"{weights.folder} is quantized by {given.get('quant_method')!r}, but of quantized "
+            "checkpoints only bitsandbytes' 4-bit ones are read: take the 16-bit one."
+        )

@@ -1,6 +1,6 @@
-"""From a Hugging Face folder to a model, quantizing each tensor as it arrives.
+"""From a checkpoint to a model, quantizing each tensor as it arrives.
 
-    folder → one tensor in host memory → device → quantize → its place in the stacked codes
+    checkpoint → one tensor in host memory → device → quantize → its place in the stacked codes
 
 The model is first built abstractly (shapes alone); every name and shape of the checkpoint is
 compared with it, and only then are numbers read. A tensor is quantized on the device and written
@@ -11,6 +11,7 @@ exists.
 
 import functools
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,15 @@ from jaxtyping import Array, Key
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qlora_jax.checkpoints.bitsandbytes import is_part, read_packed, read_state, stored_config
-from qlora_jax.checkpoints.folder import WeightFolder, read_json
-from qlora_jax.models import AttentionName, Decoder, Slot, attention_for, family_of, unfreeze
+from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
+from qlora_jax.checkpoints.open import open_checkpoint
+from qlora_jax.models import AttentionName, Family, Slot, attention_for, family_of, unfreeze
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
 
-_DTYPES = ("F32", "BF16", "F16")
-# Tensors that older checkpoints carry and that the model computes itself.
-_DERIVED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
-
 
 def load_model(
-    folder: str | Path,
+    source: str | Path | Checkpoint,
     *,
     quant: QuantConfig | None = QuantConfig(),
     lora: LoraConfig | None = LoraConfig(),
@@ -45,14 +42,14 @@ def load_model(
     matmul: str | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> Decoder:
-    """A model from a Hugging Face folder of safetensors.
+) -> Any:
+    """A model from a checkpoint.
 
     Args:
-        folder: with config.json and safetensors, single or sharded; dense, or in bitsandbytes'
-            4-bit format, which is taken over byte for byte.
-        quant: how the layers' linear weights are stored; None keeps them dense. Of a folder in 4
-            bits it has to be what the folder holds.
+        source: a path that `open_checkpoint` takes, or what it gave. 4-bit weights are taken over
+            byte for byte.
+        quant: how the layers' linear weights are stored; None keeps them dense. Of a checkpoint
+            in 4 bits it has to be what that holds.
         lora: adapters on them, as new; None for none.
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`, or
@@ -72,43 +69,45 @@ def load_model(
         FileNotFoundError: the folder, its config or a shard is missing.
         ValueError: an unknown architecture, a damaged file, or tensors that contradict config.json.
     """
-    folder = Path(folder)
     if trainable_base and quant is not None:
         raise ValueError(
             f"trainable_base is set together with quant={quant}, but codes cannot be trained: give "
             "quant=None."
         )
-    raw = read_json(folder / "config.json")
-    family = family_of(raw)
-    config = family.read_config(raw)
-    weights = WeightFolder(folder)
-    stored = stored_config(raw, weights)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    family = family_of(checkpoint.config)
+    config = family.read_config(checkpoint.config)
+    stored = checkpoint.quant
     if stored is not None and stored != quant:
         raise ValueError(
-            f"{folder} is quantized already, as {stored}, but quant is {quant}: give "
+            f"{checkpoint.source} is quantized already, as {stored}, but quant is {quant}: give "
             f"quant={stored}, or the 16-bit checkpoint."
         )
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
 
-    def build(key: Key[Array, ""], quant: QuantConfig | None = quant) -> Decoder:
-        return Decoder(
+    if attention is None:
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        backend = jax.default_backend()
+        attention = attention_for(backend, compute_dtype, config.head_dim, softcap=softcap)
+
+    def build(key: Key[Array, ""], quant: QuantConfig | None = quant) -> Any:
+        return family.build(
             config,
             quant=quant,
             lora=lora,
             compute_dtype=compute_dtype,
             param_dtype=param_dtype,
             remat=remat,
-            attention=attention
-            or attention_for(jax.default_backend(), compute_dtype, config.head_dim),
+            attention=attention,
             matmul=matmul,
             rngs=nnx.Rngs(params=key),
         )
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
-    slots = _matching(weights, family.weight_names(config), model, stored is not None)
-    _fill(model, weights, slots, None if stored is not None else quant, progress)
+    slots = _matching(checkpoint, family, model)
+    _fill(model, checkpoint, slots, None if stored is not None else quant, progress)
     if lora is not None:
         # Only the adapters are asked for, so the compiler drops the random base.
         adapters = jax.jit(lambda key: nnx.state(build(key, None), nnx.LoRAParam))
@@ -118,44 +117,64 @@ def load_model(
     return model
 
 
-def _matching(
-    weights: WeightFolder, names: dict[str, Slot], model: Decoder, packed: bool
-) -> dict[str, Slot]:
+def linear_weights(checkpoint: Checkpoint) -> frozenset[str]:
+    """The tensors that `load_model` quantizes: the layers' linear weights.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    family = family_of(checkpoint.config)
+    names = family.weight_names(family.read_config(checkpoint.config))
+    return frozenset(name for name, slot in names.items() if slot.path[-1] == "kernel")
+
+
+def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Slot]:
     """The tensors to read, in reading order, once every name and shape fits the model."""
-    folder = weights.folder
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    read = [name for name in weights if name not in tied and not name.endswith(_DERIVED)]
-    if packed:
-        read = [name for name in read if not is_part(name)]
-    strange = [name for name in read if name not in names]
+    source, tensors = checkpoint.source, checkpoint.tensors
+    names = family.weight_names(model.config)
+    read = [name for name in tensors if name in names]
+    strange = [
+        name
+        for name in tensors
+        if name not in names and not any(fnmatchcase(name, pattern) for pattern in family.ignored)
+    ]
     if strange:
         raise ValueError(
-            f"{folder} holds the tensor {strange[0]!r} (and {len(strange) - 1} more) that a "
+            f"{source} holds the tensor {strange[0]!r} (and {len(strange) - 1} more) that a "
             "model with its config.json has no place for: check that both are of one checkpoint."
         )
-    absent = [name for name in names if name not in weights]
+    absent = [name for name in names if name not in tensors]
     if absent:
         raise ValueError(
-            f"{folder} lacks the tensor {absent[0]!r} (and {len(absent) - 1} more) that its "
+            f"{source} lacks the tensor {absent[0]!r} (and {len(absent) - 1} more) that its "
             "config.json calls for: check that both are of one checkpoint, and whole."
         )
     for name in read:
         value = node_at(model, names[name].path).get_value()
-        given = weights.shapes[name]
+        info = tensors[name]
         quantized = isinstance(value, QuantizedTensor)
-        if quantized and packed:
-            given = read_state(weights, name).shape
-        elif weights.dtypes[name] not in _DTYPES:
+        if quantized and checkpoint.quant is not None:
+            if info.quant is None:
+                raise ValueError(
+                    f"{source}: {name!r} has no quant_state, but config.json says that the layers "
+                    "are quantized in 4 bits: fetch the whole checkpoint again."
+                )
+            if info.quant != checkpoint.quant:
+                raise ValueError(
+                    f"{source}: {name!r} is stored as {info.quant}, but other weights as "
+                    f"{checkpoint.quant}: quantize the 16-bit checkpoint instead."
+                )
+        elif info.dtype not in DTYPES:
             raise ValueError(
-                f"{folder}: tensor {name!r} is stored as {weights.dtypes[name]}, but weights of "
-                f"{', '.join(_DTYPES)} are read: take a 16- or 32-bit checkpoint."
+                f"{source}: tensor {name!r} is stored as {info.dtype}, but weights of "
+                f"{', '.join(DTYPES)} are read: take a 16- or 32-bit checkpoint."
             )
-        stacked = not quantized and names[name].layer is not None
-        expected = value.shape[1:] if stacked else value.shape
-        if tuple(given) != tuple(expected):
+        stacked = 0 if quantized else len(names[name].stack_index)
+        expected = value.shape[stacked:]
+        if tuple(info.shape) != tuple(expected):
             raise ValueError(
-                f"{folder}: tensor {name!r} has shape {list(given)}, but config.json calls for "
-                f"{list(expected)}: check that both are of one checkpoint."
+                f"{source}: tensor {name!r} has shape {list(info.shape)}, but config.json calls "
+                f"for {list(expected)}: check that both are of one checkpoint."
             )
     return {name: names[name] for name in read}
 
@@ -166,8 +185,8 @@ def node_at(model: nnx.Module, path: tuple[str, ...]) -> Any:
 
 
 def _fill(
-    model: Decoder,
-    weights: WeightFolder,
+    model: nnx.Module,
+    checkpoint: Checkpoint,
     slots: dict[str, Slot],
     quant: QuantConfig | None,
     progress: bool,
@@ -188,21 +207,18 @@ def _fill(
         disable=not (progress and console.is_terminal),
     )
     with bar:
-        sizes = {name: math.prod(weights.shapes[name]) for name in slots}
+        sizes = {name: math.prod(checkpoint.tensors[name].shape) for name in slots}
         task = bar.add_task("loading", total=sum(sizes.values()), tensor="")
-        for name, (path, layer) in slots.items():
+        for name, slot in slots.items():
             bar.update(task, tensor=name)
+            path = slot.path
             struct = node_at(model, path).get_value()
-            if isinstance(struct, QuantizedTensor) and quant is None:
-                tensor = jax.tree.map(jnp.asarray, read_packed(weights, name, struct))
-            else:
-                tensor = jnp.asarray(weights.read(name))
-            if layer is None:
-                filled[path] = tensor.astype(struct.dtype)
-            else:
-                if path not in filled:
-                    filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
-                filled[path] = _put(filled[path], tensor, jnp.int32(layer), quant)
+            tensor = jax.tree.map(jnp.asarray, checkpoint.read(name))
+            if path not in filled:
+                filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
+            filled[path] = _put(
+                filled[path], tensor, tuple(map(jnp.int32, slot.stack_index)), quant
+            )
             # Without waiting, the reader runs ahead and tensors pile up in front of the device.
             jax.block_until_ready(filled[path])
             bar.advance(task, sizes[name])
@@ -211,14 +227,14 @@ def _fill(
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(stack: Any, tensor: Any, layer: Array, quant: QuantConfig | None) -> Any:
-    """The stack with one layer's tensor in its slice, quantized from the file's own numbers."""
+def _put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
+    """The stack with one tensor in its place, quantized from the file's own numbers."""
     if isinstance(stack, QuantizedTensor) and quant is not None:
         tensor = quantize(tensor, quant)
     wholes, treedef = jax.tree.flatten(stack)
     # The tree's static part is the stack's: its dtype is what the model computes in.
     filled = [
-        whole.at[layer].set(part.astype(whole.dtype))
+        whole.at[index].set(part.astype(whole.dtype))
         for whole, part in zip(wholes, jax.tree.leaves(tensor), strict=True)
     ]
     return jax.tree.unflatten(treedef, filled)

@@ -1,55 +1,148 @@
-"""A dense model as a Hugging Face folder: config.json and model.safetensors."""
+"""From a checkpoint, or a model in memory, to a Hugging Face folder.
+
+Dense weights are written as they are, quantized ones in bitsandbytes' 4-bit format: a folder holds
+what its checkpoint holds. What it should hold is said before, by `quantized`, `dequantized` and
+`cast`.
+"""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
-from qlora_jax.checkpoints.folder import SINGLE, replace_file
+from qlora_jax.checkpoints.bitsandbytes import QUANT_TYPES, packed_tensors, quantization_config
+from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, cast, dtype_name
 from qlora_jax.checkpoints.load import node_at
+from qlora_jax.checkpoints.safetensors_writer import ShardedWriter, parse_size
+from qlora_jax.checkpoints.staging import new_folder
 from qlora_jax.models import FAMILIES, Decoder
-from qlora_jax.quant import QuantizedTensor
+from qlora_jax.quant import QuantConfig, QuantizedTensor
+
+MAX_SHARD_SIZE = "5GB"
+_PARTS_PER_WEIGHT = 6
 
 
-def save_model(folder: str | Path, model: Decoder, *, dtype: Any = None) -> None:
-    """Writes a dense model's base weights, for `load_model(folder, quant=None)` and transformers.
+def save_checkpoint(
+    folder: str | Path, checkpoint: Checkpoint, *, max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
+    """Writes a new folder, reading and writing one tensor at a time.
 
     Args:
-        folder: made if missing; each file is put in place whole or not at all.
-        model: with dense weights, frozen or trainable.
-        dtype: of the weights in the file; None keeps each one's own.
+        folder: must not exist yet; it appears when it is complete.
+        checkpoint: what is written, with its companions (tokenizer, ...).
+        max_shard_size: bytes, or such as "2GB"; larger checkpoints become shards and an index.
 
     Raises:
-        ValueError: the model is quantized, or has adapters, which this file format cannot hold.
+        FileExistsError: the folder exists.
+        ValueError: a quantization that bitsandbytes has no format for.
+    """
+    parse_size(max_shard_size)
+    _refuse_unwritable(checkpoint)
+    with new_folder(folder) as partial:
+        _write(partial, checkpoint, max_shard_size)
+        for name, content in checkpoint.companions().items():
+            (partial / name).write_bytes(content)
+
+
+def save_model(
+    folder: str | Path,
+    model: Decoder,
+    *,
+    dtype: Any = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
+    """Writes a model's base weights, for `load_model` and transformers: dense, or in 4 bits.
+
+    Args:
+        folder: made if missing; each file is put in place whole or not at all, the config last.
+        model: without adapters.
+        dtype: of the dense weights in the file; None keeps each one's own.
+        max_shard_size: as in `save_checkpoint`.
+
+    Raises:
+        ValueError: the model has adapters, which these files cannot hold, or a quantization that
+            bitsandbytes has no format for.
+    """
+    checkpoint = model_checkpoint(model)
+    if dtype is not None:
+        checkpoint = cast(checkpoint, dtype)
+    _refuse_unwritable(checkpoint)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as partial:
+        _write(Path(partial), checkpoint, max_shard_size)
+        written = sorted(Path(partial).iterdir(), key=lambda path: path.suffix == ".json")
+        for path in written:
+            path.replace(folder / path.name)
+
+
+def model_checkpoint(model: Decoder) -> Checkpoint:
+    """A model in memory as a checkpoint: its base weights, by their Hugging Face names.
+
+    Raises:
+        ValueError: the model has adapters: merge them, or save them with `save_adapter`.
     """
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
         raise ValueError(
-            "The model has adapters, which a model.safetensors cannot hold: save them with "
-            "save_adapter, or build the model with lora=None."
+            "The model has adapters, which a model's own files cannot hold: save them with "
+            "save_adapter, merge them with `merged`, or build the model with lora=None."
         )
     family = FAMILIES[model.config.model_type]
-    tensors: dict[str, np.ndarray] = {}
-    for name, (path, layer) in family.weight_names(model.config).items():
+    slots = family.weight_names(model.config)
+    tensors = {}
+    for name, slot in slots.items():
+        path = slot.path
         value = node_at(model, path).get_value()
+        quant = None
+        shape = value.shape
         if isinstance(value, QuantizedTensor):
-            raise ValueError(
-                f"{'.'.join(path)} is quantized ({value.quant_type}), but only dense weights can "
-                "be written: save the adapter alone with save_adapter, or load with quant=None."
-            )
-        array = value if layer is None else value[layer]
-        tensors[name] = np.ascontiguousarray(
-            np.asarray(array if dtype is None else array.astype(dtype))
-        )
-    stored = {str(array.dtype) for array in tensors.values()}
+            quant = QuantConfig(value.quant_type, value.blocksize, value.double_quant)
+        else:
+            shape = shape[len(slot.stack_index) :]
+        tensors[name] = TensorInfo(tuple(shape), dtype_name(value.dtype), quant)
+
+    def read(name: str) -> np.ndarray | QuantizedTensor:
+        slot = slots[name]
+        value = node_at(model, slot.path).get_value()
+        return jax.tree.map(lambda x: np.asarray(x[slot.stack_index]), value)
+
+    stored = {DTYPES[info.dtype].name for info in tensors.values()}
     config = family.write_config(model.config)
     config["torch_dtype"] = stored.pop() if len(stored) == 1 else "float32"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / SINGLE, lambda path: save_file(tensors, path, {"format": "pt"}))
-    text = json.dumps(config, indent=2) + "\n"
-    replace_file(folder / "config.json", lambda path: path.write_text(text))
+    return Checkpoint(Path("the model"), config, tensors, read)
+
+
+def _refuse_unwritable(checkpoint: Checkpoint) -> None:
+    """Before anything is written."""
+    for name, info in checkpoint.tensors.items():
+        if info.quant is not None and info.quant.quant_type not in QUANT_TYPES:
+            raise ValueError(
+                f"{name!r} is quantized as {info.quant.quant_type!r}, for which bitsandbytes has "
+                f"no 4-bit format: quantize as {' or '.join(QUANT_TYPES)}, or dequantize."
+            )
+
+
+def _write(folder: Path, checkpoint: Checkpoint, max_shard_size: int | str) -> None:
+    """config.json and the weights into a folder that is there."""
+    # A 4-bit weight's parts have longer names than it, so each is counted as one of them.
+    longest = ".quant_state.bitsandbytes__nf4"
+    names = [
+        part
+        for name, info in checkpoint.tensors.items()
+        for part in ([name + longest] * _PARTS_PER_WEIGHT if info.quant else [name])
+    ]
+    with ShardedWriter(folder, names, max_shard_size) as writer:
+        for name in checkpoint.tensors:
+            value = checkpoint.read(name)
+            writer.add(
+                packed_tensors(name, value) if isinstance(value, QuantizedTensor) else {name: value}
+            )
+    config = dict(checkpoint.config)
+    if checkpoint.quant is not None:
+        dtype = next(info.dtype for info in checkpoint.tensors.values() if info.quant)
+        config["quantization_config"] = quantization_config(checkpoint.quant, DTYPES[dtype].name)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -4,6 +4,7 @@ The journey of an example, each step one file:
 
     load_rows (sources)      file or hub name -> rows
     FORMATS (templates)      row -> text segments, each trained on or not
+    load_chat_template       the same by a model's own Jinja template
     load_instruct            both at once for the eight datasets of the paper
     load_tokenizer           model folder -> Tokenizer
     tokenize_rows            rows -> Examples: token ids and labels
@@ -13,18 +14,18 @@ Everything here is NumPy on the host; nothing needs JAX.
 """
 
 from qlora_jax.data.batches import Batch, Batches, length_buckets
+from qlora_jax.data.chat_template import ChatTemplate, ChatTemplateFormat, load_chat_template
 from qlora_jax.data.examples import IGNORE, Example, Examples, TokenizeReport
 from qlora_jax.data.instruct import INSTRUCT, InstructDataset, InstructRows, load_instruct
+from qlora_jax.data.segments import Format, Segment
 from qlora_jax.data.sources import load_rows
 from qlora_jax.data.templates import (
     FORMATS,
     ChatStyle,
     ConversationFormat,
     FlatChatFormat,
-    Format,
     InstructionFormat,
     PairFormat,
-    Segment,
     TextFormat,
     check_columns,
     detect_format,
@@ -41,6 +42,8 @@ __all__ = [
     "Batch",
     "Batches",
     "ChatStyle",
+    "ChatTemplate",
+    "ChatTemplateFormat",
     "ConversationFormat",
     "Example",
     "Examples",
@@ -59,6 +62,7 @@ __all__ = [
     "formats_for",
     "get_format",
     "length_buckets",
+    "load_chat_template",
     "load_instruct",
     "load_rows",
     "load_tokenizer",

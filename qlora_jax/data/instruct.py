@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_jax.data.segments import Format, Row, TrainOn
 from qlora_jax.data.sources import load_rows
 from qlora_jax.data.templates import (
     ALPACA,
@@ -23,10 +24,8 @@ from qlora_jax.data.templates import (
     GUANACO_STYLE,
     ConversationFormat,
     FlatChatFormat,
-    Format,
     PairFormat,
-    Row,
-    TrainOn,
+    formats_for,
 )
 
 Expand = Callable[[Row], Iterable[Row]]
@@ -48,13 +47,16 @@ class Schema(NamedTuple):
 class InstructDataset:
     """One dataset of the paper.
 
-    `hub` and `hub_options` are what `load_rows` takes; `paper_rows` is the paper's count of
-    examples, None where it subsampled; `licence` is that of the data, as its authors state it.
+    `hub` and `hub_options` are what `load_rows` takes; `licence` is that of the data, as its
+    authors state it. Two counts of examples: `paper_rows` is the paper's, None where it subsampled;
+    `released` is that of the hub's whole training split (of several examples to a row, after they
+    are taken apart), which is asserted whenever that is read; None where it is never read whole.
     """
 
     hub: str
     licence: str
     paper_rows: int | None
+    released: int | None
     train_on: TrainOn
     schemas: tuple[Schema, ...]
     hub_options: Mapping[str, Any] = field(default_factory=dict)
@@ -138,6 +140,7 @@ INSTRUCT: dict[str, InstructDataset] = {
         hub="timdettmers/openassistant-guanaco",
         licence="Apache-2.0",
         paper_rows=9_209,
+        released=9_846,
         train_on="all",
         schemas=(
             Schema(
@@ -156,6 +159,7 @@ INSTRUCT: dict[str, InstructDataset] = {
         hub="Anthropic/hh-rlhf",
         licence="MIT",
         paper_rows=160_800,
+        released=160_800,
         train_on="all",
         schemas=(Schema(("chosen", "rejected"), FORMATS["hh-rlhf"]),),
     ),
@@ -163,6 +167,7 @@ INSTRUCT: dict[str, InstructDataset] = {
         hub="tatsu-lab/alpaca",
         licence="CC-BY-NC-4.0",
         paper_rows=51_942,
+        released=52_002,
         train_on="response",
         schemas=(Schema(("instruction", "input", "output"), ALPACA),),
     ),
@@ -170,6 +175,7 @@ INSTRUCT: dict[str, InstructDataset] = {
         hub="yahma/alpaca-cleaned",
         licence="CC-BY-NC-4.0",
         paper_rows=None,
+        released=51_760,
         train_on="response",
         schemas=(Schema(("instruction", "input", "output"), ALPACA),),
     ),
@@ -178,6 +184,7 @@ INSTRUCT: dict[str, InstructDataset] = {
         hub_options={"name": "self_instruct"},
         licence="Apache-2.0",
         paper_rows=82_612,
+        released=82_612,
         train_on="response",
         schemas=(_PROMPT_COMPLETION, Schema(("instruction", "instances"), ALPACA, _seed_task)),
     ),
@@ -185,6 +192,7 @@ INSTRUCT: dict[str, InstructDataset] = {
         hub="mrm8488/unnatural-instructions-core",
         licence="MIT",
         paper_rows=None,
+        released=68_478,
         train_on="response",
         schemas=(Schema(("instruction", "instances"), _PAIRS, _unnatural), _FLATTENED),
     ),
@@ -192,6 +200,7 @@ INSTRUCT: dict[str, InstructDataset] = {
         hub="mrm8488/unnatural-instructions-full",
         licence="MIT",
         paper_rows=240_670,
+        released=240_670,
         train_on="response",
         schemas=(Schema(("instruction", "instances"), _PAIRS, _unnatural), _FLATTENED),
     ),
@@ -199,6 +208,7 @@ INSTRUCT: dict[str, InstructDataset] = {
         hub="SirNeural/flan_v2",
         licence="Apache-2.0",
         paper_rows=None,
+        released=None,
         train_on="response",
         schemas=(
             Schema(("inputs", "targets"), PairFormat("flan-v2", "inputs", "targets")),
@@ -212,6 +222,7 @@ INSTRUCT: dict[str, InstructDataset] = {
         hub_options={"data_files": "unified_chip2.jsonl"},
         licence="Apache-2.0",
         paper_rows=210_289,
+        released=210_289,
         train_on="response",
         schemas=(Schema(("text",), _PAIRS, _chip2),),
     ),
@@ -219,6 +230,7 @@ INSTRUCT: dict[str, InstructDataset] = {
         hub="akoksal/LongForm",
         licence="MIT",
         paper_rows=23_700,
+        released=23_652,
         train_on="response",
         schemas=(Schema(("input", "output"), _PAIRS),),
     ),
@@ -231,7 +243,9 @@ def load_instruct(
     source: str | Path | None = None,
     split: str | None = None,
     *,
+    data_files: str | list[str] | None = None,
     cache_dir: str | Path | None = None,
+    check_count: bool = True,
 ) -> InstructRows:
     """The rows of one of the paper's datasets, with the paper's prompt and loss mask for it.
 
@@ -239,24 +253,47 @@ def load_instruct(
         name: a key of `INSTRUCT`.
         source: a file or folder with the dataset's rows in any of its schemas; None: the hub.
         split: as for `load_rows`; FLAN v2 has more than 15 million rows, so take a slice of it.
+        data_files: read only these files of the hub dataset or folder: FLAN v2's submixtures, say.
         cache_dir: as for `load_rows`.
+        check_count: refuse the hub's whole training split where it has not `released` examples.
 
     Raises:
-        ValueError: no such dataset; columns of another one (the message says whose).
+        ValueError: no such dataset; columns of another one (the message says whose); a row that
+            contradicts its schema; another count of examples than was released.
         FileNotFoundError, ConnectionError: as `load_rows`.
     """
     if name not in INSTRUCT:
         raise ValueError(f"there is no dataset {name!r}; the paper's are {', '.join(INSTRUCT)}.")
     dataset = INSTRUCT[name]
-    if source is None:
-        rows = load_rows(dataset.hub, split, cache_dir=cache_dir, **dataset.hub_options)
-    else:
-        rows = load_rows(source, split, cache_dir=cache_dir)
-    schema = _schema_of(rows.column_names, name, source or dataset.hub)
-    if schema.expand is None:
-        return InstructRows(rows, schema.form, dataset.train_on)
-    expanded = [example for row in rows for example in schema.expand(row)]
-    return InstructRows(expanded, schema.form, dataset.train_on)
+    where = source or dataset.hub
+    options: dict[str, Any] = dict(dataset.hub_options) if source is None else {}
+    if data_files is not None:
+        options["data_files"] = data_files
+    rows = load_rows(where, split, cache_dir=cache_dir, **options)
+    schema = _schema_of(rows.column_names, name, where)
+    examples = rows if schema.expand is None else _taken_apart(rows, schema.expand, where)
+    whole = source is None and data_files is None and split in (None, "train")
+    if whole and check_count and dataset.released not in (None, len(examples)):
+        raise ValueError(
+            f"{where} gave {len(examples)} examples, but {dataset.released} were released: the "
+            "download is not whole, or the hub's files have changed; check_count=False takes them."
+        )
+    return InstructRows(examples, schema.form, dataset.train_on)
+
+
+def _taken_apart(rows: Iterable[Row], expand: Expand, where: str | Path) -> list[Row]:
+    examples: list[Row] = []
+    for index, row in enumerate(rows):
+        try:
+            examples.extend(expand(row))
+        except ValueError as error:
+            raise ValueError(f"row {index} of {where}: {error}") from error
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"row {index} of {where} contradicts its schema ({type(error).__name__}: {error}): "
+                "correct or leave it out."
+            ) from error
+    return examples
 
 
 def _schema_of(columns: list[str], name: str, source: str | Path) -> Schema:
@@ -269,11 +306,13 @@ def _schema_of(columns: list[str], name: str, source: str | Path) -> Schema:
         if any(set(schema.columns) <= set(columns) for schema in dataset.schemas)
     ]
     expected = " or ".join(f"({', '.join(schema.columns)})" for schema in INSTRUCT[name].schemas)
-    remedy = (
-        f"these are columns of {', '.join(others)}"
-        if others
-        else "no dataset of the paper has these: use load_rows and a format of FORMATS"
-    )
+    formats = formats_for(columns)
+    if others:
+        remedy = f"the loader of {' or '.join(others)} would take them"
+    elif formats:
+        remedy = f"load_rows and the format {' or '.join(formats)} would take them"
+    else:
+        remedy = "no loader and no format takes these: rename them"
     raise ValueError(
         f"{source} has the columns {', '.join(columns)}, but {name!r} has {expected}; {remedy}."
     )

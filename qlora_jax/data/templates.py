@@ -21,45 +21,19 @@ A format is frozen data without a base class: its `name`, the `columns` it needs
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-Row = Mapping[str, Any]
-TrainOn = Literal["response", "all"]
-
-
-class Segment(NamedTuple):
-    """A piece of an example's text, tokenized on its own.
-
-    `part` says which length limit it falls under: `source_max_len` bounds what an instruction asks,
-    `target_max_len` what is answered; a conversation is all target, as in the paper.
-    `special` lets the tokenizer read its own markers (`<|im_end|>`) in this text: only ever for
-    text that the format wrote, never for a row's content, so that a row about HTML's `<s>` cannot
-    begin a new sequence.
-    """
-
-    text: str
-    trained: bool
-    part: Literal["source", "target"] = "target"
-    special: bool = False
-
-
-@runtime_checkable
-class Format(Protocol):
-    """What `tokenize_rows` asks of a prompt format."""
-
-    @property
-    def name(self) -> str:
-        """How the format is called in configurations and messages."""
-        ...
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns a row must have."""
-        ...
-
-    def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
-        """The row as text in order, each piece marked with whether it is trained on."""
-        ...
+from qlora_jax.data.segments import (
+    Format,
+    Row,
+    Segment,
+    TrainOn,
+    joined,
+    shown,
+    text_of,
+    trains_on_all,
+    turns_of,
+    with_system,
+)
 
 
 @dataclass(frozen=True)
@@ -84,17 +58,19 @@ class InstructionFormat:
 
     def source(self, row: Row) -> str:
         """The prompt alone: what to give a finetuned model when asking it something."""
-        instruction = _text(row, self.instruction, self.name)
+        instruction = text_of(row, self.instruction, self.name)
         given = row.get(self.input)
         if given is None or given == "":
             return self.prompt_no_input.format(instruction=instruction)
-        return self.prompt.format(instruction=instruction, input=_text(row, self.input, self.name))
+        return self.prompt.format(
+            instruction=instruction, input=text_of(row, self.input, self.name)
+        )
 
     def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
         """Prompt (source), answer (target)."""
-        answer = _text(row, self.output, self.name)
+        answer = text_of(row, self.output, self.name)
         return (
-            Segment(self.source(row), _everything(train_on), "source"),
+            Segment(self.source(row), trains_on_all(train_on), "source"),
             Segment(answer, True),
         )
 
@@ -120,10 +96,10 @@ class PairFormat:
 
     def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
         """Input (source), separator and output (target)."""
-        given, answer = _text(row, self.input, self.name), _text(row, self.output, self.name)
+        given, answer = text_of(row, self.input, self.name), text_of(row, self.output, self.name)
         if given and not given[-1].isspace() and not answer[:1].isspace():
             answer = self.separator + answer
-        return (Segment(given, _everything(train_on), "source"), Segment(answer, True))
+        return (Segment(given, trains_on_all(train_on), "source"), Segment(answer, True))
 
 
 @dataclass(frozen=True)
@@ -142,9 +118,6 @@ class ChatStyle:
     between: str = ""
     special: bool = False
 
-
-# Role names of OASST ("prompter"), ShareGPT ("human", "gpt") and the Hugging Face `messages` form.
-_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant"}
 
 GUANACO_STYLE = ChatStyle(
     # `timdettmers/openassistant-guanaco` flattens OASST1 to this form; a system text stands bare,
@@ -165,12 +138,14 @@ CHATML_STYLE = ChatStyle(
 class ConversationFormat:
     """A list of turns (`role`, `content`) in a style; `"response"` trains every assistant turn.
 
-    A turn may name its content `text` (OASST) or `value` (ShareGPT) and its role `from` (ShareGPT).
+    `system` is a system prompt for conversations that have none. What names of roles and contents
+    are understood: `segments.turns_of`. A model's own style: `chat_template`.
     """
 
     name: str
     style: ChatStyle
     messages: str = "messages"
+    system: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -179,16 +154,10 @@ class ConversationFormat:
 
     def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
         """Turn by turn: opening, content, closing; all of it target."""
-        turns = row.get(self.messages)
-        if not isinstance(turns, (list, tuple)) or not turns:
-            raise ValueError(
-                f"format {self.name!r} expects the column {self.messages!r} to hold a list of "
-                f"turns with role and content, but a row holds {_shown(turns)}."
-            )
-        everything = _everything(train_on)
+        turns = turns_of(row, self.messages, self.name, roles=self.style.openings)
+        everything = trains_on_all(train_on)
         style, segments = self.style, []
-        for index, turn in enumerate(turns):
-            role, content = _turn(turn, self)
+        for index, (role, content) in enumerate(with_system(turns, self.system)):
             trained = everything or role == "assistant"
             opening = (style.between if index else "") + style.openings[role]
             if content and not content[0].isspace() and (opening or index):
@@ -198,7 +167,7 @@ class ConversationFormat:
                 Segment(content, trained),
                 Segment(style.closing, trained, special=style.special),
             ]
-        return _joined(segments)
+        return joined(segments)
 
 
 @dataclass(frozen=True)
@@ -221,14 +190,14 @@ class FlatChatFormat:
 
     def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
         """The text, cut after each assistant marker and before each human marker."""
-        text = _text(row, self.text, self.name)
-        if _everything(train_on):
+        text = text_of(row, self.text, self.name)
+        if trains_on_all(train_on):
             return (Segment(text, True),)
         pieces = re.split(rf"(\s*{re.escape(self.human)}|{re.escape(self.assistant)})", text)
         if self.assistant not in pieces:
             raise ValueError(
                 f"format {self.name!r} expects {self.assistant!r} in the column {self.text!r} to "
-                f"know what the response is, but a row holds {_shown(text)}; train on all of it "
+                f"know what the response is, but a row holds {shown(text)}; train on all of it "
                 "(train_on='all') or choose another format."
             )
         # re.split with a group alternates text and marker; the text belongs to the last marker.
@@ -238,7 +207,7 @@ class FlatChatFormat:
             segments.append(Segment(piece, answering and not is_marker))
             if is_marker:
                 answering = piece == self.assistant
-        return _joined(segments)
+        return joined(segments)
 
 
 @dataclass(frozen=True)
@@ -255,8 +224,8 @@ class TextFormat:
 
     def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
         """The text as one target segment."""
-        _everything(train_on)
-        return (Segment(_text(row, self.text, self.name), True),)
+        trains_on_all(train_on)
+        return (Segment(text_of(row, self.text, self.name), True),)
 
 
 # Stanford Alpaca's training prompts (tatsu-lab/stanford_alpaca, train.py), to the character.
@@ -344,53 +313,3 @@ def check_columns(columns: Iterable[str], form: Format, *, source: str = "the da
         f"{source} has the columns {', '.join(found) or '(none)'}, but the format {form.name!r} "
         f"needs {', '.join(form.columns)} ({', '.join(missing)} missing); {remedy}."
     )
-
-
-def _everything(train_on: str) -> bool:
-    if train_on not in ("response", "all"):
-        raise ValueError(f"train_on is {train_on!r}, but must be 'response' or 'all'.")
-    return train_on == "all"
-
-
-def _text(row: Row, column: str, name: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str):
-        raise ValueError(
-            f"format {name!r} expects text in the column {column!r}, but a row holds "
-            f"{_shown(value)}."
-        )
-    return value
-
-
-def _turn(turn: Any, form: ConversationFormat) -> tuple[str, str]:
-    if isinstance(turn, Mapping):
-        role = turn.get("role") or turn.get("from")
-        content = next(
-            (turn[k] for k in ("content", "text", "value") if turn.get(k) is not None), None
-        )
-        if isinstance(role, str) and isinstance(content, str):
-            role = _ROLES.get(role, role)
-            if role in form.style.openings:
-                return role, content
-    raise ValueError(
-        f"format {form.name!r} expects turns with a role ({', '.join(form.style.openings)}) and a "
-        f"text content, but a row holds the turn {_shown(turn)}."
-    )
-
-
-def _joined(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Without the empty ones, and neighbours that differ in nothing made one."""
-    joined: list[Segment] = []
-    for segment in segments:
-        if not segment.text:
-            continue
-        if joined and joined[-1][1:] == segment[1:]:
-            joined[-1] = joined[-1]._replace(text=joined[-1].text + segment.text)
-        else:
-            joined.append(segment)
-    return tuple(joined)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -23,8 +23,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qlora_jax.data.chat_template import ChatTemplateFormat
 from qlora_jax.data.examples import IGNORE, Examples, TokenizeReport
-from qlora_jax.data.templates import Format, Segment, TrainOn, check_columns
+from qlora_jax.data.segments import Format, Segment, TrainOn
+from qlora_jax.data.templates import check_columns
 from qlora_jax.data.tokenizer import Tokenizer
 
 # Rows encoded in one call: enough to keep every thread of the tokenizer busy.
@@ -81,8 +83,9 @@ def tokenize_rows(
             "load_tokenizer eos_token=..., or set append_eos=False."
         )
     eos = tokenizer.eos_token_id if append_eos else None
-    # Encoding nothing gives what every text of the family begins with: bos, or nothing.
-    start = tokenizer.encode("")
+    # Encoding nothing gives what every text of the family begins with: bos, or nothing. A chat
+    # template writes its own.
+    start = [] if isinstance(form, ChatTemplateFormat) else tokenizer.encode("")
     # Flat arrays as they come: a token costs 8 bytes in them, some 80 in lists of Python's ints.
     parts: list[Examples] = []
     count = cut_sources = cut_targets = 0

@@ -119,9 +119,9 @@ def load_tokenizer(
     file = _find(path)
     backend = JsonBackend(file) if file.suffix == ".json" else SentencePieceBackend(file)
     folder = file.parent
-    config = _read_json(folder / "tokenizer_config.json")
-    token_map = _read_json(folder / "special_tokens_map.json")
-    model_config = _read_json(folder / "config.json")
+    config = read_json(folder / "tokenizer_config.json")
+    token_map = read_json(folder / "special_tokens_map.json")
+    model_config = read_json(folder / "config.json")
     given = {"bos": bos_token, "eos": eos_token, "pad": pad_token}
 
     def special_id(kind: str) -> int | None:
@@ -175,7 +175,8 @@ def _find(path: Path) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} where there is no file; ValueError where it holds another."""
     if not path.is_file():
         return {}
     try:

@@ -1,6 +1,6 @@
 """Floor 3: which architectures? One decoder, its configuration per family, and its loss."""
 
-from qlora_jax.models.attention import AttentionName, attention_for
+from qlora_jax.models.attention import AttentionName, attend, attention_for
 from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import REMAT, Decoder
@@ -28,6 +28,7 @@ __all__ = [
     "RopeConfig",
     "Slot",
     "TokenLoss",
+    "attend",
     "attention_for",
     "chunked_attention",
     "chunked_cross_entropy",

@@ -1,60 +1,192 @@
-"""Causal grouped-query attention (arXiv 2305.13245) with rotary positions."""
+"""Attention: one function that mixes values by scores, and the layer around it.
 
-from collections.abc import Callable
+`attend` is the one place where scores become weights. What a family asks of it (grouped heads,
+windows, soft caps, biases, packed segments) is an argument, and so is the implementation.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.norm import norm_for
 from qlora_jax.models.rope import rotate
 from qlora_jax.nn import QuantDense
 
 AttentionName = Literal["xla", "cudnn"]
 
+# Query, key and value of a layer in; their mixture out, and whatever the caller keeps of them.
+Mix = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+def attend(
+    query: Float[Array, "batch queries heads dim"],
+    key: Float[Array, "batch keys groups dim"],
+    value: Float[Array, "batch keys groups dim"],
+    *,
+    mask: Bool[Array, "#batch #heads #queries keys"] | None = None,
+    causal: bool,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Float[Array, "#batch #heads #queries keys"] | None = None,
+    segments: tuple[Int[Array, "batch queries"], Int[Array, "batch keys"]] | None = None,
+    implementation: AttentionName,
+) -> Float[Array, "batch queries heads dim"]:
+    """softmax(scale · q · kᵀ + bias) · v with grouped heads (arXiv 2305.13245), in query's dtype.
+
+    Args:
+        query: heads are a multiple of the key's.
+        key, value: one head for every `heads / groups` query heads.
+        mask: true where a query may see a key. A query that sees none gives numbers of no meaning,
+            never NaN.
+        causal: query i sees keys 0..i only.
+        window: of those, the last so many, key i among them; needs `causal`.
+        scale: None for 1 / √dim.
+        softcap: scores become c · tanh(score / c) before the bias (arXiv 2408.00118).
+        bias: added to the scores.
+        segments: ids of the queries and keys of packed sequences: equal ones see each other.
+        implementation: "xla" holds all scores and takes everything; "cudnn" is linear in memory
+            where there is no mask, bias or segments, and knows no soft cap.
+
+    Raises:
+        ValueError: a window without causality, or a soft cap under cuDNN.
+    """
+    if window is not None and not causal:
+        raise ValueError(f"window is {window} without causal=True: give both, or mask the scores.")
+    if segments is not None:
+        own = segments[0][:, None, :, None] == segments[1][:, None, None, :]
+        mask = own if mask is None else own & mask
+    if softcap is not None:
+        if implementation != "xla":
+            raise ValueError(
+                f"attention is {implementation!r}, which has no soft cap: give attention='xla'."
+            )
+        mask = _visible(query.shape[1], key.shape[1], mask, causal, window)
+        return _capped(query, key, value, mask, scale, softcap, bias)
+    if mask is not None and implementation == "cudnn":
+        # cuDNN broadcasts a mask over batch and heads, but not over queries.
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        is_causal=causal,
+        scale=scale,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+
+
+def _visible(
+    queries: int, keys: int, mask: Array | None, causal: bool, window: int | None
+) -> Array | None:
+    """The mask with causality and window in it."""
+    ahead = jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :]
+    if causal:
+        seen = ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
+        mask = seen[None, None] if mask is None else seen & mask
+    return mask
+
+
+def _capped(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    scale: float | None,
+    softcap: float,
+    bias: Array | None,
+) -> Array:
+    """`jax.nn.dot_product_attention` has no soft cap: the same sum, with it."""
+    batch, queries, heads, dim = query.shape
+    groups = key.shape[2]
+
+    def grouped(x: Array) -> Array:
+        shape = (x.shape[0], 1, 1) if x.shape[1] == 1 else (x.shape[0], groups, heads // groups)
+        return x.reshape(*shape, *x.shape[2:])
+
+    query = query.reshape(batch, queries, groups, heads // groups, dim)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", query, key, preferred_element_type=jnp.float32)
+    scores = softcap * jnp.tanh(scores * (dim**-0.5 if scale is None else scale) / softcap)
+    if bias is not None:
+        scores = scores + grouped(bias)
+    if mask is not None:
+        scores = jnp.where(grouped(mask), scores, -0.7 * jnp.finfo(jnp.float32).max)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(batch, queries, heads, dim)
+
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Projects to heads, turns them by their positions, mixes them, projects back."""
 
     def __init__(self, config: DecoderConfig, dense: Callable[..., QuantDense]) -> None:
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = dense("self_attn.q_proj", config.hidden_size, queries, config.qkv_bias)
-        self.k_proj = dense("self_attn.k_proj", config.hidden_size, keys, config.qkv_bias)
-        self.v_proj = dense("self_attn.v_proj", config.hidden_size, keys, config.qkv_bias)
-        self.o_proj = dense("self_attn.o_proj", queries, config.hidden_size, config.o_bias)
-        self.head_dim = config.head_dim
+        """`dense(name, inputs, outputs, bias)` makes a linear layer."""
+        for name, linear in config.attention_linears.items():
+            setattr(self, name, dense(f"{config.names.attention}.{name}", *linear))
+        if config.qk_norm:
+            self.q_norm = norm_for(config, config.head_dim)
+            self.k_norm = norm_for(config, config.head_dim)
+        self.config = config
 
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        turns: tuple[Array, Array],
-        mask: Bool[Array, "batch 1 1 seq"] | None,
+        turns: tuple[Array, Array] | None,
+        mix: Mix,
         *,
-        implementation: AttentionName,
-        dropout_keys: list[Key[Array, ""] | None],
-    ) -> Float[Array, "batch seq embed"]:
-        """`mask`: true where a key is real; `turns`: cos, sin; one dropout key a projection."""
+        dropout_keys: Mapping[str, Key[Array, ""] | None],
+    ) -> tuple[Float[Array, "batch seq embed"], Any]:
+        """The same shape and dtype as x, and what `mix` kept.
 
-        def heads(projection: QuantDense, key: Array | None) -> Array:
-            y = projection(x, dropout_key=key)
-            return y.reshape(*y.shape[:2], -1, self.head_dim)
+        Args:
+            x: the layer's input, normalised.
+            turns: cos, sin of the positions; None where positions are learned.
+            mix: `attend` with the caller's masks; queries, keys and values are `[batch, seq,
+                heads, head_dim]`.
+            dropout_keys: one a projection, by its name.
+        """
+        query, key, value = self._heads(x, dropout_keys)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if turns is not None:
+            query, key = rotate(query, *turns), rotate(key, *turns)
+        mixed, kept = mix(query, key, value)
+        out = self.config.names.o
+        mixed = mixed.reshape(*x.shape[:2], -1)
+        return getattr(self, out)(mixed, dropout_key=dropout_keys[out]), kept
 
-        query = rotate(heads(self.q_proj, dropout_keys[0]), *turns)
-        key = rotate(heads(self.k_proj, dropout_keys[1]), *turns)
-        value = heads(self.v_proj, dropout_keys[2])
-        if mask is not None and implementation == "cudnn":
-            # cuDNN broadcasts a mask over batch and heads, but not over queries.
-            mask = jnp.broadcast_to(mask, (mask.shape[0], 1, x.shape[1], x.shape[1]))
-        mixed = jax.nn.dot_product_attention(
-            query, key, value, mask=mask, is_causal=True, implementation=implementation
-        )
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1), dropout_key=dropout_keys[3])
+    def _heads(
+        self, x: Array, dropout_keys: Mapping[str, Key[Array, ""] | None]
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, `[batch, seq, heads, head_dim]`."""
+        config = self.config
+
+        def project(name: str, width: int) -> Array:
+            y = getattr(self, name)(x, dropout_key=dropout_keys[name])
+            return y.reshape(*y.shape[:2], -1, width)
+
+        names, width = config.names, config.head_dim
+        if config.fused_qkv is None:
+            return project(names.q, width), project(names.k, width), project(names.v, width)
+        if config.fused_qkv == "heads":
+            query, key, value = jnp.split(project(names.qkv, 3 * width), 3, axis=-1)
+        else:
+            queries, keys = config.num_attention_heads, config.num_key_value_heads
+            fused = project(names.qkv, width)
+            query, key, value = jnp.split(fused, (queries, queries + keys), axis=2)
+        return query, key, value
 
 
-def attention_for(platform: str, compute_dtype: Any, head_dim: int) -> AttentionName:
+def attention_for(
+    platform: str, compute_dtype: Any, head_dim: int, *, softcap: float | None = None
+) -> AttentionName:
     """The attention to ask for: "cudnn" where it is a CUDA target and cuDNN takes the case.
 
     Args:
@@ -62,7 +194,8 @@ def attention_for(platform: str, compute_dtype: Any, head_dim: int) -> Attention
             which may only be compiling for another.
         compute_dtype: cuDNN takes bfloat16 and float16 only.
         head_dim: cuDNN takes multiples of 8 up to 128.
+        softcap: cuDNN takes none.
     """
     narrow = jnp.dtype(compute_dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    fits = head_dim % 8 == 0 and head_dim <= 128
+    fits = head_dim % 8 == 0 and head_dim <= 128 and softcap is None
     return "cudnn" if platform in ("cuda", "gpu") and narrow and fits else "xla"

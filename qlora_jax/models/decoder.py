@@ -1,9 +1,9 @@
 """The decoder-only transformer: one file for every family, differences are configuration.
 
-The architecture is Llama's (arXiv 2302.13971): RMSNorm before each half of a layer, rotary
-positions (`rope.py`), grouped-query attention (arXiv 2305.13245), SwiGLU. Linear layers are
-`nn.QuantDense`, so that the same module is a 4-bit base with adapters, a 16-bit one with adapters,
-or a plain model.
+At rest the architecture is Llama's (arXiv 2302.13971): RMSNorm before each half of a layer, rotary
+positions (`rope.py`), grouped-query attention (arXiv 2305.13245), SwiGLU; `config.py` tells what
+else there is. Linear layers are `nn.QuantDense`, so that the same module is a 4-bit base with
+adapters, a 16-bit one with adapters, or a plain model.
 
 How to think of it:
 
@@ -13,12 +13,13 @@ How to think of it:
 - **Nothing outlives its layer but its input.** With `remat="full"` the backward pass recomputes a
   layer from what entered it; a frozen weight is held as packed codes and never as a residual.
 - **Names are Hugging Face's** (`layers.self_attn.q_proj`), so a checkpoint's and an adapter's keys
-  are read off the tree (`llama.py`).
+  are read off the tree (`families/`).
 
 `model.hidden(...)` and `model.head(...)` are the two halves of a forward pass; a loss that never
 holds all logits at once calls them apart.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -27,11 +28,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from qlora_jax.models.attention import Attention, AttentionName
+from qlora_jax.models.attention import AttentionName, attend
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.embedding import Embedding
-from qlora_jax.models.mlp import GatedMLP
-from qlora_jax.models.norm import RMSNorm
+from qlora_jax.models.layer import DecoderLayer
+from qlora_jax.models.norm import norm_for
 from qlora_jax.models.rope import rotations
 from qlora_jax.nn import LoraConfig, QuantDense
 from qlora_jax.quant import QuantConfig
@@ -46,36 +47,6 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 }
 
 
-class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: DecoderConfig, dense: Callable[..., QuantDense]) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config, dense)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = GatedMLP(config, dense)
-
-    def __call__(
-        self,
-        x: Float[Array, "batch seq embed"],
-        turns: tuple[Array, Array],
-        mask: Bool[Array, "batch 1 1 seq"] | None,
-        *,
-        implementation: AttentionName,
-        dropout_key: Key[Array, ""] | None,
-    ) -> Float[Array, "batch seq embed"]:
-        """The same shape and dtype as x; `dropout_key` is this layer's own."""
-        keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
-        x = x + self.self_attn(
-            self.input_layernorm(x),
-            turns,
-            mask,
-            implementation=implementation,
-            dropout_keys=keys[:4],
-        )
-        return x + self.mlp(self.post_attention_layernorm(x), dropout_keys=keys[4:])
-
-
 class Decoder(nnx.Module):
     """A causal language model: token ids in, float32 logits of the next token out.
 
@@ -86,7 +57,7 @@ class Decoder(nnx.Module):
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`.
         remat: one of `REMAT`: what the backward pass finds saved instead of recomputing it.
-        attention: implementation of `jax.nn.dot_product_attention`; see `attention_for`.
+        attention: implementation of `attend`; see `attention_for`.
         matmul: implementation of the 4-bit matmul (`pallas_kernels`); None lets the op choose.
         rngs: stream `params`. Base weights start random.
 
@@ -148,9 +119,9 @@ class Decoder(nnx.Module):
         if lora is not None and not nnx.state(self.layers, nnx.LoRAParam):
             raise ValueError(
                 f"target_modules is {lora.target_modules!r}, which names no linear layer of the "
-                "decoder; it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."
+                f"decoder; it has {', '.join((*config.attention_linears, *config.mlp_linears))}."
             )
-        self.norm = RMSNorm(embed, eps=config.rms_norm_eps)
+        self.norm = norm_for(config, embed) if config.final_norm else None
         self.lm_head = (
             None if config.tie_word_embeddings else Embedding(vocab, embed, dtype=stored, rngs=rngs)
         )
@@ -161,10 +132,15 @@ class Decoder(nnx.Module):
         attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"] | None = None,
         positions: Int[Array, "batch seq"] | None = None,
         *,
+        segments: Int[Array, "batch seq"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch seq vocab"]:
         """Float32 logits. Arguments as in `hidden`; where the mask is 0 they mean nothing."""
-        return self.head(self.hidden(input_ids, attention_mask, positions, dropout_key=dropout_key))
+        return self.head(
+            self.hidden(
+                input_ids, attention_mask, positions, segments=segments, dropout_key=dropout_key
+            )
+        )
 
     def hidden(
         self,
@@ -172,6 +148,7 @@ class Decoder(nnx.Module):
         attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"] | None = None,
         positions: Int[Array, "batch seq"] | None = None,
         *,
+        segments: Int[Array, "batch seq"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """What the head reads: the last layer's output, normalised, in `compute_dtype`.
@@ -181,41 +158,121 @@ class Decoder(nnx.Module):
             attention_mask: nonzero where a token is real, on whichever side the padding lies. Where
                 all padding is on the right it can be left out: causality hides it already, and
                 attention without a mask is linear in memory under cuDNN.
-            positions: of each token; None counts the real tokens from 0.
+            positions: of each token; None counts the real tokens from 0, in each segment anew.
+            segments: ids of packed sequences, from 1, each in one piece; 0 is padding. A token sees
+                its own segment only.
             dropout_key: turns LoRA dropout on; every layer and module gets its own key from it.
+
+        Raises:
+            ValueError: the sequence is longer than the learned positions.
         """
-        batch, length = input_ids.shape
         mask = None if attention_mask is None else attention_mask.astype(bool)
         if positions is None:
-            if mask is None:
-                positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+            positions = _positions(input_ids, mask, segments)
+        x, _ = self._forward(input_ids, mask, positions, segments, dropout_key, keep=False)
+        return x
+
+    def _forward(
+        self,
+        input_ids: Int[Array, "batch seq"],
+        mask: Bool[Array, "batch seq"] | None,
+        positions: Int[Array, "batch seq"],
+        segments: Int[Array, "batch seq"] | None,
+        dropout_key: Key[Array, ""] | None,
+        *,
+        keep: bool,
+    ) -> tuple[Float[Array, "batch seq embed"], Any]:
+        """`hidden`, and every layer's keys and values if they are to be kept."""
+        config = self.config
+
+        def mix(sliding: Array | None, query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+            def within(window: int | None) -> Array:
+                return attend(
+                    query,
+                    key,
+                    value,
+                    mask=None if mask is None else mask[:, None, None, :],
+                    causal=True,
+                    window=window,
+                    scale=config.attention_scale,
+                    softcap=config.attn_logit_softcapping,
+                    segments=None if segments is None else (segments, segments),
+                    implementation=self.attention,
+                )
+
+            if sliding is None:
+                mixed = within(config.sliding_window)
             else:
-                positions = jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
-        turns = rotations(positions, self.config.rope, self.config.head_dim)
-        key_mask = None if mask is None else mask[:, None, None, :]
+                # Not a mask by a traced window: a static one lets an implementation skip blocks.
+                mixed = jax.lax.cond(
+                    sliding, lambda: within(config.sliding_window), lambda: within(None)
+                )
+            return mixed, (key, value) if keep else None
+
         graphdef, stacked = nnx.split(self.layers)
         keys = (
-            None
-            if dropout_key is None
-            else jax.random.split(dropout_key, self.config.num_hidden_layers)
+            None if dropout_key is None else jax.random.split(dropout_key, config.num_hidden_layers)
         )
+        turns, local_turns = self._turns(positions)
 
-        def step(x: Array, layer: tuple[Any, Array | None]) -> tuple[Array, None]:
-            state, key = layer
-            y = nnx.merge(graphdef, state)(
-                x, turns, key_mask, implementation=self.attention, dropout_key=key
+        def step(x: Array, layer: tuple[Any, Array | None, Array | None]) -> tuple[Array, Any]:
+            state, sliding, key = layer
+            return nnx.merge(graphdef, state)(
+                x,
+                _chosen(sliding, local_turns, turns),
+                functools.partial(mix, sliding),
+                dropout_key=key,
             )
-            return y, None
 
         policy = REMAT[self.remat]
         if policy is not None:
             # Inside a scan, nothing can be merged with the recomputation across iterations, so the
             # barriers that prevent_cse puts in would only hinder fusion.
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        x = self.embed_tokens(input_ids).astype(self.compute_dtype)
-        x, _ = jax.lax.scan(step, x, (stacked, keys))
-        return self.norm(x)
+        x = self._embed(input_ids, positions)
+        x, kept = jax.lax.scan(step, x, (stacked, self._sliding(), keys))
+        return x if self.norm is None else self.norm(x), kept
 
     def head(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Float32 logits of hidden states."""
-        return (self.embed_tokens if self.lm_head is None else self.lm_head).attend(hidden)
+        logits = (self.embed_tokens if self.lm_head is None else self.lm_head).attend(hidden)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _embed(self, ids: Array, positions: Array) -> Array:
+        """What enters the first layer, in `compute_dtype`."""
+        x = self.embed_tokens(ids).astype(self.compute_dtype)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return x
+
+    def _turns(self, positions: Array) -> tuple[tuple[Array, Array] | None, ...]:
+        """cos and sin of the positions, and of sliding layers where they have their own."""
+        rope, local, dim = self.config.rope, self.config.local_rope, self.config.head_dim
+        return (
+            None if rope is None else rotations(positions, rope, dim),
+            None if local is None else rotations(positions, local, dim),
+        )
+
+    def _sliding(self) -> Bool[Array, " layers"] | None:
+        """Which layers have a window, where not all are alike."""
+        layers = self.config.sliding_layers
+        return None if len(set(layers)) == 1 else jnp.asarray(layers)
+
+
+def _positions(ids: Array, mask: Array | None, segments: Array | None) -> Array:
+    """Positions of the real tokens, counted from 0."""
+    if mask is not None and segments is None:
+        return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
+    index = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    if segments is None:
+        return index
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _chosen(flag: Array | None, yes: Any, no: Any) -> Any:
+    """`yes` where the flag is set and there is one, else `no`; both are pytrees of arrays."""
+    if flag is None or yes is None:
+        return no
+    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), yes, no)

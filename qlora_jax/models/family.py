@@ -1,14 +1,13 @@
 """What one architecture has to tell: how its config.json reads, and what its weights are called.
 
-A family is one small file (`llama.py`) that fills in a `Family`; `families.py` lists them. Nothing
-else in the library knows the names of another library's fields.
+A family is one small file (`families/llama.py`) that fills in a `Family`; `families/__init__.py`
+lists them. Nothing else in the library knows the names of another library's fields.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.rope import RopeConfig
 
 
@@ -18,11 +17,19 @@ class Slot(NamedTuple):
     Attributes:
         path: attribute names from the model down to a Variable, such as
             `("layers", "mlp", "up_proj", "kernel")`.
-        layer: index along the leading axis of stacked layers, or None outside of them.
+        layer: index along the leading axis of stacked layers, or along several leading axes
+            (layer, expert), or None outside of them.
     """
 
     path: tuple[str, ...]
-    layer: int | None
+    layer: int | tuple[int, ...] | None
+
+    @property
+    def stack_index(self) -> tuple[int, ...]:
+        """The index as a tuple: () outside of stacks."""
+        if self.layer is None:
+            return ()
+        return self.layer if isinstance(self.layer, tuple) else (self.layer,)
 
 
 @dataclass(frozen=True)
@@ -31,15 +38,25 @@ class Family:
 
     Attributes:
         model_type: its name in a config.json.
-        read_config: config.json (as a dict) → `DecoderConfig`.
+        read_config: config.json (as a dict) → the configuration that `build` takes, which has at
+            least `model_type` (this one's) and `head_dim`.
         write_config: the way back; what transformers 4 and 5 both read.
         weight_names: the tensors of a checkpoint, by their names there.
+        build: the model class; its constructor's arguments are `Decoder`'s.
+        ignored: patterns (`fnmatch`) of tensors that checkpoints of the family may carry besides,
+            because the model computes them itself or holds them under another name.
     """
 
     model_type: str
-    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
-    write_config: Callable[[DecoderConfig], dict[str, Any]]
-    weight_names: Callable[[DecoderConfig], dict[str, Slot]]
+    read_config: Callable[[Mapping[str, Any]], Any]
+    write_config: Callable[[Any], dict[str, Any]]
+    weight_names: Callable[[Any], dict[str, Slot]]
+    build: type[Any]
+    ignored: tuple[str, ...] = (
+        "*.rotary_emb.inv_freq",
+        "*.rotary_pos_emb.inv_freq",
+        "lm_head.weight",
+    )
 
 
 def required(config: Mapping[str, Any], key: str) -> Any:
@@ -96,8 +113,10 @@ def read_rope(config: Mapping[str, Any], *, theta: float = 10000.0) -> RopeConfi
     return RopeConfig(**fields)
 
 
-def write_rope(rope: RopeConfig) -> dict[str, Any]:
+def write_rope(rope: RopeConfig | None) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` in transformers 4's style, which transformers 5 reads too."""
+    if rope is None:
+        return {}
     if rope.rope_type == "default":
         return {"rope_theta": rope.rope_theta, "rope_scaling": None}
     scaling: dict[str, Any] = {"rope_type": rope.rope_type, "factor": rope.factor}

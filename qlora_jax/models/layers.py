@@ -1,93 +1,137 @@
-"""The loop over a model's stacked layers: what it keeps for the backward pass, and where from."""
+"""Stacks of layers: made under one `vmap`, run under one `lax.scan`, recomputed one at a time.
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+A stack is a layer whose every Variable carries a leading axis, so the program is as long for 24
+layers as for 2. Encoders and encoder–decoders share this file; what a layer computes is theirs.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Key
 
-_HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+from qlora_jax.models.decoder import REMAT
+from qlora_jax.nn import LoraConfig, QuantDense
+from qlora_jax.quant import QuantConfig
 
-class _Plan(NamedTuple):
-    apply: Any
-    treedef: Any
-    moves: tuple
-    depth: int
-    offload: bool
+Keys = Iterator[Key[Array, ""] | None]
+"""Dropout keys, drawn one after another; without dropout each of them is None."""
 
-def stream_layers(apply, x, layers, *, moves, offload=False):
-    leaves, treedef = jax.tree.flatten(layers)
-    depth = leaves[0].shape[0]
-    one = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(l.shape[1:], l.dtype) for l in leaves])
-    closed, closure = jax.closure_convert(apply, jax.ShapeDtypeStruct(x.shape,x.dtype), one)
-    plan = _Plan(closed, treedef, tuple(map(bool, map(moves, leaves))), depth, offload)
-    moving = [l for l, m in zip(leaves, plan.moves) if m]
-    staying = [l for l, m in zip(leaves, plan.moves) if not m]
-    return _stream(plan, x, moving, staying, closure)
 
-def _merge(plan, here, stay):
-    here, stay = iter(here), iter(stay)
-    return jax.tree.unflatten(plan.treedef, [next(here) if m else next(stay) for m in plan.moves])
+@dataclass(frozen=True)
+class Storage:
+    """How a model's linear layers are stored, adapted and multiplied.
 
-def _fetch(stacks, index):
-    return [jax.device_put(jax.lax.dynamic_index_in_dim(s, index, keepdims=False), _DEVICE) for s in stacks]
+    Attributes:
+        quant: of the weights; None keeps them dense in `param_dtype`.
+        lora: adapters on them; None for none.
+        compute_dtype: of activations and products.
+        param_dtype: of dense weights, biases and embeddings.
+        matmul: implementation of the 4-bit matmul; None lets the op choose.
+    """
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _stream(plan, x, moving, staying, closure):
-    return _run(plan, x, moving, staying, closure, save=False)[0]
+    quant: QuantConfig | None
+    lora: LoraConfig | None
+    compute_dtype: Any
+    param_dtype: Any
+    matmul: str | None
 
-def _run(plan, x, moving, staying, closure, save):
-    moving = [jax.device_put(m, _HOST) for m in moving]
-    def step(carry, xs):
-        x, here = carry
-        i, stay = xs
-        there = _fetch(moving, jnp.minimum(i + 1, plan.depth - 1))
-        y = plan.apply(x, _merge(plan, here, stay), *closure)
-        kept = None
-        if save:
-            kept = jax.device_put(x, _HOST) if plan.offload else x
-        return (y, there), kept
-    start = x, _fetch(moving, jnp.int32(0))
-    (y, last), kept = jax.lax.scan(step, start, (jnp.arange(plan.depth), staying))
-    return y, last, kept
+    def dense(self, prefix: str, rngs: nnx.Rngs) -> Callable[..., QuantDense]:
+        """(name, inputs, outputs, **options) → the linear layer at `prefix.name`."""
 
-def _fwd(plan, x, moving, staying, closure):
-    value = lambda t: jax.tree.map(lambda p: p.value, t, is_leaf=lambda p: hasattr(p,'perturbed'))
-    trained = [i for i, s in enumerate(staying) if s.perturbed], [i for i, c in enumerate(closure) if c.perturbed]
-    moving, staying, closure = value(moving), value(staying), value(closure)
-    y, last, kept = _run(plan, x.value, moving, staying, closure, True)
-    return y, (moving, staying, closure, last, kept, _S(trained))
+        def make(name: str, inputs: int, outputs: int, **options: Any) -> QuantDense:
+            adapted = self.lora is not None and self.lora.targets(f"{prefix}.{name}")
+            return QuantDense(
+                inputs,
+                outputs,
+                quant=self.quant,
+                lora=self.lora if adapted else None,
+                compute_dtype=self.compute_dtype,
+                param_dtype=self.param_dtype,
+                implementation=self.matmul,
+                rngs=rngs,
+                **options,
+            )
 
-@jax.tree_util.register_static
-class _S(tuple): pass
+        return make
 
-def _bwd(plan, residuals, dy):
-    moving, staying, closure, last, kept, (trained, outside) = residuals
-    moving = [jax.device_put(m, _HOST) for m in moving]
-    kept_stack = [jax.device_put(kept, _HOST)] if plan.offload else [kept]
-    def fetch(i):
-        return _fetch(moving, i), (_fetch(kept_stack, i)[0] if plan.offload else None)
-    def step(carry, xs):
-        dy, here, held, sums = carry
-        i, stay, kept = xs
-        there = _fetch(moving, jnp.maximum(i - 1, 0))
-        held_next = _fetch(kept_stack, jnp.maximum(i - 1, 0))[0] if plan.offload else None
-        x = held if plan.offload else kept
-        def layer(x, mine, around):
-            stays = list(stay); all_ = list(closure)
-            for k, v in zip(trained, mine): stays[k] = v
-            for k, v in zip(outside, around): all_[k] = v
-            return plan.apply(x, _merge(plan, here, stays), *all_)
-        _, pull = jax.vjp(layer, x, [stay[k] for k in trained], [closure[k] for k in outside])
-        dx, mine, around = pull(dy)
-        sums = [a + b.astype(a.dtype) for a, b in zip(sums, around)]
-        return (dx, there, held_next, sums), mine
-    held = _fetch(kept_stack, jnp.int32(plan.depth - 1))[0] if plan.offload else None
-    start = dy, last, held, [jnp.zeros(closure[k].shape, jnp.float32) for k in outside]
-    (dx, _, _, sums), mine = jax.lax.scan(step, start, (jnp.arange(plan.depth), staying, None if plan.offload else kept), reverse=True)
-    to_staying = [None] * len(staying); to_closure = [None] * len(closure)
-    for k, g in zip(trained, mine): to_staying[k] = g
-    for k, g in zip(outside, sums): to_closure[k] = g.astype(closure[k].dtype)
-    return dx, [None]*len(moving), to_staying, to_closure
-_stream.defvjp(_fwd, _bwd, symbolic_zeros=True)
+
+def stack_layers(
+    make_layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs
+) -> nnx.Module:
+    """`count` random layers as one module whose Variables carry a leading axis.
+
+    Args:
+        make_layer: draws one layer.
+        count: how many.
+        rngs: stream `params`.
+    """
+    keys = jax.random.split(rngs.params(), count)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_layer(nnx.Rngs(keys[0]))))
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make_layer(nnx.Rngs(key))))(keys))
+
+
+def scan_layers(
+    layers: nnx.Module,
+    apply: Callable[[Any, Array, Any], tuple[Array, Any]],
+    x: Array,
+    per_layer: Any,
+    *,
+    remat: str,
+) -> tuple[Array, Any]:
+    """Runs a stack: `apply(layer, x, slice) -> (x, output)`, layer after layer.
+
+    Args:
+        layers: as `stack_layers` made it.
+        apply: one layer's part.
+        x: what goes through.
+        per_layer: a pytree whose leaves carry the layers' axis (dropout keys, caches), or None.
+        remat: a key of `REMAT`: what the backward pass finds saved.
+
+    Returns:
+        What came through, and the outputs stacked.
+    """
+    graphdef, stacked = nnx.split(layers)
+
+    def step(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
+        state, given = layer
+        return apply(nnx.merge(graphdef, state), x, given)
+
+    policy = REMAT[remat]
+    if policy is not None:
+        # prevent_cse only hinders fusion inside a scan (see Decoder.hidden).
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return jax.lax.scan(step, x, (stacked, per_layer))
+
+
+def split_key(key: Key[Array, ""] | None, count: int) -> Key[Array, " count"] | None:
+    """A key for each layer; None where there is no dropout."""
+    return None if key is None else jax.random.split(key, count)
+
+
+def draw(key: Key[Array, ""] | None, count: int) -> Keys:
+    """At most `count` keys out of one, to be taken with `next`."""
+    return itertools.repeat(None, count) if key is None else iter(jax.random.split(key, count))
+
+
+def check_options(
+    remat: str, lora: LoraConfig | None, model: nnx.Module, linears: tuple[str, ...]
+) -> None:
+    """Refuses an unknown remat, and adapters that found no layer.
+
+    Raises:
+        ValueError: saying what there is to choose from.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat is {remat!r}, but one of {', '.join(REMAT)} is needed.")
+    if lora is not None and not any(
+        isinstance(node, QuantDense) and node.lora is not None
+        for _, node in nnx.iter_graph(model)
+    ):
+        raise ValueError(
+            f"target_modules is {lora.target_modules!r}, which names no linear layer of the "
+            f"{type(model).__name__}; it has {', '.join(linears)}."
+        )

@@ -1,28 +1,49 @@
 """The feed-forward half of a layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.nn import QuantDense
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
 
-class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) · up(x)), SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: DecoderConfig, dense: Callable[..., QuantDense]) -> None:
-        outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = dense("mlp.gate_proj", outer, inner, bias)
-        self.up_proj = dense("mlp.up_proj", outer, inner, bias)
-        self.down_proj = dense("mlp.down_proj", inner, outer, bias)
+class MLP(nnx.Module):
+    """down(act(gate(x)) · up(x)) (arXiv 2002.05202), or down(act(up(x))) without a gate."""
+
+    def __init__(self, config: DecoderConfig, dense: Callable[..., QuantDense], path: str) -> None:
+        """`dense(name, inputs, outputs, bias)` makes a linear layer; `path` leads their names."""
+        for name, linear in config.mlp_linears.items():
+            setattr(self, name, dense(f"{path}.{name}", *linear))
+        self.config = config
 
     def __call__(
-        self, x: Float[Array, "batch seq embed"], *, dropout_keys: list[Key[Array, ""] | None]
-    ) -> Float[Array, "batch seq embed"]:
-        """The same shape and dtype as x; one dropout key a projection."""
-        gate = self.gate_proj(x, dropout_key=dropout_keys[0])
-        up = self.up_proj(x, dropout_key=dropout_keys[1])
-        return self.down_proj(jax.nn.silu(gate) * up, dropout_key=dropout_keys[2])
+        self,
+        x: Float[Array, "*batch embed"],
+        *,
+        dropout_keys: Mapping[str, Key[Array, ""] | None],
+    ) -> Float[Array, "*batch embed"]:
+        """The same shape and dtype as x; one dropout key a projection, by its name."""
+        names, act = self.config.names, ACTIVATIONS[self.config.hidden_act]
+
+        def project(name: str, x: Array) -> Array:
+            return getattr(self, name)(x, dropout_key=dropout_keys[name])
+
+        if not self.config.gated_mlp:
+            inner = act(project(names.up, x))
+        elif self.config.fused_gate_up:
+            gate, up = jnp.split(project(names.gate_up, x), 2, axis=-1)
+            inner = act(gate) * up
+        else:
+            inner = act(project(names.gate, x)) * project(names.up, x)
+        return project(names.down, inner)

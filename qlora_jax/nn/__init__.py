@@ -1,16 +1,20 @@
 """Floor 2: what is a QLoRA layer? `QuantDense`, its adapters, and turning any module into one."""
 
-from qlora_jax.nn.convert import add_lora, quantize_module
+from qlora_jax.nn.adapt import add_lora
+from qlora_jax.nn.convert import quantize_module
 from qlora_jax.nn.dense import QuantDense
 from qlora_jax.nn.linen import linen_quant_dense
+from qlora_jax.nn.loftq import start_from_weight
 from qlora_jax.nn.lora import LoraConfig
-from qlora_jax.nn.variables import FrozenParam
+from qlora_jax.nn.variables import FrozenParam, TrainedParam
 
 __all__ = [
     "FrozenParam",
     "LoraConfig",
     "QuantDense",
+    "TrainedParam",
     "add_lora",
     "linen_quant_dense",
     "quantize_module",
+    "start_from_weight",
 ]

@@ -1,7 +1,7 @@
-"""Turning anyone's Flax NNX module into a QLoRA one, in place.
+"""Turning anyone's Flax NNX module into a QLoRA one, in place: the base.
 
     quantize_module(model, QuantConfig())      # every nnx.Linear becomes a frozen QuantDense
-    add_lora(model, LoraConfig(target_modules=("q", "v")), rngs=nnx.Rngs(0))
+    add_lora(model, LoraConfig(target_modules=("q", "v")), rngs=nnx.Rngs(0))         # adapt.py
     graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)     # the adapters | all the rest
 
 A module is found by walking attributes, lists and dicts; what is not linear is left alone.
@@ -13,7 +13,6 @@ from typing import Any
 from flax import nnx
 
 from qlora_jax.nn.dense import QuantDense
-from qlora_jax.nn.lora import LoraConfig
 from qlora_jax.quant import QuantConfig
 
 
@@ -60,54 +59,12 @@ def quantize_module(
             rngs=nnx.Rngs(0),
         )
 
-    if not _replace(module, nnx.Linear, convert):
+    if not replace_layers(module, nnx.Linear, convert):
         raise ValueError(f"{type(module).__name__} holds no nnx.Linear; nothing to quantize")
     return module
 
 
-def add_lora(module: nnx.Module, lora: LoraConfig = LoraConfig(), *, rngs: nnx.Rngs) -> nnx.Module:
-    """Gives adapters to the `QuantDense` layers of a module that `lora.target_modules` names.
-
-    An `nnx.Linear` that is named is first frozen, unquantized. Dropout draws from `rngs` in
-    training mode (`module.train()`).
-
-    Args:
-        module: changed in place.
-        lora: the adapters' configuration.
-        rngs: draws A, and dropout's keys.
-
-    Returns:
-        The same module.
-
-    Raises:
-        ValueError: no layer has such a name; the message lists the ones there are.
-    """
-    seen: list[str] = []
-
-    def freeze(path: str, linear: nnx.Linear) -> nnx.Module:
-        if not lora.targets(path):
-            return linear
-        holder = nnx.Dict(linear=linear)
-        quantize_module(holder, None)
-        return holder["linear"]
-
-    def adapt(path: str, layer: QuantDense) -> nnx.Module:
-        seen.append(path)
-        if lora.targets(path):
-            layer._adapt(lora, rngs, rngs)
-        return layer
-
-    _replace(module, nnx.Linear, freeze)
-    _replace(module, QuantDense, adapt)
-    if not any(map(lora.targets, seen)):
-        raise ValueError(
-            f"target_modules is {lora.target_modules!r}, which names no linear layer of "
-            f"{type(module).__name__}; it has {', '.join(sorted(set(seen))) or 'none'}"
-        )
-    return module
-
-
-def _replace(module: Any, kind: type, convert: Callable[[str, Any], nnx.Module]) -> int:
+def replace_layers(module: Any, kind: type, convert: Callable[[str, Any], nnx.Module]) -> int:
     """Puts `convert(path, layer)` in the place of each layer of a type; a layer that is used in
     two places stays one layer. Returns how many there were."""
     converted: dict[int, nnx.Module] = {}
@@ -117,7 +74,7 @@ def _replace(module: Any, kind: type, convert: Callable[[str, Any], nnx.Module])
         if id(node) in visited:
             return
         visited.add(id(node))
-        for name, child in list(_children(node)):
+        for name, child in list(children(node)):
             child_path = f"{path}.{name}" if path else str(name)
             if isinstance(child, kind):
                 if id(child) not in converted:
@@ -130,7 +87,7 @@ def _replace(module: Any, kind: type, convert: Callable[[str, Any], nnx.Module])
     return len(converted)
 
 
-def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+def children(node: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(node, dict):
         return iter(node.items())
     if isinstance(node, (list, tuple, nnx.List)):

@@ -5,9 +5,16 @@
 The weight lives in a `FrozenParam` as a `QuantizedTensor` (or as a plain array, for 16-bit LoRA),
 the adapters in `nnx.LoRAParam`. The product through W is a `custom_vjp` that keeps nothing but the
 packed codes for the backward pass (`qlora_jax.quant.matmul`).
+
+A layer may be a stack (the layers of a model, every Variable with leading axes) that a scan takes
+apart before it calls them. The layers of one stack share one program, so where their ranks differ
+all get the largest, filled up with zeros: a row of A and a column of B that are both zero have zero
+gradients, so this is exact in training too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from qlora_jax.nn.dora import adapted_squares, magnify, row_squares
 from qlora_jax.nn.lora import LoraConfig, dropout, init_lora_a, lora_product
 from qlora_jax.nn.variables import FrozenParam
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize, quantized_matmul
@@ -32,6 +40,11 @@ class QuantDense(nnx.Module):
         bias: `FrozenParam` [out], or None.
         lora_A: `nnx.LoRAParam` [r, in], or None.
         lora_B: `nnx.LoRAParam` [out, r], or None.
+        lora_magnitude_vector: DoRA's `nnx.LoRAParam` [out], or None.
+        row_squares: `FrozenParam` [out] of the weight's squared row lengths, for DoRA; or None.
+        lora_scaling: `FrozenParam` scalar where the layers of one stack are scaled differently (0
+            for a layer without an adapter); else None, and `lora.scaling` holds.
+        lora: the adapters' configuration, or None.
     """
 
     def __init__(
@@ -77,7 +90,7 @@ class QuantDense(nnx.Module):
         self.bias = nnx.data(None if bias is None else FrozenParam(bias))
         self.compute_dtype = compute_dtype
         self.implementation = implementation
-        self._adapt(lora, rngs, dropout_rngs)
+        self.adapt([lora], rngs, dropout_rngs)
 
     @classmethod
     def from_weight(
@@ -108,21 +121,84 @@ class QuantDense(nnx.Module):
             dropout_rngs=dropout_rngs,
         )
 
-    def _adapt(
-        self, lora: LoraConfig | None, rngs: nnx.Rngs, dropout_rngs: nnx.Rngs | None
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Leading axes of a stack of layers; () for a single layer."""
+        weight = self.kernel.get_value()
+        if isinstance(weight, QuantizedTensor):
+            return weight.stack_shape
+        return tuple(weight.shape[:-2])
+
+    def adapt(
+        self,
+        loras: Sequence[LoraConfig | None],
+        rngs: nnx.Rngs,
+        dropout_rngs: nnx.Rngs | None = None,
+        start: Sequence[tuple[jax.Array, jax.Array] | None] | None = None,
     ) -> None:
-        """Attaches fresh adapters, or none."""
-        self.lora = lora
+        """Attaches fresh adapters, or none, in place.
+
+        Args:
+            loras: the configuration of each layer of the stack, its leading axes flattened (of a
+                single layer, one); None for a layer without an adapter.
+            rngs: draws A from its `params` stream.
+            dropout_rngs: as at construction; a stack has to be called with explicit keys instead.
+            start: A and B of each layer to start from instead, as `loftq.start_from_weight` gives
+                them.
+        """
+        self.lora = None
         self.deterministic = False
         self.lora_A, self.lora_B = nnx.data(None), nnx.data(None)
-        self.dropout_rngs = nnx.data(None)
-        if lora is None:
+        self.lora_magnitude_vector, self.row_squares = nnx.data(None), nnx.data(None)
+        self.lora_scaling, self.dropout_rngs = nnx.data(None), nnx.data(None)
+        adapted = [lora for lora in loras if lora is not None]
+        if not adapted:
             return
-        a = init_lora_a(rngs.params(), lora.r, self.in_features, lora.dtype)
-        self.lora_A = nnx.LoRAParam(a)
-        self.lora_B = nnx.LoRAParam(jnp.zeros((self.out_features, lora.r), lora.dtype))
-        if lora.lora_dropout:
+        r, stack, dtype = max(lora.r for lora in adapted), self.stack_shape, adapted[0].dtype
+        uniform = len(adapted) == len(loras) and len({(x.r, x.scaling) for x in adapted}) == 1
+        self.lora = adapted[0] if uniform else replace(adapted[0], r=r)
+
+        key = rngs.params()
+        keys = [key] if not stack else list(jax.random.split(key, len(loras)))
+        a, b = [], []
+        for index, (lora, layer_key) in enumerate(zip(loras, keys, strict=True)):
+            given = start[index] if start is not None else None
+            rows, columns = jnp.zeros((0, self.in_features), dtype), None
+            if given is not None:
+                rows, columns = given
+            elif lora is not None:
+                rows = init_lora_a(
+                    layer_key, lora.r, self.in_features, dtype, lora.init_lora_weights
+                )
+            if columns is None:
+                columns = jnp.zeros((self.out_features, len(rows)), dtype)
+            missing = (0, r - len(rows))
+            a.append(jnp.pad(rows, (missing, (0, 0))))
+            b.append(jnp.pad(columns, ((0, 0), missing)))
+        self.lora_A = nnx.LoRAParam(_stacked(a, stack))
+        self.lora_B = nnx.LoRAParam(_stacked(b, stack))
+        if not uniform:
+            scales = [jnp.float32(0 if lora is None else lora.scaling) for lora in loras]
+            self.lora_scaling = FrozenParam(_stacked(scales, stack))
+        if self.lora.use_dora:
+            self.row_squares = FrozenParam(row_squares(self.kernel.get_value()))
+            self.reset_magnitude()
+        if self.lora.lora_dropout and not stack:
             self.dropout_rngs = nnx.data(dropout_rngs)
+
+    def reset_magnitude(self) -> None:
+        """DoRA's start, in place: m is the length of each row of W + s·B·A as it is now."""
+        assert self.lora is not None
+        dtype = self.lora.dtype
+        graphdef, state = nnx.split(self)
+
+        def lengths(state: nnx.State) -> jax.Array:
+            return jnp.sqrt(nnx.merge(graphdef, state)._adapted_squares()).astype(dtype)
+
+        each: Callable[..., jax.Array] = lengths
+        for _ in self.stack_shape:
+            each = partial(jax.lax.map, each)
+        self.lora_magnitude_vector = nnx.LoRAParam(each(state))
 
     def __call__(
         self, x: Float[Array, "*batch in"], *, dropout_key: Key[Array, ""] | None = None
@@ -135,18 +211,47 @@ class QuantDense(nnx.Module):
                 training mode, or drops nothing where the layer has none.
         """
         x = x.astype(self.compute_dtype)
-        y = self._base(x)
+        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
         if self.lora is None or self.lora_A is None or self.lora_B is None:
-            return y
+            return self._product(x, bias)
         if dropout_key is None and self.dropout_rngs is not None and not self.deterministic:
             dropout_key = self.dropout_rngs.dropout()
-        x = dropout(x, self.lora.lora_dropout, dropout_key)
-        return y + lora_product(x, self.lora_A[...], self.lora_B[...], self.lora.scaling)
+        low = lora_product(
+            dropout(x, self.lora.lora_dropout, dropout_key),
+            self.lora_A[...],
+            self.lora_B[...],
+            self._scaling,
+        )
+        if self.lora_magnitude_vector is None:
+            return self._product(x, bias) + low
+        y = magnify(
+            self._product(x) + low,
+            self.lora_magnitude_vector[...],
+            self._adapted_squares(),
+            self._scaling,
+        )
+        return y if bias is None else y + bias
 
-    def _base(self, x: jax.Array) -> jax.Array:
+    @property
+    def _scaling(self) -> float | jax.Array:
+        assert self.lora is not None
+        return self.lora.scaling if self.lora_scaling is None else self.lora_scaling[...]
+
+    def _adapted_squares(self) -> Float[Array, " out"]:
+        """‖W + s·B·A‖² of every row; a constant of the backward pass."""
+        a, b = (jax.lax.stop_gradient(x[...]) for x in (self.lora_A, self.lora_B))
+        cross = self._product(a.astype(self.compute_dtype))
+        return adapted_squares(self.row_squares[...], cross, a, b, self._scaling)
+
+    def _product(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """x · Wᵀ (+ b) through the frozen weight."""
         weight = self.kernel.get_value()
-        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
         if isinstance(weight, QuantizedTensor):
             return quantized_matmul(x, weight, bias, implementation=self.implementation)
         y = jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
         return y if bias is None else y + bias
+
+
+def _stacked(parts: Sequence[jax.Array], stack: tuple[int, ...]) -> jax.Array:
+    """One array of a single layer's, or the layers' along the stack's axes."""
+    return jnp.stack(parts).reshape(*stack, *parts[0].shape)

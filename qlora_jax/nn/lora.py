@@ -3,30 +3,55 @@
     y = x · Wᵀ + s · dropout(x) · Aᵀ · Bᵀ        A [r, in] is random, B [out, r] zero at first
 
 The scale s is α / r, or α / √r with rank stabilisation (Kalajdzievski 2023, arXiv 2312.03732).
-Names, orientation and initialisation are PEFT's, so that adapters travel both ways unchanged.
+Names, orientation, initialisation and the rules by which a layer is chosen (`targets.py`) are
+PEFT's, so that adapters travel both ways unchanged. `dora.py` adds a trained magnitude, `loftq.py`
+starts from the error of quantization.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
-ALL_LINEAR = "all-linear"
+from qlora_jax.nn import targets
+
+ALL_LINEAR = targets.ALL_LINEAR
+_INITS = (True, "gaussian", "loftq", "pissa")
+# Fields that PEFT takes as a list of names.
+_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which layers get adapters, and how large.
+    """Which layers get adapters, and how large. Names and meanings are those of PEFT's `LoraConfig`.
 
     Attributes:
         r: rank.
         alpha: the scale's numerator (PEFT's `lora_alpha`).
         lora_dropout: probability of zeroing an element of the adapter's input in training.
-        target_modules: names of the layers to adapt, matched as PEFT does: a layer whose path ends
-            in ".name" or is "name"; "all-linear" for every linear layer of the base but the head.
+        target_modules: names of the layers to adapt: a layer whose path ends in ".name" or is
+            "name"; "all-linear" for every linear layer of the base but the head; any other text is
+            a regular expression that matches the whole path.
+        exclude_modules: names (or one regular expression) of layers that get none all the same.
         use_rslora: scale by α / √r instead of α / r.
+        use_dora: train each row's magnitude apart from its direction (`dora.py`).
+        rank_pattern: ranks of some layers, by the end of their path (a regular expression).
+        alpha_pattern: alphas of some layers, likewise.
+        layers_to_transform: adapt these layers of the stack alone; None for all.
+        layers_pattern: the name of the list that `layers_to_transform` counts in, such as "layers";
+            None for the first number of a path.
+        modules_to_save: modules of the base that are trained whole and saved with the adapters,
+            such as "embed_tokens", "lm_head" or "classifier".
+        bias: which biases of the base are trained: "none", "lora_only" (of adapted layers), "all".
+        init_lora_weights: where A and B start: True (A random, B zero), "gaussian" (A normal with
+            deviation 1/r), "loftq" (the error of quantization) or "pissa" (the weight's largest
+            singular vectors); the last two need the 16-bit weight, so they are done while loading.
+        loftq_iter: rounds of LoftQ. With one, the base is what plain quantization gives; with
+            more its codes change, and the adapter belongs to that base alone.
         dtype: of A and B. The products run in the layer's compute dtype.
     """
 
@@ -34,34 +59,105 @@ class LoraConfig:
     alpha: int | float = 16
     lora_dropout: int | float = 0.0
     target_modules: tuple[str, ...] | str = ALL_LINEAR
+    exclude_modules: tuple[str, ...] | str | None = None
     use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=FrozenDict)
+    alpha_pattern: Mapping[str, int | float] = field(default_factory=FrozenDict)
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = None
+    bias: Literal["none", "lora_only", "all"] = "none"
+    init_lora_weights: bool | str = True
+    loftq_iter: int = 1
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"r is {self.r}; the rank of an adapter is at least 1")
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        # Part of a module's static structure, so everything here has to hash.
+        for name in ("rank_pattern", "alpha_pattern"):
+            put(name, FrozenDict(getattr(self, name) or {}))
+        for name in (*_NAMES, "layers_to_transform"):
+            value = getattr(self, name)
+            if isinstance(value, int) or (isinstance(value, str) and name in ("modules_to_save", "layers_pattern")):
+                put(name, (value,))
+            elif value is not None and not isinstance(value, str):
+                put(name, tuple(value) or (() if name == "target_modules" else None))
+        ranks = [self.r, *self.rank_pattern.values()]
+        if min(ranks) < 1:
+            raise ValueError(f"r is {min(ranks)}; the rank of an adapter is at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; give a probability in [0, 1)")
-        if isinstance(self.target_modules, str):
-            if self.target_modules != ALL_LINEAR:
-                object.__setattr__(self, "target_modules", (self.target_modules,))
-        else:
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.bias not in ("none", "lora_only", "all"):
+            raise ValueError(f"bias is {self.bias!r}; choose one of none, lora_only, all")
+        if self.init_lora_weights not in _INITS:
+            raise ValueError(
+                f"init_lora_weights is {self.init_lora_weights!r}; choose one of "
+                f"{', '.join(map(repr, _INITS))}"
+            )
+        if self.loftq_iter < 1:
+            raise ValueError(f"loftq_iter is {self.loftq_iter}; LoftQ takes at least one round")
+        chosen_by_text = isinstance(self.target_modules, str)
+        if self.layers_to_transform and chosen_by_text and self.target_modules != ALL_LINEAR:
+            raise ValueError(
+                f"layers_to_transform is set, but target_modules is the expression "
+                f"{self.target_modules!r}: name the layers' numbers in the expression, or give "
+                "target_modules as a list of names"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern is {self.layers_pattern!r}, but layers_to_transform is not set: "
+                "say which layers of that list"
+            )
 
     @property
     def scaling(self) -> float:
         """What the low-rank product is multiplied by."""
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether the start of A and B leaves other base weights than plain quantization does."""
+        rounds = self.init_lora_weights == "loftq" and self.loftq_iter > 1
+        return rounds or self.init_lora_weights == "pissa"
+
+    def saves(self, path: str) -> bool:
+        """Whether the module at a dotted path lies in one of `modules_to_save`."""
+        return self.modules_to_save is not None and targets.inside(self.modules_to_save, path)
+
     def targets(self, path: str) -> bool:
         """Whether the layer at a dotted path ("layers.0.self_attn.q_proj") gets an adapter."""
-        if self.target_modules == ALL_LINEAR:
-            return path.rpartition(".")[2] != "lm_head"
-        return any(path == name or path.endswith(f".{name}") for name in self.target_modules)
+        if self.exclude_modules is not None and targets.named(self.exclude_modules, path):
+            return False
+        if self.saves(path):
+            return False
+        return targets.targeted(
+            self.target_modules, path, self.layers_to_transform, self.layers_pattern
+        )
+
+    def at(self, path: str) -> "LoraConfig | None":
+        """The configuration of the layer at a dotted path, its own rank and alpha in place of the
+        patterns; None where it gets no adapter."""
+        if not self.targets(path):
+            return None
+        return replace(
+            self,
+            r=targets.by_pattern(self.rank_pattern, path, self.r),
+            alpha=targets.by_pattern(self.alpha_pattern, path, self.alpha),
+            rank_pattern=FrozenDict(),
+            alpha_pattern=FrozenDict(),
+        )
 
 
-def init_lora_a(key: Key[Array, ""], r: int, in_features: int, dtype: Any) -> Float[Array, "r in"]:
-    """Uniform in ±1/√in: torch's Kaiming initialisation with a = √5, as PEFT draws A."""
+def init_lora_a(
+    key: Key[Array, ""], r: int, in_features: int, dtype: Any, init: bool | str = True
+) -> Float[Array, "r in"]:
+    """Uniform in ±1/√in: torch's Kaiming initialisation with a = √5, as PEFT draws A; or normal
+    with deviation 1/r where `init` is "gaussian"."""
+    if init == "gaussian":
+        return jax.random.normal(key, (r, in_features), dtype) / r
     bound = in_features**-0.5
     return jax.random.uniform(key, (r, in_features), dtype, -bound, bound)
 
@@ -70,10 +166,12 @@ def lora_product(
     x: Float[Array, "*batch in"],
     a: Float[Array, "r in"],
     b: Float[Array, "out r"],
-    scaling: int | float,
+    scaling: int | float | Float[Array, ""],
 ) -> Float[Array, "*batch out"]:
     """s · (x · Aᵀ) · Bᵀ in x's dtype; x is the (dropped-out) input of the layer."""
     down = jnp.einsum("...i,ri->...r", x, a.astype(x.dtype))
+    if isinstance(scaling, jax.Array):
+        scaling = scaling.astype(x.dtype)
     return _up(down * scaling, b.astype(x.dtype))
 
 

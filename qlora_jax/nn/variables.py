@@ -1,10 +1,14 @@
-"""The Variable type of weights that are never trained.
+"""The Variable types of a QLoRA model: weights never trained, weights trained whole, adapters.
 
 `nnx.LoRAParam` is a subclass of `nnx.Param`, so a frozen base kept in `nnx.Param` could not be told
-from adapters by that filter. A type of its own keeps the three apart:
+from adapters by that filter. Types of their own keep them apart:
 
-    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)     # adapters | all the rest
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)     # what is trained | all the rest
     nnx.state(model, FrozenParam)                                   # the frozen base
+    nnx.state(model, TrainedParam)                                  # base weights that are trained
+
+`TrainedParam` is a subclass of `nnx.LoRAParam`: whatever splits off adapters (the training step,
+its checkpoints) takes it along, and nothing there needs to know of it.
 """
 
 from flax import nnx
@@ -12,3 +16,8 @@ from flax import nnx
 
 class FrozenParam(nnx.Variable):
     """A weight of the frozen base: an array, or a `QuantizedTensor` (a pytree of arrays)."""
+
+
+class TrainedParam(nnx.LoRAParam):
+    """A weight of the base that is trained and saved whole: PEFT's `modules_to_save`, trained
+    biases, the rows of added tokens. It is found wherever adapters are found."""

@@ -1,6 +1,6 @@
 """Floor 4: how does a step run? State, step, loop, checkpoints, callbacks."""
 
-from qlora_jax.train.callbacks import Callback, MetricsFile, TensorBoard, WandB
+from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard, WandB
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loop import FitResult, fit
@@ -11,6 +11,7 @@ __all__ = [
     "Checkpoints",
     "FitResult",
     "MetricsFile",
+    "Probe",
     "StepMetrics",
     "TensorBoard",
     "TrainConfig",

@@ -2,15 +2,19 @@
 
 A callback sees numbers only, at the step they belong to, in order. Steps are counted as finished
 updates: step 1 is the state after the first. `log` is called with training metrics once per step
-and with `eval_loss`, `eval_perplexity`, `eval_tokens` after an evaluation.
+and with `eval_loss`, `eval_perplexity`, `eval_tokens` after an evaluation, and with what a `Probe`
+found. A probe is the other direction: it is shown the model itself, every so many steps.
 """
 
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
+
+from flax import nnx
 
 
 @runtime_checkable
@@ -28,6 +32,19 @@ class Callback(Protocol):
 
     def close(self) -> None:
         """The run ends, well or not."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An examination of the model while it trains, beside the held-out loss.
+
+    Attributes:
+        every: steps between two; it also takes place after the last step.
+        examine: (model, step) -> numbers by name, logged as they are; the model is only to be read.
+    """
+
+    every: int
+    examine: Callable[[nnx.Module, int], Mapping[str, float]]
 
 
 class MetricsFile:

@@ -33,7 +33,7 @@ from qlora_jax.evaluate import (
     make_eval_step,
     split_adapters,
 )
-from qlora_jax.train.callbacks import Callback, MetricsFile, TensorBoard
+from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.progress import ProgressDisplay, peak_device_bytes, peak_host_bytes
@@ -92,6 +92,7 @@ def fit(
     tx: optax.GradientTransformation | None = None,
     identity: Mapping[str, Any] | None = None,
     save_adapter: Callable[[Path, nnx.Module], None] | None = None,
+    probes: Sequence[Probe] = (),
     callbacks: Sequence[Callback] = (),
     console: Console | None = None,
 ) -> FitResult:
@@ -111,6 +112,7 @@ def fit(
         and compared on resuming.
       save_adapter: called at the end with `run_folder/adapter` and the model, for instance
         `lambda folder, model: ql.save_adapter(folder, model, lora_config, base_name)`.
+      probes: further examinations of the model, such as MMLU's.
       callbacks: see `train.callbacks`, beside metrics.jsonl, the progress display, and TensorBoard
         files where tensorboardX is installed.
       console: where progress is shown; default: standard output.
@@ -142,7 +144,7 @@ def fit(
             outlets.append(TensorBoard(folder / "tensorboard"))
         for outlet in outlets:
             stack.callback(outlet.close)
-        run = _Run(model, config, loss_fn, tx or config.optimizer(), checkpoints, outlets)
+        run = _Run(model, config, loss_fn, tx or config.optimizer(), checkpoints, outlets, probes)
         # The step uses up the model's own arrays, so it is given the trained ones however it ends.
         stack.callback(lambda: nnx.update(model, run.state.lora))
         result = run.train(batches, eval_batches)
@@ -164,6 +166,7 @@ class _Run:
         tx: optax.GradientTransformation,
         checkpoints: Checkpoints,
         outlets: Sequence[Callback],
+        probes: Sequence[Probe],
     ) -> None:
         graphdef, lora, self.frozen = split_adapters(model)
         if not jax.tree.leaves(lora):
@@ -179,6 +182,7 @@ class _Run:
             graphdef, tx, loss_fn, learning_rate=config.learning_rates(), state=self.state
         )
         self.eval_step = make_eval_step(graphdef, loss_fn)
+        self.graphdef, self.probes = graphdef, probes
         self.clock = _Clock()
         self.compiled: set[Any] = set()
         # A dispatched step whose metrics were not read yet: (step, metrics, real tokens).
@@ -200,6 +204,9 @@ class _Run:
             last = step == config.steps
             if eval_batches is not None and (last or _due(step, config.eval_every)):
                 evaluations.append(self.evaluate(eval_batches, step))
+            for probe in self.probes:
+                if last or _due(step, probe.every):
+                    self.probe(probe, step)
             if last or _due(step, config.save_every):
                 self.save(step)
         if eval_batches is not None and first >= config.steps:
@@ -256,6 +263,13 @@ class _Run:
         self.log(step, {f"eval_{name}": value for name, value in found._asdict().items()})
         self.clock.pause()
         return found
+
+    def probe(self, probe: Probe, step: int) -> None:
+        """The numbers of one examination, logged."""
+        self.report()
+        model = nnx.merge(self.graphdef, self.state.lora, self.frozen)
+        self.log(step, probe.examine(model, step))
+        self.clock.pause()
 
     def held_out(self, batches: EpochBatches | Sequence[Any]) -> Evaluation:
         """Held-out loss of the state."""

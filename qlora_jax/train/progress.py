@@ -56,6 +56,9 @@ class ProgressDisplay:
                 f"perplexity {values['eval_perplexity']:.2f}"
             )
             return
+        if "loss" not in values:
+            self.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+            return
         rate = values.get("tokens_per_second")
         numbers = f"loss {values['loss']:.4f}" + (f" · {rate:,.0f} tokens/s" if rate else "")
         if self._bar is not None:

@@ -1,16 +1,55 @@
-"""Damaged and contradicting 4-bit folders; that sound ones are read bit for bit: tests/vectors."""
+"""4-bit folders, written and damaged; what their numbers do in a model: tests/vectors."""
+
+import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from qlora_jax.checkpoints import load_model
+from qlora_jax.checkpoints import load_model, open_checkpoint, save_checkpoint, save_model
 from qlora_jax.quant import QuantConfig
 from tests.checkpoints.tiny import change_config, change_tensors
 from tests.shared import shared_path
 
 FOLDER = shared_path("vectors/llama/bnb4")
 NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def same_files(ours: Path, theirs: Path) -> None:
+    first, second = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
+    assert first.keys() == second.keys()
+    for name, tensor in second.items():
+        assert first[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(first[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "vectors/llama/bnb4",
+        "vectors/llama/bnb4_bf16",
+        *(f"data/reference/stories260K/bnb-{case}" for case in ("nf4", "nf4-dq", "fp4", "fp4-dq")),
+    ],
+)
+def test_what_bitsandbytes_wrote_is_written_back_byte_for_byte(theirs, tmp_path):
+    theirs = shared_path(theirs)
+    save_checkpoint(tmp_path / "ours", open_checkpoint(theirs))
+    same_files(tmp_path / "ours", theirs)
+    ours, config = (
+        json.loads((f / "config.json").read_text()) for f in (tmp_path / "ours", theirs)
+    )
+    assert ours == config
+
+
+def test_a_model_in_memory_is_written_as_bitsandbytes_would(tmp_path):
+    model = load_model(FOLDER, lora=None, compute_dtype=jnp.float32)
+    save_model(tmp_path, model)
+    same_files(tmp_path, FOLDER)
+    config = json.loads((tmp_path / "config.json").read_text())
+    expected = json.loads((FOLDER / "config.json").read_text())
+    assert config["quantization_config"] == expected["quantization_config"]
 
 
 @pytest.fixture

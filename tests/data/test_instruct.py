@@ -91,8 +91,11 @@ def test_chip2_by_its_schema(tmp_path):
     rows = [{"text": "<human>: Why?\nTell me.\n<bot>: So.\nThat is all."}]
     loaded = load_instruct("chip2", write(tmp_path / "a.jsonl", rows), cache_dir=tmp_path)
     assert loaded.rows == [{"input": "Why?\nTell me.", "output": "So.\nThat is all."}]
-    with pytest.raises(ValueError, match=r"a Chip2 row must read '<human>.*begins 'Why\?'"):
-        load_instruct("chip2", write(tmp_path / "b.jsonl", [{"text": "Why?"}]), cache_dir=tmp_path)
+    bad = write(tmp_path / "b.jsonl", [*rows, {"text": "Why?"}])
+    with pytest.raises(ValueError, match=r"row 1 of .*b.jsonl: a Chip2 row must .*begins 'Why\?'"):
+        load_instruct("chip2", bad, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"row 0 of .* contradicts its schema \(AttributeError"):
+        load_instruct("chip2", write(tmp_path / "c.jsonl", [{"text": 1}]), cache_dir=tmp_path)
 
 
 def test_unnatural_instructions_in_their_original_schema(tmp_path):
@@ -124,6 +127,12 @@ def test_the_hub_is_asked_for_what_the_table_says(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", answer)
     assert load_instruct("chip2", split="train[:1]").rows == [{"input": "a", "output": "b"}]
     assert asked == [("laion/OIG", None, "unified_chip2.jsonl", "train[:1]")]
+    # The whole of it must be the whole of it.
+    with pytest.raises(ValueError, match="laion/OIG gave 1 examples, but 210289 were released"):
+        load_instruct("chip2")
+    assert len(load_instruct("chip2", check_count=False).rows) == 1
+    assert len(load_instruct("chip2", data_files="part.jsonl").rows) == 1
+    assert asked[-1] == ("laion/OIG", None, "part.jsonl", None)
 
 
 def test_other_columns_are_refused_with_whose_they_are(tmp_path):
@@ -131,11 +140,14 @@ def test_other_columns_are_refused_with_whose_they_are(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"columns chosen, rejected, but 'longform' has \(input, output\); "
-        r"these are columns of hh-rlhf\.$",
+        r"the loader of hh-rlhf would take them\.$",
     ):
         load_instruct("longform", path, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="no dataset of the paper has these: use load_rows"):
+    with pytest.raises(ValueError, match="no loader and no format takes these: rename them"):
         load_instruct("alpaca", write(tmp_path / "a.jsonl", [{"a": "b"}]), cache_dir=tmp_path)
+    turns = write(tmp_path / "turns.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])
+    with pytest.raises(ValueError, match="the format messages or messages-chatml would take them"):
+        load_instruct("alpaca", turns, cache_dir=tmp_path)
     with pytest.raises(
         ValueError, match="there is no dataset 'guanaco'; the paper's are oasst1, hh"
     ):
@@ -152,6 +164,16 @@ def test_the_table_is_the_papers():
         "unnatural-instructions": 240_670,
         "chip2": 210_289,
         "longform": 23_700,
+    }
+    # What the hub's cards say of their training splits, and of the examples in their rows.
+    released = {name: d.released for name, d in INSTRUCT.items()}
+    assert released == counts | {
+        "oasst1": 9_846,
+        "alpaca": 52_002,
+        "alpaca-clean": 51_760,
+        "unnatural-instructions-core": 68_478,
+        "flan-v2": None,
+        "longform": 23_652,
     }
     # Loss on whole conversations where the paper read conversations, on responses elsewhere.
     assert {name for name, d in INSTRUCT.items() if d.train_on == "all"} == {"oasst1", "hh-rlhf"}

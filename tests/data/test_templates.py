@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.data import FORMATS, Segment, check_columns, detect_format, formats_for, get_format
-from qlora_jax.data.templates import _everything
+from qlora_jax.data.segments import trains_on_all
 from tests.shared import shared_path
 
 
@@ -239,4 +239,4 @@ def test_bad_names_are_refused():
         get_format("alpacca")
     # Below the signatures, whose Literal is checked here and not where users are.
     with pytest.raises(ValueError, match="train_on is 'answers', but must be 'response' or 'all'"):
-        _everything("answers")
+        trains_on_all("answers")

@@ -5,9 +5,10 @@ import yaml
 
 from experiments.cells import build_sweep
 from experiments.cli import CONFIGS
-from experiments.config import (
-    RunConfig,
-    build_run,
+from experiments.config import RunConfig, build_run
+from experiments.embedded import DATASETS, MODELS
+from experiments.finetune import make_parser, read_run
+from experiments.tree import (
     differences,
     flat,
     parse_setting,
@@ -16,8 +17,6 @@ from experiments.config import (
     to_yaml,
     with_setting,
 )
-from experiments.embedded import DATASETS, MODELS
-from experiments.finetune import make_parser, read_run
 
 
 def test_defaults_are_the_papers():
@@ -72,7 +71,8 @@ def test_what_is_wrong_is_named(tree, words):
 
 def test_every_option_survives_the_round_trip():
     tree = to_tree(RunConfig())
-    assert {key.split(".")[0] for key in flat(tree)} == {"model", "data", "quant", "lora", "train"}
+    sections = {"model", "data", "quant", "lora", "train", "mmlu"}
+    assert {key.split(".")[0] for key in flat(tree)} == sections
     assert build_run(tree, "defaults") == build_run({}, "nothing")
 
 

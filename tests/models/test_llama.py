@@ -4,7 +4,7 @@ import json
 import pytest
 
 from qlora_jax.models import DecoderConfig, RopeConfig, family_of
-from qlora_jax.models.llama import read_config, weight_names, write_config
+from qlora_jax.models.families.llama import read_config, weight_names, write_config
 from tests.shared import shared_path
 
 CONFIG = DecoderConfig(

@@ -1,6 +1,7 @@
 """The loop around the step: what it reports, when it looks, and how it stops."""
 
 import io
+import itertools
 import json
 import sys
 import types
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from qlora_jax.train import Checkpoints, TrainConfig, WandB, fit
+from qlora_jax.train import Checkpoints, Probe, TrainConfig, WandB, fit
 from qlora_jax.train.callbacks import MetricsFile, TensorBoard, read_lines
 from qlora_jax.train.progress import ProgressDisplay
 from tests.train.toy import Toy, ToyBatches, adapters, toy_loss
@@ -68,6 +69,26 @@ def test_a_run_learns_looks_saves_and_tells(tmp_path):
     assert "peak host memory" in text.splitlines()[-1]
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
     assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_probes_see_the_model_as_it_trains(tmp_path):
+    seen = []
+
+    def examine(model, step):
+        seen.append((step, adapters(model)))
+        return {"mmlu_micro": step / 100}
+
+    model, _, text = _fit(tmp_path, probes=[Probe(5, examine)])
+    assert [step for step, _ in seen] == [5, 10, 12]
+    for (_, before), (_, after) in itertools.pairwise(seen):
+        assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    # After the last step it is the model in the caller's hands.
+    for shown, kept in zip(seen[-1][1], adapters(model), strict=True):
+        np.testing.assert_array_equal(shown, kept)
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    found = [(line["step"], line["mmlu_micro"]) for line in lines if "mmlu_micro" in line]
+    assert found == [(5, 0.05), (10, 0.1), (12, 0.12)]
+    assert "step 10: mmlu_micro 0.1" in text
 
 
 class _Epochs:

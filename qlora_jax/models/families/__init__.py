@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_jax.models.families.llama import LLAMA
 from qlora_jax.models.family import Family
-from qlora_jax.models.llama import LLAMA
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA,)}
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.family import Family, Slot, read_rope, required, write_rope
 
 
@@ -31,7 +32,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         num_key_value_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or hidden // heads,
         max_position_embeddings=config.get("max_position_embeddings", 2048),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=bias,
         o_bias=bias,
@@ -63,7 +64,7 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
+        "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
@@ -100,4 +101,4 @@ def weight_names(config: DecoderConfig) -> dict[str, Slot]:
     return names
 
 
-LLAMA = Family("llama", read_config, write_config, weight_names)
+LLAMA = Family("llama", read_config, write_config, weight_names, build=Decoder)

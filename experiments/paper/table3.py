@@ -1,0 +1,294 @@
+"""What both halves of the paper's Table 3 share: the five ways to finetune, cells, and the report.
+
+A cell is one (column, method, seed). Its folder gets `result.json` when all is done, so that the
+same command again goes on where it stopped and leaves finished cells alone. The report puts our
+means beside the paper's numbers, as `results.json` and `table.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from experiments.report import ERROR, RESULT, write_atomically
+from qlora_jax.checkpoints import load_model
+from qlora_jax.nn import LoraConfig
+from qlora_jax.quant import QuantConfig
+from qlora_jax.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        title: the paper's name for it.
+        adapters: whether adapters are trained on a frozen base; else all weights are trained.
+        quant: how the base is stored; None for 16 bits.
+    """
+
+    title: str
+    adapters: bool
+    quant: QuantConfig | None
+
+
+METHODS: dict[str, Method] = {
+    "bf16": Method("BF16", False, None),
+    "lora": Method("LoRA BF16", True, None),
+    # Block-wise absmax like the others; the paper's Int8 was LLM.int8(), which keeps outlier
+    # columns in 16 bits.
+    "int8": Method("QLoRA Int8", True, QuantConfig("int8", 64, double_quant=False)),
+    "fp4": Method("QLoRA FP4", True, QuantConfig("fp4", 64, double_quant=False)),
+    "nf4": Method("QLoRA NF4+DQ", True, QuantConfig("nf4", 64, double_quant=True)),
+}
+
+SIZES = ("80M", "250M", "780M", "3B", "11B")
+
+PUBLISHED: dict[str, dict[str, float]] = {
+    "bf16": {"GLUE": 88.6, "80M": 40.1, "250M": 42.1, "780M": 48.0, "3B": 54.3, "11B": 62.0},
+    "lora": {"GLUE": 88.8, "80M": 40.5, "250M": 42.6, "780M": 47.1, "3B": 55.4, "11B": 60.7},
+    "int8": {"GLUE": 88.8, "80M": 40.4, "250M": 42.9, "780M": 45.4, "3B": 56.5, "11B": 60.7},
+    "fp4": {"GLUE": 88.6, "80M": 40.3, "250M": 42.4, "780M": 47.5, "3B": 55.6, "11B": 60.9},
+    "nf4": {"80M": 40.4, "250M": 42.7, "780M": 47.7, "3B": 55.3, "11B": 60.9},
+}
+"""Table 3 of arXiv 2305.14314: mean GLUE score of RoBERTa-large, and RougeL on Super-NI of T5."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a column of our table (a task, or a model), a method, a seed."""
+
+    column: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return f"{self.column}-{self.method}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a cell trains; the published values of either half are that module's defaults.
+
+    Attributes:
+        lora: the adapters.
+        learning_rate: of adapters.
+        full_learning_rate: of all weights.
+        schedule, warmup: of the rate; `warmup` is a share of the steps.
+        epochs: passes over the rows; `steps`, where given, wins.
+        batch_size: rows of an update.
+        accumulation: micro-batches that an update is cut into.
+        max_grad_norm: gradients are clipped to it.
+        compute_dtype: of activations; the weights of full finetuning are kept in float32.
+    """
+
+    lora: LoraConfig
+    learning_rate: float
+    full_learning_rate: float
+    schedule: str
+    warmup: float
+    epochs: float
+    steps: int | None
+    batch_size: int
+    accumulation: int
+    max_grad_norm: float | None
+    compute_dtype: str
+
+    def train_config(self, method: Method, rows: int, seed: int) -> TrainConfig:
+        """The `TrainConfig` of a cell on so many rows."""
+        steps = self.steps or max(1, round(self.epochs * rows / self.batch_size))
+        return TrainConfig(
+            steps=steps,
+            learning_rate=self.learning_rate if method.adapters else self.full_learning_rate,
+            schedule=self.schedule,
+            warmup_steps=int(self.warmup * steps),
+            micro_batch_size=self.batch_size // self.accumulation,
+            gradient_accumulation_steps=self.accumulation,
+            max_grad_norm=self.max_grad_norm,
+            seed=seed,
+            save_every=500,
+            log_every=max(1, steps // 5),
+        )
+
+    def load(self, folder: Path, method: Method, seed: int, **options: Any) -> Any:
+        """The model of a cell; `options` are further arguments of `load_model`."""
+        return load_model(
+            folder,
+            quant=method.quant,
+            lora=self.lora if method.adapters else None,
+            trainable_base=not method.adapters,
+            compute_dtype=jnp.dtype(self.compute_dtype),
+            seed=seed,
+            **options,
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
+    """The options that both halves take, with one half's defaults."""
+    parser.add_argument(
+        "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="rows (all)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="mean over these (0)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (runs/NAME)")
+    parser.add_argument(
+        "--scale",
+        choices=("full", "tiny"),
+        default="full",
+        help="tiny: a random model of two layers, made on the spot, and a few rows",
+    )
+    group = parser.add_argument_group("training")
+    group.add_argument("--r", type=int, help=f"rank of the adapters ({recipe.lora.r})")
+    group.add_argument("--alpha", type=float, help=f"their scale is alpha / r ({recipe.lora.alpha})")
+    group.add_argument("--learning-rate", type=float, help=f"adapters ({recipe.learning_rate:g})")
+    group.add_argument(
+        "--full-learning-rate", type=float, help=f"all weights ({recipe.full_learning_rate:g})"
+    )
+    group.add_argument("--epochs", type=float, help=f"passes over the rows ({recipe.epochs:g})")
+    group.add_argument("--steps", type=int, help="updates, instead of epochs")
+    group.add_argument("--batch-size", type=int, help=f"rows of an update ({recipe.batch_size})")
+    group.add_argument("--accumulation", type=int, help="micro-batches that it is cut into (1)")
+    group.add_argument(
+        "--compute-dtype",
+        choices=("bfloat16", "float32"),
+        help="of activations (bfloat16 on an accelerator, float32 on a CPU)",
+    )
+    rows = parser.add_argument_group("rows")
+    rows.add_argument("--train-rows", type=int, help="train on the first so many")
+    rows.add_argument("--eval-rows", type=int, help="score the first so many")
+
+
+def read_recipe(recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    """The half's defaults with what the command line says instead.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    given = {
+        name: getattr(options, name)
+        for name in (
+            "learning_rate",
+            "full_learning_rate",
+            "epochs",
+            "steps",
+            "batch_size",
+            "accumulation",
+            "compute_dtype",
+        )
+        if getattr(options, name) is not None
+    }
+    lora = {
+        name: getattr(options, name)
+        for name in ("r", "alpha")
+        if getattr(options, name) is not None
+    }
+    if given.get("batch_size", recipe.batch_size) % given.get("accumulation", recipe.accumulation):
+        raise ValueError("--accumulation has to divide --batch-size.")
+    given.setdefault("compute_dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
+    fields = {**vars(recipe), **given, "lora": LoraConfig(**{**vars(recipe.lora), **lora})}
+    return Recipe(**fields)
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    out: Path,
+    settings: Mapping[str, Any],
+    run: Callable[[Cell, Path], Mapping[str, Any]],
+    console: Console,
+) -> dict[Cell, dict[str, Any]]:
+    """Runs the cells that are not finished; returns the results of all that are.
+
+    Args:
+        cells: in order.
+        out: the folder of cell folders.
+        settings: what decides a cell's result beside its name; kept in it, and compared.
+        run: (cell, its folder) → its result.
+        console: where progress is told.
+
+    Raises:
+        ValueError: a finished cell was made with other settings.
+    """
+    decided = json.loads(json.dumps(dict(settings), default=str))
+    results: dict[Cell, dict[str, Any]] = {}
+    for cell in cells:
+        path = out / cell.name / RESULT
+        if path.is_file():
+            results[cell] = json.loads(path.read_text(encoding="utf-8"))
+            saved = results[cell]["settings"]
+            other = sorted(k for k in {*saved, *decided} if saved.get(k) != decided.get(k))
+            if other:
+                name = other[0]
+                raise ValueError(
+                    f"{path.parent} was made with {name} {saved.get(name)!r}, but now it is "
+                    f"{decided.get(name)!r}: set it back, or choose another --out."
+                )
+    for number, cell in enumerate(cells, 1):
+        folder = out / cell.name
+        if cell in results:
+            console.print(f"{cell.name}: finished before", highlight=False)
+            continue
+        console.rule(f"{number}/{len(cells)} {cell.name}", align="left")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            result = {**run(cell, folder), "settings": decided}
+        except Exception as error:  # one cell must not stop the others
+            text = " ".join(str(error).split()) or type(error).__name__
+            console.print(f"[red]failed:[/red] {text}", highlight=False)
+            write_atomically(folder / ERROR, f"{text}\n\n{traceback.format_exc()}")
+        else:
+            (folder / ERROR).unlink(missing_ok=True)
+            write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
+            results[cell] = result
+        # A model's arrays are in reference cycles (nnx graphs): without this, two are alive at once.
+        gc.collect()
+    return results
+
+
+def mean_scores(
+    results: Mapping[Cell, Mapping[str, Any]],
+) -> dict[str, dict[str, float]]:
+    """Method → column → mean of the cells' `score` over seeds, in percent."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for cell, result in results.items():
+        scores.setdefault(cell.method, {}).setdefault(cell.column, []).append(result["score"])
+    return {
+        method: {column: 100 * statistics.fmean(values) for column, values in columns.items()}
+        for method, columns in scores.items()
+    }
+
+
+def markdown(
+    heading: str, columns: Sequence[str], rows: Sequence[tuple[str, Mapping[str, float]]]
+) -> str:
+    """A Markdown table of percentages; what is not known is a dash."""
+
+    def cell(values: Mapping[str, float], column: str) -> str:
+        return f"{values[column]:.1f}" if column in values else "–"
+
+    lines = [
+        f"| {heading} | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+        *(f"| {name} | {' | '.join(cell(v, c) for c in columns)} |" for name, v in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(
+    out: Path, title: str, table: str, notes: str, results: Mapping[Cell, Mapping[str, Any]]
+) -> None:
+    """Writes `results.json` (every cell) and `table.md`."""
+    cells = [{**vars(cell), **result} for cell, result in results.items()]
+    write_atomically(out / "results.json", json.dumps({"title": title, "cells": cells}, indent=1))
+    write_atomically(out / "table.md", f"# {title}\n\n{table}\n{notes}\n")

@@ -1,0 +1,154 @@
+"""The rows of a run: found, held out, cut, and tokenized for its model.
+
+Tokenized datasets are kept between runs of one process: a sweep reads each one once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.config import DataConfig
+from experiments.embedded import DATASETS
+from qlora_jax.data import (
+    INSTRUCT,
+    ChatTemplateFormat,
+    ConversationFormat,
+    Examples,
+    Format,
+    Tokenizer,
+    detect_format,
+    get_format,
+    load_chat_template,
+    load_instruct,
+    load_rows,
+    load_tokenizer,
+    tokenize_rows,
+)
+from qlora_jax.models import family_of
+
+
+@functools.lru_cache(maxsize=16)
+def context_length(folder: Path) -> int:
+    """The model's longest sequence, from a config.json of a known architecture.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json.
+        ValueError: it is damaged, or of an architecture that is not known.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no Hugging Face model folder: it has no config.json.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return family_of(raw).read_config(raw).max_position_embeddings
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again.") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def examples_of(data: DataConfig, folder: Path, longest: int) -> tuple[Examples, Examples, int]:
+    """What a run trains on, what it is held against, and the id that fills rows up.
+
+    Args:
+        data: which rows.
+        folder: the model's, for its tokenizer and chat template.
+        longest: refuse examples of more tokens.
+
+    Raises:
+        ValueError, OSError: what is wrong with the rows, in a sentence.
+    """
+    tokenizer = load_tokenizer(folder)
+    train_rows, validation_rows, form = _split_rows(data, folder)
+    if data.max_rows is not None:
+        train_rows = _first(train_rows, data.max_rows)
+    train = _tokenize(train_rows, form, data, tokenizer, longest, data.source)
+    name = f"{data.source} (validation)"
+    validation = _tokenize(validation_rows, form, data, tokenizer, longest, name)
+    # The loss does not depend on the order, the padding does.
+    by_length = sorted(validation, key=lambda example: len(example.input_ids))
+    return train, Examples.of(by_length), tokenizer.pad_token_id
+
+
+def _split_rows(data: DataConfig, folder: Path) -> tuple[Any, Any, Format]:
+    """Training rows, held-out rows, and the format of both."""
+    embedded = DATASETS.get(data.source)
+    source = embedded.folder if embedded else data.source
+    if data.source in INSTRUCT:
+        rows, form, _ = load_instruct(data.source, data.files, data.split)
+    else:
+        rows = load_rows(source, data.split or ("train" if embedded else None))
+        form = _format(data, folder, rows.column_names)
+    if data.validation_source is None and data.validation_split is None:
+        if len(rows) <= data.validation_rows:
+            raise ValueError(
+                f"{data.source} has {len(rows)} rows, but {data.validation_rows} are to be held "
+                "out: lower data.validation_rows, or name a data.validation_split."
+            )
+        train, held_out = _held_out(rows, data.validation_rows)
+        return train, held_out, form
+    if data.source in INSTRUCT:
+        files = data.validation_source or data.files
+        held_out, other, _ = load_instruct(data.source, files, data.validation_split)
+        if other != form:
+            raise ValueError(
+                f"the validation rows of {data.source} are in another schema than its training "
+                "rows: give files of one."
+            )
+    else:
+        held_out = load_rows(data.validation_source or source, data.validation_split)
+    return rows, _first(held_out, data.validation_rows), form
+
+
+def _held_out(rows: Any, count: int) -> tuple[Any, Any]:
+    """(the rest, `count` rows), the same ones for every seed, or seeds could not be compared."""
+    import datasets
+
+    if not isinstance(rows, datasets.Dataset):
+        # Rows that were taken apart are a list: the same permutation as of a Dataset.
+        chosen = datasets.Dataset.from_dict({"row": range(len(rows))})
+        halves = chosen.train_test_split(test_size=count, seed=0)
+        return [rows[i] for i in halves["train"]["row"]], [rows[i] for i in halves["test"]["row"]]
+    halves = rows.train_test_split(test_size=count, seed=0)
+    return halves["train"], halves["test"]
+
+
+def _first(rows: Any, count: int) -> Sequence[Any]:
+    count = min(len(rows), count)
+    return rows[:count] if isinstance(rows, list) else rows.select(range(count))
+
+
+def _format(data: DataConfig, folder: Path, columns: list[str]) -> Format:
+    if data.format == "chat-template":
+        return ChatTemplateFormat(load_chat_template(folder), system=data.system_prompt)
+    named = data.format != "auto"
+    form = get_format(data.format) if named else detect_format(columns, source=data.source)
+    if data.system_prompt is None:
+        return form
+    if isinstance(form, ConversationFormat):
+        return dataclasses.replace(form, system=data.system_prompt)
+    raise ValueError(
+        f"data.system_prompt is given, but the format {form.name!r} knows no system turns: it "
+        "belongs to conversations (messages, messages-chatml, chat-template)."
+    )
+
+
+def _tokenize(
+    rows: Any, form: Format, data: DataConfig, tokenizer: Tokenizer, longest: int, name: str
+) -> Examples:
+    return tokenize_rows(
+        rows,
+        form,
+        tokenizer,
+        train_on=data.train_on or "response",
+        source_max_len=data.source_max_len,
+        target_max_len=data.target_max_len,
+        max_len=longest,
+        source=name,
+    )

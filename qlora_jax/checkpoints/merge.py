@@ -1,0 +1,227 @@
+"""Merging an adapter into its base: W' = W + s · B · A, with its eyes open about which W.
+
+An adapter was trained beside *quantized* weights. Three bases can take it, and none is free:
+
+- **original**: the 16-bit weights that were quantized. Closest to the base model, but training
+  never saw them: the adapter also learned to mend the quantization's errors, which are not there.
+- **dequantized**: the numbers that the codes stand for. What training saw, to 16-bit rounding.
+- **requantized**: the merged dequantized weights, quantized again: four bits once more, and a
+  delta smaller than half a step between codes is lost.
+
+`merged` takes the base as a checkpoint and gives a checkpoint, so a merge is loaded, measured or
+written like any other model, and one tensor is in memory at a time. docs/merging.md measures.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qlora_jax.checkpoints.adapter import WEIGHTS, read_adapter_config
+from qlora_jax.checkpoints.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    TensorInfo,
+    dtype_name,
+    quantized,
+)
+from qlora_jax.checkpoints.load import linear_weights
+from qlora_jax.quant import QuantConfig, QuantizedTensor
+
+MODES = ("original", "dequantized", "requantized")
+"""Which base takes the adapter."""
+
+_PREFIX = "base_model.model."
+_MAGNITUDE = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+
+
+def merge(
+    base: Checkpoint,
+    adapter: str | Path,
+    mode: str,
+    *,
+    quant: QuantConfig = QuantConfig(),
+) -> Checkpoint:
+    """An adapter in its base, as a checkpoint to load or to write.
+
+    Args:
+        base: the base model; in 4 bits already, or as it was before.
+        adapter: folder in PEFT's format.
+        mode: one of `MODES`, as the module's prologue describes them.
+        quant: how a 16-bit base was quantized in training.
+
+    Raises:
+        FileNotFoundError: the adapter's files are missing.
+        ValueError: an unknown mode, a 4-bit base where the original is needed, or an adapter of
+            another base.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}.")
+    if mode == "original":
+        if base.quant is not None:
+            raise ValueError(
+                f"{base.source} is quantized, as {base.quant}, but the mode 'original' merges into "
+                "the 16-bit weights: give their folder, or the mode 'dequantized'."
+            )
+        return merged(base, adapter)
+    packed = base if base.quant else quantized(base, linear_weights(base), quant)
+    if mode == "dequantized":
+        return merged(packed, adapter)
+    names = {name for name, info in packed.tensors.items() if info.quant}
+    before = next(info.dtype for info in packed.tensors.values() if info.quant)
+    wide = merged(packed, adapter, dtype=np.float32)
+    return quantized(wide, names, packed.quant or quant, dtype=before)
+
+
+def merged(checkpoint: Checkpoint, adapter: str | Path, *, dtype: Any = None) -> Checkpoint:
+    """The checkpoint, dense, with an adapter added to its weights as they are read.
+
+    The sum is taken in float32 and rounded once. Quantized weights that the adapter leaves alone
+    are dequantized.
+
+    Args:
+        checkpoint: the base.
+        adapter: folder in PEFT's format.
+        dtype: of the weights that are quantized or adapted; None for each one's own.
+
+    Raises:
+        FileNotFoundError: the adapter's files are missing.
+        ValueError: the adapter belongs to another base, or holds what cannot be merged.
+    """
+    file = AdapterFile(adapter, checkpoint)
+    tensors = {
+        name: TensorInfo(
+            file.replaced.get(name, info.shape),
+            info.dtype
+            if dtype is None or (info.quant is None and name not in file.adapted)
+            else dtype_name(dtype),
+        )
+        for name, info in (file.added | dict(checkpoint.tensors)).items()
+    }
+
+    def read(name: str) -> np.ndarray | QuantizedTensor:
+        target = DTYPES[tensors[name].dtype]
+        if name in file.replaced:
+            return file.replacement(name).astype(target)
+        value = checkpoint.read(name)
+        if isinstance(value, QuantizedTensor):
+            value = np.asarray(jax.tree.map(jnp.asarray, value).dequantize(jnp.float32))
+        if name in file.adapted:
+            value = file.merge(name, value.astype(np.float32))
+        return value.astype(target)
+
+    return replace(checkpoint, config=file.config, tensors=tensors, read=read)
+
+
+class AdapterFile:
+    """A PEFT adapter beside the checkpoint it is for: every name and shape is compared at once,
+    numbers are read when they are asked for.
+
+    Attributes:
+        adapted: base tensors with a low-rank adapter.
+        replaced: base tensors that the adapter brings whole (`modules_to_save`), with the shapes
+            that they have there.
+        added: such tensors that the base lacks (the head of a model that tied it).
+        config: the base's config.json, with what the adapter changes in it.
+    """
+
+    def __init__(self, folder: str | Path, base: Checkpoint) -> None:
+        """Opens the adapter; raises as `merged`."""
+        self._lora = read_adapter_config(folder)
+        self._path = Path(folder) / WEIGHTS
+        self._keys: dict[str, dict[str, str]] = {}
+        self.adapted: set[str] = set()
+        self.replaced: dict[str, tuple[int, ...]] = {}
+        self.added: dict[str, TensorInfo] = {}
+        self.config = dict(base.config)
+        if not self._path.is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {WEIGHTS}: give the folder that PEFT's save_pretrained wrote "
+                "(pickles are never read)."
+            )
+        try:
+            with safe_open(self._path, framework="np") as file:
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self._path} is truncated or no safetensors file ({error}): fetch it again."
+            ) from error
+        for key, shape in shapes.items():
+            self._place(key, shape, base)
+        self._check(shapes, base)
+
+    def _place(self, key: str, shape: tuple[int, ...], base: Checkpoint) -> None:
+        """Finds the base tensor that one of the adapter's belongs to."""
+        name = key.removeprefix(_PREFIX)
+        for part, suffixes in [
+            ("A", (".lora_A.weight",)),
+            ("B", (".lora_B.weight",)),
+            ("magnitude", _MAGNITUDE),
+        ]:
+            suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
+            if suffix is not None:
+                name = name.removesuffix(suffix) + ".weight"
+                self.adapted.add(name)
+                break
+        else:
+            part = "whole"
+            name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            self.replaced[name] = shape
+            if name not in base.tensors and self.config.get("tie_word_embeddings"):
+                self.config["tie_word_embeddings"] = False
+                self.added[name] = TensorInfo(shape, next(iter(base.tensors.values())).dtype)
+        if name not in base.tensors and name not in self.added:
+            raise ValueError(
+                f"{self._path} adapts {name!r}, which {base.source} does not have: the adapter was "
+                "trained on another base model."
+            )
+        self._keys.setdefault(name, {})[part] = key
+
+    def _check(self, shapes: dict[str, tuple[int, ...]], base: Checkpoint) -> None:
+        for name in self.adapted:
+            keys = self._keys[name]
+            if not {"A", "B"} <= keys.keys() or False:
+                raise ValueError(
+                    f"{self._path} holds only {', '.join(sorted(keys))} of {name!r}'s adapter: "
+                    "fetch it again, whole."
+                )
+            (rank, inputs), (outputs, _) = shapes[keys["A"]], shapes[keys["B"]]
+            if shapes[keys["B"]][1] != rank or base.tensors[name].shape != (outputs, inputs):
+                raise ValueError(
+                    f"{self._path} adapts {name!r} as {[outputs, inputs]}, but in {base.source} it "
+                    f"is {list(base.tensors[name].shape)}: the adapter was trained on another base "
+                    "model."
+                )
+        for name, shape in self.replaced.items():
+            if name in self.added:
+                continue
+            own = base.tensors[name].shape
+            if shape[1:] != own[1:] or (shape != own and own[0] != base.config.get("vocab_size")):
+                raise ValueError(
+                    f"{self._path} replaces {name!r} by {list(shape)}, but in {base.source} it is "
+                    f"{list(own)}: the adapter was trained on another base model."
+                )
+            if shape != own:
+                self.config["vocab_size"] = shape[0]
+
+    def _read(self, name: str, part: str) -> np.ndarray:
+        with safe_open(self._path, framework="np") as file:
+            return file.get_tensor(self._keys[name][part])
+
+    def replacement(self, name: str) -> np.ndarray:
+        """The tensor that takes a base tensor's place."""
+        return self._read(name, "whole")
+
+    def merge(self, name: str, weight: np.ndarray) -> np.ndarray:
+        """The weight [out, in], float32, with its adapter added."""
+        a, b = (self._read(name, part).astype(np.float32) for part in "AB")
+        weight = weight + np.float32(self._lora.scaling) * (b @ a)
+        if "magnitude" in self._keys[name]:
+            magnitude = self._read(name, "magnitude").astype(np.float32).reshape(-1)
+            length = np.linalg.norm(weight, axis=1)
+            weight = weight * (magnitude / np.where(length > 0, length, 1))[:, None]
+        return weight

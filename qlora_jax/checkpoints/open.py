@@ -1,0 +1,77 @@
+"""From a path to a `Checkpoint`: a Hugging Face folder, 16-bit or in 4 bits, or a GGUF file."""
+
+from pathlib import Path
+
+import numpy as np
+
+from qlora_jax.checkpoints.bitsandbytes import (
+    check_method,
+    is_part,
+    packed_names,
+    read_packed,
+    read_state,
+)
+from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, dtype_name
+from qlora_jax.checkpoints.folder import PICKLES, WeightFolder, read_json
+from qlora_jax.quant import QuantizedTensor
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Small files that belong to a model whatever its weights' format: they go where it goes."""
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A model's weights, ready to be read: headers are read here, numbers are not.
+
+    Args:
+        path: a Hugging Face folder with safetensors.
+
+    Raises:
+        FileNotFoundError: there is no such path, or no weights there.
+        ValueError: pickles, a damaged file, an index that points outside of its folder, or a
+            format that is not read.
+    """
+    path = Path(path).expanduser()
+    if path.is_file() and any(path.match(pattern) for pattern in PICKLES):
+        raise ValueError(
+            f"{path} is a pickle, which can run code and is never read here: convert it once where "
+            "torch is installed, with `AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(new_folder, safe_serialization=True)`."
+        )
+    return _open_folder(path)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    config = read_json(folder / "config.json")
+    weights = WeightFolder(folder)
+    check_method(config, weights)
+    packed = packed_names(weights)
+    tensors: dict[str, TensorInfo] = {}
+    for name in weights:
+        if name in packed:
+            state = read_state(weights, name)
+            tensors[name] = TensorInfo(state.shape, dtype_name(state.dtype), state.config)
+        elif not (packed and is_part(name)):
+            tensors[name] = TensorInfo(weights.shapes[name], weights.dtypes[name])
+
+    def read(name: str) -> np.ndarray | QuantizedTensor:
+        return read_packed(weights, name) if name in packed else weights.read(name)
+
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return Checkpoint(folder, plain, tensors, read, lambda: read_companions(folder))
+
+
+def read_companions(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that `COMPANIONS` names."""
+    paths = sorted({path for pattern in COMPANIONS for path in folder.glob(pattern)})
+    return {path.name: path.read_bytes() for path in paths}

@@ -1,0 +1,45 @@
+"""Floor 6: `qlora-jax`, what the library does to files, from a shell.
+
+One module per subcommand, imported only when it is called, so that `--help` is instant. A module
+has `add_parser(subparsers)`, which describes its arguments and sets `run` as the default of that
+name, and `run(args) -> int`, the exit code.
+
+Whatever is wrong with the input is one sentence on standard error and exit code 2; nothing is
+written then.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+SUBCOMMANDS = {
+    "inspect": "print a model's tensors: shapes, bits per weight, bytes",
+}
+"""Name, which is the module's too → one line for `qlora-jax --help`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns its exit code.
+
+    Args:
+        argv: the arguments; None takes the program's own.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="qlora-jax",
+        description="QLoRA models as files: look at them, quantize, merge, convert, publish.",
+        epilog="qlora-jax COMMAND --help tells more. Training: python -m experiments.finetune.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in SUBCOMMANDS.items():
+        if argv[:1] == [name]:
+            importlib.import_module(f"{__name__}.{name}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"qlora-jax {args.command}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,64 @@
+"""Attention whose probabilities are dropped out in training, as T5's and RoBERTa's are."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from qlora_jax.models.attention import AttentionName
+from qlora_jax.nn.lora import dropout
+
+
+def dropped_attention(
+    query: Float[Array, "batch q heads head_dim"],
+    key: Float[Array, "batch k heads head_dim"],
+    value: Float[Array, "batch k heads head_dim"],
+    *,
+    bias: Float[Array, "1 heads q k"] | None = None,
+    mask: Bool[Array, "#batch 1 1 k"] | None = None,
+    causal: bool = False,
+    scale: float,
+    rate: float,
+    dropout_key: Key[Array, ""] | None,
+    implementation: AttentionName = "xla",
+) -> Float[Array, "batch q heads head_dim"]:
+    """softmax(scale · query · keyᵀ + bias) · value.
+
+    Without a key it is `jax.nn.dot_product_attention`. With one the probabilities are written out,
+    since no fused attention drops them: memory then grows with q · k.
+
+    Args:
+        query, key, value: equally many heads.
+        bias: added to the scores.
+        mask: true where a key may be seen.
+        causal: whether a query sees no later keys.
+        scale: of the scores.
+        rate: of the probabilities' dropout.
+        dropout_key: turns it on.
+        implementation: of the attention without dropout.
+    """
+    if dropout_key is None or rate == 0:
+        if mask is not None and implementation == "cudnn":
+            # cuDNN broadcasts a mask over batch and heads, but not over queries.
+            mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], mask.shape[3]))
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=mask,
+            is_causal=causal,
+            scale=scale,
+            implementation=implementation,
+        )
+    scores = scale * jnp.einsum(
+        "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
+    )
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = jnp.where(mask, scores, -1e30)
+    if causal:
+        seen = jnp.arange(query.shape[1])[:, None] >= jnp.arange(key.shape[1])
+        scores = jnp.where(seen, scores, -1e30)
+    chances = dropout(jax.nn.softmax(scores, axis=-1), rate, dropout_key)
+    return jnp.einsum("bhqk,bkhd->bqhd", chances.astype(value.dtype), value)

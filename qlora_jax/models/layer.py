@@ -1,0 +1,68 @@
+"""One layer of a decoder: attention and an MLP, each added to what flows past."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from qlora_jax.models.attention import Attention, Mix
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.mlp import MLP
+from qlora_jax.models.norm import norm_for
+from qlora_jax.nn import QuantDense
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP around one residual stream, in the order of `DecoderConfig.residual`."""
+
+    def __init__(self, config: DecoderConfig, dense: Callable[..., QuantDense]) -> None:
+        """`dense(name, inputs, outputs, bias)` makes a linear layer."""
+        self.input_layernorm = norm_for(config, config.hidden_size)
+        self.post_attention_layernorm = norm_for(config, config.hidden_size)
+        if config.residual == "sandwich":
+            self.pre_feedforward_layernorm = norm_for(config, config.hidden_size)
+            self.post_feedforward_layernorm = norm_for(config, config.hidden_size)
+        setattr(self, config.names.attention, Attention(config, dense))
+        setattr(self, config.names.mlp, MLP(config, dense, config.names.mlp))
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        turns: tuple[Array, Array] | None,
+        mix: Mix,
+        *,
+        dropout_key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "batch seq embed"], Any]:
+        """The same shape and dtype as x, and what `mix` kept; `dropout_key` is this layer's own."""
+        config = self.config
+        linears = (*config.attention_linears, *config.mlp_linears)
+        split = (
+            [None] * len(linears)
+            if dropout_key is None
+            else jax.random.split(dropout_key, len(linears))
+        )
+        keys = dict(zip(linears, split, strict=True))
+
+        def attention(x: Array) -> tuple[Array, Any]:
+            return getattr(self, config.names.attention)(x, turns, mix, dropout_keys=keys)
+
+        def mlp(x: Array) -> Array:
+            return getattr(self, config.names.mlp)(x, dropout_keys=keys)
+
+        first, second = self.input_layernorm, self.post_attention_layernorm
+        if config.residual == "parallel":
+            mixed, kept = attention(first(x))
+            return x + mixed + mlp(second(x)), kept
+        if config.residual == "post":
+            mixed, kept = attention(x)
+            x = first(x + mixed)
+            return second(x + mlp(x)), kept
+        mixed, kept = attention(first(x))
+        if config.residual == "sandwich":
+            x = x + second(mixed)
+            return x + self.post_feedforward_layernorm(mlp(self.pre_feedforward_layernorm(x))), kept
+        x = x + mixed
+        return x + mlp(second(x)), kept

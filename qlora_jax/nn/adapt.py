@@ -1,0 +1,182 @@
+"""What is trained in a module: adapters on the layers that a `LoraConfig` names, and the weights of
+the base that it has trained whole.
+
+    add_lora(model, LoraConfig(target_modules=("q", "v"), modules_to_save=("head",)), rngs=rngs)
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+A module's name is its dotted path in the tree, or, where the caller has other ones (a checkpoint's,
+one for each layer of a stack), those.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qlora_jax.nn.convert import children, quantize_module, replace_layers
+from qlora_jax.nn.dense import QuantDense
+from qlora_jax.nn.lora import LoraConfig
+from qlora_jax.nn.variables import FrozenParam, TrainedParam
+from qlora_jax.quant import QuantizedTensor
+
+Names = Mapping[str, Sequence[str]]
+Starts = Mapping[str, tuple[jax.Array, jax.Array]]
+
+
+def add_lora(
+    module: nnx.Module,
+    lora: LoraConfig = LoraConfig(),
+    *,
+    rngs: nnx.Rngs,
+    names: Names | None = None,
+    starts: Starts | None = None,
+) -> nnx.Module:
+    """Makes trainable what a `LoraConfig` names: `QuantDense` layers get adapters, modules to save
+    and biases become `TrainedParam`.
+
+    An `nnx.Linear` that is named is first frozen, unquantized. Dropout draws from `rngs` in
+    training mode (`module.train()`); the layers of a stack, and those of a module with `names`, take
+    explicit keys alone.
+
+    Args:
+        module: changed in place.
+        lora: what to adapt, and how.
+        rngs: draws A, and dropout's keys.
+        names: tree path of a module → what `lora` is to call it: one name, or one for each layer of
+            a stack; None calls every module by its tree path.
+        starts: by name, A and B to start from (`start_from_weight`).
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: no layer has such a name (the message lists the ones there are); a start from
+            the weight is asked for but not given; a module to save is quantized, or is only a part
+            of a stack.
+    """
+    called = {} if names is None else names
+    seen: list[str] = []
+    found = False
+
+    def freeze(path: str, linear: nnx.Linear) -> nnx.Module:
+        if not lora.targets(path):
+            return linear
+        holder = nnx.Dict(linear=linear)
+        quantize_module(holder, None)
+        return holder["linear"]
+
+    def adapt(path: str, layer: QuantDense) -> nnx.Module:
+        nonlocal found
+        own = _names_of(path, layer, called)
+        seen.extend(own)
+        configs = [lora.at(name) for name in own]
+        if not any(configs):
+            return layer
+        found = True
+        start = None
+        if lora.init_lora_weights in ("loftq", "pissa"):
+            start = [_start(name, config, lora, starts) for name, config in zip(own, configs)]
+        layer.adapt(configs, rngs, rngs if names is None else None, start)
+        return layer
+
+    replace_layers(module, nnx.Linear, freeze)
+    replace_layers(module, QuantDense, adapt)
+    if not found:
+        raise ValueError(
+            f"target_modules is {lora.target_modules!r}, which names no linear layer of "
+            f"{type(module).__name__}; it has {', '.join(sorted(set(seen))) or 'none'}"
+        )
+    _train_whole(module, lora, called)
+    return module
+
+
+def _names_of(path: str, layer: QuantDense, called: Names) -> Sequence[str]:
+    count = 1
+    for axis in layer.stack_shape:
+        count *= axis
+    own = called.get(path, [path] * count)
+    if len(own) != count:
+        raise ValueError(f"{path} is a stack of {count} layers, but has {len(own)} names")
+    return own
+
+
+def _start(
+    name: str, config: LoraConfig | None, lora: LoraConfig, starts: Starts | None
+) -> tuple[jax.Array, jax.Array] | None:
+    if config is None:
+        return None
+    if starts is None or name not in starts:
+        raise ValueError(
+            f"init_lora_weights is {lora.init_lora_weights!r}, which starts from the original "
+            f"weight of {name}, but only the stored one is there: give this configuration to "
+            "load_pretrained, on a 16-bit checkpoint"
+        )
+    return starts[name]
+
+
+def _train_whole(module: nnx.Module, lora: LoraConfig, called: Names) -> None:
+    """Turns what `modules_to_save` and `bias` name from frozen into trained, in place."""
+    if lora.modules_to_save is None and lora.bias == "none":
+        return
+    modules: list[str] = []
+    saved = False
+    for path, node in _modules(module, "", set()):
+        own = called.get(path, [path])
+        modules.extend(own)
+        chosen = {lora.saves(name) for name in own}
+        if len(chosen) == 2:
+            raise ValueError(
+                f"modules_to_save is {lora.modules_to_save!r}, which names some layers of the stack "
+                f"{path} but not others: name all of them or none"
+            )
+        whole = chosen == {True}
+        for name, variable in list(vars(node).items()):
+            frozen = isinstance(variable, FrozenParam) or type(variable) is nnx.Param
+            if not frozen or name in ("row_squares", "lora_scaling"):
+                continue
+            if whole:
+                saved = True
+                setattr(node, name, _trained(variable, f"{path}.{name}"))
+            elif name == "bias" and _bias_trained(node, lora, path):
+                setattr(node, name, _trained(variable, f"{path}.{name}"))
+    if lora.modules_to_save and not saved:
+        raise ValueError(
+            f"modules_to_save is {lora.modules_to_save!r}, which names no module of "
+            f"{type(module).__name__}; it has {', '.join(sorted(set(modules)))}"
+        )
+
+
+def _bias_trained(node: nnx.Module, lora: LoraConfig, path: str) -> bool:
+    if lora.bias != "lora_only":
+        return lora.bias == "all"
+    if not isinstance(node, QuantDense) or node.lora is None:
+        return False
+    if node.lora_scaling is not None and not node.lora_scaling.get_value().all():
+        raise ValueError(
+            f"bias is 'lora_only', but only some layers of the stack {path} are adapted: adapt all "
+            "of them, or use bias='none' or 'all'"
+        )
+    return True
+
+
+def _trained(variable: nnx.Variable, path: str) -> TrainedParam:
+    value = variable.get_value()
+    if isinstance(value, QuantizedTensor):
+        raise ValueError(
+            f"{path} is quantized, and codes cannot be trained: leave it out of modules_to_save, or "
+            "keep it dense"
+        )
+    return TrainedParam(value)
+
+
+def _modules(node: Any, path: str, visited: set[int]) -> Iterator[tuple[str, nnx.Module]]:
+    """Every module with its tree path, each once."""
+    if id(node) in visited:
+        return
+    visited.add(id(node))
+    if isinstance(node, nnx.Module) and path:
+        yield path, node
+    for name, child in list(children(node)):
+        if isinstance(child, (nnx.Module, list, tuple, dict, nnx.List, nnx.Dict)):
+            yield from _modules(child, f"{path}.{name}" if path else str(name), visited)

@@ -1,0 +1,156 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax.checkpoints import (
+    load_model,
+    merge,
+    merged,
+    open_checkpoint,
+    save_adapter,
+    save_checkpoint,
+)
+from qlora_jax.nn import LoraConfig
+from qlora_jax.quant import QuantConfig, QuantizedTensor
+from tests.checkpoints.tiny import CONFIG, IDS, write_model
+
+LORA = LoraConfig(r=4, alpha=8, target_modules=("q_proj", "down_proj"))
+F32 = {"lora": None, "compute_dtype": jnp.float32}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A base folder, an adapter folder with a B that is not zero, and the unmerged model."""
+    base, adapter = (tmp_path_factory.mktemp(name) for name in ("base", "adapter"))
+    write_model(base)
+    model = load_model(base, lora=LORA, compute_dtype=jnp.float32)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.02, nnx.state(model, nnx.LoRAParam)))
+    save_adapter(adapter, model, LORA, "base")
+    return base, adapter, model
+
+
+def test_dequantized_merge_is_the_unmerged_model(trained):
+    base, adapter, model = trained
+    checkpoint = merge(open_checkpoint(base), adapter, "dequantized")
+    assert checkpoint.quant is None
+    dense = load_model(checkpoint, quant=None, **F32)
+    np.testing.assert_allclose(dense(IDS), model(IDS), rtol=0, atol=2e-6)
+
+
+def test_original_merge_against_float64(trained):
+    base, adapter, _ = trained
+    checkpoint = merge(open_checkpoint(base), adapter, "original")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, weight in load_file(base / "model.safetensors").items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = weight.astype(np.float64)
+        if f"{prefix}.lora_A.weight" in tensors:
+            a, b = (tensors[f"{prefix}.lora_{x}.weight"].astype(np.float64) for x in "AB")
+            expected = expected + 2.0 * (b @ a)
+        np.testing.assert_allclose(checkpoint.read(name), expected, rtol=0, atol=1e-6)
+
+
+def test_requantized_merge_is_nf4_again_and_written_as_such(trained, tmp_path):
+    base, adapter, model = trained
+    checkpoint = merge(open_checkpoint(base), adapter, "requantized")
+    assert checkpoint.quant == QuantConfig()
+    save_checkpoint(tmp_path / "out", checkpoint)
+    again = load_model(tmp_path / "out", **F32)
+    assert isinstance(again.layers.mlp.down_proj.kernel.get_value(), QuantizedTensor)
+    # As far from the trained model as four bits are from the merged weights, and no further.
+    assert 1e-3 < float(jnp.abs(again(IDS) - model(IDS)).max()) < 0.2
+
+
+def test_requantizing_an_untouched_weight_loses_nothing(trained):
+    base, adapter, model = trained
+    checkpoint = merge(open_checkpoint(base), adapter, "requantized")
+    name = "model.layers.1.mlp.up_proj.weight"
+    kernel = jax.tree.map(lambda x: x[1], model.layers.mlp.up_proj.kernel.get_value())
+    np.testing.assert_array_equal(checkpoint.read(name).codes, kernel.codes)
+
+
+def test_modes_of_a_folder_in_4_bits(trained, tmp_path):
+    base, adapter, _ = trained
+    save_checkpoint(tmp_path / "packed", merge(open_checkpoint(base), adapter, "requantized"))
+    packed = open_checkpoint(tmp_path / "packed")
+    with pytest.raises(ValueError, match="is quantized, .* give their folder, or the mode"):
+        merge(packed, adapter, "original")
+    with pytest.raises(ValueError, match="choose one of original, dequantized, requantized"):
+        merge(packed, adapter, "fp16")
+    assert merge(packed, adapter, "dequantized").quant is None
+
+
+def change_adapter(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    for path in trained[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return trained[0], tmp_path
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({A: np.ones((4, 16), np.float32)}), r"as \[32, 16\], but .* another"),
+        (lambda t: t.update({A.replace(".0.", ".7."): t[A]}), "layers.7.*does not have: .*another"),
+        (lambda t: t.pop(A), "holds only B of"),
+    ],
+)
+def test_adapter_of_another_base_is_refused_before_a_weight_is_read(copied, change, message):
+    base, adapter = copied
+    change_adapter(adapter, change)
+    with pytest.raises(ValueError, match=message) as error:
+        merged(open_checkpoint(base), adapter)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_adapter(copied):
+    base, adapter = copied
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is truncated or no safetensors"):
+        merged(open_checkpoint(base), adapter)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="has no adapter_model.safetensors"):
+        merged(open_checkpoint(base), adapter)
+
+
+def test_whole_modules_take_the_place_of_the_bases(copied):
+    base, adapter = copied
+    rows = np.arange((CONFIG.vocab_size + 2) * CONFIG.hidden_size, dtype=np.float32)
+    rows = rows.reshape(-1, CONFIG.hidden_size)
+    whole = {
+        "base_model.model.model.embed_tokens.weight": rows,
+        "base_model.model.lm_head.weight": rows,
+    }
+    change_adapter(adapter, lambda t: t.update(whole))
+    checkpoint = merged(open_checkpoint(base), adapter)
+    assert checkpoint.config["vocab_size"] == CONFIG.vocab_size + 2
+    np.testing.assert_array_equal(checkpoint.read("lm_head.weight"), rows)
+    assert load_model(checkpoint, quant=None, **F32)(IDS).shape == (2, 4, CONFIG.vocab_size + 2)
+
+
+def test_a_tied_head_that_was_trained_apart_is_untied(copied, tmp_path_factory):
+    _, adapter = copied
+    base = tmp_path_factory.mktemp("tied")
+    write_model(base, dataclasses.replace(CONFIG, tie_word_embeddings=True))
+    head = np.ones((CONFIG.vocab_size, CONFIG.hidden_size), np.float32)
+    change_adapter(adapter, lambda t: t.update({"base_model.model.lm_head.weight": head}))
+    checkpoint = merged(open_checkpoint(base), adapter)
+    assert not checkpoint.config["tie_word_embeddings"]
+    model = load_model(checkpoint, quant=None, **F32)
+    np.testing.assert_array_equal(model.lm_head.weight[...], head)

@@ -1,0 +1,176 @@
+"""Chat templates: against texts written by hand, and what a template can and cannot do."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_jax.data import (
+    IGNORE,
+    ChatTemplate,
+    ChatTemplateFormat,
+    load_chat_template,
+    load_tokenizer,
+    tokenize_rows,
+)
+from tests.shared import shared_path
+
+# A template in the way of many: bos in front, contents trimmed, no line break behind a turn.
+TRIMMED = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('system turns come first') }}{% endif %}"
+    "[{{ m['role'] }}] {{ m['content'] | trim }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+# The same, saying itself what an assistant writes.
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] "
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] | trim }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] | trim }}{% endif %}{% endfor %}"
+)
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+HELLO = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": " Hello.\n"},
+    {"role": "user", "content": "</s>?"},
+    {"role": "assistant", "content": "An end."},
+]
+
+
+def form_of(source: str, **options) -> ChatTemplateFormat:
+    return ChatTemplateFormat(ChatTemplate(source, TOKENS), **options)
+
+
+def text(segments) -> str:
+    return "".join(segment.text for segment in segments)
+
+
+@pytest.mark.parametrize("source", [TRIMMED, MARKED])
+def test_by_hand(source):
+    form = form_of(source)
+    segments = form.segments({"messages": HELLO})
+    assert text(segments) == (
+        "<s>[user] Hi[assistant] Hello.</s>[user] </s>?[assistant] An end.</s>"
+    )
+    assert [s.text for s in segments if s.trained] == ["Hello.", "</s>", "An end.", "</s>"]
+    # The row's own "</s>" is five characters, the template's are markers.
+    assert [s.text for s in segments if not s.special] == ["Hi", "Hello.", "</s>?", "An end."]
+    assert text(form.segments({"messages": HELLO}, "all")) == text(segments)
+    assert all(s.trained for s in form.segments({"messages": HELLO}, "all"))
+
+
+def test_smollm2_by_hand_and_to_ids():
+    folder = shared_path("data/models/smollm2-135m-instruct")
+    template = load_chat_template(folder)
+    assert template.name == "smollm2-135m-instruct"
+    assert template.special_tokens["eos_token"] == "<|im_end|>"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    system = (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        "<|im_end|>\n"
+    )
+    asked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert template.render(messages[:1], add_generation_prompt=True) == system + asked
+    segments = ChatTemplateFormat(template).segments({"messages": messages})
+    # Without the line break behind the last eos, which nothing can be learnt from.
+    assert text(segments) == system + asked + "Hello.<|im_end|>"
+    assert [s.text for s in segments if s.trained] == ["Hello.", "<|im_end|>"]
+    own = ChatTemplateFormat(template, system="Be brief.").segments({"messages": messages})
+    assert text(own).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+
+    tokenizer = load_tokenizer(folder)
+    (example,) = tokenize_rows([{"messages": messages}], ChatTemplateFormat(template), tokenizer)
+    whole = tokenizer.encode(system + asked + "Hello.<|im_end|>", special=True)
+    assert list(example.input_ids) == whole
+    trained = [i for i in example.labels if i != IGNORE]
+    assert tokenizer.decode(trained, skip_special=False) == "Hello.<|im_end|>"
+
+
+def test_a_template_writes_its_own_bos(tmp_path):
+    stories = load_tokenizer(shared_path("data/models/stories260K"))
+    (example,) = tokenize_rows([{"messages": HELLO[:2]}], form_of(TRIMMED), stories)
+    assert list(example.input_ids).count(stories.bos_token_id) == 1
+    assert list(example.input_ids).count(stories.eos_token_id) == 1
+    assert example.labels[-1] == stories.eos_token_id
+
+
+CHARACTERS = st.characters(exclude_characters="\ufdd0\ufdd1\ufdd2\ufdd3")
+TURN = st.tuples(st.sampled_from(["user", "assistant"]), st.text(CHARACTERS, max_size=12))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(TURN, min_size=1, max_size=5))
+def test_both_ways_to_find_the_answers_agree(turns):
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    ours, told = form_of(TRIMMED).segments(row), form_of(MARKED).segments(row)
+    assert text(ours) == text(told)
+    # A template without marks begins an answer where it prompts for one; so does ours.
+    assert ours == told
+    assert text(s for s in ours if not s.special) == "".join(c.strip() for _, c in turns)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    rewriting = (
+        "{% for m in messages %}[{{ m['role'] }}] "
+        "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
+        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    form = form_of(rewriting)
+    assert form.segments({"messages": HELLO[:2]})[-1].trained
+    with pytest.raises(ValueError, match="writes turn 1 of a conversation differently when others"):
+        form.segments({"messages": HELLO})
+    assert all(s.trained for s in form.segments({"messages": HELLO}, "all"))
+
+
+def test_contents_that_a_template_rewrites_are_read_as_transformers_reads_them():
+    segments = form_of("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}").segments(
+        {"messages": HELLO}, "all"
+    )
+    # No border could be seen, so all of it is the template's. (Marks have no upper case, but ours
+    # do not hide that the plain text is another.)
+    assert text(segments) == "HI HELLO.\n</S>?AN END."
+
+
+def test_templates_run_in_a_sandbox():
+    for attack in (
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+    ):
+        with pytest.raises((ValueError, OverflowError)):
+            ChatTemplate("{% set m = messages %}" + attack).render(list(HELLO))
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(
+        ValueError, match="does not take this conversation: system turns come first"
+    ):
+        form_of(TRIMMED).segments({"messages": [*HELLO, {"role": "system", "content": "No."}]})
+    with pytest.raises(ValueError, match=r"not valid Jinja \(line 1"):
+        form_of("{% for %}").segments({"messages": HELLO})
+    with pytest.raises(ValueError, match="noncharacter"):
+        form_of(TRIMMED).segments({"messages": [{"role": "user", "content": "\ufdd2"}]})
+    with pytest.raises(ValueError, match=r"list of turns.*None"):
+        form_of(TRIMMED).segments({"messages": None})
+    with pytest.raises(FileNotFoundError, match="expected a folder"):
+        load_chat_template(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"no chat template 'default' \(it has none\)"):
+        load_chat_template(tmp_path)
+
+
+def test_where_templates_are_found(tmp_path):
+    several = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    config = {"chat_template": several, "eos_token": {"content": "</s>"}, "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_chat_template(tmp_path).source == "a"
+    assert load_chat_template(tmp_path, "tool_use").source == "b"
+    assert load_chat_template(tmp_path).special_tokens == {"eos_token": "</s>"}
+    with pytest.raises(ValueError, match=r"'rag' \(it has default, tool_use\)"):
+        load_chat_template(tmp_path, "rag")
+    (tmp_path / "chat_template.jinja").write_text("c")
+    assert load_chat_template(tmp_path).source == "c"
