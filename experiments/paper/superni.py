@@ -167,8 +167,9 @@ def run_cell(
         batch_size=config.micro_batch_size,
         accumulation=config.gradient_accumulation_steps,
         pad_token_id=tokenizer.pad_token_id,
-        source_buckets=_quarters(options.source_max_len),
-        target_buckets=_quarters(options.target_max_len),
+        # Few shapes: each one is a program to compile.
+        source_buckets=sorted({min(512, options.source_max_len), options.source_max_len}),
+        target_buckets=(options.target_max_len,),
         seed=cell.seed,
         group_by_length=True,
     )
@@ -204,11 +205,6 @@ def run_cell(
             for i, p in list(zip(rows[1], predictions, strict=True))[:5]
         ],
     }
-
-
-def _quarters(longest: int) -> tuple[int, ...]:
-    """Buckets: a quarter, half and all of the longest length."""
-    return tuple(sorted({-(-longest // 4), -(-longest // 2), longest}))
 
 
 def table(results: dict[Cell, dict[str, Any]], columns: Sequence[str]) -> str:
