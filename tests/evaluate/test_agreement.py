@@ -33,8 +33,8 @@ def test_kappa_is_one_where_all_agree_and_zero_by_chance():
 
 
 def test_ranks_by_hand():
-    a = {"x": 1, "y": 2, "z": 3, "only here": 9}
-    agreement = rank_agreement(a, {"x": 10, "y": 30, "z": 20, "only there": 0})
+    a = {"x": 1.0, "y": 2.0, "z": 3.0, "only here": 9.0}
+    agreement = rank_agreement(a, {"x": 10.0, "y": 30.0, "z": 20.0, "only there": 0.0})
     # Of three pairs two agree; ρ = 1 - 6 · (0 + 1 + 1) / (3 · 8).
     assert agreement == pytest.approx((1 / 3, 0.5, 3))
 
@@ -54,6 +54,6 @@ def test_orders_as_two_judges():
 
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="share 1 systems"):
-        rank_agreement({"x": 1, "y": 2}, {"x": 1})
+        rank_agreement({"x": 1.0, "y": 2.0}, {"x": 1.0})
     with pytest.raises(ValueError, match="as many judges"):
         fleiss_kappa(np.array([[2, 0], [1, 0]]))

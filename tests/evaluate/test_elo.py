@@ -42,11 +42,11 @@ def test_every_order_equals_a_plain_float64_loop(length):
 
 def test_points_are_conserved_and_k_and_start_count():
     matches = random_matches()
-    found = elo(matches, orders=50, k=16, start=1500)
+    found = elo(matches, orders=50, k=16.0, start=1500.0)
     np.testing.assert_allclose(found.ratings.sum(1), 5 * 1500, atol=0.1)
-    again = elo(matches, orders=50, k=16, start=1500)
+    again = elo(matches, orders=50, k=16.0, start=1500.0)
     np.testing.assert_array_equal(found.ratings, again.ratings)
-    assert np.any(elo(matches, orders=50, k=16, start=1500, seed=1).ratings != found.ratings)
+    assert np.any(elo(matches, orders=50, k=16.0, start=1500, seed=1).ratings != found.ratings)
 
 
 def test_mean_error_and_interval_are_those_of_the_orders():

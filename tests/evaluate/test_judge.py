@@ -164,6 +164,7 @@ def test_a_wrong_key_ends_the_run_in_plain_words_without_the_key(tmp_path):
         with pytest.raises(ValueError, match="key in OPENAI_API_KEY is missing or wrong") as error:
             judge(PAIRS, endpoint(server), tmp_path)
         assert KEY not in str(error.getrepr(style="long"))
+        server.script.clear()
         report = judge(PAIRS, endpoint(server), tmp_path, concurrency=1)
     assert report.already + report.judged == 6
     assert KEY not in "".join(file.read_text() for file in tmp_path.iterdir())
