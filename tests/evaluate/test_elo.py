@@ -46,7 +46,7 @@ def test_points_are_conserved_and_k_and_start_count():
     np.testing.assert_allclose(found.ratings.sum(1), 5 * 1500, atol=0.1)
     again = elo(matches, orders=50, k=16.0, start=1500.0)
     np.testing.assert_array_equal(found.ratings, again.ratings)
-    assert np.any(elo(matches, orders=50, k=16.0, start=1500, seed=1).ratings != found.ratings)
+    assert np.any(elo(matches, orders=50, k=16.0, start=1500.0, seed=1).ratings != found.ratings)
 
 
 def test_mean_error_and_interval_are_those_of_the_orders():
