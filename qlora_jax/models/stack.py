@@ -128,8 +128,7 @@ def check_options(
     if remat not in REMAT:
         raise ValueError(f"remat is {remat!r}, but one of {', '.join(REMAT)} is needed.")
     if lora is not None and not any(
-        isinstance(node, QuantDense) and node.lora is not None
-        for _, node in nnx.iter_graph(model)
+        isinstance(node, QuantDense) and node.lora is not None for _, node in nnx.iter_graph(model)
     ):
         raise ValueError(
             f"target_modules is {lora.target_modules!r}, which names no linear layer of the "
