@@ -15,7 +15,7 @@ def largest_that_fits(
     start: int = 1,
     step: int = 1,
     most: int = 2**20,
-    compiles: int = 8,
+    compiles: int = 5,
 ) -> int | None:
     """The largest n = start, start + step, ... up to `most` at which `bytes_at(n)` is within limit.
 
