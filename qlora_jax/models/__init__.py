@@ -3,7 +3,7 @@
 from qlora_jax.models.attention import AttentionName, attend, attention_for
 from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import REMAT, Decoder
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.families import FAMILIES, family_of
 from qlora_jax.models.family import Family, Slot
 from qlora_jax.models.loss import (
@@ -14,6 +14,7 @@ from qlora_jax.models.loss import (
     next_token_loss,
     next_tokens,
 )
+from qlora_jax.models.remat import REMAT
 from qlora_jax.models.rope import RopeConfig
 from qlora_jax.models.unfreeze import unfreeze
 
