@@ -9,9 +9,10 @@ the device ever holds more than the result and a few tensors: no full-precision 
 exists.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def load_model(
     attention: AttentionName | None = None,
     matmul: str | None = None,
     seed: int = 0,
+    overrides: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Any:
     """A model from a checkpoint.
@@ -63,12 +65,13 @@ def load_model(
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`, or
             float32 for a trainable base.
-        trainable_base: makes the dense base weights `nnx.Param` (see `models.unfreeze`).
+        trainable_base: trains the dense base weights too (see `models.unfreeze`).
         remat: what the backward pass finds saved, one of `models.REMAT`.
         attention: implementation of attention; None asks for cuDNN where this process's default
             device is a CUDA card and the case allows it.
         matmul: implementation of the 4-bit matmul; None lets the op choose.
-        seed: of the adapters' initial A.
+        seed: of the adapters' initial A, and of a head that the checkpoint has not.
+        overrides: fields of the model's configuration to replace, such as `{"num_labels": 3}`.
         progress: shows a bar on standard error, if that is a terminal.
 
     Returns:
@@ -85,7 +88,8 @@ def load_model(
         )
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     family = family_of(checkpoint.config)
-    config = family.read_config(checkpoint.config)
+    config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
+    config = dataclasses.replace(config, **(overrides or {}))
     stored = checkpoint.quant
     if stored is not None and stored != quant:
         raise ValueError(
@@ -98,7 +102,10 @@ def load_model(
     if attention is None:
         softcap = getattr(config, "attn_logit_softcapping", None)
         backend = jax.default_backend()
-        attention = attention_for(backend, compute_dtype, config.head_dim, softcap=softcap)
+        biased = getattr(config, "score_bias", False)
+        attention = attention_for(
+            backend, compute_dtype, config.head_dim, softcap=softcap, bias=biased
+        )
 
     def build(key: Key[Array, ""]) -> Any:
         return family.build(
@@ -158,7 +165,11 @@ def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, S
             f"{source} holds the tensor {strange[0]!r} (and {len(strange) - 1} more) that a "
             "model with its config.json has no place for: check that both are of one checkpoint."
         )
-    absent = [name for name in names if name not in tensors]
+    absent = [
+        name
+        for name in names
+        if name not in tensors and not any(fnmatchcase(name, fresh) for fresh in family.fresh)
+    ]
     if absent:
         raise ValueError(
             f"{source} lacks the tensor {absent[0]!r} (and {len(absent) - 1} more) that its "
@@ -204,7 +215,7 @@ def _fill(
     checkpoint: Checkpoint,
     slots: dict[str, Slot],
     quant: QuantConfig | None,
-    prepare: Callable[[str, Any], Any],
+    prepare: Callable[[str, tuple[str, ...], Any], Any],
     progress: bool,
 ) -> None:
     """Reads every tensor into its place; the abstract Variables become arrays on the device.
@@ -230,13 +241,15 @@ def _fill(
             bar.update(task, tensor=name)
             path = slot.path
             struct = node_at(model, path).get_value()
-            tensor = jax.tree.map(jnp.asarray, checkpoint.read(name))
-            if path[-1] == "kernel":
-                tensor = prepare(name, tensor)
             if path not in filled:
                 filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
-            how = None if isinstance(tensor, QuantizedTensor) else quant
-            filled[path] = _put(filled[path], tensor, tuple(map(jnp.int32, slot.stack_index)), how)
+            # The tensor has no name here: it would outlive its turn and lie beside the next one.
+            filled[path] = put(
+                filled[path],
+                prepare(name, path, jax.tree.map(jnp.asarray, checkpoint.read(name))),
+                tuple(map(jnp.int32, slot.stack_index)),
+                quant,
+            )
             # Without waiting, the reader runs ahead and tensors pile up in front of the device.
             jax.block_until_ready(filled[path])
             bar.advance(task, sizes[name])
@@ -246,18 +259,18 @@ def _fill(
 
 def _preparation(
     lora: LoraConfig | None, quant: QuantConfig | None, starts: dict[str, tuple[Array, Array]]
-) -> Callable[[str, Any], Any]:
-    """(name, weight) → what to store of a linear weight: itself, or where the adapter starts from
-    the weight, its quantized base; A and B then go into `starts`, by module."""
+) -> Callable[[str, tuple[str, ...], Any], Any]:
+    """(name, path, tensor) → what to store of it: itself, or where an adapter starts from a linear
+    layer's weight, the base that this leaves; A and B then go into `starts`, by module."""
     if lora is None or lora.init_lora_weights not in ("loftq", "pissa"):
-        return lambda name, weight: weight
+        return lambda name, path, tensor: tensor
 
-    def prepare(name: str, weight: Any) -> Any:
+    def prepare(name: str, path: tuple[str, ...], tensor: Any) -> Any:
         module = name.removesuffix(".weight")
-        own = lora.at(module)
-        if own is None or isinstance(weight, QuantizedTensor):
-            return weight
-        base, a, b = start_from_weight(weight, quant, own)
+        own = lora.at(module) if path[-1] == "kernel" else None
+        if own is None or isinstance(tensor, QuantizedTensor):
+            return tensor
+        base, a, b = start_from_weight(tensor, quant, own)
         starts[module] = (a, b)
         return base
 
@@ -265,9 +278,17 @@ def _preparation(
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
-    """The stack with one tensor in its place, quantized from the file's own numbers."""
-    if isinstance(stack, QuantizedTensor) and quant is not None:
+def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
+    """The stack, which is used up, with one tensor in its place.
+
+    Args:
+        stack: arrays, or a `QuantizedTensor`, with leading axes for layers (and experts).
+        tensor: one of them, from a file: dense, or packed like the stack.
+        index: where, along the leading axes.
+        quant: how a dense tensor is quantized, from the file's own numbers; None where it is not.
+    """
+    packed = isinstance(tensor, QuantizedTensor)
+    if isinstance(stack, QuantizedTensor) and not packed and quant is not None:
         tensor = quantize(tensor, quant)
     wholes, treedef = jax.tree.flatten(stack)
     # The tree's static part is the stack's: its dtype is what the model computes in.

@@ -37,7 +37,13 @@ MODES = ("original", "dequantized", "requantized")
 """Which base takes the adapter."""
 
 _PREFIX = "base_model.model."
-_MAGNITUDE = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+# How PEFT ends the name of each part of a module's adapter.
+_PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
 
 
 def merge(
@@ -146,7 +152,7 @@ class AdapterFile:
             )
         try:
             with safe_open(self._path, framework="np") as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
                 f"{self._path} is truncated or no safetensors file ({error}): fetch it again."
@@ -158,18 +164,12 @@ class AdapterFile:
     def _place(self, key: str, shape: tuple[int, ...], base: Checkpoint) -> None:
         """Finds the base tensor that one of the adapter's belongs to."""
         name = key.removeprefix(_PREFIX)
-        for part, suffixes in [
-            ("A", (".lora_A.weight",)),
-            ("B", (".lora_B.weight",)),
-            ("magnitude", _MAGNITUDE),
-        ]:
-            suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
-            if suffix is not None:
-                name = name.removesuffix(suffix) + ".weight"
-                self.adapted.add(name)
-                break
+        suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
+        part = "whole" if suffix is None else _PARTS[suffix]
+        if suffix is not None:
+            name = name.removesuffix(suffix) + ".weight"
+            self.adapted.add(name)
         else:
-            part = "whole"
             name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             self.replaced[name] = shape
             if name not in base.tensors and self.config.get("tie_word_embeddings"):
@@ -185,10 +185,15 @@ class AdapterFile:
     def _check(self, shapes: dict[str, tuple[int, ...]], base: Checkpoint) -> None:
         for name in self.adapted:
             keys = self._keys[name]
-            if not {"A", "B"} <= keys.keys() or False:
+            if not {"A", "B"} <= keys.keys() or self._lora.use_dora != ("magnitude" in keys):
                 raise ValueError(
                     f"{self._path} holds only {', '.join(sorted(keys))} of {name!r}'s adapter: "
                     "fetch it again, whole."
+                )
+            if self._lora.at(name.removesuffix(".weight")) is None:
+                raise ValueError(
+                    f"{self._path} adapts {name!r}, which its adapter_config.json does not target: "
+                    "fetch both again, of one revision."
                 )
             (rank, inputs), (outputs, _) = shapes[keys["A"]], shapes[keys["B"]]
             if shapes[keys["B"]][1] != rank or base.tensors[name].shape != (outputs, inputs):

@@ -4,8 +4,8 @@
     Seq2SeqBatches      Pairs → Seq2SeqBatch of a fixed shape, for any step of the run
 
 Both texts end with eos, as T5 was trained. Sources and targets are padded to buckets of their own,
-so a batch is `[batch, source bucket]` beside `[batch, target bucket]`; which examples a step sees is
-decided as in `Batches`.
+so a batch is `[batch, source bucket]` beside `[batch, target bucket]`; which examples a step sees
+is decided as in `Batches`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,11 +27,20 @@ class Pair(NamedTuple):
     target: Int32[np.ndarray, " target"]
 
 
+class Pairs(list[Pair]):
+    """Tokenized examples, in the order of their rows."""
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of all sources and targets."""
+        return sum(len(pair.source) + len(pair.target) for pair in self)
+
+
 class Seq2SeqBatch(NamedTuple):
     """What a training step reads; the leading axes are `[batch]`, or `[accumulation, batch]`.
 
-    `input_ids` int32, sources padded on the right; `attention_mask` bool, True at their real tokens;
-    `labels` int32, the targets' ids, -100 behind their ends.
+    `input_ids` int32, sources padded on the right; `attention_mask` bool, True at their real
+    tokens; `labels` int32, the targets' ids, -100 behind their ends.
     """
 
     input_ids: Int32[np.ndarray, "*batch source"]
@@ -52,7 +61,7 @@ def tokenize_pairs(
     source_max_len: int | None = None,
     target_max_len: int | None = None,
     source: str = "the dataset",
-) -> list[Pair]:
+) -> Pairs:
     """Rows of a dataset, in a prompt format, as sources and targets.
 
     Args:
@@ -91,7 +100,7 @@ def tokenize_pairs(
         targets.append(parts["target"].strip())
     if not sources:
         raise ValueError(f"{source} is empty: there is not one row to tokenize.")
-    pairs = []
+    pairs = Pairs()
     for read, written in zip(
         tokenizer.encode_batch(sources), tokenizer.encode_batch(targets), strict=True
     ):

@@ -1,10 +1,16 @@
-"""Floor 3: which architectures? One decoder, its configuration per family, and its loss."""
+"""Floor 3: which architectures? A decoder, an encoder–decoder, an encoder, and their losses."""
 
 from qlora_jax.models.attention import AttentionName, attend, attention_for
+from qlora_jax.models.cache import Cache
 from qlora_jax.models.chunked_attention import chunked_attention
+from qlora_jax.models.classification_loss import ExampleLoss, classification_loss
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import REMAT, Decoder
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.encoder import EncoderClassifier
+from qlora_jax.models.encoder_config import EncoderConfig, EncoderDecoderConfig
+from qlora_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderCache
 from qlora_jax.models.families import FAMILIES, family_of
+from qlora_jax.models.families.t5 import t5_lora
 from qlora_jax.models.family import Family, Slot, module_names
 from qlora_jax.models.loss import (
     LOSS_CHUNK,
@@ -14,7 +20,9 @@ from qlora_jax.models.loss import (
     next_token_loss,
     next_tokens,
 )
+from qlora_jax.models.remat import REMAT
 from qlora_jax.models.rope import RopeConfig
+from qlora_jax.models.seq2seq_loss import seq2seq_loss, shift_right
 from qlora_jax.models.tokens import (
     add_tokens,
     resize_token_embeddings,
@@ -29,8 +37,15 @@ __all__ = [
     "LOSS_CHUNK",
     "REMAT",
     "AttentionName",
+    "Cache",
     "Decoder",
     "DecoderConfig",
+    "EncoderClassifier",
+    "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderCache",
+    "EncoderDecoderConfig",
+    "ExampleLoss",
     "Family",
     "RopeConfig",
     "Slot",
@@ -40,11 +55,15 @@ __all__ = [
     "attention_for",
     "chunked_attention",
     "chunked_cross_entropy",
+    "classification_loss",
     "cross_entropy",
     "family_of",
     "module_names",
     "next_token_loss",
     "next_tokens",
+    "seq2seq_loss",
+    "shift_right",
+    "t5_lora",
     "resize_token_embeddings",
     "train_rows_of",
     "train_tokens",

@@ -1,0 +1,289 @@
+"""Weights that stream: frozen layers rest in pinned host memory and visit the card one by one.
+
+QLoRA's base never changes, so the card needs a layer of it only while that layer computes. The loop
+over the layers carries *two* layers' weights: it computes with the one that is here and fetches the
+next meanwhile. So the card holds two layers' packed codes instead of all of them, for any depth.
+
+    forward    fetch 0 | layer 0 ∥ fetch 1 | layer 1 ∥ fetch 2 | … | layer L-1
+    backward             layer L-1 again, its gradient ∥ fetch L-2 | … | layer 0
+
+Autodiff of such a loop would keep every carried weight for the backward pass, on the card. The rule
+is therefore written out (`custom_vjp`): a layer's input is kept, in device or host memory, and the
+backward loop fetches weights anew and computes the layer again, as `remat="full"` does. The last
+layer's weights are still here when the backward loop begins.
+
+Cost: every packed byte crosses PCIe twice a micro-batch (`stream_cost`), which is hidden once a
+micro-batch has tokens enough; more micro-batches do not help, more tokens in one do. Losses and
+gradients are those of resident weights, bit for bit.
+
+XLA overlaps the copies with the products only if asked: `compiler_options("gpu")` turns on its
+scheduler that hides latency and lets it have all copies of a layer in flight at once (without the
+second option it has two, and the schedule waits between them). JAX's pinned host memory is capped
+at 64 GB: for more, set `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB` before JAX starts.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+from qlora_jax.nn import FrozenParam
+
+_HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+
+MIN_STREAM_BYTES = 2**16
+"""Smaller parts of a layer (norms, offsets) stay on the card: a transfer costs more than room."""
+
+HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+"""The environment variable with the size of JAX's pinned host pool on a GPU, in GiB."""
+
+_DEFAULT_HOST_LIMIT = 64
+
+
+def streams(stack: Any) -> bool:
+    """Whether an array (or shape) of stacked layers is large enough to be worth a transfer."""
+    depth = stack.shape[0] if stack.ndim else 1
+    return bool(depth) and stack.size // depth * stack.dtype.itemsize >= MIN_STREAM_BYTES
+
+
+def compiler_options(platform: str) -> dict[str, Any]:
+    """What `jax.jit(..., compiler_options=)` should be given where weights stream.
+
+    Args:
+        platform: of the target, such as "gpu", "cuda" or "cpu"; only XLA:GPU has the options.
+    """
+    if platform not in ("gpu", "cuda"):
+        return {}
+    return {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_experimental_parallel_async_compute_limit": 64,
+    }
+
+
+def to_host(stack: Any) -> Any:
+    """An array in pinned host memory, on the devices it is on."""
+    return jax.device_put(stack, stack.sharding.with_memory_kind("pinned_host"))
+
+
+def move_to_host(layers: nnx.Module) -> None:
+    """Moves the large frozen leaves of stacked layers to pinned host memory, one by one."""
+    for _, node in nnx.iter_graph(layers):
+        if isinstance(node, FrozenParam):
+            moved = jax.tree.map(lambda x: to_host(x) if streams(x) else x, node.get_value())
+            node.set_value(moved)
+
+
+def host_bytes(layers: nnx.Module) -> int:
+    """Bytes of stacked layers' frozen weights that rest on the host where they stream.
+
+    Args:
+        layers: concrete, or shapes alone (`nnx.eval_shape`).
+    """
+    stacks = jax.tree.leaves(nnx.state(layers, FrozenParam))
+    return sum(stack.size * stack.dtype.itemsize for stack in stacks if streams(stack))
+
+
+def check_host_memory_limit(needed: int, platform: str) -> None:
+    """Refuses what JAX's pinned host pool would not hold, before anything is loaded.
+
+    Args:
+        needed: bytes that are to rest in pinned host memory.
+        platform: of the target; only GPUs have such a pool.
+
+    Raises:
+        ValueError: naming the environment variable and a value that is enough.
+    """
+    limit = int(os.environ.get(HOST_LIMIT, _DEFAULT_HOST_LIMIT))
+    if platform in ("gpu", "cuda") and needed > limit * 2**30:
+        enough = -(-needed // 2**30) + 8
+        raise ValueError(
+            f"{needed / 2**30:.1f} GiB are to rest in pinned host memory, but JAX's pool holds "
+            f"{limit}: set {HOST_LIMIT}={enough} in the environment before JAX starts."
+        )
+
+
+class _Loop(NamedTuple):
+    """What is fixed when the loop is traced."""
+
+    step: Callable[..., tuple[Array, Any]]
+    treedef: Any
+    """Of (frozen, own)."""
+    moves: tuple[bool, ...]
+    """Which of its leaves stream."""
+    depth: int
+    offload: bool
+
+    def layer(self, here: Sequence[Array], staying: Sequence[Array]) -> tuple[Any, Any]:
+        """(frozen, own) of one layer, from its leaves that streamed and those that stayed."""
+        moved, stayed = iter(here), iter(staying)
+        leaves = [next(moved) if moves else next(stayed) for moves in self.moves]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def stream_layers(
+    step: Callable[[Array, Any, Any], tuple[Array, Any]],
+    x: Array,
+    frozen: PyTree,
+    own: PyTree,
+    *,
+    offload: bool = False,
+) -> tuple[Array, Any]:
+    """`jax.lax.scan(step, x, (frozen, own))` with the large leaves of `frozen` on the host.
+
+    Args:
+        step: (x, a layer's frozen weights, what else is its own) -> (x, output). It may close over
+            arrays; gradients reach those that are differentiated.
+        x: what goes through the layers.
+        frozen: every leaf carries the layers' axis; those that `streams` takes lie in host memory
+            or are put there. No gradient is taken of any of those.
+        own: everything else with that axis, differentiated where asked.
+        offload: keeps the layers' inputs in host memory too, for the backward pass.
+
+    Returns:
+        What came through, and the outputs stacked.
+    """
+    leaves, treedef = jax.tree.flatten((frozen, own))
+    count = len(jax.tree.leaves(frozen))
+    moves = tuple(index < count and streams(leaf) for index, leaf in enumerate(leaves))
+
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+    layer = jax.tree.unflatten(treedef, [one(leaf) for leaf in leaves])
+    closed, closure = jax.closure_convert(
+        lambda x, layer: step(x, *layer), jax.ShapeDtypeStruct(x.shape, x.dtype), layer
+    )
+    loop = _Loop(closed, treedef, moves, leaves[0].shape[0], offload)
+    moving = [leaf for leaf, moved in zip(leaves, moves, strict=True) if moved]
+    staying = [leaf for leaf, moved in zip(leaves, moves, strict=True) if not moved]
+    return _stream(loop, x, moving, staying, closure)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stream(
+    loop: _Loop, x: Array, moving: list[Array], staying: list[Array], closure: list[Array]
+) -> tuple[Array, Any]:
+    y, _, _, outputs = _run(loop, x, moving, staying, closure, keep=False)
+    return y, outputs
+
+
+def _fetch(stacks: list[Array], index: Array) -> list[Array]:
+    """One layer of each stack, from host memory to the card."""
+    return [
+        jax.device_put(jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), _DEVICE)
+        for stack in stacks
+    ]
+
+
+def _on_host(stacks: list[Array]) -> list[Array]:
+    return [jax.device_put(stack, _HOST) for stack in stacks]
+
+
+def _run(
+    loop: _Loop,
+    x: Array,
+    moving: list[Array],
+    staying: list[Array],
+    closure: list[Array],
+    *,
+    keep: bool,
+) -> tuple[Array, list[Array], Array | None, Any]:
+    """What came through, the last layer's weights, every layer's input, every layer's output."""
+    moving = _on_host(moving)
+
+    def step(carry: tuple[Array, list[Array]], layer: tuple[Array, list[Array]]) -> tuple[Any, Any]:
+        x, here = carry
+        index, stays = layer
+        # The last layer is fetched once more, for want of a next one.
+        following = _fetch(moving, jnp.minimum(index + 1, loop.depth - 1))
+        y, output = loop.step(x, loop.layer(here, stays), *closure)
+        kept = None
+        if keep:
+            kept = jax.device_put(x, _HOST) if loop.offload else x
+        return (y, following), (kept, output)
+
+    start = (x, _fetch(moving, jnp.int32(0)))
+    layers = (jnp.arange(loop.depth, dtype=jnp.int32), staying)
+    (y, last), (kept, outputs) = jax.lax.scan(step, start, layers)
+    return y, last, kept, outputs
+
+
+@jax.tree_util.register_static
+class _Indices(tuple[int, ...]):
+    """Which leaves are differentiated: not an array, though it travels with residuals."""
+
+
+def _differentiated(arguments: list[Any]) -> tuple[_Indices, list[Array]]:
+    """With `symbolic_zeros` every argument comes with a flag: is it differentiated at all?"""
+    flagged = _Indices(i for i, each in enumerate(arguments) if each.perturbed)
+    return flagged, [each.value for each in arguments]
+
+
+def _forward(
+    loop: _Loop, x: Any, moving: list[Any], staying: list[Any], closure: list[Any]
+) -> tuple[tuple[Array, Any], tuple]:
+    _, stacks = _differentiated(moving)
+    trained, stays = _differentiated(staying)
+    outside, around = _differentiated(closure)
+    y, last, kept, outputs = _run(loop, x.value, stacks, stays, around, keep=True)
+    return (y, outputs), (stacks, stays, around, trained, outside, last, kept)
+
+
+def _replaced(values: Sequence[Array], indices: _Indices, new: Sequence[Array]) -> list[Array]:
+    result = list(values)
+    for index, value in zip(indices, new, strict=True):
+        result[index] = value
+    return result
+
+
+def _spread(indices: _Indices, values: Iterator[Array], count: int) -> list[Array | None]:
+    """The gradients at their places, None (no gradient) everywhere else."""
+    return [next(values) if index in indices else None for index in range(count)]
+
+
+def _backward(loop: _Loop, residuals: tuple, gradients: tuple[Array, Any]) -> tuple:
+    moving, staying, closure, trained, outside, last, kept = residuals
+    stacks = _on_host([*moving, kept] if loop.offload else moving)
+    to_y, to_outputs = gradients
+
+    def step(carry: tuple[Any, ...], layer: tuple[Any, ...]) -> tuple[Any, list[Array]]:
+        to_y, here, sums = carry
+        index, stays, kept, to_output = layer
+        following = _fetch(stacks, jnp.maximum(index - 1, 0))
+        *weights, x = here if loop.offload else [*here, kept]
+
+        def again(x: Array, mine: list[Array], around: list[Array]) -> tuple[Array, Any]:
+            own = loop.layer(weights, _replaced(stays, trained, mine))
+            return loop.step(x, own, *_replaced(closure, outside, around))
+
+        mine, around = [stays[i] for i in trained], [closure[i] for i in outside]
+        _, pull = jax.vjp(again, x, mine, around)
+        to_x, to_mine, to_around = pull((to_y, to_output))
+        sums = [a + b.astype(a.dtype) for a, b in zip(sums, to_around, strict=True)]
+        return (to_x, following, sums), to_mine
+
+    # The last layer's weights are on the card still; its input, if offloaded, is not.
+    here = [*last, *_fetch(stacks[len(last) :], jnp.int32(loop.depth - 1))]
+    zeros = [jnp.zeros(closure[i].shape, jnp.float32) for i in outside]
+    layers = (
+        jnp.arange(loop.depth, dtype=jnp.int32),
+        staying,
+        None if loop.offload else kept,
+        to_outputs,
+    )
+    (to_x, _, sums), to_mine = jax.lax.scan(step, (to_y, here, zeros), layers, reverse=True)
+    to_around = (s.astype(closure[i].dtype) for i, s in zip(outside, sums, strict=True))
+    return (
+        to_x,
+        [None] * len(moving),
+        _spread(trained, iter(to_mine), len(staying)),
+        _spread(outside, to_around, len(closure)),
+    )
+
+
+_stream.defvjp(_forward, _backward, symbolic_zeros=True)
