@@ -51,20 +51,20 @@ class _Part(NamedTuple):
     Attributes:
         names: what PEFT calls it (without its prefix); the first is what we write, any is read.
         variable: the array, of a whole stack.
-        index: of the layer in the stack; () where there is none.
+        place: index of the layer in the stack; () where there is none.
         axis: along which only the first `length` entries are the adapter's; None for all.
         length: the layer's rank.
     """
 
     names: tuple[str, ...]
     variable: nnx.Variable
-    index: tuple[int, ...] = ()
+    place: tuple[int, ...] = ()
     axis: int | None = None
     length: int = 0
 
     def taken(self) -> np.ndarray:
         """The tensor, out of the model."""
-        array = np.asarray(self.variable.get_value())[self.index]
+        array = np.asarray(self.variable.get_value())[self.place]
         if self.axis is not None:
             array = array.take(range(self.length), axis=self.axis)
         return np.ascontiguousarray(array)
@@ -83,7 +83,7 @@ class _Adapted(NamedTuple):
     layer: QuantDense
     modules: list[str]
 
-    def index(self, number: int) -> tuple[int, ...]:
+    def place(self, number: int) -> tuple[int, ...]:
         """Where the layer of a number lies along the stack's axes."""
         return tuple(map(int, np.unravel_index(number, self.layer.stack_shape)))
 
@@ -92,7 +92,7 @@ class _Adapted(NamedTuple):
         assert self.layer.lora is not None
         if self.layer.lora_scaling is None:
             return self.layer.lora.scaling
-        return float(self.layer.lora_scaling.get_value()[self.index(number)])
+        return float(self.layer.lora_scaling.get_value()[self.place(number)])
 
 
 def _adapted(model: Any) -> Iterator[_Adapted]:
@@ -110,15 +110,17 @@ def _parts(model: Any, lora: LoraConfig) -> Iterator[_Part]:
     for adapted in _adapted(model):
         layer = adapted.layer
         for number, module in enumerate(adapted.modules):
-            own, index = lora.at(module), adapted.index(number)
+            own, place = lora.at(module), adapted.place(number)
             if own is None:
                 continue
             biases.add(f"{module}.bias")
-            yield _Part((f"{module}.lora_A.weight",), layer.lora_A, index, 0, own.r)
-            yield _Part((f"{module}.lora_B.weight",), layer.lora_B, index, 1, own.r)
+            assert layer.lora_A is not None
+            assert layer.lora_B is not None
+            yield _Part((f"{module}.lora_A.weight",), layer.lora_A, place, 0, own.r)
+            yield _Part((f"{module}.lora_B.weight",), layer.lora_B, place, 1, own.r)
             if layer.lora_magnitude_vector is not None:
                 name = f"{module}.lora_magnitude_vector"
-                yield _Part((name, f"{name}.weight"), layer.lora_magnitude_vector, index)
+                yield _Part((name, f"{name}.weight"), layer.lora_magnitude_vector, place)
     for name, slot in FAMILIES[model.config.model_type].weight_names(model.config).items():
         variable = node_at(model, slot.path)
         if not isinstance(variable, TrainedParam):
@@ -294,7 +296,7 @@ def _put(parts: list[tuple[_Part, np.ndarray]]) -> None:
                 part.variable,
                 value if part.axis is None else np.zeros_like(value),
             )
-        whole = arrays[id(part.variable)][1][part.index or ...]
+        whole = arrays[id(part.variable)][1][part.place or ...]
         if part.axis == 0:
             whole = whole[: part.length]
         elif part.axis == 1:

@@ -60,7 +60,7 @@ def config_from_json(config: Mapping[str, Any], path: Path) -> LoraConfig:
     targets = config.get("target_modules") or "all-linear"
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = "all-linear"
-    names = {
+    names: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) and value else value or None
         for name in ("exclude_modules", "layers_pattern", "modules_to_save")
         for value in [config.get(name)]

@@ -23,7 +23,8 @@ class Embedding(nnx.Module):
     def __init__(self, vocab: int, embed: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
         init = jax.random.normal(rngs.params(), (vocab, embed), jnp.float32) * 0.02
         self.weight = FrozenParam(init.astype(dtype))
-        self.token_ids, self.token_rows = nnx.data(None), nnx.data(None)
+        self.token_ids: FrozenParam | None = nnx.data(None)
+        self.token_rows: TrainedParam | None = nnx.data(None)
 
     def train_rows(self, ids: Int[Array, " n"], rows: Float[Array, "n embed"]) -> None:
         """Lets `rows` stand for the rows of `ids` (each once) from now on, trained; in place."""

@@ -100,7 +100,8 @@ def train_tokens(model: Any, ids: Sequence[int]) -> None:
 
 def train_rows_of(embedding: Embedding, ids: Sequence[int]) -> None:
     """Adds tokens to the trained rows of one embedding, in place, from the rows they have now."""
-    before = [] if embedding.token_ids is None else embedding.token_ids[...].tolist()
+    trained = embedding.token_ids
+    before: list[int] = [] if trained is None else trained[...].tolist()
     every = jnp.asarray([*before, *(i for i in dict.fromkeys(ids) if i not in before)], jnp.int32)
     rows = embedding(every).astype(jnp.float32)
     if embedding.token_rows is not None:

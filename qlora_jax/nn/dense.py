@@ -149,9 +149,12 @@ class QuantDense(nnx.Module):
         """
         self.lora = None
         self.deterministic = False
-        self.lora_A, self.lora_B = nnx.data(None), nnx.data(None)
-        self.lora_magnitude_vector, self.row_squares = nnx.data(None), nnx.data(None)
-        self.lora_scaling, self.dropout_rngs = nnx.data(None), nnx.data(None)
+        self.lora_A: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_B: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_magnitude_vector: nnx.LoRAParam | None = nnx.data(None)
+        self.row_squares: FrozenParam | None = nnx.data(None)
+        self.lora_scaling: FrozenParam | None = nnx.data(None)
+        self.dropout_rngs = nnx.data(None)
         adapted = [lora for lora in loras if lora is not None]
         if not adapted:
             return
@@ -232,6 +235,9 @@ class QuantDense(nnx.Module):
 
     def _adapted_squares(self) -> Float[Array, " out"]:
         """‖W + s·B·A‖² of every row; a constant of the backward pass."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        assert self.row_squares is not None
         a, b = (jax.lax.stop_gradient(x[...]) for x in (self.lora_A, self.lora_B))
         cross = self._product(a.astype(self.compute_dtype))
         return adapted_squares(self.row_squares[...], cross, a, b, self._scaling)

@@ -84,7 +84,7 @@ def test_adapter_of_another_shape_leaves_the_model_as_it_was(saved, lora, messag
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("peft_type", "IA3"),
-        ("rank_pattern", {"q_proj": 2}),
+        ("lora_bias", True),
     ],
 )
 def test_what_is_not_supported_is_refused(saved, field, value):

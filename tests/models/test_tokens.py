@@ -1,0 +1,181 @@
+"""Tokens that are added to a model: their rows are trained, saved and read, and nothing else is."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import qlora_jax as ql
+from qlora_jax.checkpoints import load_adapter, save_adapter
+from qlora_jax.data import load_tokenizer
+from qlora_jax.models import Decoder
+from qlora_jax.train import TrainConfig, fit
+from tests.checkpoints.tiny import CONFIG
+
+LORA = ql.LoraConfig(r=2, alpha=4, target_modules=("q_proj",))
+WORDS = [*"abcdefghijklmnopqrst", "<s>", "</s>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """22 words, of a model with 24 rows."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    spec = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {word: index for index, word in enumerate(WORDS)},
+            "unk_token": "a",
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
+    )
+    return load_tokenizer(folder)
+
+
+def model(*, tied: bool = False) -> Decoder:
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied, num_hidden_layers=1)
+    return Decoder(config, lora=LORA, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_rows_are_the_mean_and_the_vocabulary_grows(tied: bool, tokenizer) -> None:
+    added = model(tied=tied)
+    before = np.asarray(added.embed_tokens.weight[...])
+    extended = ql.add_tokens(added, tokenizer, ["<|x|>", "<|y|>", "<|z|>", "c"])
+    assert extended.encode("<|y|>", bos=False, special=True) == [23]
+    assert (extended.vocab_size, added.config.vocab_size, tokenizer.vocab_size) == (25, 25, 22)
+    np.testing.assert_array_equal(added.embed_tokens.token_ids[...], [22, 23, 24, 2])
+    mean = before[:22].mean(0)
+    rows = added.embed_tokens(jnp.asarray([22, 23, 24, 2, 3]))
+    np.testing.assert_allclose(rows[:3], [mean] * 3, atol=1e-7)
+    np.testing.assert_array_equal(rows[3:], before[[2, 3]])
+    assert (added.lm_head is None) is tied
+    assert added(jnp.asarray([[1, 24]])).shape == (1, 2, 25)
+
+
+def test_only_the_rows_are_trained_and_the_head_follows(tokenizer) -> None:
+    added = model(tied=True)
+    ql.add_tokens(added, tokenizer, ["<|x|>", "c"])
+    graphdef, lora, rest = nnx.split(added, nnx.LoRAParam, ...)
+    assert set(lora["embed_tokens"]) == {"token_rows"}
+    ids = jnp.asarray([[1, 22, 5, 2]])
+
+    def loss(lora, rest):
+        return jnp.sum(nnx.merge(graphdef, lora, rest)(ids) ** 2)
+
+    # The same as differentiating a whole matrix, at these rows.
+    whole = model(tied=True)
+    matrix = jnp.concatenate([added.embed_tokens(jnp.arange(24))])
+    whole.embed_tokens.weight = nnx.Param(matrix)
+    wdef, wparam, wrest = nnx.split(whole, nnx.PathContains("embed_tokens"), ...)
+    dwhole = jax.grad(lambda p: jnp.sum(nnx.merge(wdef, p, wrest)(ids) ** 2))(wparam)
+    drows = jax.grad(loss)(lora, rest)["embed_tokens"]["token_rows"].get_value()
+    expected = dwhole["embed_tokens"]["weight"].get_value()[jnp.asarray([22, 2])]
+    np.testing.assert_allclose(drows, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_and_read_with_the_adapter(tokenizer, tmp_path) -> None:
+    added = model()
+    extended = ql.add_tokens(added, tokenizer, ["<|x|>", "<|y|>", "<|z|>"])
+    for matrix in (added.embed_tokens, added.lm_head):
+        matrix.token_rows[...] = matrix.token_rows[...] + 0.5
+    save_adapter(tmp_path, added, LORA, "base", tokenizer=extended)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == {
+        "model.embed_tokens": [22, 23, 24],
+        "lm_head": [22, 23, 24],
+    }
+    fresh = model()
+    load_adapter(tmp_path, fresh)
+    ids = jnp.asarray([[1, 24, 22, 3]])
+    np.testing.assert_array_equal(fresh(ids), added(ids))
+    again = load_tokenizer(tmp_path)
+    assert again.encode("a <|z|> b", special=True) == extended.encode("a <|z|> b", special=True)
+    assert again.eos_token_id == 21
+
+
+class Rows:
+    """The same short rows in every step, with the added token in them."""
+
+    def at(self, step: int):
+        from qlora_jax.data import Batch
+
+        ids = np.asarray([[[1, 22, 5, 22, 7, 22]]], np.int32)
+        return Batch(ids, np.ones(ids.shape, bool), ids)
+
+
+def test_fit_trains_checkpoints_and_resumes_the_rows(tokenizer, tmp_path) -> None:
+    """A run in two pieces ends as one in one; every row but the trained one stays as it was."""
+    config = TrainConfig(
+        steps=4, micro_batch_size=1, learning_rate=0.05, weight_decay=0.1, save_every=2,
+        page_min_size=0, warmup_steps=1,
+    )  # fmt: skip
+    results = []
+    for pieces in ([4], [2, 4]):
+        folder = tmp_path / f"{len(pieces)}"
+        for _ in pieces:
+            added = model(tied=True)
+            frozen = np.asarray(added.embed_tokens.weight[...][:22])
+            ql.add_tokens(added, tokenizer, ["<|x|>"])
+            stop = StopAt(pieces[0]) if _ != 4 else None
+            try:
+                fit(added, Rows(), config, run_folder=folder, callbacks=[stop] if stop else [])
+            except KeyboardInterrupt:
+                continue
+        np.testing.assert_array_equal(added.embed_tokens.weight[...][:22], frozen)
+        results.append(np.asarray(added.embed_tokens.token_rows[...]))
+    np.testing.assert_array_equal(*results)
+    assert np.abs(results[0] - frozen.mean(0)).max() > 0.05
+
+
+class StopAt:
+    """Breaks a run off behind a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def start(self, step: int) -> None:
+        pass
+
+    def log(self, step: int, values) -> None:
+        if step > self.step:
+            raise KeyboardInterrupt
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_optax_and_paged_take_the_rows(tokenizer) -> None:
+    added = model()
+    ql.add_tokens(added, tokenizer, ["<|x|>"])
+    _, lora, _ = nnx.split(added, nnx.LoRAParam, ...)
+    tx = ql.paged(optax.adamw(1e-3), min_size=0)
+    updates, _ = jax.jit(tx.update)(lora, tx.init(lora), lora)
+    assert jax.tree.structure(updates) == jax.tree.structure(lora)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m, t: ql.add_tokens(m, t, []), "tokens is empty"),
+        (lambda m, t: ql.add_tokens(m, t, [""]), "at least a character"),
+        (lambda m, t: ql.train_tokens(m, [24]), "holds 24, but embed_tokens has 24 rows"),
+        (lambda m, t: ql.resize_token_embeddings(m, 23), "rows are never taken away"),
+    ],
+)
+def test_bad_input(call, words: str, tokenizer) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(model(), tokenizer)
