@@ -4,9 +4,10 @@ from qlora_jax.models.attention import AttentionName, attend, attention_for
 from qlora_jax.models.cache import Cache
 from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import REMAT, Decoder
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.families import FAMILIES, family_of
 from qlora_jax.models.family import Family, Slot
+from qlora_jax.models.layers import REMAT
 from qlora_jax.models.loss import (
     LOSS_CHUNK,
     TokenLoss,

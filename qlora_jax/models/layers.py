@@ -1,7 +1,7 @@
 """Stacks of layers: made under one `vmap`, run under one `lax.scan`, recomputed one at a time.
 
 A stack is a layer whose every Variable carries a leading axis, so the program is as long for 24
-layers as for 2. Encoders and encoder–decoders share this file; what a layer computes is theirs.
+layers as for 2. All models share this file; what a layer computes is theirs.
 """
 
 import itertools
@@ -13,9 +13,17 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from qlora_jax.models.decoder import REMAT
 from qlora_jax.nn import LoraConfig, QuantDense
 from qlora_jax.quant import QuantConfig
+
+REMAT: dict[str, Callable[..., bool] | None] = {
+    # Save each layer's input, recompute the layer: least memory, one more forward pass.
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # Save matmul outputs, recompute what lies between: cheap in time, memory grows with depth.
+    "dots": jax.checkpoint_policies.checkpoint_dots,
+    # Save everything that the backward pass reads.
+    "none": None,
+}
 
 Keys = Iterator[Key[Array, ""] | None]
 """Dropout keys, drawn one after another; without dropout each of them is None."""
@@ -76,18 +84,18 @@ def stack_layers(
 
 def scan_layers(
     layers: nnx.Module,
-    apply: Callable[[Any, Array, Any], tuple[Array, Any]],
-    x: Array,
+    apply: Callable[[Any, Any, Any], tuple[Any, Any]],
+    x: Any,
     per_layer: Any,
     *,
     remat: str,
-) -> tuple[Array, Any]:
+) -> tuple[Any, Any]:
     """Runs a stack: `apply(layer, x, slice) -> (x, output)`, layer after layer.
 
     Args:
         layers: as `stack_layers` made it.
         apply: one layer's part.
-        x: what goes through.
+        x: what goes through, an array or a pytree of them.
         per_layer: a pytree whose leaves carry the layers' axis (dropout keys, caches), or None.
         remat: a key of `REMAT`: what the backward pass finds saved.
 
@@ -96,13 +104,14 @@ def scan_layers(
     """
     graphdef, stacked = nnx.split(layers)
 
-    def step(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
+    def step(x: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
         state, given = layer
         return apply(nnx.merge(graphdef, state), x, given)
 
     policy = REMAT[remat]
     if policy is not None:
-        # prevent_cse only hinders fusion inside a scan (see Decoder.hidden).
+        # Inside a scan, nothing can be merged with the recomputation across iterations, so the
+        # barriers that prevent_cse puts in would only hinder fusion.
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     return jax.lax.scan(step, x, (stacked, per_layer))
 
@@ -128,8 +137,7 @@ def check_options(
     if remat not in REMAT:
         raise ValueError(f"remat is {remat!r}, but one of {', '.join(REMAT)} is needed.")
     if lora is not None and not any(
-        isinstance(node, QuantDense) and node.lora is not None
-        for _, node in nnx.iter_graph(model)
+        isinstance(node, QuantDense) and node.lora is not None for _, node in nnx.iter_graph(model)
     ):
         raise ValueError(
             f"target_modules is {lora.target_modules!r}, which names no linear layer of the "
