@@ -32,9 +32,9 @@ from qlora_jax.models.cache import Cache, advance, start, store, visible
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_layer import DecoderLayer
 from qlora_jax.models.embedding import Embedding
-from qlora_jax.models.layers import Storage, check_options, scan_layers, split_key, stack_layers
 from qlora_jax.models.norm import norm_for
 from qlora_jax.models.rope import rotations
+from qlora_jax.models.stack import Storage, check_options, scan_layers, split_key, stack_layers
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 

@@ -8,10 +8,10 @@ from jaxtyping import Array, Float, Key
 
 from qlora_jax.models.attention import Attention, Mix
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.layers import Storage
 from qlora_jax.models.mlp import MLP
 from qlora_jax.models.moe import MixtureOfExperts
 from qlora_jax.models.norm import norm_for
+from qlora_jax.models.stack import Storage
 
 
 class DecoderLayer(nnx.Module):

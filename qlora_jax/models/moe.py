@@ -25,8 +25,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.layers import Storage, split_key, stack_layers
 from qlora_jax.models.mlp import MLP
+from qlora_jax.models.stack import Storage, split_key, stack_layers
 from qlora_jax.nn import FrozenParam
 
 BLOCK = 512

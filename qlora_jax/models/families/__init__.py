@@ -11,6 +11,8 @@ from qlora_jax.models.families.mixtral import MIXTRAL
 from qlora_jax.models.families.opt import OPT
 from qlora_jax.models.families.phi3 import PHI3
 from qlora_jax.models.families.qwen import QWEN2, QWEN3
+from qlora_jax.models.families.roberta import ROBERTA
+from qlora_jax.models.families.t5 import T5
 from qlora_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -27,6 +29,8 @@ FAMILIES: dict[str, Family] = {
         PHI3,
         GPT_NEOX,
         OPT,
+        T5,
+        ROBERTA,
     )
 }
 
