@@ -5,6 +5,7 @@ layers as for 2. All models share this file; what a layer computes is theirs.
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,8 @@ def check_options(
     if lora is not None and not any(
         isinstance(node, QuantDense) and node.lora is not None for _, node in nnx.iter_graph(model)
     ):
+        kind = "–".join(re.findall("[A-Z][a-z]+", type(model).__name__)).lower()
         raise ValueError(
             f"target_modules is {lora.target_modules!r}, which names no linear layer of the "
-            f"{type(model).__name__}; it has {', '.join(linears)}."
+            f"{kind}; it has {', '.join(linears)}."
         )
