@@ -10,6 +10,7 @@ from qlora_jax.models.encoder import EncoderClassifier
 from qlora_jax.models.encoder_config import EncoderConfig, EncoderDecoderConfig
 from qlora_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderCache
 from qlora_jax.models.families import FAMILIES, family_of
+from qlora_jax.models.families.t5 import t5_lora
 from qlora_jax.models.family import Family, Slot
 from qlora_jax.models.loss import (
     LOSS_CHUNK,
@@ -19,9 +20,9 @@ from qlora_jax.models.loss import (
     next_token_loss,
     next_tokens,
 )
+from qlora_jax.models.remat import REMAT
 from qlora_jax.models.rope import RopeConfig
 from qlora_jax.models.seq2seq_loss import seq2seq_loss, shift_right
-from qlora_jax.models.stack import REMAT
 from qlora_jax.models.unfreeze import unfreeze
 
 __all__ = [
@@ -53,5 +54,6 @@ __all__ = [
     "next_tokens",
     "seq2seq_loss",
     "shift_right",
+    "t5_lora",
     "unfreeze",
 ]

@@ -51,9 +51,9 @@ def attend(
         softcap: scores become c · tanh(score / c) before the bias (arXiv 2408.00118).
         bias: added to the scores.
         segments: ids of the queries and keys of packed sequences: equal ones see each other.
-        implementation: "xla" holds all scores and takes everything; "chunked" takes everything in
-            memory linear in the sequence; "cudnn" is the fastest, linear in memory where there is
-            no mask, bias or segments, and knows no soft cap.
+        implementation: "xla" holds all scores and takes everything; "cudnn" is linear in memory
+            where there is no mask, bias or segments, and knows no soft cap; "chunked" takes
+            everything and is linear in memory (`chunked_attention.py`).
 
     Raises:
         ValueError: a window without causality, or a soft cap under cuDNN.
@@ -79,7 +79,8 @@ def attend(
     if softcap is not None:
         if implementation == "cudnn":
             raise ValueError(
-                "attention is 'cudnn', which has no soft cap: give 'chunked' or 'xla'."
+                f"attention is {implementation!r}, which has no soft cap: give attention='xla' or "
+                "'chunked'."
             )
         mask = _visible(query.shape[1], key.shape[1], mask, causal, window)
         return _capped(query, key, value, mask, scale, softcap, bias)

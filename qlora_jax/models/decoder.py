@@ -33,6 +33,7 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_layer import DecoderLayer
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.norm import norm_for
+from qlora_jax.models.remat import check_remat
 from qlora_jax.models.rope import rotations
 from qlora_jax.models.stack import Storage, check_options, scan_layers, split_key, stack_layers
 from qlora_jax.nn import LoraConfig
@@ -49,12 +50,14 @@ class Decoder(nnx.Module):
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`.
         remat: one of `REMAT`: what the backward pass finds saved instead of recomputing it.
+        stream_weights: the layers' frozen weights lie in pinned host memory and come in one layer
+            at a time (`streaming.py`). `load_model` puts them there, `move_to_host` a model's.
         attention: implementation of `attend`; see `attention_for`.
         matmul: implementation of the 4-bit matmul (`pallas_kernels`); None lets the op choose.
         rngs: stream `params`. Base weights start random.
 
-    `model.remat` and `model.attention` may be set again later; neither changes results beyond
-    rounding.
+    `model.remat`, `model.stream_weights` and `model.attention` may be set again later; none changes
+    results beyond rounding.
     """
 
     def __init__(
@@ -66,10 +69,12 @@ class Decoder(nnx.Module):
         compute_dtype: Any = jnp.float32,
         param_dtype: Any = None,
         remat: str = "full",
+        stream_weights: bool = False,
         attention: AttentionName = "xla",
         matmul: str | None = None,
         rngs: nnx.Rngs,
     ) -> None:
+        check_remat(remat, stream_weights=stream_weights)
         if attention not in get_args(AttentionName):
             raise ValueError(
                 f"attention is {attention!r}, but one of {', '.join(get_args(AttentionName))} is "
@@ -78,6 +83,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.remat = remat
+        self.stream_weights = stream_weights
         self.attention = attention
         stored = param_dtype or compute_dtype
         storage = Storage(quant, lora, compute_dtype, stored, matmul)
@@ -169,8 +175,14 @@ class Decoder(nnx.Module):
                 for it, so that early and late keys are turned alike.
 
         Raises:
-            ValueError: the cache is too short for the prompt, or longer than the learned positions.
+            ValueError: the cache is too short for the prompt, or longer than the learned positions,
+                or the model's weights stream.
         """
+        if self.stream_weights:
+            raise ValueError(
+                "The model has stream_weights set, which training takes and generation does not: "
+                "load it without, so that its weights are on the device."
+            )
         length = input_ids.shape[1]
         if cache_length < length:
             raise ValueError(
@@ -293,6 +305,7 @@ class Decoder(nnx.Module):
             self._embed(input_ids, positions, dropout_key),
             (self._sliding(), keys),
             remat=self.remat,
+            stream_weights=self.stream_weights,
         )
         return self._finish(x, dropout_key), kept
 

@@ -14,17 +14,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from qlora_jax.nn import LoraConfig, QuantDense
+from qlora_jax.models.remat import check_remat, run_layers
+from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense
 from qlora_jax.quant import QuantConfig
-
-REMAT: dict[str, Callable[..., bool] | None] = {
-    # Save each layer's input, recompute the layer: least memory, one more forward pass.
-    "full": jax.checkpoint_policies.nothing_saveable,
-    # Save matmul outputs, recompute what lies between: cheap in time, memory grows with depth.
-    "dots": jax.checkpoint_policies.checkpoint_dots,
-    # Save everything that the backward pass reads.
-    "none": None,
-}
 
 Keys = Iterator[Key[Array, ""] | None]
 """Dropout keys, drawn one after another; without dropout each of them is None."""
@@ -90,31 +82,31 @@ def scan_layers(
     per_layer: Any,
     *,
     remat: str,
+    stream_weights: bool = False,
 ) -> tuple[Any, Any]:
     """Runs a stack: `apply(layer, x, slice) -> (x, output)`, layer after layer.
 
     Args:
         layers: as `stack_layers` made it.
         apply: one layer's part.
-        x: what goes through, an array or a pytree of them.
+        x: what goes through; a pytree, unless weights stream.
         per_layer: a pytree whose leaves carry the layers' axis (dropout keys, caches), or None.
         remat: a key of `REMAT`: what the backward pass finds saved.
+        stream_weights: whether frozen weights come in from host memory layer by layer.
 
     Returns:
         What came through, and the outputs stacked.
     """
-    graphdef, stacked = nnx.split(layers)
+    parts: tuple[Any, ...] = nnx.split(layers, FrozenParam, ...)
+    graphdef, frozen, rest = parts
 
-    def step(x: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
-        state, given = layer
-        return apply(nnx.merge(graphdef, state), x, given)
+    def step(x: Any, frozen: Any, own: tuple[Any, Any]) -> tuple[Any, Any]:
+        rest, given = own
+        return apply(nnx.merge(graphdef, frozen, rest), x, given)
 
-    policy = REMAT[remat]
-    if policy is not None:
-        # Inside a scan, nothing can be merged with the recomputation across iterations, so the
-        # barriers that prevent_cse puts in would only hinder fusion.
-        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-    return jax.lax.scan(step, x, (stacked, per_layer))
+    return run_layers(
+        step, x, frozen, (rest, per_layer), remat=remat, stream_weights=stream_weights
+    )
 
 
 def split_key(key: Key[Array, ""] | None, count: int) -> Key[Array, " count"] | None:
@@ -135,8 +127,7 @@ def check_options(
     Raises:
         ValueError: saying what there is to choose from.
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat is {remat!r}, but one of {', '.join(REMAT)} is needed.")
+    check_remat(remat)
     if lora is not None and not any(
         isinstance(node, QuantDense) and node.lora is not None for _, node in nnx.iter_graph(model)
     ):
