@@ -77,7 +77,7 @@ def attend(
         own = segments[0][:, None, :, None] == segments[1][:, None, None, :]
         mask = own if mask is None else own & mask
     if softcap is not None:
-        if implementation != "xla":
+        if implementation == "cudnn":
             raise ValueError(
                 f"attention is {implementation!r}, which has no soft cap: give attention='xla' or "
                 "'chunked'."
@@ -143,9 +143,10 @@ class Attention(nnx.Module):
     """Projects to heads, turns them by their positions, mixes them, projects back."""
 
     def __init__(self, config: DecoderConfig, dense: Callable[..., QuantDense]) -> None:
-        """`dense(name, inputs, outputs, bias)` makes a linear layer."""
+        """`dense` makes a linear layer (`Storage.dense`)."""
         for name, linear in config.attention_linears.items():
-            setattr(self, name, dense(f"{config.names.attention}.{name}", *linear))
+            made = dense(name, linear.inputs, linear.outputs, use_bias=linear.bias)
+            setattr(self, name, made)
         if config.qk_norm:
             self.q_norm = norm_for(config, config.head_dim)
             self.k_norm = norm_for(config, config.head_dim)

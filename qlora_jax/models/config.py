@@ -206,6 +206,17 @@ class DecoderConfig:
         return {**into, names.down: Linear(inner, outer, bias)}
 
     @property
+    def outer_linears(self) -> dict[str, Linear]:
+        """The linear layers between the embedding and the layers, by their names."""
+        narrow, embed = self.word_embed_proj_dim, self.hidden_size
+        if narrow is None:
+            return {}
+        return {
+            "project_in": Linear(narrow, embed, False),
+            "project_out": Linear(embed, narrow, False),
+        }
+
+    @property
     def layer_norms(self) -> tuple[str, ...]:
         """The norms of a layer over the residual stream, by their names."""
         norms = ("input_layernorm", "post_attention_layernorm")

@@ -30,12 +30,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from qlora_jax.models.attention import AttentionName, attend
 from qlora_jax.models.cache import Cache, advance, start, store, visible
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder_layer import DecoderLayer
 from qlora_jax.models.embedding import Embedding
-from qlora_jax.models.layer import DecoderLayer
 from qlora_jax.models.norm import norm_for
-from qlora_jax.models.remat import check_remat, run_layers
+from qlora_jax.models.remat import check_remat
 from qlora_jax.models.rope import rotations
-from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense
+from qlora_jax.models.stack import Storage, check_options, scan_layers, split_key, stack_layers
+from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 
 
@@ -85,43 +86,30 @@ class Decoder(nnx.Module):
         self.stream_weights = stream_weights
         self.attention = attention
         stored = param_dtype or compute_dtype
-
-        def make_layer(key: Array) -> DecoderLayer:
-            stream = nnx.Rngs(key)
-
-            def dense(name: str, inputs: int, outputs: int, use_bias: bool) -> QuantDense:
-                return QuantDense(
-                    inputs,
-                    outputs,
-                    use_bias=use_bias,
-                    quant=quant,
-                    lora=None if lora is None else lora.at(f"layers.{name}"),
-                    compute_dtype=compute_dtype,
-                    param_dtype=stored,
-                    implementation=matmul,
-                    rngs=stream,
-                )
-
-            return DecoderLayer(config, dense)
-
-        def layer_state(key: Array) -> Any:
-            return nnx.state(make_layer(key))
-
+        storage = Storage(quant, lora, compute_dtype, stored, matmul)
         vocab, embed = config.vocab_size, config.hidden_size
-        self.embed_tokens = Embedding(vocab, embed, dtype=stored, rngs=rngs)
-        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
-        self.layers = nnx.merge(
-            nnx.graphdef(nnx.eval_shape(lambda: make_layer(keys[0]))), jax.vmap(layer_state)(keys)
+        narrow = config.word_embed_proj_dim or embed
+        self.embed_tokens = Embedding(vocab, narrow, dtype=stored, rngs=rngs)
+        self.layers = stack_layers(
+            lambda rngs: DecoderLayer(config, storage, rngs), config.num_hidden_layers, rngs
         )
-        if lora is not None and not nnx.state(self.layers, nnx.LoRAParam):
-            raise ValueError(
-                f"target_modules is {lora.target_modules!r}, which names no linear layer of the "
-                f"decoder; it has {', '.join((*config.attention_linears, *config.mlp_linears))}."
-            )
         self.norm = nnx.data(norm_for(config, embed) if config.final_norm else None)
         self.lm_head = (
-            None if config.tie_word_embeddings else Embedding(vocab, embed, dtype=stored, rngs=rngs)
+            None
+            if config.tie_word_embeddings
+            else Embedding(vocab, narrow, dtype=stored, rngs=rngs)
         )
+        if config.rope is None:
+            rows = config.max_position_embeddings + config.position_offset
+            self.embed_positions = Embedding(rows, embed, dtype=stored, rngs=rngs)
+        outside = storage.dense("", rngs)
+        self.project_in, self.project_out = (
+            nnx.data(outside(name, shape.inputs, shape.outputs) if shape else None)
+            for name in ("project_in", "project_out")
+            for shape in (config.outer_linears.get(name),)
+        )
+        linears = (*config.attention_linears, *config.mlp_linears, *config.outer_linears)
+        check_options(remat, lora, self, linears)
 
     def __call__(
         self,
@@ -187,8 +175,14 @@ class Decoder(nnx.Module):
                 for it, so that early and late keys are turned alike.
 
         Raises:
-            ValueError: the cache is too short for the prompt, or longer than the learned positions.
+            ValueError: the cache is too short for the prompt, or longer than the learned positions,
+                or the model's weights stream.
         """
+        if self.stream_weights:
+            raise ValueError(
+                "The model has stream_weights set, which training takes and generation does not: "
+                "load it without, so that its weights are on the device."
+            )
         length = input_ids.shape[1]
         if cache_length < length:
             raise ValueError(
@@ -217,15 +211,16 @@ class Decoder(nnx.Module):
             cache: of `prefill` or an earlier step. Where it is full already, logits are NaN.
         """
         config, positions = self.config, cache.positions[:, None]
-        graphdef, stacked = nnx.split(self.layers)
         turns, local_turns = self._turns(positions, cache.length)
         seen = visible(cache, None)
         near = None if config.sliding_window is None else visible(cache, config.sliding_window)
         alike = near if all(config.sliding_layers) else seen
 
-        def step(carry: tuple[Array, Array, Array], layer: tuple[Any, ...]) -> tuple[Any, None]:
+        def apply(
+            layer: DecoderLayer, carry: tuple[Array, Array, Array], given: tuple[Any, Array]
+        ) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry
-            state, sliding, number = layer
+            sliding, number = given
 
             def mix(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
                 all_keys, key = store(keys, key, number, cache.filled)
@@ -242,16 +237,15 @@ class Decoder(nnx.Module):
                 )
                 return mixed, (all_keys, all_values)
 
-            x, (keys, values) = nnx.merge(graphdef, state)(
-                x, _chosen(sliding, local_turns, turns), mix, dropout_key=None
-            )
+            turned = _chosen(sliding, local_turns, turns)
+            x, (keys, values) = layer(x, turned, mix, dropout_key=None)
             return (x, keys, values), None
 
         numbers = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
-        carry = (self._embed(tokens[:, None], positions), cache.key, cache.value)
-        carry, _ = jax.lax.scan(step, carry, (stacked, self._sliding(), numbers))
-        x, key, value = carry
-        x = jnp.where(cache.filled < cache.length, self._normalised(x)[:, 0], jnp.nan)
+        carry = (self._embed(tokens[:, None], positions, None), cache.key, cache.value)
+        given = (self._sliding(), numbers)
+        (x, key, value), _ = scan_layers(self.layers, apply, carry, given, remat="none")
+        x = jnp.where(cache.filled < cache.length, self._finish(x, None)[:, 0], jnp.nan)
         return self.head(x), advance(cache, key, value)
 
     def _forward(
@@ -291,30 +285,29 @@ class Decoder(nnx.Module):
                 )
             return mixed, None if cache_length is None else (key, value)
 
-        graphdef, frozen, rest = nnx.split(self.layers, FrozenParam, ...)
-        keys = (
-            None if dropout_key is None else jax.random.split(dropout_key, config.num_hidden_layers)
-        )
         turns, local_turns = self._turns(positions, cache_length)
 
-        def step(x: Array, frozen: Any, own: tuple[Any, Any, Any]) -> tuple[Array, Any]:
-            rest, sliding, key = own
-            return nnx.merge(graphdef, frozen, rest)(
+        def apply(
+            layer: DecoderLayer, x: Array, given: tuple[Array | None, Array | None]
+        ) -> tuple[Array, Any]:
+            sliding, key = given
+            return layer(
                 x,
                 _chosen(sliding, local_turns, turns),
                 functools.partial(mix, sliding),
                 dropout_key=key,
             )
 
-        x, kept = run_layers(
-            step,
-            self._embed(input_ids, positions),
-            frozen,
-            (rest, self._sliding(), keys),
+        keys = split_key(dropout_key, config.num_hidden_layers)
+        x, kept = scan_layers(
+            self.layers,
+            apply,
+            self._embed(input_ids, positions, dropout_key),
+            (self._sliding(), keys),
             remat=self.remat,
             stream_weights=self.stream_weights,
         )
-        return self._normalised(x), kept
+        return self._finish(x, dropout_key), kept
 
     def head(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Float32 logits of hidden states."""
@@ -322,16 +315,28 @@ class Decoder(nnx.Module):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def _embed(self, ids: Array, positions: Array) -> Array:
+    def _embed(
+        self, ids: Array, positions: Array, dropout_key: Array | None
+    ) -> Float[Array, "batch seq embed"]:
         """What enters the first layer, in `compute_dtype`."""
+        config = self.config
         x = self.embed_tokens(ids).astype(self.compute_dtype)
-        if self.config.embedding_scale != 1.0:
-            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        if self.project_in is not None:
+            x = self.project_in(x, dropout_key=_folded(dropout_key, 0))
+        if config.rope is None:
+            learned = self.embed_positions(positions + config.position_offset)
+            x = x + learned.astype(self.compute_dtype)
         return x
 
-    def _normalised(self, x: Array) -> Array:
+    def _finish(self, x: Array, dropout_key: Array | None) -> Float[Array, "batch seq embed"]:
         """What the head reads of the last layer's output."""
-        return x if self.norm is None else self.norm(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x, dropout_key=_folded(dropout_key, 1))
+        return x
 
     def _check_length(self, length: int) -> None:
         """Refuses what learned positions have no row for; rotary ones have no end."""
@@ -367,6 +372,11 @@ def _positions(ids: Array, mask: Array | None, segments: Array | None) -> Array:
         return index
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _folded(key: Array | None, number: int) -> Array | None:
+    """A key of its own for a linear layer outside of the stack."""
+    return None if key is None else jax.random.fold_in(key, number)
 
 
 def _chosen(flag: Array | None, yes: Any, no: Any) -> Any:

@@ -95,7 +95,9 @@ def required(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
-def read_rope(config: Mapping[str, Any], *, theta: float = 10000.0) -> RopeConfig:
+def read_rope(
+    config: Mapping[str, Any], *, theta: float = 10000.0, partial: float = 1.0
+) -> RopeConfig:
     """Rotary frequencies from a config.json in either style.
 
     transformers 4 writes `rope_theta` and `rope_scaling` (with `rope_type`, once `type`);
@@ -104,17 +106,24 @@ def read_rope(config: Mapping[str, Any], *, theta: float = 10000.0) -> RopeConfi
     Args:
         config: the file.
         theta: the family's base where the file names none.
+        partial: the share of a head that is turned where the file names none.
     """
     given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = given.get("rope_type") or given.get("type") or "default"
     base = given.get("rope_theta") or config.get("rope_theta") or theta
+    share = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or partial
+    fields: dict[str, Any] = {"rope_theta": float(base), "partial_rotary_factor": float(share)}
     if kind == "default":
-        return RopeConfig(rope_theta=float(base))
+        return RopeConfig(**fields)
     longest = config.get("max_position_embeddings", 2048)
     # The growing base is measured from the config's own length; the others may name another.
     original = None if kind == "dynamic" else given.get("original_max_position_embeddings")
-    fields: dict[str, Any] = {
-        "rope_theta": float(base),
+    if kind in ("longrope", "su"):
+        kind, original = "longrope", original or config.get("original_max_position_embeddings")
+        fields["factor"] = longest / (original or longest)
+        for name in ("short_factor", "long_factor"):
+            fields[name] = tuple(map(float, required(given, name)))
+    fields |= {
         "rope_type": kind,
         "original_max_position_embeddings": int(original or longest),
     }
@@ -139,9 +148,24 @@ def write_rope(rope: RopeConfig | None) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` in transformers 4's style, which transformers 5 reads too."""
     if rope is None:
         return {}
+    base: dict[str, Any] = {"rope_theta": rope.rope_theta, "rope_scaling": None}
+    if rope.partial_rotary_factor != 1.0:
+        base["partial_rotary_factor"] = rope.partial_rotary_factor
     if rope.rope_type == "default":
-        return {"rope_theta": rope.rope_theta, "rope_scaling": None}
-    scaling: dict[str, Any] = {"rope_type": rope.rope_type, "factor": rope.factor}
+        return base
+    scaling: dict[str, Any] = {"rope_type": rope.rope_type}
+    optional: tuple[str, ...] = ()
+    if rope.rope_type == "longrope":
+        # Three fields and no more, or transformers 4 refuses them; the factor follows from lengths.
+        scaling = {
+            "type": "longrope",
+            "short_factor": list(rope.short_factor or ()),
+            "long_factor": list(rope.long_factor or ()),
+        }
+        base["original_max_position_embeddings"] = rope.original_max_position_embeddings
+        optional = ("attention_factor",)
+    else:
+        scaling["factor"] = rope.factor
     if rope.rope_type in ("yarn", "llama3"):
         scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
     if rope.rope_type == "llama3":
@@ -155,8 +179,6 @@ def write_rope(rope: RopeConfig | None) -> dict[str, Any]:
             "beta_slow": rope.beta_slow,
             "truncate": rope.truncate,
         }
-        optional = {
-            name: getattr(rope, name) for name in ("attention_factor", "mscale", "mscale_all_dim")
-        }
-        scaling |= {name: value for name, value in optional.items() if value is not None}
-    return {"rope_theta": rope.rope_theta, "rope_scaling": scaling}
+        optional = ("attention_factor", "mscale", "mscale_all_dim")
+    scaling |= {name: getattr(rope, name) for name in optional if getattr(rope, name) is not None}
+    return base | {"rope_scaling": scaling}

@@ -21,10 +21,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class MLP(nnx.Module):
     """down(act(gate(x)) · up(x)) (arXiv 2002.05202), or down(act(up(x))) without a gate."""
 
-    def __init__(self, config: DecoderConfig, dense: Callable[..., QuantDense], path: str) -> None:
-        """`dense(name, inputs, outputs, bias)` makes a linear layer; `path` leads their names."""
+    def __init__(self, config: DecoderConfig, dense: Callable[..., QuantDense]) -> None:
+        """`dense` makes a linear layer (`Storage.dense`)."""
         for name, linear in config.mlp_linears.items():
-            setattr(self, name, dense(f"{path}.{name}", *linear))
+            made = dense(name, linear.inputs, linear.outputs, use_bias=linear.bias)
+            setattr(self, name, made)
         self.config = config
 
     def __call__(

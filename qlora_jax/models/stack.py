@@ -1,10 +1,11 @@
 """Stacks of layers: made under one `vmap`, run under one `lax.scan`, recomputed one at a time.
 
 A stack is a layer whose every Variable carries a leading axis, so the program is as long for 24
-layers as for 2. Encoders and encoder–decoders share this file; what a layer computes is theirs.
+layers as for 2. All models share this file; what a layer computes is theirs.
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -75,19 +76,19 @@ def stack_layers(
 
 def scan_layers(
     layers: nnx.Module,
-    apply: Callable[[Any, Array, Any], tuple[Array, Any]],
-    x: Array,
+    apply: Callable[[Any, Any, Any], tuple[Any, Any]],
+    x: Any,
     per_layer: Any,
     *,
     remat: str,
     stream_weights: bool = False,
-) -> tuple[Array, Any]:
+) -> tuple[Any, Any]:
     """Runs a stack: `apply(layer, x, slice) -> (x, output)`, layer after layer.
 
     Args:
         layers: as `stack_layers` made it.
         apply: one layer's part.
-        x: what goes through.
+        x: what goes through; a pytree, unless weights stream.
         per_layer: a pytree whose leaves carry the layers' axis (dropout keys, caches), or None.
         remat: a key of `REMAT`: what the backward pass finds saved.
         stream_weights: whether frozen weights come in from host memory layer by layer.
@@ -95,9 +96,10 @@ def scan_layers(
     Returns:
         What came through, and the outputs stacked.
     """
-    graphdef, frozen, rest = nnx.split(layers, FrozenParam, ...)
+    parts: tuple[Any, ...] = nnx.split(layers, FrozenParam, ...)
+    graphdef, frozen, rest = parts
 
-    def step(x: Array, frozen: Any, own: tuple[Any, Any]) -> tuple[Array, Any]:
+    def step(x: Any, frozen: Any, own: tuple[Any, Any]) -> tuple[Any, Any]:
         rest, given = own
         return apply(nnx.merge(graphdef, frozen, rest), x, given)
 
@@ -128,7 +130,8 @@ def check_options(
     if lora is not None and not any(
         isinstance(node, QuantDense) and node.lora is not None for _, node in nnx.iter_graph(model)
     ):
+        kind = "–".join(re.findall("[A-Z][a-z]+", type(model).__name__)).lower()
         raise ValueError(
             f"target_modules is {lora.target_modules!r}, which names no linear layer of the "
-            f"{type(model).__name__}; it has {', '.join(linears)}."
+            f"{kind}; it has {', '.join(linears)}."
         )

@@ -39,8 +39,7 @@ def add_tokens(model: Any, tokenizer: Tokenizer, tokens: Sequence[str]) -> Token
     extended = tokenizer.with_tokens(tokens)
     ids = [_known(extended, token) for token in dict.fromkeys(tokens)]
     new = [id_ for id_ in ids if id_ >= tokenizer.vocab_size]
-    for embedding in vocabularies(model).values():
-        _refuse_trained(embedding)
+    for embedding in _growable(model).values():
         # Many models have rows to spare: those hold nothing, and count neither as old nor as new.
         old = embedding.weight[...][: tokenizer.vocab_size]
         mean = jnp.mean(old, axis=0, dtype=jnp.float32)
@@ -65,7 +64,7 @@ def resize_token_embeddings(model: Any, size: int) -> None:
     Raises:
         ValueError: the vocabulary is larger than that already; rows to spare do no harm.
     """
-    for name, embedding in vocabularies(model).items():
+    for name, embedding in _growable(model).items():
         rows = embedding.weight[...].shape[0]
         if size < rows:
             raise ValueError(
@@ -86,8 +85,7 @@ def train_tokens(model: Any, ids: Sequence[int]) -> None:
     Raises:
         ValueError: an id outside of the vocabulary; embeddings that are trained whole.
     """
-    for name, embedding in vocabularies(model).items():
-        _refuse_trained(embedding)
+    for name, embedding in _growable(model).items():
         rows = embedding.weight[...].shape[0]
         if not all(0 <= id_ < rows for id_ in ids):
             wrong = next(id_ for id_ in ids if not 0 <= id_ < rows)
@@ -112,15 +110,26 @@ def train_rows_of(embedding: Embedding, ids: Sequence[int]) -> None:
 
 def vocabularies(model: Any) -> dict[str, Embedding]:
     """The matrices of a model with a row for each token, by name: its embedding, and its head where
-    that is another matrix."""
-    size = model.config.vocab_size
-    found = {
+    that is another matrix. An encoder that only classifies has none that can grow."""
+    return {
         name: child
         for name, child in vars(model).items()
-        if isinstance(child, Embedding) and child.weight[...].shape[0] == size
+        if isinstance(child, Embedding) and name != "embed_positions"
     }
+
+
+def _growable(model: Any) -> dict[str, Embedding]:
+    found = vocabularies(model)
     if not found:
-        raise ValueError(f"{type(model).__name__} has no embedding of {size} rows.")
+        raise ValueError(
+            f"A {type(model).__name__} takes no new tokens: add them to a model that writes text."
+        )
+    for embedding in found.values():
+        if isinstance(embedding.weight, nnx.LoRAParam):
+            raise ValueError(
+                "The embedding is trained whole (modules_to_save), so its rows are trained "
+                "already: leave it out of modules_to_save to train some rows alone."
+            )
     return found
 
 
@@ -134,15 +143,5 @@ def _grow(embedding: Embedding, size: int) -> None:
 
 
 def _update_config(model: Any) -> None:
-    size = next(
-        child.weight[...].shape[0] for child in vars(model).values() if isinstance(child, Embedding)
-    )
+    size = next(iter(vocabularies(model).values())).weight[...].shape[0]
     model.config = replace(model.config, vocab_size=size)
-
-
-def _refuse_trained(embedding: Embedding) -> None:
-    if isinstance(embedding.weight, nnx.LoRAParam):
-        raise ValueError(
-            "The embedding is trained whole (modules_to_save), so its rows are trained already: "
-            "leave it out of modules_to_save to train some rows alone."
-        )

@@ -3,12 +3,36 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_jax.models.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
+from qlora_jax.models.families.gpt_neox import GPT_NEOX
 from qlora_jax.models.families.llama import LLAMA
+from qlora_jax.models.families.mistral import MISTRAL
+from qlora_jax.models.families.mixtral import MIXTRAL
+from qlora_jax.models.families.opt import OPT
+from qlora_jax.models.families.phi3 import PHI3
+from qlora_jax.models.families.qwen import QWEN2, QWEN3
 from qlora_jax.models.families.roberta import ROBERTA
 from qlora_jax.models.families.t5 import T5
 from qlora_jax.models.family import Family
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, T5, ROBERTA)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        LLAMA,
+        MISTRAL,
+        MIXTRAL,
+        QWEN2,
+        QWEN3,
+        GEMMA2,
+        GEMMA3,
+        GEMMA3_TEXT,
+        PHI3,
+        GPT_NEOX,
+        OPT,
+        T5,
+        ROBERTA,
+    )
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -1,6 +1,5 @@
 """One layer of a decoder: attention and an MLP, each added to what flows past."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,22 +9,29 @@ from jaxtyping import Array, Float, Key
 from qlora_jax.models.attention import Attention, Mix
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.mlp import MLP
+from qlora_jax.models.moe import MixtureOfExperts
 from qlora_jax.models.norm import norm_for
-from qlora_jax.nn import QuantDense
+from qlora_jax.models.stack import Storage
 
 
 class DecoderLayer(nnx.Module):
     """Attention and MLP around one residual stream, in the order of `DecoderConfig.residual`."""
 
-    def __init__(self, config: DecoderConfig, dense: Callable[..., QuantDense]) -> None:
-        """`dense(name, inputs, outputs, bias)` makes a linear layer."""
+    def __init__(self, config: DecoderConfig, storage: Storage, rngs: nnx.Rngs) -> None:
+        """Base weights are drawn from the stream `params`."""
+        names = config.names
         self.input_layernorm = norm_for(config, config.hidden_size)
         self.post_attention_layernorm = norm_for(config, config.hidden_size)
         if config.residual == "sandwich":
             self.pre_feedforward_layernorm = norm_for(config, config.hidden_size)
             self.post_feedforward_layernorm = norm_for(config, config.hidden_size)
-        setattr(self, config.names.attention, Attention(config, dense))
-        setattr(self, config.names.mlp, MLP(config, dense, config.names.mlp))
+        attention = storage.dense(f"layers.{names.attention}", rngs)
+        setattr(self, names.attention, Attention(config, attention))
+        path = f"layers.{names.mlp}"
+        if config.num_local_experts:
+            setattr(self, names.mlp, MixtureOfExperts(config, storage, path, rngs))
+        else:
+            setattr(self, names.mlp, MLP(config, storage.dense(path, rngs)))
         self.config = config
 
     def __call__(
@@ -39,12 +45,10 @@ class DecoderLayer(nnx.Module):
         """The same shape and dtype as x, and what `mix` kept; `dropout_key` is this layer's own."""
         config = self.config
         linears = (*config.attention_linears, *config.mlp_linears)
-        split = (
-            [None] * len(linears)
-            if dropout_key is None
-            else jax.random.split(dropout_key, len(linears))
-        )
-        keys = dict(zip(linears, split, strict=True))
+        keys: dict[str, Array | None] = dict.fromkeys(linears)
+        if dropout_key is not None:
+            split = jax.random.split(dropout_key, len(linears))
+            keys = dict(zip(linears, split, strict=True))
 
         def attention(x: Array) -> tuple[Array, Any]:
             return getattr(self, config.names.attention)(x, turns, mix, dropout_keys=keys)

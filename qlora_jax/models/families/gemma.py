@@ -1,0 +1,154 @@
+"""Gemma 2 (arXiv 2408.00118) and Gemma 3 (2503.19786), text.
+
+Both normalise before and after each half of a layer, keep the norms' weights around 0, scale the
+embedding by √hidden_size and let some layers see a window only. Gemma 2 caps scores and logits and
+alternates the layers; Gemma 3 normalises queries and keys, slides in five layers of six, and turns
+those by a base of their own.
+
+`gemma3` is the format of the models that also see (4B and up): their text part is read, what
+belongs to the eye is left out, and what is saved is a `gemma3_text`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.families.config_json import (
+    read_activation,
+    read_decoder,
+    read_layer_types,
+    refuse,
+    write_activation,
+    write_decoder,
+)
+from qlora_jax.models.families.tensor_names import decoder_weights
+from qlora_jax.models.family import Family, Slot, read_rope, required
+
+# transformers' values of fields that published files leave out.
+_GEMMA2 = {
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 8192,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+_GEMMA3 = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+}
+
+
+def _read(config: Mapping[str, Any], period: int, **fields: Any) -> DecoderConfig:
+    """What both have; every `period`-th layer sees everything."""
+    refuse(config, use_bidirectional_attention=False)
+    depth = required(config, "num_hidden_layers")
+    usual = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(depth)]
+    bias = bool(config.get("attention_bias", False))
+    cap, final_cap = (
+        None if config.get(name) is None else float(config[name])
+        for name in ("attn_logit_softcapping", "final_logit_softcapping")
+    )
+    return read_decoder(
+        config,
+        tied=True,
+        norm_offset=1.0,
+        residual="sandwich",
+        hidden_act=read_activation(config, "hidden_activation", "gelu_pytorch_tanh"),
+        qkv_bias=bias,
+        o_bias=bias,
+        attention_scale=config["query_pre_attn_scalar"] ** -0.5,
+        attn_logit_softcapping=cap,
+        final_logit_softcapping=final_cap,
+        embedding_scale=required(config, "hidden_size") ** 0.5,
+        **read_layer_types(config, config["sliding_window"], usual),
+        **fields,
+    )
+
+
+def _write(config: DecoderConfig, architecture: str) -> dict[str, Any]:
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    sliding = config.sliding_layers
+    fields = {
+        "hidden_activation": write_activation(config.hidden_act),
+        "attention_bias": config.qkv_bias,
+        "query_pre_attn_scalar": round(scale**-2),
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "sliding_window": config.sliding_window,
+        "layer_types": ["sliding_attention" if on else "full_attention" for on in sliding],
+    }
+    return write_decoder(config, architecture) | fields
+
+
+def read_gemma2(config: Mapping[str, Any]) -> DecoderConfig:
+    """A Gemma 2's config.json as a `DecoderConfig`.
+
+    Raises:
+        ValueError: a field is missing or asks for what a Gemma 2 has not.
+    """
+    return _read(_GEMMA2 | dict(config), 2)
+
+
+def write_gemma2(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json that `read_gemma2` reads back."""
+    return _write(config, "Gemma2ForCausalLM")
+
+
+def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
+    """A Gemma 3's config.json, or the text part of one that also sees, as a `DecoderConfig`.
+
+    Raises:
+        ValueError: a field is missing or asks for what a Gemma 3 has not.
+    """
+    text = config.get("text_config") or config
+    given: dict[str, Any] = {**_GEMMA3, **text, "model_type": "gemma3_text"}
+    # transformers 4 has fields of their own for the layers that slide, transformers 5 two of all.
+    both = given.get("rope_parameters") or {}
+    whole = {**given, "rope_parameters": both.get("full_attention")}
+    local = {
+        "rope_parameters": both.get("sliding_attention"),
+        "rope_theta": given.get("rope_local_base_freq"),
+    }
+    return _read(
+        given,
+        given["sliding_window_pattern"],
+        qk_norm=True,
+        rope=read_rope(whole, theta=1e6),
+        local_rope=read_rope(local),
+    )
+
+
+def write_gemma3(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json that `read_gemma3` reads back, of a model of text alone."""
+    sliding = config.sliding_layers
+    fields = _write(config, "Gemma3ForCausalLM") | {
+        "rope_local_base_freq": None if config.local_rope is None else config.local_rope.rope_theta,
+    }
+    # What transformers read before `layer_types`: the distance of layers that see everything.
+    period = sliding.index(False) + 1 if False in sliding else len(sliding) + 1
+    return fields | {"sliding_window_pattern": period}
+
+
+def seeing_weights(config: DecoderConfig) -> dict[str, Slot]:
+    """The tensors of a Gemma 3 that also sees, as its published checkpoints name them."""
+    return decoder_weights(config, root="language_model.model", head="language_model.lm_head")
+
+
+GEMMA2 = Family("gemma2", read_gemma2, write_gemma2, decoder_weights, build=Decoder)
+GEMMA3 = Family(
+    "gemma3",
+    read_gemma3,
+    write_gemma3,
+    seeing_weights,
+    build=Decoder,
+    ignored=("vision_tower.*", "multi_modal_projector.*", "language_model.lm_head.weight"),
+)
+GEMMA3_TEXT = Family("gemma3_text", read_gemma3, write_gemma3, decoder_weights, build=Decoder)

@@ -1,0 +1,77 @@
+"""Qwen 2 and 2.5 (arXiv 2407.10671, 2412.15115) and dense Qwen 3 (2505.09388): Llama's format.
+
+Qwen 2 has biases on queries, keys and values; Qwen 3 has none, but normalises every query and key
+head. Either may let its last layers slide, `max_window_layers` and `use_sliding_window`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.families.config_json import (
+    read_activation,
+    read_decoder,
+    read_layer_types,
+    write_decoder,
+)
+from qlora_jax.models.families.tensor_names import decoder_weights
+from qlora_jax.models.family import Family, required
+
+
+def _read(config: Mapping[str, Any], **fields: Any) -> DecoderConfig:
+    depth = required(config, "num_hidden_layers")
+    full = min(config.get("max_window_layers", 28), depth)
+    usual = ("full_attention",) * full + ("sliding_attention",) * (depth - full)
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    return read_decoder(
+        config,
+        context=32768,
+        hidden_act=read_activation(config, "hidden_act", "silu"),
+        **read_layer_types(config, window, usual),
+        **fields,
+    )
+
+
+def _write(config: DecoderConfig, architecture: str) -> dict[str, Any]:
+    sliding = config.sliding_layers
+    types = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    return write_decoder(config, architecture) | {
+        "use_sliding_window": any(sliding),
+        "sliding_window": config.sliding_window,
+        "max_window_layers": (*sliding, True).index(True),
+        "layer_types": types,
+    }
+
+
+def read_qwen2(config: Mapping[str, Any]) -> DecoderConfig:
+    """A Qwen 2's config.json as a `DecoderConfig`.
+
+    Raises:
+        ValueError: a field is missing or asks for what a Qwen 2 has not.
+    """
+    return _read(config, qkv_bias=True)
+
+
+def write_qwen2(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json that `read_qwen2` reads back."""
+    return _write(config, "Qwen2ForCausalLM")
+
+
+def read_qwen3(config: Mapping[str, Any]) -> DecoderConfig:
+    """A Qwen 3's config.json as a `DecoderConfig`.
+
+    Raises:
+        ValueError: a field is missing or asks for what a Qwen 3 has not.
+    """
+    bias = bool(config.get("attention_bias", False))
+    return _read({"head_dim": 128} | dict(config), qk_norm=True, qkv_bias=bias, o_bias=bias)
+
+
+def write_qwen3(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json that `read_qwen3` reads back."""
+    return _write(config, "Qwen3ForCausalLM") | {"attention_bias": config.qkv_bias}
+
+
+QWEN2 = Family("qwen2", read_qwen2, write_qwen2, decoder_weights, build=Decoder)
+QWEN3 = Family("qwen3", read_qwen3, write_qwen3, decoder_weights, build=Decoder)

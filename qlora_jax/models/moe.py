@@ -1,0 +1,106 @@
+"""A mixture of experts in place of an MLP (Mixtral, arXiv 2401.04088): few of many for each token.
+
+A router scores all experts; a token goes through the best `num_experts_per_tok` of them, and their
+outputs are added up in the proportions of the scores. The experts are one `MLP` whose Variables
+carry a leading axis, so a quantized expert is a slice of stacked codes.
+
+    tokens × k pairs, sorted by expert:  e0 e0 e0 e0 e0 | e1 | e2 e2 | e3 e3 e3 e3
+    blocks of 3, each of one expert:     e0 e0 e0 | e0 e0 . | e1 . . | e2 e2 . | e3 e3 e3 | e3 . .
+
+One `lax.scan` runs over the blocks and decodes one expert's weight at a time; nothing is dropped,
+whatever the router says, and every shape is static. With b rows to a block there are at most
+tokens · k / b + experts blocks, so no more than experts · b rows are padding (all experts on all
+tokens would be tokens · experts rows). The backward pass runs a block's forward again: otherwise
+the scan would keep a copy of the expert's weights for every block.
+
+The router stays dense and is not adapted, as in transformers 5, where it is no linear layer.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.mlp import MLP
+from qlora_jax.models.stack import Storage, split_key, stack_layers
+from qlora_jax.nn import FrozenParam
+
+BLOCK = 512
+"""Most rows of a block: more would be padding, fewer would decode each weight more often."""
+
+
+class MixtureOfExperts(nnx.Module):
+    """Σ over a token's experts of router weight · expert(x).
+
+    Attributes:
+        gate: the router, `[experts, embed]`.
+        experts: one `MLP`, stacked.
+    """
+
+    def __init__(self, config: DecoderConfig, storage: Storage, path: str, rngs: nnx.Rngs) -> None:
+        """`path` leads the names of the linear layers."""
+        shape = (config.num_local_experts, config.hidden_size)
+        gate = jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02
+        self.gate = FrozenParam(gate.astype(storage.param_dtype))
+        self.experts = stack_layers(
+            lambda rngs: MLP(config, storage.dense(f"{path}.experts", rngs)),
+            config.num_local_experts,
+            rngs,
+        )
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        *,
+        dropout_keys: Mapping[str, Key[Array, ""] | None],
+    ) -> Float[Array, "batch seq embed"]:
+        """The same shape and dtype as x; one dropout key a projection, by its name."""
+        experts, chosen = self.config.num_local_experts, self.config.num_experts_per_tok
+        tokens = x.reshape(-1, x.shape[-1])
+        scores = jnp.einsum("te,xe->tx", tokens, self.gate[...].astype(x.dtype))
+        share, expert = jax.lax.top_k(jax.nn.softmax(scores.astype(jnp.float32)), chosen)
+        share /= share.sum(axis=-1, keepdims=True)
+
+        size = min(-(-expert.size // experts), BLOCK)
+        count = (expert.size + experts * (size - 1)) // size
+        slots, owners = _blocks(expert.reshape(-1), experts, size, count)
+        # Slots that no token has read past the end: zeros.
+        rows = (
+            jnp.full((count * size,), len(tokens)).at[slots].set(jnp.arange(expert.size) // chosen)
+        )
+        graphdef, stacked = nnx.split(self.experts)
+
+        def step(_: None, block: tuple[Array, Array, Any]) -> tuple[None, Array]:
+            owner, rows, keys = block
+            state = jax.tree.map(lambda leaf: leaf[owner], stacked)
+            given = tokens.at[rows].get(mode="fill", fill_value=0)
+            return None, nnx.merge(graphdef, state)(given, dropout_keys=keys)
+
+        step = jax.checkpoint(
+            step, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False
+        )
+        keys = {name: split_key(dropout_keys[name], count) for name in self.config.mlp_linears}
+        _, blocks = jax.lax.scan(step, None, (owners, rows.reshape(count, size), keys))
+        outputs = blocks.reshape(count * size, -1)[slots].reshape(*expert.shape, -1)
+        return (outputs * share[..., None]).sum(axis=1).astype(x.dtype).reshape(x.shape)
+
+
+def _blocks(
+    expert: Int[Array, " pairs"], experts: int, size: int, count: int
+) -> tuple[Int[Array, " pairs"], Int[Array, " blocks"]]:
+    """Every pair's slot among `count` blocks of `size`, and every block's expert."""
+    order = jnp.argsort(expert, stable=True)
+    pairs = jnp.bincount(expert, length=experts)
+    blocks = -(-pairs // size)
+    ends = jnp.cumsum(blocks)
+    sorted_expert = expert[order]
+    rank = jnp.arange(expert.size) - (jnp.cumsum(pairs) - pairs)[sorted_expert]
+    slots = (ends - blocks)[sorted_expert] * size + rank
+    owners = jnp.searchsorted(ends, jnp.arange(count), side="right")
+    # Blocks that are left over are empty; whose they are does not matter.
+    return jnp.zeros_like(slots).at[order].set(slots), jnp.minimum(owners, experts - 1)

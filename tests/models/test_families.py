@@ -1,0 +1,193 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax.checkpoints import load_model, save_model
+from qlora_jax.models import FAMILIES, Decoder, family_of, next_token_loss
+from qlora_jax.nn import LoraConfig, QuantDense
+from qlora_jax.quant import QuantConfig, QuantizedTensor
+from tests.models.variants import VARIANTS
+from tests.shared import shared_path
+
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 48, (2, 7)), jnp.int32)
+LLAMA_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+LINEARS = {
+    "mixtral": {"q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"},
+    "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+    "gpt_neox": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+}
+
+
+def abstract(config, **options) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_names_and_configs(name):
+    """The map covers every weight once, LoRA's names are the checkpoint's, and configs return."""
+    config = VARIANTS[name]
+    family = FAMILIES[config.model_type]
+    assert family.read_config(json.loads(json.dumps(family.write_config(config)))) == config
+    model = abstract(config, quant=QuantConfig(), lora=LoraConfig(r=2))
+    slots = family.weight_names(config)
+    assert len(set(slots.values())) == len(slots)
+    paths = {
+        tuple(path)
+        for path, value in nnx.iter_graph(model)
+        if isinstance(value, nnx.Variable) and not isinstance(value, nnx.LoRAParam)
+    }
+    assert {slot.path for slot in slots.values()} == paths
+    linears = {tuple(p): m for p, m in nnx.iter_graph(model) if isinstance(m, QuantDense)}
+    for path, layer in linears.items():
+        assert layer.lora is not None, "all-linear means all"
+        assert isinstance(layer.kernel.get_value(), QuantizedTensor)
+        modules = [n for n, slot in slots.items() if slot.path == (*path, "kernel")]
+        assert {n.split(".")[-2] for n in modules} == {path[-1]}
+        assert len(modules) == np.prod(layer.stack_shape)
+    extra = set(config.outer_linears)
+    assert {p[-1] for p in linears} == LINEARS.get(config.model_type, LLAMA_LINEARS) | extra
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gemma3_text-scaled", "gpt_neox-parallel", "mixtral-window", "opt-350m", "phi3-long"],
+)
+def test_quantized_with_adapters(name):
+    """Gradients reach every adapter and nothing else; a dropout key changes the loss."""
+    lora = LoraConfig(r=2, lora_dropout=0.3)
+    model = Decoder(VARIANTS[name], quant=QuantConfig(), lora=lora, rngs=nnx.Rngs(0))
+    graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
+    adapters = jax.tree.map(lambda x: jnp.full_like(x, 0.1) if not x.any() else x, adapters)
+
+    @jax.jit
+    def run(adapters, rest, key):
+        def loss(adapters):
+            merged = nnx.merge(graphdef, adapters, rest)
+            return next_token_loss(merged, IDS, IDS, dropout_key=key).mean
+
+        return jax.value_and_grad(loss)(adapters)
+
+    losses = []
+    for seed in (0, 1):
+        loss, gradient = run(adapters, rest, jax.random.key(seed))
+        losses.append(float(loss))
+        for leaf in jax.tree.leaves(gradient):
+            assert bool(jnp.isfinite(leaf).all())
+            # Every layer, and every expert that a token went to, has a gradient of its own.
+            assert bool((leaf != 0).any())
+    assert losses[0] != losses[1]
+
+
+def test_unknown_target_names_the_family_s_layers():
+    with pytest.raises(ValueError, match=r"it has query_key_value, dense, dense_h_to_4h, dense_4h"):
+        abstract(VARIANTS["gpt_neox-serial"], lora=LoraConfig(target_modules=("q_proj",)))
+    with pytest.raises(ValueError, match="fc1, fc2, project_in, project_out"):
+        abstract(VARIANTS["opt-350m"], lora=LoraConfig(target_modules=("up_proj",)))
+
+
+def test_experts_as_peft_users_name_them():
+    lora = LoraConfig(r=2, target_modules=("w1", "w2"))
+    model = abstract(VARIANTS["mixtral-window"], lora=lora)
+    experts = model.layers.block_sparse_moe.experts
+    assert experts.w1.lora_A.get_value().shape == (3, 3, 2, 32)
+    assert experts.w3.lora is None
+    assert model.layers.self_attn.q_proj.lora is None
+
+
+def test_every_token_meets_exactly_its_experts():
+    """Against all experts on all tokens, in float64; one expert may get everything."""
+    config = VARIANTS["mixtral-window"]
+    model = Decoder(config, rngs=nnx.Rngs(3))
+    block = jax.tree.map(lambda x: x[0], nnx.state(model.layers.block_sparse_moe))
+    moe = nnx.merge(nnx.graphdef(model.layers.block_sparse_moe), block)
+    x = np.random.default_rng(1).normal(size=(2, 9, 32)).astype(np.float32)
+    gate = np.asarray(moe.gate[...], np.float64) * 20
+    w1, w3, w2 = (
+        np.asarray(getattr(moe.experts, n).kernel[...], np.float64) for n in ("w1", "w3", "w2")
+    )
+    keys = dict.fromkeys(config.mlp_linears)
+    call = jax.jit(lambda moe, x: moe(x, dropout_keys=keys))
+    crowded = np.zeros_like(gate)
+    crowded[1] = np.abs(gate).sum() * np.sign(x.reshape(-1, 32).sum(0))
+    for router in (gate, crowded):
+        moe.gate.set_value(jnp.asarray(router, jnp.float32))
+        flat = x.reshape(-1, 32).astype(np.float64)
+        scores = flat @ router.T
+        share = np.exp(scores - scores.max(-1, keepdims=True))
+        lowest = np.argsort(-share, axis=-1, kind="stable")[:, config.num_experts_per_tok :]
+        np.put_along_axis(share, lowest, 0.0, axis=-1)
+        share /= share.sum(-1, keepdims=True)
+        inner = np.einsum("te,xie->txi", flat, w1)
+        inner = inner / (1 + np.exp(-inner)) * np.einsum("te,xie->txi", flat, w3)
+        expected = np.einsum("txi,xei,tx->te", inner, w2, share).reshape(x.shape)
+        np.testing.assert_allclose(call(moe, x), expected, atol=2e-5)
+
+
+def test_learned_positions_end():
+    config = dataclasses.replace(VARIANTS["opt-unbiased"], max_position_embeddings=6)
+    model = abstract(config)
+    with pytest.raises(ValueError, match="has 7 tokens, but the model has learned 6 positions"):
+        jax.eval_shape(lambda model: model(IDS), model)
+    with pytest.raises(ValueError, match="has 9 tokens, but the model has learned 6 positions"):
+        jax.eval_shape(lambda model: model.prefill(IDS[:, :4], cache_length=9), model)
+
+
+def test_packed_rows_equal_rows_of_their_own():
+    model = Decoder(VARIANTS["gemma3_text-scaled"], rngs=nnx.Rngs(0))
+    call = jax.jit(lambda model, ids, **options: model(ids, **options))
+    packed = call(
+        model,
+        jnp.concatenate([IDS[:1], IDS[1:]], axis=1),
+        segments=jnp.asarray([[1] * 7 + [2] * 7], jnp.int32),
+    )
+    alone = call(model, IDS)
+    np.testing.assert_allclose(packed.reshape(alone.shape), alone, atol=2e-5)
+
+
+def test_text_part_of_a_gemma_that_sees(tmp_path):
+    folder = shared_path("vectors/models/gemma3_text")
+    text = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = load_file(folder / "model.safetensors")
+    seeing = {f"language_model.{name}": value for name, value in tensors.items()}
+    seeing["vision_tower.vision_model.embeddings.weight"] = np.zeros((2, 2), np.float32)
+    save_file(seeing, tmp_path / "model.safetensors")
+    options = {"quant": None, "lora": None, "compute_dtype": jnp.float32}
+    one, other = load_model(folder, **options), load_model(tmp_path, **options)
+    assert one.config == other.config
+    save_model(tmp_path / "saved", other)
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(tensors)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(one), nnx.state(other))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model_type": "mistral", "attention_bias": True}, "only False is supported"),
+        ({"model_type": "qwen2", "layer_types": ["linear_attention"]}, "layer_types"),
+        ({"model_type": "gpt_neox", "hidden_act": "swish"}, "hidden_act 'swish'"),
+        ({"model_type": "opt", "ffn_dim": 8, "layer_norm_elementwise_affine": False}, "affine"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su"}}, "no 'short_factor'"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "bidirectional"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
+    ],
+)
+def test_configs_that_are_not_built_here(given, message):
+    base = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    with pytest.raises(ValueError, match=message):
+        family_of(given).read_config(base | given)

@@ -1,0 +1,80 @@
+"""Tiny decoders of every family, in the variants that the shared vectors do not have."""
+
+from typing import Any
+
+from qlora_jax.models import FAMILIES, DecoderConfig
+
+_BASE = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+_GEMMA = {"sliding_window": 4, "query_pre_attn_scalar": 12}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [1.5, 2.0, 4.0],
+}
+
+# config.json by a name of the variant; the name before the dash is the family.
+_FILES: dict[str, dict[str, Any]] = {
+    "llama-biased": {"attention_bias": True, "mlp_bias": True},
+    "mistral-window": {"sliding_window": 5},
+    "mixtral-window": {"sliding_window": 5, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen2-late_window": {
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 2,
+    },
+    "qwen3-biased": {"attention_bias": True, "head_dim": 16},
+    "gemma2-plain": {**_GEMMA, "tie_word_embeddings": False},
+    "gemma3_text-scaled": {
+        **_GEMMA,
+        "sliding_window_pattern": 2,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "phi3-long": {
+        "rope_scaling": _LONGROPE,
+        "original_max_position_embeddings": 8,
+        "partial_rotary_factor": 0.75,
+        "sliding_window": 9,
+    },
+    "phi3-short": {
+        "rope_scaling": _LONGROPE,
+        "original_max_position_embeddings": 32,
+        "partial_rotary_factor": 0.75,
+    },
+    "gpt_neox-serial": {
+        "num_key_value_heads": None,
+        "use_parallel_residual": False,
+        "hidden_act": "gelu_new",
+        "rotary_pct": 0.5,
+        "attention_bias": False,
+    },
+    "gpt_neox-parallel": {"num_key_value_heads": None, "rotary_pct": 0.25},
+    "opt-350m": {
+        "num_key_value_heads": None,
+        "ffn_dim": 48,
+        "do_layer_norm_before": False,
+        "word_embed_proj_dim": 16,
+    },
+    "opt-unbiased": {
+        "num_key_value_heads": None,
+        "ffn_dim": 48,
+        "enable_bias": False,
+        "activation_function": "gelu",
+    },
+}
+
+VARIANTS: dict[str, DecoderConfig] = {
+    name: FAMILIES[family].read_config(_BASE | {"model_type": family} | fields)
+    for name, fields in _FILES.items()
+    for family in (name.partition("-")[0],)
+}

@@ -1,0 +1,49 @@
+"""Variants of every decoder family, in transformers itself: our config.json, its random weights."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.checkpoints import load_model
+from qlora_jax.models import FAMILIES
+from tests.models.variants import VARIANTS
+from tests.vectors.qlora_run import logits
+
+torch = pytest.importorskip("torch", reason="make test-peers installs it")
+transformers = pytest.importorskip("transformers", reason="make test-peers installs it")
+pytestmark = pytest.mark.filterwarnings("default")
+
+LENGTH = 14
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_transformers_reads_our_config_and_gives_the_same_logits(name, tmp_path):
+    config = VARIANTS[name]
+    family = FAMILIES[config.model_type]
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "config.json").write_text(json.dumps(family.write_config(config)))
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(ours), attn_implementation="eager"
+    ).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    saved = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert family.read_config(saved) == config
+
+    model = load_model(tmp_path / "theirs", quant=None, lora=None, compute_dtype=jnp.float32)
+    ids = np.random.default_rng(0).integers(3, config.vocab_size, (2, LENGTH)).astype(np.int32)
+    mask = np.ones_like(ids)
+    mask[0, :4] = 0
+    positions = torch.from_numpy(np.maximum(mask.cumsum(-1) - 1, 0))
+    with torch.no_grad():
+        expected = theirs(
+            torch.from_numpy(ids).long(), torch.from_numpy(mask), position_ids=positions
+        ).logits.numpy()
+    real = mask.astype(bool)
+    error = np.abs(np.asarray(logits(model, ids, mask)) - expected)[real].max()
+    assert error < 2e-6 * np.ptp(expected[real]), error / np.ptp(expected[real])
