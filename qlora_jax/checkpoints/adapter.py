@@ -37,6 +37,8 @@ from qlora_jax.models import (
 )
 from qlora_jax.nn import LoraConfig, QuantDense, TrainedParam
 
+# The second name under which PEFT wants a trained embedding that is its head, too.
+_TIED = "lm_head.weight"
 # PEFT's task by the kind of model.
 _TASKS = {
     "Decoder": "CAUSAL_LM",
@@ -184,9 +186,11 @@ def save_adapter(
         }
     if getattr(model.config, "tie_word_embeddings", False):
         # Our head is the embedding itself; PEFT trains a copy unless it is told.
-        whole = any(isinstance(e.weight, TrainedParam) for e in _token_modules(model).values())
+        whole = [m for m, e in _token_modules(model).items() if isinstance(e.weight, TrainedParam)]
         if whole or trained:
             config["ensure_weight_tying"] = True
+        for module in whole:
+            tensors[f"{PREFIX}{_TIED}"] = tensors[f"{PREFIX}{module}.weight"].copy()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
@@ -234,6 +238,8 @@ def load_adapter(folder: str | Path, model: Any) -> None:
     tensors = dict(adapter.tensors)
     advice = "build the model with read_adapter_config(folder)"
     _check_tied(model, adapter)
+    if getattr(model.config, "tie_word_embeddings", False):
+        tensors.pop(_TIED, None)
     _check_same(model, adapter.config, str(folder), advice)
     _check_whole(model, adapter.config, str(folder), advice)
     rows = [
@@ -371,10 +377,14 @@ def _base_tensors(model: Any) -> Iterator[tuple[str, nnx.Variable]]:
 
 def _check_tied(model: Any, adapter: PeftAdapter) -> None:
     """Refuses an adapter that has trained embedding and head apart where they are one here."""
-    if adapter.ties or not getattr(model.config, "tie_word_embeddings", False):
+    if not getattr(model.config, "tie_word_embeddings", False):
         return
     heads = [m for m in _token_modules(model) if adapter.config.saves(m)]
-    if heads or adapter.config.saves("lm_head"):
+    if not heads and not adapter.config.saves("lm_head"):
+        return
+    copies = [adapter.tensors.get(name) for name in (_TIED, *(f"{m}.weight" for m in heads))]
+    alike = len(copies) == 2 and all(copy is not None for copy in copies)
+    if not adapter.ties and not (alike and np.array_equal(*copies)):
         raise ValueError(
             f"{adapter.folder} trains {', '.join(heads) or 'lm_head'} as a copy apart from the "
             "matrix that this base shares between embedding and head, which a tied model cannot "
