@@ -382,9 +382,10 @@ def _check_tied(model: Any, adapter: PeftAdapter) -> None:
     heads = [m for m in _token_modules(model) if adapter.config.saves(m)]
     if not heads and not adapter.config.saves("lm_head"):
         return
-    copies = [adapter.tensors.get(name) for name in (_TIED, *(f"{m}.weight" for m in heads))]
-    alike = len(copies) == 2 and all(copy is not None for copy in copies)
-    if not adapter.ties and not (alike and np.array_equal(*copies)):
+    names = (_TIED, *(f"{module}.weight" for module in heads))
+    copies = [adapter.tensors[name] for name in names if name in adapter.tensors]
+    alike = len(copies) == 2 and np.array_equal(copies[0], copies[1])
+    if not adapter.ties and not alike:
         raise ValueError(
             f"{adapter.folder} trains {', '.join(heads) or 'lm_head'} as a copy apart from the "
             "matrix that this base shares between embedding and head, which a tied model cannot "

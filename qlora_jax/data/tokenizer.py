@@ -186,9 +186,7 @@ def load_tokenizer(
         vocab_size=backend.vocab_size,
         _backend=backend,
         _companions={
-            name: (folder / name).read_bytes()
-            for name in _COMPANIONS
-            if (folder / name).is_file()
+            name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()
         },
     )
 

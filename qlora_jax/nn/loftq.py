@@ -47,7 +47,8 @@ def start_from_weight(
     wide = weight.astype(jnp.float32)
     if lora.init_lora_weights == "pissa":
         a, b = _largest(wide, lora.r)
-        rest = (wide - b @ a).astype(weight.dtype)
+        # In float32: another rounding of the rest would be lost to the adapter, too.
+        rest = wide - b @ a
         base = rest if quant is None else quantize(rest, quant)
     else:
         if quant is None:

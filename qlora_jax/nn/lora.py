@@ -127,13 +127,13 @@ class LoraConfig:
 
     def saves(self, path: str) -> bool:
         """Whether the module at a dotted path lies in one of `modules_to_save`."""
-        return self.modules_to_save is not None and targets.inside(self.modules_to_save, path)
+        return self.modules_to_save is not None and targets.saved(self.modules_to_save, path)
 
     def targets(self, path: str) -> bool:
         """Whether the layer at a dotted path ("layers.0.self_attn.q_proj") gets an adapter."""
         if self.exclude_modules is not None and targets.named(self.exclude_modules, path):
             return False
-        if self.saves(path):
+        if self.modules_to_save is not None and targets.inside(self.modules_to_save, path):
             return False
         return targets.targeted(
             self.target_modules, path, self.layers_to_transform, self.layers_pattern

@@ -29,6 +29,12 @@ def inside(names: Names, path: str) -> bool:
     return any(f".{name}." in f".{path}." for name in names)
 
 
+def saved(names: Names, path: str) -> bool:
+    """Whether `modules_to_save` means the module at a path, or one that it lies inside of. PEFT asks
+    only that a path end in the name: "norm" means "input_layernorm", too."""
+    return any(f"{name}." in f"{path}." for name in names)
+
+
 def targeted(
     names: Names, path: str, layers: tuple[int, ...] | int | None, pattern: Names | None
 ) -> bool:

@@ -187,7 +187,7 @@ def test_doras_gradients_are_pefts(vectors, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["llama_ropescaled_tied", "qwen2", "gemma2"])
 def test_added_tokens_in_peft(name: str, vectors, tmp_path) -> None:
-    """PEFT's user grows the model, as after any added token; the rows then come from the adapter."""
+    """PEFT's user grows the model first; the rows then come from the adapter."""
     folder = vectors(name)
     lora = ql.LoraConfig(r=2, target_modules=QUERY_VALUE)
     model = ours(folder, lora)
