@@ -30,8 +30,10 @@ def inside(names: Names, path: str) -> bool:
 
 
 def saved(names: Names, path: str) -> bool:
-    """Whether `modules_to_save` means the module at a path, or one that it lies inside of. PEFT asks
-    only that a path end in the name: "norm" means "input_layernorm", too."""
+    """Whether `modules_to_save` means the module at a path, or one that it lies inside of.
+
+    PEFT asks only that a path end in the name: "norm" means "input_layernorm", too.
+    """
     return any(f"{name}." in f"{path}." for name in names)
 
 

@@ -97,3 +97,11 @@ def test_patterns_set_rank_and_alpha_of_some_layers() -> None:
 def test_what_does_not_fit_is_refused(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         LoraConfig(**options)
+
+
+def test_a_configuration_travels_through_an_experiment_file() -> None:
+    from experiments.config import build_run, to_tree
+
+    lora = LoraConfig(rank_pattern={"q_proj": 4}, layers_to_transform=(0, 2), use_dora=True)
+    tree = {"lora": to_tree(lora)}
+    assert build_run(tree, "a file").lora == lora
