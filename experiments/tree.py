@@ -92,6 +92,10 @@ def convert(value: Any, kind: Any, key: str, where: str) -> Any:
             return value
         choices = ", ".join(map(str, arguments))
         raise ValueError(f"{key} in {where} is {value!r}, but should be one of {choices}.")
+    if origin is Mapping:
+        if isinstance(value, Mapping):
+            return {str(k): convert(v, arguments[1], f"{key}.{k}", where) for k, v in value.items()}
+        raise _wrong(value, "a section of names and values", key, where)
     if origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(convert(item, arguments[0], key, where) for item in value)

@@ -100,7 +100,8 @@ def test_what_does_not_fit_is_refused(options: dict, words: str) -> None:
 
 
 def test_a_configuration_travels_through_an_experiment_file() -> None:
-    from experiments.config import build_run, to_tree
+    from experiments.config import build_run
+    from experiments.tree import to_tree
 
     lora = LoraConfig(rank_pattern={"q_proj": 4}, layers_to_transform=(0, 2), use_dora=True)
     tree = {"lora": to_tree(lora)}
