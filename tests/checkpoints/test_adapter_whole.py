@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import qlora_jax as ql
 from qlora_jax.checkpoints import load_adapter, load_model, read_adapter_config, save_adapter
@@ -184,6 +184,11 @@ def test_a_tied_head_follows_the_trained_embedding(tmp_path: Path) -> None:
     assert written["ensure_weight_tying"] is True
     load_adapter(tmp_path / "a", model)
     path.write_text(json.dumps(written | {"ensure_weight_tying": False}))
+    load_adapter(tmp_path / "a", model)  # both copies are alike
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["base_model.model.lm_head.weight"] += 1
+    save_file(tensors, weights)
     with pytest.raises(ValueError, match="as a copy apart from the matrix that this base shares"):
         load_adapter(tmp_path / "a", model)
 
