@@ -9,7 +9,14 @@ import optax
 import pytest
 from flax import nnx
 
-from qlora_jax.models import Decoder, DecoderConfig, attention_for, next_token_loss, unfreeze
+from qlora_jax.models import (
+    Decoder,
+    DecoderConfig,
+    attend,
+    attention_for,
+    next_token_loss,
+    unfreeze,
+)
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.quant import QuantConfig
 
@@ -238,6 +245,14 @@ def test_attention_is_chosen_for_the_target():
     assert attention_for("cpu", jnp.bfloat16, 128) == "xla"
 
 
+def test_attention_that_is_not_there():
+    x = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(ValueError, match="window is 2 without causal=True"):
+        attend(x, x, x, causal=False, window=2, implementation="xla")
+    with pytest.raises(ValueError, match="'cudnn', which has no soft cap"):
+        attend(x, x, x, causal=True, softcap=5.0, implementation="cudnn")
+
+
 def test_unknown_remat():
-    with pytest.raises(ValueError, match="remat is 'some', but one of full, dots, none"):
+    with pytest.raises(ValueError, match=r"remat is 'some', but one of full, .*dots, none"):
         decoder(remat="some")

@@ -3,6 +3,7 @@
 Seen on a Xeon (jax 0.10.2): between 1.1e-7 (gemma3_text) and 4.7e-7 (phi3) of the logits' range.
 """
 
+import functools
 import json
 
 import jax
@@ -42,11 +43,16 @@ def test_configs_of_transformers_4_and_5_read_alike_and_round_trip(name):
     assert family.read_config(json.loads(json.dumps(family.write_config(config)))) == config
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_logits_and_greedy_text(name):
+@functools.cache
+def model_and_tensors(name: str) -> tuple[Decoder, dict[str, np.ndarray]]:
     folder = shared_path(f"vectors/models/{name}")
     model = load_model(folder, quant=None, lora=None, compute_dtype=jnp.float32)
-    tensors = load_file(folder / "io.safetensors")
+    return model, load_file(folder / "io.safetensors")
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_right_and_left_padded(name):
+    model, tensors = model_and_tensors(name)
     for prefix in ("", "leftpad_"):
         ids, mask = (
             jnp.asarray(tensors[f"{prefix}{key}"].astype(np.int32))
@@ -59,14 +65,26 @@ def test_logits_and_greedy_text(name):
         # One part in a million of the logits' range: float32 rounding.
         assert error < 1e-6 * np.ptp(expected[real]), error / np.ptp(expected[real])
 
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        # tests/models/test_cache.py covers the mechanism; here is one family of each kind of
+        # position, and the others when there is time.
+        name if name in ("gemma3_text", "opt") else pytest.param(name, marks=pytest.mark.slow)
+        for name in DECODERS
+    ],
+)
+def test_greedy_text_through_the_cache(name):
+    model, tensors = model_and_tensors(name)
     prompt, expected = (tensors[f"greedy_{key}"].astype(np.int32) for key in ("prompt", "output"))
     # The reference kept the end token out, so that every text has the full length.
-    end = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    config = json.loads((shared_path(f"vectors/models/{name}") / "config.json").read_text())
     prefill = jax.jit(Decoder.prefill, static_argnames="cache_length")
     decode_step = jax.jit(Decoder.decode_step, donate_argnames="cache")
     scores, cache = prefill(model, jnp.asarray(prompt), cache_length=expected.shape[1])
     text = prompt[0].tolist()
     while len(text) < expected.shape[1]:
-        text.append(int(scores[0].at[end].set(-jnp.inf).argmax()))
+        text.append(int(scores[0].at[config["eos_token_id"]].set(-jnp.inf).argmax()))
         scores, cache = decode_step(model, jnp.asarray(text[-1:], jnp.int32), cache)
     assert text == expected[0].tolist()

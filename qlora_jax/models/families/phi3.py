@@ -45,6 +45,8 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
         "original_max_position_embeddings": config.max_position_embeddings,
         **write_decoder(config, "Phi3ForCausalLM"),
         "sliding_window": config.sliding_window,
+        # Else transformers takes 32000, which a smaller vocabulary does not have.
+        "pad_token_id": None,
     }
 
 
