@@ -102,7 +102,8 @@ def _split_rows(data: DataConfig, folder: Path) -> tuple[Any, Any, Format]:
     embedded = DATASETS.get(data.source)
     source = embedded.folder if embedded else data.source
     if data.source in INSTRUCT:
-        rows, form, _ = load_instruct(data.source, data.files, data.split)
+        parts = None if data.hub_files is None else list(data.hub_files)
+        rows, form, _ = load_instruct(data.source, data.files, data.split, data_files=parts)
     else:
         rows = load_rows(source, data.split or ("train" if embedded else None))
         form = _format(data, folder, rows.column_names)

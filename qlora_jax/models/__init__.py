@@ -5,7 +5,7 @@ from qlora_jax.models.cache import Cache
 from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.classification_loss import ExampleLoss, classification_loss
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import REMAT, Decoder
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.encoder import EncoderClassifier
 from qlora_jax.models.encoder_config import EncoderConfig, EncoderDecoderConfig
 from qlora_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderCache
@@ -20,6 +20,7 @@ from qlora_jax.models.loss import (
     next_token_loss,
     next_tokens,
 )
+from qlora_jax.models.remat import REMAT
 from qlora_jax.models.rope import RopeConfig
 from qlora_jax.models.seq2seq_loss import seq2seq_loss, shift_right
 from qlora_jax.models.unfreeze import unfreeze
