@@ -9,7 +9,7 @@ than left out.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints.folder import read_json, replace_file
 from qlora_jax.checkpoints.load import node_at
-from qlora_jax.models import FAMILIES, Decoder
+from qlora_jax.models import FAMILIES
 from qlora_jax.nn import LoraConfig
 
 CONFIG = "adapter_config.json"
@@ -53,7 +53,7 @@ class _Adapted(NamedTuple):
     lora_B: nnx.LoRAParam
 
 
-def _adapted(model: Decoder) -> Iterator[_Adapted]:
+def _adapted(model: Any) -> Iterator[_Adapted]:
     names: dict[tuple[str, ...], list[str]] = {}
     family = FAMILIES[model.config.model_type]
     for name, slot in family.weight_names(model.config).items():
@@ -98,7 +98,7 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
 
 
 def save_adapter(
-    folder: str | Path, model: Decoder, lora_config: LoraConfig, base_name: str
+    folder: str | Path, model: Any, lora_config: LoraConfig, base_name: str
 ) -> None:
     """Writes a model's adapters for PEFT, in the dtype they have here.
 
@@ -143,7 +143,7 @@ def save_adapter(
     replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
-def load_adapter(folder: str | Path, model: Decoder) -> None:
+def load_adapter(folder: str | Path, model: Any) -> None:
     """Puts a PEFT adapter's numbers into a model's adapters, in place.
 
     Args:
