@@ -58,7 +58,7 @@ def test_t5s_own_tokenizer():
 
 def test_rows_that_have_no_source(tokenizer):
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    with pytest.raises(ValueError, match="row 0 of .* has no source in format 'messages'"):
+    with pytest.raises(ValueError, match=r"row 0 of .* has no source in format 'messages'"):
         tokenize_pairs([row], FORMATS["messages"], tokenizer)
     with pytest.raises(ValueError, match="is empty"):
         tokenize_pairs([], FORM, tokenizer)

@@ -53,7 +53,7 @@ def test_glues_files_and_the_hubs_columns(glue_folder):
     assert load_split("mnli", glue_folder, "validation_mismatched") == [(("c", "d"), 2)]
     assert load_split("sst2", glue_folder, "validation") == [(("good",), 1), (("bad",), 0)]
     assert len(load_split("cola", glue_folder, "train", limit=3)) == 3
-    with pytest.raises(FileNotFoundError, match="has no train file of rte: expected RTE/train.tsv"):
+    with pytest.raises(FileNotFoundError, match="has no train file of rte: expected RTE/train"):
         load_split("rte", glue_folder, "train")
     with pytest.raises(ValueError, match="but premise or sentence1 is needed"):
         TASKS["mnli"].row({"sentence": "x", "label": 1}, "row 1")
@@ -75,26 +75,22 @@ def test_the_mean_of_mnlis_two_sets():
     assert scores[f"accuracy_{matched}"] == 0.5
 
 
-def test_glue_by_two_methods_resumed_and_reported(glue_folder, tmp_path, capsys):
+def test_glue_resumed_and_reported(glue_folder, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = (
         f"--scale tiny --tasks cola --data {glue_folder} --out {out} --steps 2 --batch-size 4 "
-        "--max-len 32 --methods bf16 nf4"
+        "--max-len 32 --methods nf4"
     ).split()
     assert glue.main(arguments) == 0
     cells = json.loads((out / "results.json").read_text())["cells"]
-    assert [cell["method"] for cell in cells] == ["bf16", "nf4"]
-    assert all(
-        -1 <= cell["score"] <= 1 and cell["eval_rows"] == {"validation": 2} for cell in cells
-    )
+    assert [(cell["method"], cell["eval_rows"]) for cell in cells] == [("nf4", {"validation": 2})]
+    assert -1 <= cells[0]["score"] <= 1
     table = (out / "table.md").read_text()
-    assert "| BF16 |" in table
     assert "| QLoRA NF4+DQ |" in table
-    assert "88.6" in table
     assert "the base is random" in table
     capsys.readouterr()
     assert glue.main(arguments) == 0
-    assert capsys.readouterr().out.count("finished before") == 2
+    assert capsys.readouterr().out.count("finished before") == 1
     assert glue.main([*arguments, "--r", "4"]) == 2
     assert "was made with recipe.lora.r 8, but now it is 4" in capsys.readouterr().err
 
@@ -147,19 +143,20 @@ def test_superni_from_the_repository(tmp_path):
         load_superni(tmp_path, per_task=4, held_out_tasks=0)
 
 
+@pytest.mark.slow
 def test_superni_and_finetune_on_a_tiny_t5(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, superni_rows(4))))
     out = tmp_path / "out"
     arguments = (
-        f"--scale tiny --data {rows} --out {out} --methods nf4 --steps 2 --batch-size 4 "
+        f"--scale tiny --data {rows} --out {out} --methods bf16 nf4 --steps 2 --batch-size 4 "
         "--held-out-tasks 1 --eval-rows 3 --source-max-len 64 --target-max-len 4"
     ).split()
     assert superni.main(arguments) == 0
-    cell = json.loads((out / "results.json").read_text())["cells"][0]
-    assert 0 <= cell["score"] <= 1
-    assert len(cell["tasks"]) == 1
-    assert "| QLoRA NF4+DQ | " in (out / "table.md").read_text()
+    cells = json.loads((out / "results.json").read_text())["cells"]
+    assert [cell["method"] for cell in cells] == ["bf16", "nf4"]
+    assert all(0 <= cell["score"] <= 1 and len(cell["tasks"]) == 1 for cell in cells)
+    assert "| BF16 | 0.0 | 40.1 |" in (out / "table.md").read_text()
     # The same model through the ordinary command, with the paper's adapters for its size.
     settings = {
         "train.steps": 1,
