@@ -79,6 +79,7 @@ def test_scores_in_float64(folder):
     assert np.abs(found - expected).max() < 5e-6 * np.ptp(expected)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(folder):
     model = load(folder)
     plain = scores(model, IDS[1:, :3])
@@ -166,6 +167,7 @@ def test_losses_of_classes_and_of_values():
         classification_loss(model, IDS, jnp.array([1.0, 0.0]), MASK)
 
 
+@pytest.mark.slow
 def test_the_models_own_dropout():
     model = roberta()
     keys = [None, jax.random.key(0), jax.random.key(1)]

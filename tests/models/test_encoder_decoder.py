@@ -105,6 +105,7 @@ def test_the_program_is_as_long_for_many_layers_as_for_few():
     assert length(2) == length(30)
 
 
+@pytest.mark.slow
 def test_padding_of_the_source_and_words_to_come_change_nothing():
     model = t5()
     plain = logits(model, SOURCE, READ)
@@ -179,6 +180,7 @@ def test_the_models_own_dropout():
     assert float(jnp.abs(one - still).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_written_out_attention_is_attention():
     keys = jax.random.split(jax.random.key(0), 4)
     query, key, value = (jax.random.normal(k, (2, 6, 4, 8)) for k in keys[:3])
