@@ -97,9 +97,7 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     )
 
 
-def save_adapter(
-    folder: str | Path, model: Any, lora_config: LoraConfig, base_name: str
-) -> None:
+def save_adapter(folder: str | Path, model: Any, lora_config: LoraConfig, base_name: str) -> None:
     """Writes a model's adapters for PEFT, in the dtype they have here.
 
     Args:
