@@ -172,7 +172,7 @@ def run_cell(
             rows, tokenizer, options.max_len, batch_size=config.micro_batch_size, shuffle=False
         )
         references[split] = [row.label for row in rows]
-        predictions[split] = predict(model, batches)
+        predictions[split] = predict(model, batches).tolist()
     scores = task.scores(references, predictions)
     out.print(f"{cell.name}: {scores['score']:.3f}", highlight=False)
     return {

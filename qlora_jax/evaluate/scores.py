@@ -3,7 +3,7 @@
 GLUE (arXiv 1804.07461) takes Matthews' correlation for CoLA, Pearson's and Spearman's for STS-B, F1
 and accuracy for MRPC and QQP, accuracy for the rest: scikit-learn and SciPy. Super-NI (arXiv
 2204.07705) takes ROUGE-L with stemming, the best over an instance's references: rouge-score. All
-three come with `pip install 'qlora-jax[eval]'` and are imported when a score is asked for.
+three come with `pip install 'qlora-jax[scores]'` and are imported when a score is asked for.
 
 Every score is a fraction; tables print 100 times as much.
 """
@@ -22,7 +22,7 @@ def _extra(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"scores need the package that holds {error.name}: pip install 'qlora-jax[eval]'."
+            f"scores need the package that holds {error.name}: pip install 'qlora-jax[scores]'."
         ) from error
 
 

@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+
+from experiments.embedded import ROOT
+from qlora_jax.data import (
+    FORMATS,
+    IGNORE,
+    Pair,
+    PairFormat,
+    Seq2SeqBatches,
+    load_tokenizer,
+    tokenize_pairs,
+)
+from tests.shared import shared_path
+
+FORM = PairFormat("pairs", "input", "output")
+ROWS = [
+    {"input": "Translate to German: house", "output": "Haus"},
+    {"input": "Translate to German: the garden behind the house", "output": " der Garten"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ROOT / "tokenizer")
+
+
+def test_pairs_end_with_eos_and_read_back(tokenizer):
+    pairs = tokenize_pairs(ROWS, FORM, tokenizer)
+    for row, pair in zip(ROWS, pairs, strict=True):
+        assert pair.source[-1] == pair.target[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(pair.source) == row["input"]
+        assert tokenizer.decode(pair.target) == row["output"].strip()
+    assert pairs.tokens == sum(len(p.source) + len(p.target) for p in pairs)
+
+
+def test_a_cut_source_keeps_its_eos_and_a_cut_target_does_not(tokenizer):
+    whole, cut = (
+        tokenize_pairs(ROWS, FORM, tokenizer, source_max_len=n, target_max_len=m)[1]
+        for n, m in ((None, None), (6, 2))
+    )
+    eos = tokenizer.eos_token_id
+    assert cut.source.tolist() == [*whole.source[:5].tolist(), eos]
+    assert cut.target.tolist() == whole.target[:2].tolist()
+    assert eos not in cut.target
+
+
+def test_t5s_own_tokenizer():
+    tokenizer = load_tokenizer(shared_path("data/tokenizers/t5/spiece.model"))
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.add_bos) == (0, 1, False)
+    pair = tokenize_pairs(ROWS, FORM, tokenizer)[0]
+    assert pair.source[-1] == 1
+    assert tokenizer.decode(pair.source) == ROWS[0]["input"]
+    # What transformers' T5Tokenizer gives for "translate English to German: Hello" is well known.
+    known = [13959, 1566, 12, 2968, 10, 8774]
+    assert tokenizer.encode("translate English to German: Hello") == known
+
+
+def test_rows_that_have_no_source(tokenizer):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(ValueError, match=r"row 0 of .* has no source in format 'messages'"):
+        tokenize_pairs([row], FORMATS["messages"], tokenizer)
+    with pytest.raises(ValueError, match="is empty"):
+        tokenize_pairs([], FORM, tokenizer)
+
+
+def pairs(count: int) -> list[Pair]:
+    rng = np.random.default_rng(0)
+    return [
+        Pair(*(rng.integers(3, 90, rng.integers(1, n)).astype(np.int32) for n in (30, 12)))
+        for _ in range(count)
+    ]
+
+
+def test_every_pair_once_an_epoch_and_reachable_by_step():
+    examples = pairs(11)
+    batches = Seq2SeqBatches(
+        examples,
+        batch_size=2,
+        accumulation=2,
+        source_buckets=(16, 32),
+        target_buckets=(8, 16),
+        seed=3,
+        group_by_length=True,
+    )
+    seen = []
+    for step in range(batches.steps_per_epoch):
+        batch = batches.at(step)
+        assert batch.input_ids.shape[:2] == batch.labels.shape[:2] == (2, 2)
+        assert batch.input_ids.shape[2] in (16, 32)
+        assert batch.labels.shape[2] in (8, 16)
+        again = batches.at(step + batches.steps_per_epoch)
+        assert again.labels.shape[:2] == (2, 2)
+        for ids, mask, labels in zip(
+            *(x.reshape(4, -1) for x in (batch.input_ids, batch.attention_mask, batch.labels)),
+            strict=True,
+        ):
+            judged = labels != IGNORE
+            assert not judged[judged.sum() :].any(), "padding is on the right"
+            if judged.any():
+                seen.append((tuple(ids[mask]), tuple(labels[judged])))
+    assert sorted(seen) == sorted((tuple(p.source), tuple(p.target)) for p in examples)
+    assert batches.at(0).trained_tokens == (batches.at(0).labels != IGNORE).sum()
+
+
+def test_in_order_for_evaluation_and_targets_too_long():
+    examples = pairs(5)
+    batches = Seq2SeqBatches(examples, batch_size=2, shuffle=False)
+    targets = [row[row != IGNORE].tolist() for b in batches.one_epoch() for row in b.labels]
+    assert targets == [*(p.target.tolist() for p in examples), []]
+    with pytest.raises(ValueError, match="but the largest bucket holds 2"):
+        Seq2SeqBatches(examples, batch_size=2, target_buckets=(2,))

@@ -1,0 +1,190 @@
+import json
+
+import pytest
+
+from experiments.finetune import main as finetune
+from experiments.paper import glue, superni
+from experiments.paper.glue_tasks import TASKS, load_split
+from experiments.paper.superni_rows import Instance, by_task, prompt
+from experiments.paper.superni_rows import load_split as load_superni
+from experiments.paper.table3 import METHODS, PUBLISHED, SIZES
+from tests.shared import shared_path
+
+COLA = 'src\t1\t\tThe list is long.\nsrc\t0\t*\tList the is "long.\n'
+QNLI = "index\tquestion\tsentence\tlabel\n0\tWho?\tHe did.\tnot_entailment\n"
+STSB = (
+    "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+    "0\tg\tf\ty\t1\ta\tb\tA plane.\tAn air plane.\t5.000\n"
+)
+MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tHe said so.\tSo he said.\n"
+
+
+@pytest.fixture
+def glue_folder(tmp_path):
+    folder = tmp_path / "GLUE"
+    files = {
+        "CoLA/train.tsv": COLA * 8,
+        "CoLA/dev.tsv": COLA,
+        "QNLI/train.tsv": QNLI,
+        "STS-B/train.tsv": STSB,
+        "MRPC/train.tsv": MRPC,
+        "MNLI/dev_matched.tsv": "sentence1\tsentence2\tgold_label\na\tb\tneutral\n",
+        "MNLI/dev_mismatched.tsv": "sentence1\tsentence2\tgold_label\nc\td\tcontradiction\n",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    rows = [{"sentence": "good", "label": 1, "idx": 0}, {"sentence": "bad", "label": 0, "idx": 1}]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (folder / "sst2_validation.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def test_glues_files_and_the_hubs_columns(glue_folder):
+    # No quoting in GLUE's files: a quotation mark is a character.
+    assert load_split("cola", glue_folder, "validation") == [
+        (("The list is long.",), 1),
+        (('List the is "long.',), 0),
+    ]
+    assert load_split("qnli", glue_folder, "train") == [(("Who?", "He did."), 1)]
+    assert load_split("stsb", glue_folder, "train") == [(("A plane.", "An air plane."), 5.0)]
+    assert load_split("mrpc", glue_folder, "train") == [(("He said so.", "So he said."), 1)]
+    assert load_split("mnli", glue_folder, "validation_matched") == [(("a", "b"), 1)]
+    assert load_split("mnli", glue_folder, "validation_mismatched") == [(("c", "d"), 2)]
+    assert load_split("sst2", glue_folder, "validation") == [(("good",), 1), (("bad",), 0)]
+    assert len(load_split("cola", glue_folder, "train", limit=3)) == 3
+    with pytest.raises(FileNotFoundError, match="has no train file of rte: expected RTE/train"):
+        load_split("rte", glue_folder, "train")
+    with pytest.raises(ValueError, match="but premise or sentence1 is needed"):
+        TASKS["mnli"].row({"sentence": "x", "label": 1}, "row 1")
+    with pytest.raises(ValueError, match="the label is 7, but RTE has"):
+        TASKS["rte"].row({"sentence1": "x", "sentence2": "y", "label": 7}, "row 1")
+
+
+def test_cola_as_it_was_published():
+    folder = shared_path("data/text")
+    assert len(load_split("cola", folder, "train")) == 8551
+    assert len(load_split("cola", folder, "validation")) == 527
+
+
+def test_the_mean_of_mnlis_two_sets():
+    matched, mismatched = TASKS["mnli"].validation
+    references = {matched: [0, 1], mismatched: [2, 2]}
+    scores = TASKS["mnli"].scores(references, {matched: [0, 0], mismatched: [2, 2]})
+    assert scores["score"] == 0.75
+    assert scores[f"accuracy_{matched}"] == 0.5
+
+
+def test_glue_resumed_and_reported(glue_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = (
+        f"--scale tiny --tasks cola --data {glue_folder} --out {out} --steps 2 --batch-size 4 "
+        "--max-len 32 --methods nf4"
+    ).split()
+    assert glue.main(arguments) == 0
+    cells = json.loads((out / "results.json").read_text())["cells"]
+    assert [(cell["method"], cell["eval_rows"]) for cell in cells] == [("nf4", {"validation": 2})]
+    assert -1 <= cells[0]["score"] <= 1
+    table = (out / "table.md").read_text()
+    assert "| QLoRA NF4+DQ |" in table
+    assert "the base is random" in table
+    capsys.readouterr()
+    assert glue.main(arguments) == 0
+    assert capsys.readouterr().out.count("finished before") == 1
+    assert glue.main([*arguments, "--r", "4"]) == 2
+    assert "was made with recipe.lora.r 8, but now it is 4" in capsys.readouterr().err
+
+
+def superni_rows(tasks: int) -> list[dict]:
+    return [
+        {"topic": f"task{t}", "instruction": "Repeat.", "input": f"{t} {i}", "output": ["a", "b"]}
+        for t in range(tasks)
+        for i in range(4)
+    ]
+
+
+def test_superni_prompts_and_tasks(tmp_path):
+    instance = Instance("t", "Add. ", (("1 1", "2"), ("2 2", "4"), ("3 3", "6")), "4 4", ("8",))
+    assert prompt(instance) == (
+        "Definition: Add.\n\nPositive Example 1 -\nInput: 1 1\nOutput: 2\n\n"
+        "Positive Example 2 -\nInput: 2 2\nOutput: 4\n\n"
+        "Now complete the following example -\nInput: 4 4\nOutput: "
+    )
+    flat = tmp_path / "rows.jsonl"
+    flat.write_text("\n".join(map(json.dumps, superni_rows(5))))
+    train, test = load_superni(flat, per_task=3, held_out_tasks=2)
+    assert (len(train), len(test)) == (9, 6)
+    assert not {i.task for i in train} & {i.task for i in test}
+    assert test[0].references == ("a", "b")
+    with pytest.raises(ValueError, match="has 5 tasks, but 5 are to be held out"):
+        load_superni(flat, per_task=3, held_out_tasks=5)
+    flat.write_text(json.dumps({"instruction": "x", "input": "y", "output": "z"}))
+    with pytest.raises(ValueError, match="has the columns instruction, input, output, but topic"):
+        load_superni(flat, per_task=3, held_out_tasks=0)
+    assert by_task(train[:2], [0.5, 1.0])
+
+
+def test_superni_from_the_repository(tmp_path):
+    (tmp_path / "splits" / "default").mkdir(parents=True)
+    (tmp_path / "tasks").mkdir()
+    for split, name in (("train", "task1_a"), ("test", "task2_b")):
+        (tmp_path / "splits" / "default" / f"{split}_tasks.txt").write_text(f"{name}\n")
+        task = {
+            "Definition": ["Say it."],
+            "Positive Examples": [{"input": "x", "output": "y", "explanation": ""}],
+            "Instances": [{"id": str(i), "input": str(i), "output": ["o"]} for i in range(5)],
+        }
+        (tmp_path / "tasks" / f"{name}.json").write_text(json.dumps(task))
+    train, test = load_superni(tmp_path, per_task=4, held_out_tasks=0)
+    assert (len(train), len(test)) == (4, 4)
+    assert train[0].examples == (("x", "y"),)
+    (tmp_path / "tasks" / "task2_b.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test_tasks.txt names it"):
+        load_superni(tmp_path, per_task=4, held_out_tasks=0)
+
+
+@pytest.mark.slow
+def test_superni_and_finetune_on_a_tiny_t5(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, superni_rows(4))))
+    out = tmp_path / "out"
+    arguments = (
+        f"--scale tiny --data {rows} --out {out} --methods bf16 nf4 --steps 2 --batch-size 4 "
+        "--held-out-tasks 1 --eval-rows 3 --source-max-len 64 --target-max-len 4"
+    ).split()
+    assert superni.main(arguments) == 0
+    cells = json.loads((out / "results.json").read_text())["cells"]
+    assert [cell["method"] for cell in cells] == ["bf16", "nf4"]
+    assert all(0 <= cell["score"] <= 1 and len(cell["tasks"]) == 1 for cell in cells)
+    assert "| BF16 | 0.0 | 40.1 |" in (out / "table.md").read_text()
+    # The same model through the ordinary command, with the paper's adapters for its size.
+    settings = {
+        "train.steps": 1,
+        "train.micro_batch_size": 4,
+        "data.validation_rows": 4,
+        "data.buckets": "[64]",
+        "model.compute_dtype": "float32",
+    }
+    flags = [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]
+    lines = [{"input": row["input"], "output": "a"} for row in superni_rows(4)]
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    run = tmp_path / "run"
+    model = str(out / "tiny-t5")
+    assert finetune(["--model", model, "--data", str(rows), "--out", str(run), *flags]) == 0
+    adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (16, 64)
+    capsys.readouterr()
+
+
+def test_what_the_paper_published():
+    assert list(METHODS) == list(PUBLISHED)
+    assert PUBLISHED["nf4"] == {"80M": 40.4, "250M": 42.7, "780M": 47.7, "3B": 55.3, "11B": 60.9}
+    assert all(set(SIZES) <= set(row) for row in PUBLISHED.values())
+
+
+def test_refusals(tmp_path, capsys):
+    assert superni.main(["--data", str(tmp_path / "nothing.jsonl")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    glue_arguments = f"--scale tiny --tasks rte --data {tmp_path} --out {tmp_path / 'o'}".split()
+    assert glue.main(glue_arguments) == 2
+    assert "has no train file of rte" in capsys.readouterr().err
