@@ -1,31 +1,31 @@
 """Publishing, against a stand-in for the hub: no network in tests."""
 
+import functools
 import json
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import ModelCard, errors
+from huggingface_hub import HfApi, ModelCard, errors
 
 from qlora_jax.checkpoints import model_card, push
 from qlora_jax.checkpoints.card import read_facts
 from tests.test_pretrained import hub_error
 
 
-class StandIn:
+class StandIn(HfApi):
     """What `push` uses of HfApi, written down instead of sent."""
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.calls: list[tuple[str, dict]] = []
         self.failure = failure
+        for name in ("create_repo", "create_branch", "upload_file", "upload_folder"):
+            setattr(self, name, functools.partial(self._call, name))
 
-    def __getattr__(self, name):
-        def call(*args, **options):
-            if self.failure is not None:
-                raise self.failure
-            self.calls.append((name, options | ({"name": args[0]} if args else {})))
-            return SimpleNamespace(commit_url="https://hub/commit/1")
-
-        return call
+    def _call(self, method: str, *args, **options):
+        if self.failure is not None:
+            raise self.failure
+        self.calls.append((method, options | ({"name": args[0]} if args else {})))
+        return SimpleNamespace(commit_url="https://hub/commit/1")
 
     def named(self, name: str) -> dict:
         return next(options for called, options in self.calls if called == name)
@@ -101,7 +101,9 @@ def test_push_uploads_the_folder_and_a_card(run):
     assert b"SmolLM2" in api.named("upload_file")["path_or_fileobj"]
     upload = api.named("upload_folder")
     assert (upload["repo_id"], upload["revision"]) == ("me/adapter", "v1")
-    assert not any(pattern in ("*", "*.bin", "*.py", "*.pt") for pattern in upload["allow_patterns"])
+    assert not any(
+        pattern in ("*", "*.bin", "*.py", "*.pt") for pattern in upload["allow_patterns"]
+    )
 
 
 def test_a_card_that_is_there_is_kept(run):

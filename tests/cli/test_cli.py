@@ -1,5 +1,6 @@
 """The program from its arguments to its files, in this process."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from qlora_jax.checkpoints import load_model, open_checkpoint, save_adapter
 from qlora_jax.cli import SUBCOMMANDS, main
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantizedTensor
-from tests.checkpoints.tiny import change_config, write_model
+from tests.checkpoints.tiny import CONFIG, change_config, write_model
 from tests.shared import shared_path
 
 LORA = LoraConfig(r=2, alpha=4, target_modules=("q_proj",))
@@ -124,7 +125,7 @@ def outside(models):
 
 
 def other_adapter(models):
-    change_config(models / "base", num_hidden_layers=1)
+    write_model(models / "base", dataclasses.replace(CONFIG, hidden_size=64))
 
 
 @pytest.mark.parametrize(
