@@ -69,10 +69,10 @@ def test_inspect_counts_what_is_stored(models, tmp_path, capsys):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     row = next(row for row in rows if "up_proj.weight" in row["name"])
     assert row["name"] == "model.layers.*.mlp.up_proj.weight"
-    assert (row["count"], row["shape"]) == (2, [48, 32])
+    assert (row["tensors"], row["shape"]) == (2, [48, 32])
     assert row["stored"] == "nf4+dq, block 64"
     checkpoint = open_checkpoint(tmp_path / "packed")
-    assert sum(row["count"] for row in rows) == len(checkpoint.tensors)
+    assert sum(row["tensors"] for row in rows) == len(checkpoint.tensors)
     assert main(["inspect", str(models / "adapter")]) == 0
     assert "lora_A.weight" in capsys.readouterr().out
     assert main(["inspect", str(models / "base"), "--layers"]) == 0
