@@ -9,7 +9,7 @@ from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, cast, dequa
 from qlora_jax.checkpoints.folder import WeightFolder
 from qlora_jax.checkpoints.gguf import open_gguf, save_gguf
 from qlora_jax.checkpoints.hub import push
-from qlora_jax.checkpoints.load import linear_weights, load_model
+from qlora_jax.checkpoints.load import check_shapes, linear_weights, load_model
 from qlora_jax.checkpoints.merge import MODES, merge, merged
 from qlora_jax.checkpoints.open import open_checkpoint
 from qlora_jax.checkpoints.save import model_checkpoint, save_checkpoint, save_model
@@ -22,6 +22,7 @@ __all__ = [
     "TensorInfo",
     "WeightFolder",
     "cast",
+    "check_shapes",
     "checkpoint_tokenizer",
     "dequantized",
     "linear_weights",

@@ -145,9 +145,28 @@ def linear_weights(checkpoint: Checkpoint) -> frozenset[str]:
     Raises:
         ValueError: an unknown architecture.
     """
+    family, model = _abstract(checkpoint, checkpoint.quant or QuantConfig())
+    return frozenset(
+        name
+        for name, slot in family.weight_names(model.config).items()
+        if isinstance(node_at(model, slot.path).get_value(), QuantizedTensor)
+    )
+
+
+def check_shapes(checkpoint: Checkpoint) -> None:
+    """Compares every name, shape and dtype with config.json, as `load_model` does; reads nothing.
+
+    Raises:
+        ValueError: an unknown architecture, or tensors that contradict the config.
+    """
+    _matching(checkpoint, *_abstract(checkpoint, checkpoint.quant))
+
+
+def _abstract(checkpoint: Checkpoint, quant: QuantConfig | None) -> tuple[Family, Any]:
+    """The checkpoint's family, and its model in shapes alone."""
     family = family_of(checkpoint.config)
-    names = family.weight_names(family.read_config(checkpoint.config))
-    return frozenset(name for name, slot in names.items() if slot.path[-1] == "kernel")
+    config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
+    return family, nnx.eval_shape(lambda: family.build(config, quant=quant, rngs=nnx.Rngs(0)))
 
 
 def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Slot]:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qlora_jax.checkpoints import MODES, Checkpoint, open_checkpoint
+from qlora_jax.checkpoints import MODES, Checkpoint, check_shapes, open_checkpoint
 from qlora_jax.checkpoints.save import MAX_SHARD_SIZE
 from qlora_jax.pretrained import find_source
 from qlora_jax.quant import QuantConfig
@@ -18,8 +18,10 @@ def add_source(parser: argparse.ArgumentParser, name: str = "source") -> None:
 
 
 def open_source(name: str, revision: str | None) -> Checkpoint:
-    """What `add_source` was given, opened."""
-    return open_checkpoint(find_source(name, revision=revision))
+    """What `add_source` was given, opened, its shapes compared with its config."""
+    checkpoint = open_checkpoint(find_source(name, revision=revision))
+    check_shapes(checkpoint)
+    return checkpoint
 
 
 def add_quant(parser: argparse.ArgumentParser, title: str) -> None:
@@ -74,7 +76,7 @@ def add_shards(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def readable(nbytes: float) -> str:
+def readable(nbytes: int | float) -> str:
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:

@@ -43,14 +43,14 @@ class Row(NamedTuple):
 
     Attributes:
         name: with `*` for the layer.
-        count: how many.
+        tensors: how many.
         shape: of each.
         stored: data type, and how it is quantized.
         nbytes: of all, with everything that belongs to them.
     """
 
     name: str
-    count: int
+    tensors: int
     shape: tuple[int, ...]
     stored: str
     nbytes: int
@@ -58,7 +58,7 @@ class Row(NamedTuple):
     @property
     def weights(self) -> int:
         """Numbers in all of them."""
-        return self.count * math.prod(self.shape)
+        return self.tensors * math.prod(self.shape)
 
     @property
     def bits(self) -> float:
@@ -69,7 +69,7 @@ class Row(NamedTuple):
 def run(args: argparse.Namespace) -> int:
     """Prints the table."""
     source = find_source(args.source, revision=args.revision)
-    rows = [Row(name, 1, *rest) for name, *rest in _stored(source)]
+    rows = list(_stored(source))
     if not args.layers:
         rows = together(rows)
     if args.json:
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     for row in rows:
         table.add_row(
             row.name,
-            "" if row.count == 1 else f"{row.count} ×",
+            "" if row.tensors == 1 else f"{row.tensors} ×",
             " × ".join(map(str, row.shape)) or "scalar",
             row.stored,
             f"{row.bits:.3f}",
@@ -112,12 +112,12 @@ def together(rows: list[Row]) -> list[Row]:
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name)
         key = (name, row.shape, row.stored)
         seen = found.get(key, Row(name, 0, row.shape, row.stored, 0))
-        found[key] = seen._replace(count=seen.count + 1, nbytes=seen.nbytes + row.nbytes)
+        found[key] = seen._replace(tensors=seen.tensors + 1, nbytes=seen.nbytes + row.nbytes)
     return list(found.values())
 
 
-def _stored(source: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
-    """Name, shape, data type and bytes of each weight."""
+def _stored(source: Path) -> Iterator[Row]:
+    """One row for each weight."""
     if source.is_dir() and (source / CONFIG).is_file():
         yield from _dense(WeightFolder(source, WEIGHTS))
     elif source.is_dir() and not _has_safetensors(source) and list(source.glob("*.gguf")):
@@ -133,14 +133,19 @@ def _has_safetensors(folder: Path) -> bool:
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
-def _gguf(path: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+def _gguf(path: Path) -> Iterator[Row]:
     for name, tensor in GGUFFile(path).tensors.items():
-        yield name, tensor.shape, tensor.kind.name, tensor.nbytes
+        yield Row(name, 1, tensor.shape, tensor.kind.name, tensor.nbytes)
 
 
-def _dense(weights: WeightFolder) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+def _dense(weights: WeightFolder) -> Iterator[Row]:
     for name in weights:
-        yield name, weights.shapes[name], weights.dtypes[name].lower(), _bytes(weights, name)
+        yield _plain(weights, name)
+
+
+def _plain(weights: WeightFolder, name: str) -> Row:
+    dtype = weights.dtypes[name].lower()
+    return Row(name, 1, weights.shapes[name], dtype, _bytes(weights, name))
 
 
 def _bytes(weights: WeightFolder, name: str) -> int:
@@ -148,7 +153,7 @@ def _bytes(weights: WeightFolder, name: str) -> int:
     return math.prod(weights.shapes[name]) * bits // 8
 
 
-def _folder(weights: WeightFolder) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+def _folder(weights: WeightFolder) -> Iterator[Row]:
     packed = packed_names(weights)
     parts: Mapping[str, list[str]] = {name: [] for name in packed}
     for part in weights:
@@ -161,9 +166,9 @@ def _folder(weights: WeightFolder) -> Iterator[tuple[str, tuple[int, ...], str, 
             double = "+dq" if state.config.double_quant else ""
             stored = f"{state.config.quant_type}{double}, block {state.config.blocksize}"
             nbytes = sum(_bytes(weights, part) for part in (name, *parts[name]))
-            yield name, state.shape, stored, nbytes
+            yield Row(name, 1, state.shape, stored, nbytes)
         elif not (packed and is_part(name)):
-            yield name, weights.shapes[name], weights.dtypes[name].lower(), _bytes(weights, name)
+            yield _plain(weights, name)
 
 
 def _prefixes(name: str) -> list[int]:

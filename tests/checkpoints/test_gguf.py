@@ -308,5 +308,5 @@ def test_a_tensor_that_fails_leaves_nothing_behind(tmp_path):
 def test_several_files_in_a_folder(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.gguf").touch()
-    with pytest.raises(ValueError, match="holds 2 GGUF files, a.gguf and others: give one"):
+    with pytest.raises(ValueError, match=r"holds 2 GGUF files, a.gguf and others: give one"):
         open_checkpoint(tmp_path)

@@ -1,0 +1,174 @@
+"""The program from its arguments to its files, in this process."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from qlora_jax.checkpoints import load_model, open_checkpoint, save_adapter
+from qlora_jax.cli import SUBCOMMANDS, main
+from qlora_jax.nn import LoraConfig
+from qlora_jax.quant import QuantizedTensor
+from tests.checkpoints.tiny import CONFIG, change_config, write_model
+from tests.shared import shared_path
+
+LORA = LoraConfig(r=2, alpha=4, target_modules=("q_proj",))
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A base and an adapter for it."""
+    folder = tmp_path_factory.mktemp("models")
+    write_model(folder / "base")
+    model = load_model(folder / "base", lora=LORA)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.02, nnx.state(model, nnx.LoRAParam)))
+    save_adapter(folder / "adapter", model, LORA, "base")
+    return folder
+
+
+@pytest.fixture
+def models(original, tmp_path):
+    shutil.copytree(original, tmp_path / "models")
+    return tmp_path / "models"
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_help_of_every_subcommand(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert "usage: qlora-jax" in capsys.readouterr().out
+
+
+def test_help_names_the_subcommands_without_importing_them(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in SUBCOMMANDS)
+
+
+def test_quantize(models, tmp_path, capsys):
+    out = tmp_path / "packed"
+    assert main(["quantize", str(models / "base"), str(out), "--max-shard-size", "20KB"]) == 0
+    assert "nf4" in capsys.readouterr().out
+    assert (out / "model.safetensors.index.json").is_file()
+    model = load_model(out, lora=None)
+    assert isinstance(model.layers.mlp.up_proj.kernel.get_value(), QuantizedTensor)
+    ours = load_model(models / "base", lora=None)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(ours))
+
+
+def test_inspect_counts_what_is_stored(models, tmp_path, capsys):
+    main(["quantize", str(models / "base"), str(tmp_path / "packed")])
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "packed"), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    row = next(row for row in rows if "up_proj.weight" in row["name"])
+    assert row["name"] == "model.layers.*.mlp.up_proj.weight"
+    assert (row["tensors"], row["shape"]) == (2, [48, 32])
+    assert row["stored"] == "nf4+dq, block 64"
+    checkpoint = open_checkpoint(tmp_path / "packed")
+    assert sum(row["tensors"] for row in rows) == len(checkpoint.tensors)
+    assert main(["inspect", str(models / "adapter")]) == 0
+    assert "lora_A.weight" in capsys.readouterr().out
+    assert main(["inspect", str(models / "base"), "--layers"]) == 0
+    assert "model.layers.1.mlp.up_proj.weight" in capsys.readouterr().out
+
+
+def test_merge_reports_the_drift(tmp_path, capsys):
+    base = shared_path("data/models/stories260K")
+    adapter = shared_path("data/reference/stories260K/adapter_trained")
+    moved = {}
+    for mode in ("original", "dequantized", "requantized"):
+        out = str(tmp_path / mode)
+        arguments = ["merge", str(base), str(adapter), out, "--mode", mode, "--tokens", "128"]
+        assert main([*arguments, "--json"]) == 0
+        moved[mode] = json.loads(capsys.readouterr().out)
+        assert moved[mode]["tokens"] == 127
+        # The reference is the same for all: what was trained.
+        assert moved[mode]["perplexity_before"] == moved["original"]["perplexity_before"]
+    assert moved["dequantized"]["kl"] < 1e-8 < moved["requantized"]["kl"]
+    assert moved["dequantized"]["max_abs"] < 1e-3 < moved["original"]["max_abs"]
+
+
+def test_export(models, tmp_path, capsys):
+    base, adapter = str(models / "base"), str(models / "adapter")
+    assert main(["export", base, str(tmp_path / "b"), "--format", "safetensors"]) == 0
+    stories = str(shared_path("data/models/stories260K"))
+    out = tmp_path / "model.gguf"
+    assert main(["export", stories, str(out), "--format", "gguf", "--type", "F16"]) == 0
+    assert open_checkpoint(out).tensors["model.embed_tokens.weight"].dtype == "F16"
+    merged = ["--adapter", adapter, "--mode", "dequantized", "--dtype", "bfloat16"]
+    assert main(["export", base, str(tmp_path / "m"), "--format", "safetensors", *merged]) == 0
+    assert open_checkpoint(tmp_path / "m").tensors["lm_head.weight"].dtype == "BF16"
+    assert main(["export", adapter, str(tmp_path / "a"), "--format", "peft"]) == 0
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_push_shows_its_card(models, capsys):
+    assert main(["push", str(models / "adapter"), "me/x", "--dry-run", "--license", "mit"]) == 0
+    assert "license: mit" in capsys.readouterr().out
+
+
+def pickle_only(models):
+    (models / "base" / "model.safetensors").rename(models / "base" / "pytorch_model.bin")
+
+
+def outside(models):
+    index = {"weight_map": {"a": "../model.safetensors"}}
+    (models / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def other_adapter(models):
+    write_model(models / "base", dataclasses.replace(CONFIG, hidden_size=64))
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "message"),
+    [
+        (lambda m: change_config(m / "base", hidden_size=64), ["quantize", "base"], "calls for"),
+        (pickle_only, ["quantize", "base"], "a pickle, which can run code and is never read"),
+        (outside, ["quantize", "base"], "not a file of the folder itself"),
+        (None, ["quantize", "base/model.bin"], "is a pickle"),
+        (None, ["quantize", "base", "--quant-type", "nf5"], "quant_type is 'nf5'; choose one of"),
+        (None, ["quantize", "base", "--quant-type", "int8"], "bitsandbytes has no 4-bit format"),
+        (None, ["quantize", "base", "--blocksize", "48"], "blocksize is 48"),
+        (None, ["quantize", "base", "--max-shard-size", "big"], "size 'big' is not understood"),
+        (None, ["quantize", "cut.gguf"], "is truncated or no GGUF file"),
+        (None, ["merge", "base", "base", "--mode", "original"], "adapter_config.json does not"),
+        (other_adapter, ["merge", "base", "adapter", "--mode", "dequantized"], "another base"),
+        (None, ["export", "base", "--format", "gguf"], "a GGUF file holds its tokenizer"),
+        (None, ["export", "base", "--format", "peft"], "adapter_config.json does not exist"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    damage, arguments, message, models, tmp_path, capsys
+):
+    (models / "base" / "model.bin").touch()
+    (models / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes([9]) * 8)
+    if damage is not None:
+        damage(models)
+    known = {path.name for path in models.iterdir()} | {"base/model.bin"}
+    command, first, *rest = [str(models / a) if a in known else a for a in arguments]
+    positional = [first, *rest[:1]] if command == "merge" else [first]
+    options = rest[1:] if command == "merge" else rest
+    before = sorted(tmp_path.rglob("*"))
+    assert main([command, *positional, str(tmp_path / "out"), *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_that_exists_is_kept(models, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    assert main(["quantize", str(models / "base"), str(tmp_path / "out")]) == 2
+    assert "exists already: give a new name" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
