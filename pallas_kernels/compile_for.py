@@ -35,6 +35,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jaxlib.mlir import ir
 
 from pallas_kernels.cards import Card
 
@@ -97,6 +98,46 @@ def compile_for(
       `jax.stages.Compiled`: `.memory_analysis()` in bytes, `.as_text()`, `.cost_analysis()`.
     """
     return lower_for(card, fn, *args).compile(compiler_options=dict(compiler_options or {}))
+
+
+def with_memory_kinds(
+    lowered: jax.stages.Lowered, arguments: Any = "device", results: Any = "device"
+) -> jax.stages.Lowered:
+    """Say which memory of the card's machine each argument and result of a program rests in.
+
+    Where the card is present, shardings with a memory kind do this. A described device has no
+    memories and its shardings lose the kind, so the program's entry function is marked instead,
+    with the attributes that such shardings lower to. That is the signature alone: a program that
+    computes with an argument in host memory still has to say so inside (`jax.device_put` to
+    `jax.memory.Space.Host` on entry, to `.Device` where it is read).
+
+    Args:
+      lowered: from `lower_for`; marked in place.
+      arguments: "device" or "pinned_host" for every leaf of the tuple of arguments, or for whole
+        subtrees (a tree prefix).
+      results: the same for what the program returns.
+
+    Returns:
+      `lowered`, to `.compile()`: `memory_analysis()` then counts host bytes apart.
+    """
+    flat_arguments = jax.tree.leaves(jax.tree.broadcast(arguments, lowered.args_info[0]))
+    # Arguments that the program never reads are no parameters of it.
+    kept = sorted(lowered._lowering.compile_args["kept_var_idx"])
+    kinds = {
+        "arg_attrs": [flat_arguments[index] for index in kept],
+        "res_attrs": jax.tree.leaves(jax.tree.broadcast(results, lowered.out_info)),
+    }
+    module = lowered.compiler_ir("stablehlo")
+    (main,) = [op for op in module.body.operations if str(op.attributes["sym_name"]) == '"main"']
+    with module.context:
+        for name, wanted in kinds.items():
+            marked = []
+            for kind, old in zip(wanted, main.attributes[name], strict=True):
+                attributes = {item.name: item.attr for item in ir.DictAttr(old)}
+                attributes["mhlo.memory_kind"] = ir.StringAttr.get(kind)
+                marked.append(ir.DictAttr.get(attributes))
+            main.attributes[name] = ir.ArrayAttr.get(marked)
+    return lowered
 
 
 @dataclasses.dataclass(frozen=True)

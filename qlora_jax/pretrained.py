@@ -1,28 +1,20 @@
-"""`load_pretrained`: a model and its tokenizer in one call, from a folder or from the hub.
+"""`load_pretrained`: a model and its tokenizer in one call, from a folder, a file or the hub.
 
-A name that is a folder is read where it lies. Any other name, `org/name`, is fetched through
-`huggingface_hub` into its cache (`HF_HOME`), or taken from there alone where `HF_HUB_OFFLINE=1`.
-Only configuration, safetensors and tokenizer files are ever fetched: no pickles, no code.
+A name that is a folder or a GGUF file is read where it lies. Any other name, `org/name`, is fetched
+through `huggingface_hub` into its cache (`HF_HOME`), or taken from there alone where
+`HF_HUB_OFFLINE=1`. Only configuration, weights in safetensors (or one GGUF file,
+`org/name/file.gguf`) and tokenizer files are ever fetched: no pickles, no code.
 """
 
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import hf_hub_download, snapshot_download
 
-from qlora_jax.checkpoints import load_model
-from qlora_jax.data import Tokenizer, load_tokenizer
-from qlora_jax.models import Decoder
+from qlora_jax.checkpoints import checkpoint_tokenizer, load_model, open_checkpoint
+from qlora_jax.checkpoints.hub import plain_words
+from qlora_jax.data import Tokenizer
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 
@@ -35,10 +27,13 @@ _FILES = (
     "model.safetensors.index.json",
     "tokenizer*.json",
     "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
     "spiece.model",
     "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -51,11 +46,11 @@ def load_pretrained(
     revision: str | None = None,
     seed: int = 0,
     **options: Any,
-) -> tuple[Decoder, Tokenizer]:
+) -> tuple[Any, Tokenizer]:
     """A pretrained model, quantized as it is read, and its tokenizer.
 
     Args:
-        name_or_folder: a Hugging Face model folder, or a hub name `org/name`.
+        name_or_folder: a Hugging Face model folder, a GGUF file, or a hub name `org/name`.
         quant: how the layers' linear weights are stored; None keeps them in `compute_dtype`.
         lora: adapters on them, as new; None for none.
         compute_dtype: dtype of activations and matmuls.
@@ -73,50 +68,44 @@ def load_pretrained(
         ConnectionError: the hub cannot be reached and the cache lacks the model.
         ValueError: an unknown architecture or damaged files.
     """
-    folder = find_folder(name_or_folder, revision=revision)
+    checkpoint = open_checkpoint(find_source(name_or_folder, revision=revision))
     model = load_model(
-        folder, quant=quant, lora=lora, compute_dtype=compute_dtype, seed=seed, **options
+        checkpoint, quant=quant, lora=lora, compute_dtype=compute_dtype, seed=seed, **options
     )
-    return model, load_tokenizer(folder)
+    return model, checkpoint_tokenizer(checkpoint)
+
+
+def find_source(name_or_path: str | Path, *, revision: str | None = None) -> Path:
+    """What `open_checkpoint` reads: a file or folder as given, or fetched from the hub.
+
+    Raises as `load_pretrained`.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        _refuse_revision(path, revision)
+        return path
+    name = str(name_or_path)
+    if name.endswith(".gguf") and name.count("/") == 2 and not name.startswith((".", "/", "~")):
+        repository, _, file = name.rpartition("/")
+        with plain_words(repository, revision):
+            return Path(hf_hub_download(repository, file, revision=revision))
+    return find_folder(name_or_path, revision=revision)
 
 
 def find_folder(name_or_folder: str | Path, *, revision: str | None = None) -> Path:
     """A model's local folder: as given, or fetched from the hub. Raises as `load_pretrained`."""
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
-        if revision is not None:
-            raise ValueError(
-                f"revision is {revision!r}, but {folder} is a local folder, which has none: leave "
-                "it out."
-            )
+        _refuse_revision(folder, revision)
         return folder
     name = str(name_or_folder)
-    try:
+    with plain_words(name, revision):
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder here nor a hub name of the form org/name: check the "
-            "path."
-        ) from error
-    except GatedRepoError as error:
-        raise PermissionError(
-            f"The hub keeps {name!r} behind a licence: accept it on https://huggingface.co/{name}, "
-            "then log in with `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name!r} has no revision {revision!r} on the hub: give one of its branches, tags or "
-            "commits."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder here nor a public model on the hub: check the spelling, "
-            "or log in with `hf auth login` if it is private."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ConnectionError(
-            f"{name!r} is no folder here, its files are not in the cache, and the hub cannot be "
-            "reached: connect, unset HF_HUB_OFFLINE, or give a folder."
-        ) from error
-    except (EntryNotFoundError, HfHubHTTPError) as error:
-        raise ConnectionError(f"The hub did not give {name!r}: {error}") from error
+
+
+def _refuse_revision(path: Path, revision: str | None) -> None:
+    if revision is not None:
+        raise ValueError(
+            f"revision is {revision!r}, but {path} is a local "
+            f"{'folder' if path.is_dir() else 'file'}, which has none: leave it out."
+        )

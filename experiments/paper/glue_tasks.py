@@ -155,8 +155,10 @@ def _find(folder: Path, task: str, split: str) -> Path:
     patterns += [f"{task}*{word}" for word in _SPLITS[split]]
     for pattern in patterns:
         for file in sorted(folder.glob(f"{pattern}*")):
-            if file.suffix in _ENDINGS and (file.stem.endswith(pattern.rpartition("/")[2])
-                                            or file.stem.endswith(pattern.rpartition("*")[2])):
+            if file.suffix in _ENDINGS and (
+                file.stem.endswith(pattern.rpartition("/")[2])
+                or file.stem.endswith(pattern.rpartition("*")[2])
+            ):
                 return file
     raise FileNotFoundError(
         f"{folder} has no {split} file of {task}: expected {title}/{_SPLITS[split][0]}.tsv, or "

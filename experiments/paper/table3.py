@@ -151,7 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     )
     group = parser.add_argument_group("training")
     group.add_argument("--r", type=int, help=f"rank of the adapters ({recipe.lora.r})")
-    group.add_argument("--alpha", type=float, help=f"their scale is alpha / r ({recipe.lora.alpha})")
+    group.add_argument("--alpha", type=float, help=f"scale: alpha / r ({recipe.lora.alpha})")
     group.add_argument("--learning-rate", type=float, help=f"adapters ({recipe.learning_rate:g})")
     group.add_argument(
         "--full-learning-rate", type=float, help=f"all weights ({recipe.full_learning_rate:g})"
@@ -251,7 +251,7 @@ def run_cells(
             (folder / ERROR).unlink(missing_ok=True)
             write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
             results[cell] = result
-        # A model's arrays are in reference cycles (nnx graphs): without this, two are alive at once.
+        # A model's arrays are in reference cycles (nnx graphs): without this, two are alive.
         gc.collect()
     return results
 

@@ -1,12 +1,17 @@
-"""Floor 4: how do weights come and go? Hugging Face folders and PEFT adapters, in and out."""
+"""Floor 4: how do weights come and go? Hugging Face folders, 16-bit or in bitsandbytes' 4-bit
+format, PEFT adapters and GGUF files, in and out."""
 
 from qlora_jax.checkpoints.adapter import load_adapter, read_adapter_config, save_adapter
+from qlora_jax.checkpoints.card import model_card
 from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, cast, dequantized, quantized
 from qlora_jax.checkpoints.folder import WeightFolder
+from qlora_jax.checkpoints.gguf import open_gguf, save_gguf
+from qlora_jax.checkpoints.hub import push
 from qlora_jax.checkpoints.load import linear_weights, load_model
 from qlora_jax.checkpoints.merge import MODES, merge, merged
 from qlora_jax.checkpoints.open import open_checkpoint
 from qlora_jax.checkpoints.save import model_checkpoint, save_checkpoint, save_model
+from qlora_jax.checkpoints.tokenizer import checkpoint_tokenizer
 
 __all__ = [
     "MODES",
@@ -14,17 +19,22 @@ __all__ = [
     "TensorInfo",
     "WeightFolder",
     "cast",
+    "checkpoint_tokenizer",
     "dequantized",
     "linear_weights",
     "load_adapter",
     "load_model",
     "merge",
     "merged",
+    "model_card",
     "model_checkpoint",
     "open_checkpoint",
+    "open_gguf",
+    "push",
     "quantized",
     "read_adapter_config",
     "save_adapter",
     "save_checkpoint",
+    "save_gguf",
     "save_model",
 ]

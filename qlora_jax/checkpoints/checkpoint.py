@@ -121,7 +121,7 @@ def quantized(
 
     def read(name: str) -> np.ndarray | QuantizedTensor:
         value = checkpoint.read(name)
-        if name not in names:
+        if name not in names or isinstance(value, QuantizedTensor):
             return value
         tensor = jax.tree.map(np.asarray, quantize(value, quant))
         tensor.dtype = DTYPES[tensors[name].dtype]

@@ -55,11 +55,12 @@ class WeightFolder:
         dtypes: every tensor's dtype, in safetensors' names ("BF16").
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, file: str = SINGLE) -> None:
         """Opens a folder and checks its files.
 
         Args:
             folder: with `model.safetensors`, or shards and their index.
+            file: what a single file is called.
 
         Raises:
             FileNotFoundError: the folder, its weights or one of its shards are missing.
@@ -67,13 +68,13 @@ class WeightFolder:
                 with its shards, or there are only pickle files.
         """
         self.folder = Path(folder)
-        self._shard_of = self._locate()
+        self._shard_of = self._locate(file)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for shard in dict.fromkeys(self._shard_of.values()):
             self._read_header(shard)
 
-    def _locate(self) -> dict[str, Path]:
+    def _locate(self, single: str) -> dict[str, Path]:
         """Tensor name → shard. For a single file, the one key "" until its header is read."""
         if not self.folder.is_dir():
             raise FileNotFoundError(
@@ -87,8 +88,8 @@ class WeightFolder:
                     "tensor's shard."
                 )
             return {name: self._inside(shard) for name, shard in weight_map.items()}
-        if (self.folder / SINGLE).is_file():
-            return {"": self.folder / SINGLE}
+        if (self.folder / single).is_file():
+            return {"": self.folder / single}
         pickles = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
         if pickles:
             raise ValueError(
@@ -97,7 +98,7 @@ class WeightFolder:
                 ".from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)`."
             )
         raise FileNotFoundError(
-            f"{self.folder} holds neither {SINGLE} nor {INDEX}: give a folder with safetensors "
+            f"{self.folder} holds neither {single} nor {INDEX}: give a folder with safetensors "
             "weights (pickles, such as pytorch_model.bin, are neither read nor fetched)."
         )
 

@@ -9,8 +9,10 @@ the device ever holds more than the result and a few tensors: no full-precision 
 exists.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ def load_model(
     attention: AttentionName | None = None,
     matmul: str | None = None,
     seed: int = 0,
+    overrides: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Any:
     """A model from a checkpoint.
@@ -54,12 +57,15 @@ def load_model(
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`, or
             float32 for a trainable base.
-        trainable_base: makes the dense base weights `nnx.Param` (see `models.unfreeze`).
+        trainable_base: trains the dense base weights too (see `models.unfreeze`).
         remat: what the backward pass finds saved, one of `models.REMAT`.
+        stream_weights: puts the layers' frozen weights into pinned host memory, as they are read,
+            and lets them come in layer by layer (`models.streaming`). Decoders only.
         attention: implementation of attention; None asks for cuDNN where this process's default
             device is a CUDA card and the case allows it.
         matmul: implementation of the 4-bit matmul; None lets the op choose.
-        seed: of the adapters' initial A.
+        seed: of the adapters' initial A, and of a head that the checkpoint has not.
+        overrides: fields of the model's configuration to replace, such as `{"num_labels": 3}`.
         progress: shows a bar on standard error, if that is a terminal.
 
     Returns:
@@ -76,7 +82,8 @@ def load_model(
         )
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     family = family_of(checkpoint.config)
-    config = family.read_config(checkpoint.config)
+    config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
+    config = dataclasses.replace(config, **(overrides or {}))
     stored = checkpoint.quant
     if stored is not None and stored != quant:
         raise ValueError(
@@ -89,7 +96,10 @@ def load_model(
     if attention is None:
         softcap = getattr(config, "attn_logit_softcapping", None)
         backend = jax.default_backend()
-        attention = attention_for(backend, compute_dtype, config.head_dim, softcap=softcap)
+        biased = getattr(config, "score_bias", False)
+        attention = attention_for(
+            backend, compute_dtype, config.head_dim, softcap=softcap, bias=biased
+        )
 
     def build(key: Key[Array, ""], quant: QuantConfig | None = quant) -> Any:
         return family.build(
@@ -107,11 +117,12 @@ def load_model(
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
     slots = _matching(checkpoint, family, model)
+    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+        # Only what is trained is asked for, so the compiler drops the random base. A head that the
+        # checkpoint has is then read over it.
+        trained = jax.jit(lambda key: nnx.state(build(key, None), nnx.LoRAParam))
+        nnx.update(model, trained(key))
     _fill(model, checkpoint, slots, None if stored is not None else quant, progress)
-    if lora is not None:
-        # Only the adapters are asked for, so the compiler drops the random base.
-        adapters = jax.jit(lambda key: nnx.state(build(key, None), nnx.LoRAParam))
-        nnx.update(model, adapters(key))
     if trainable_base:
         unfreeze(model)
     return model
@@ -143,7 +154,11 @@ def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, S
             f"{source} holds the tensor {strange[0]!r} (and {len(strange) - 1} more) that a "
             "model with its config.json has no place for: check that both are of one checkpoint."
         )
-    absent = [name for name in names if name not in tensors]
+    absent = [
+        name
+        for name in names
+        if name not in tensors and not any(fnmatchcase(name, fresh) for fresh in family.fresh)
+    ]
     if absent:
         raise ValueError(
             f"{source} lacks the tensor {absent[0]!r} (and {len(absent) - 1} more) that its "

@@ -36,7 +36,13 @@ MODES = ("original", "dequantized", "requantized")
 """Which base takes the adapter."""
 
 _PREFIX = "base_model.model."
-_MAGNITUDE = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+# How PEFT ends the name of each part of a module's adapter.
+_PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
 
 
 def merge(
@@ -145,7 +151,7 @@ class AdapterFile:
             )
         try:
             with safe_open(self._path, framework="np") as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
                 f"{self._path} is truncated or no safetensors file ({error}): fetch it again."
@@ -157,18 +163,12 @@ class AdapterFile:
     def _place(self, key: str, shape: tuple[int, ...], base: Checkpoint) -> None:
         """Finds the base tensor that one of the adapter's belongs to."""
         name = key.removeprefix(_PREFIX)
-        for part, suffixes in [
-            ("A", (".lora_A.weight",)),
-            ("B", (".lora_B.weight",)),
-            ("magnitude", _MAGNITUDE),
-        ]:
-            suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
-            if suffix is not None:
-                name = name.removesuffix(suffix) + ".weight"
-                self.adapted.add(name)
-                break
+        suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
+        part = "whole" if suffix is None else _PARTS[suffix]
+        if suffix is not None:
+            name = name.removesuffix(suffix) + ".weight"
+            self.adapted.add(name)
         else:
-            part = "whole"
             name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             self.replaced[name] = shape
             if name not in base.tensors and self.config.get("tie_word_embeddings"):
@@ -184,10 +184,15 @@ class AdapterFile:
     def _check(self, shapes: dict[str, tuple[int, ...]], base: Checkpoint) -> None:
         for name in self.adapted:
             keys = self._keys[name]
-            if not {"A", "B"} <= keys.keys() or False:
+            if not {"A", "B"} <= keys.keys() or self._lora.use_dora != ("magnitude" in keys):
                 raise ValueError(
                     f"{self._path} holds only {', '.join(sorted(keys))} of {name!r}'s adapter: "
                     "fetch it again, whole."
+                )
+            if self._lora.at(name.removesuffix(".weight")) is None:
+                raise ValueError(
+                    f"{self._path} adapts {name!r}, which its adapter_config.json does not target: "
+                    "fetch both again, of one revision."
                 )
             (rank, inputs), (outputs, _) = shapes[keys["A"]], shapes[keys["B"]]
             if shapes[keys["B"]][1] != rank or base.tensors[name].shape != (outputs, inputs):
@@ -219,7 +224,8 @@ class AdapterFile:
     def merge(self, name: str, weight: np.ndarray) -> np.ndarray:
         """The weight [out, in], float32, with its adapter added."""
         a, b = (self._read(name, part).astype(np.float32) for part in "AB")
-        weight = weight + np.float32(self._lora.scaling) * (b @ a)
+        own = self._lora.at(name.removesuffix(".weight")) or self._lora
+        weight = weight + np.float32(own.scaling) * (b @ a)
         if "magnitude" in self._keys[name]:
             magnitude = self._read(name, "magnitude").astype(np.float32).reshape(-1)
             length = np.linalg.norm(weight, axis=1)

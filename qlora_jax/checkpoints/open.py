@@ -1,5 +1,6 @@
 """From a path to a `Checkpoint`: a Hugging Face folder, 16-bit or in 4 bits, or a GGUF file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from qlora_jax.checkpoints.bitsandbytes import (
     read_state,
 )
 from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, dtype_name
-from qlora_jax.checkpoints.folder import PICKLES, WeightFolder, read_json
+from qlora_jax.checkpoints.folder import INDEX, PICKLES, SINGLE, WeightFolder, read_json
+from qlora_jax.checkpoints.gguf import open_gguf
 from qlora_jax.quant import QuantizedTensor
 
 COMPANIONS = (
@@ -34,7 +36,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """A model's weights, ready to be read: headers are read here, numbers are not.
 
     Args:
-        path: a Hugging Face folder with safetensors.
+        path: a Hugging Face folder with safetensors, a GGUF file, or a folder with one GGUF file
+            (and, if it lies there, the config.json and tokenizer that are then taken).
 
     Raises:
         FileNotFoundError: there is no such path, or no weights there.
@@ -48,7 +51,27 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             "torch is installed, with `AutoModelForCausalLM.from_pretrained(folder)"
             ".save_pretrained(new_folder, safe_serialization=True)`."
         )
-    return _open_folder(path)
+    if path.is_file():
+        return open_gguf(path)
+    has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
+    files = [] if has_weights else sorted(path.glob("*.gguf"))
+    if not files:
+        return _open_folder(path)
+    if len(files) > 1:
+        raise ValueError(
+            f"{path} holds {len(files)} GGUF files, {files[0].name} and others: give one of them."
+        )
+    return _beside(path, open_gguf(files[0]))
+
+
+def _beside(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """A GGUF file's checkpoint with what lies beside it in the place of what it says itself."""
+    if (folder / "config.json").is_file():
+        checkpoint = replace(checkpoint, config=read_json(folder / "config.json"))
+    files = read_companions(folder)
+    if {"tokenizer.json", "tokenizer.model"} & files.keys():
+        checkpoint = replace(checkpoint, companions=lambda: files)
+    return checkpoint
 
 
 def _open_folder(folder: Path) -> Checkpoint:

@@ -110,7 +110,7 @@ class ShardedWriter:
         self._header_bytes = 100 + sum(len(json.dumps(name)) + 150 for name in names)
         self._file: SafetensorsFile | None = None
         self._shards: list[list[str]] = []
-        self._total = 0
+        self._total = self._pending = 0
 
     def __enter__(self) -> "ShardedWriter":
         return self
@@ -148,7 +148,7 @@ class ShardedWriter:
         if count == 1:
             self._partial(1).replace(self._folder / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
             shard = f"model-{number:05}-of-{count:05}.safetensors"
             self._partial(number).replace(self._folder / shard)

@@ -19,7 +19,8 @@ from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, cas
 from qlora_jax.checkpoints.load import node_at
 from qlora_jax.checkpoints.safetensors_writer import ShardedWriter, parse_size
 from qlora_jax.checkpoints.staging import new_folder
-from qlora_jax.models import FAMILIES, Decoder
+from qlora_jax.models import FAMILIES
+from qlora_jax.nn import TrainedParam
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 
 MAX_SHARD_SIZE = "5GB"
@@ -50,7 +51,7 @@ def save_checkpoint(
 
 def save_model(
     folder: str | Path,
-    model: Decoder,
+    model: Any,
     *,
     dtype: Any = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
@@ -80,13 +81,14 @@ def save_model(
             path.replace(folder / path.name)
 
 
-def model_checkpoint(model: Decoder) -> Checkpoint:
+def model_checkpoint(model: Any) -> Checkpoint:
     """A model in memory as a checkpoint: its base weights, by their Hugging Face names.
 
     Raises:
         ValueError: the model has adapters: merge them, or save them with `save_adapter`.
     """
-    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+    adapters = nnx.All(nnx.LoRAParam, nnx.Not(TrainedParam))
+    if jax.tree.leaves(nnx.state(model, adapters)):
         raise ValueError(
             "The model has adapters, which a model's own files cannot hold: save them with "
             "save_adapter, merge them with `merged`, or build the model with lora=None."

@@ -15,6 +15,10 @@ from collections.abc import Sequence
 
 SUBCOMMANDS = {
     "inspect": "print a model's tensors: shapes, bits per weight, bytes",
+    "quantize": "a 16-bit model into a bitsandbytes 4-bit folder",
+    "merge": "an adapter into its base, with a report of what changed",
+    "export": "a model or an adapter into safetensors, GGUF or PEFT's format",
+    "push": "an adapter or a model onto the hub, with a model card",
 }
 """Name, which is the module's too → one line for `qlora-jax --help`."""
 

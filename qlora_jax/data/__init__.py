@@ -15,9 +15,16 @@ Everything here is NumPy on the host; nothing needs JAX.
 
 from qlora_jax.data.batches import Batch, Batches, length_buckets
 from qlora_jax.data.chat_template import ChatTemplate, ChatTemplateFormat, load_chat_template
+from qlora_jax.data.classification import (
+    ClassificationBatch,
+    ClassificationBatches,
+    Labelled,
+    tokenize_texts,
+)
 from qlora_jax.data.examples import IGNORE, Example, Examples, TokenizeReport
 from qlora_jax.data.instruct import INSTRUCT, InstructDataset, InstructRows, load_instruct
 from qlora_jax.data.segments import Format, Segment
+from qlora_jax.data.seq2seq import Pair, Seq2SeqBatch, Seq2SeqBatches, tokenize_pairs
 from qlora_jax.data.sources import load_rows
 from qlora_jax.data.templates import (
     FORMATS,
@@ -44,6 +51,8 @@ __all__ = [
     "ChatStyle",
     "ChatTemplate",
     "ChatTemplateFormat",
+    "ClassificationBatch",
+    "ClassificationBatches",
     "ConversationFormat",
     "Example",
     "Examples",
@@ -52,8 +61,12 @@ __all__ = [
     "InstructDataset",
     "InstructRows",
     "InstructionFormat",
+    "Labelled",
+    "Pair",
     "PairFormat",
     "Segment",
+    "Seq2SeqBatch",
+    "Seq2SeqBatches",
     "TextFormat",
     "TokenizeReport",
     "Tokenizer",
@@ -66,5 +79,7 @@ __all__ = [
     "load_instruct",
     "load_rows",
     "load_tokenizer",
+    "tokenize_pairs",
     "tokenize_rows",
+    "tokenize_texts",
 ]

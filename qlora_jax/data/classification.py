@@ -1,7 +1,7 @@
 """Texts, or pairs of texts, with a label each: what a batch of a classifier holds.
 
-A text becomes `<s> a </s>`, a pair `<s> a </s></s> b </s>`, as RoBERTa reads them; of a pair that is
-too long the longer text is cut first, as Hugging Face does.
+A text becomes `<s> a </s>`, a pair `<s> a </s></s> b </s>`, as RoBERTa reads them; of a pair that
+is too long the longer text is cut first, as Hugging Face does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,8 +50,8 @@ def tokenize_texts(
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is None or eos is None:
         raise ValueError(
-            f"the tokenizer {tokenizer.name!r} has no bos or no eos token, which frame a text: give "
-            "load_tokenizer bos_token=... and eos_token=..."
+            f"the tokenizer {tokenizer.name!r} has no bos or no eos token, which frame a text: "
+            "give load_tokenizer bos_token=... and eos_token=..."
         )
     flat = [part for parts in texts for part in parts]
     encoded = iter(tokenizer.encode_batch(flat))

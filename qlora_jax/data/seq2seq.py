@@ -4,8 +4,8 @@
     Seq2SeqBatches      Pairs → Seq2SeqBatch of a fixed shape, for any step of the run
 
 Both texts end with eos, as T5 was trained. Sources and targets are padded to buckets of their own,
-so a batch is `[batch, source bucket]` beside `[batch, target bucket]`; which examples a step sees is
-decided as in `Batches`.
+so a batch is `[batch, source bucket]` beside `[batch, target bucket]`; which examples a step sees
+is decided as in `Batches`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,8 +30,8 @@ class Pair(NamedTuple):
 class Seq2SeqBatch(NamedTuple):
     """What a training step reads; the leading axes are `[batch]`, or `[accumulation, batch]`.
 
-    `input_ids` int32, sources padded on the right; `attention_mask` bool, True at their real tokens;
-    `labels` int32, the targets' ids, -100 behind their ends.
+    `input_ids` int32, sources padded on the right; `attention_mask` bool, True at their real
+    tokens; `labels` int32, the targets' ids, -100 behind their ends.
     """
 
     input_ids: Int32[np.ndarray, "*batch source"]

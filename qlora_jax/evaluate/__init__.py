@@ -1,6 +1,14 @@
-"""Floor 4: is it any good? Token-weighted loss and perplexity, MMLU."""
+"""Floor 4: is it any good? Loss and perplexity, MMLU, GLUE and Super-NI, a judge's ratings, Elo."""
 
+from qlora_jax.evaluate.agreement import (
+    RankAgreement,
+    fleiss_kappa,
+    order_agreement,
+    rank_agreement,
+)
 from qlora_jax.evaluate.drift import Drift, drift, token_logits, windows
+from qlora_jax.evaluate.elo import Elo, Matches, MatchUnit, elo, make_matches
+from qlora_jax.evaluate.losses import classifier_loss, loss_for, seq2seq_lm_loss
 from qlora_jax.evaluate.mmlu import MmluResult, answer_tokens, examine
 from qlora_jax.evaluate.mmlu_questions import (
     GROUPS,
@@ -19,26 +27,73 @@ from qlora_jax.evaluate.perplexity import (
     perplexity,
     split_adapters,
 )
+from qlora_jax.evaluate.ratings import (
+    Rating,
+    Ratings,
+    answer_id,
+    parse_choice,
+    parse_scores,
+    read_ratings,
+)
+from qlora_jax.evaluate.scores import (
+    Metric,
+    Scores,
+    accuracy,
+    accuracy_and_f1,
+    correlations,
+    matthews,
+    rouge_l,
+)
+from qlora_jax.evaluate.tally import Percent, WinMatrix, percent_of, win_matrix
 
 __all__ = [
     "GROUPS",
     "LETTERS",
     "SUBJECTS",
     "Drift",
+    "Elo",
     "Evaluation",
     "LossFn",
+    "MatchUnit",
+    "Matches",
+    "Metric",
     "MmluResult",
+    "Percent",
     "Question",
+    "RankAgreement",
+    "Rating",
+    "Ratings",
+    "Scores",
+    "WinMatrix",
+    "accuracy",
+    "accuracy_and_f1",
+    "answer_id",
     "answer_tokens",
     "causal_lm_loss",
+    "classifier_loss",
+    "correlations",
     "drift",
+    "elo",
     "evaluate",
     "examine",
+    "fleiss_kappa",
     "load_questions",
+    "loss_for",
     "make_eval_step",
+    "make_matches",
+    "matthews",
+    "order_agreement",
+    "parse_choice",
+    "parse_scores",
+    "percent_of",
     "perplexity",
     "prompt_of",
+    "rank_agreement",
+    "read_ratings",
+    "rouge_l",
+    "seq2seq_lm_loss",
     "split_adapters",
     "token_logits",
+    "win_matrix",
     "windows",
 ]

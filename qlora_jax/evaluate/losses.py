@@ -14,7 +14,7 @@ from qlora_jax.models.seq2seq_loss import seq2seq_loss
 def seq2seq_lm_loss(
     model: Any, batch: Any, dropout_key: Key[Array, ""] | None, /
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The loss of an encoder–decoder on a `data.Seq2SeqBatch`, as sum and count of target tokens."""
+    """The loss of an encoder–decoder on a `data.Seq2SeqBatch`, as sum and count of tokens."""
     loss = seq2seq_loss(
         model, batch.input_ids, batch.labels, batch.attention_mask, dropout_key=dropout_key
     )

@@ -1,9 +1,14 @@
-"""Floor 3: which architectures? One decoder, its configuration per family, and its loss."""
+"""Floor 3: which architectures? A decoder, an encoder–decoder, an encoder, and their losses."""
 
 from qlora_jax.models.attention import AttentionName, attend, attention_for
+from qlora_jax.models.cache import Cache
 from qlora_jax.models.chunked_attention import chunked_attention
+from qlora_jax.models.classification_loss import ExampleLoss, classification_loss
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.encoder import EncoderClassifier
+from qlora_jax.models.encoder_config import EncoderConfig, EncoderDecoderConfig
+from qlora_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderCache
 from qlora_jax.models.families import FAMILIES, family_of
 from qlora_jax.models.family import Family, Slot
 from qlora_jax.models.loss import (
@@ -16,6 +21,7 @@ from qlora_jax.models.loss import (
 )
 from qlora_jax.models.remat import REMAT
 from qlora_jax.models.rope import RopeConfig
+from qlora_jax.models.seq2seq_loss import seq2seq_loss, shift_right
 from qlora_jax.models.unfreeze import unfreeze
 
 __all__ = [
@@ -23,8 +29,15 @@ __all__ = [
     "LOSS_CHUNK",
     "REMAT",
     "AttentionName",
+    "Cache",
     "Decoder",
     "DecoderConfig",
+    "EncoderClassifier",
+    "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderCache",
+    "EncoderDecoderConfig",
+    "ExampleLoss",
     "Family",
     "RopeConfig",
     "Slot",
@@ -33,9 +46,12 @@ __all__ = [
     "attention_for",
     "chunked_attention",
     "chunked_cross_entropy",
+    "classification_loss",
     "cross_entropy",
     "family_of",
     "next_token_loss",
     "next_tokens",
+    "seq2seq_loss",
+    "shift_right",
     "unfreeze",
 ]

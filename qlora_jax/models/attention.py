@@ -201,7 +201,12 @@ class Attention(nnx.Module):
 
 
 def attention_for(
-    platform: str, compute_dtype: Any, head_dim: int, *, softcap: float | None = None
+    platform: str,
+    compute_dtype: Any,
+    head_dim: int,
+    *,
+    softcap: float | None = None,
+    bias: bool = False,
 ) -> AttentionName:
     """The attention to ask for: "cudnn" where it is a CUDA target and cuDNN takes the case.
 
@@ -211,7 +216,8 @@ def attention_for(
         compute_dtype: cuDNN takes bfloat16 and float16 only.
         head_dim: cuDNN takes multiples of 8 up to 128.
         softcap: cuDNN takes none.
+        bias: whether scores get one, which cuDNN's backward pass does not take.
     """
     narrow = jnp.dtype(compute_dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    fits = head_dim % 8 == 0 and head_dim <= 128 and softcap is None
+    fits = head_dim % 8 == 0 and head_dim <= 128 and softcap is None and not bias
     return "cudnn" if platform in ("cuda", "gpu") and narrow and fits else "xla"

@@ -28,6 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from qlora_jax.models.attention import AttentionName, attend
+from qlora_jax.models.cache import Cache, advance, start, store, visible
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.layer import DecoderLayer
@@ -75,7 +76,8 @@ class Decoder(nnx.Module):
         check_remat(remat, stream_weights=stream_weights)
         if attention not in get_args(AttentionName):
             raise ValueError(
-                f"attention is {attention!r}, but one of {', '.join(get_args(AttentionName))} is needed."
+                f"attention is {attention!r}, but one of {', '.join(get_args(AttentionName))} is "
+                "needed."
             )
         self.config = config
         self.compute_dtype = compute_dtype
@@ -117,7 +119,7 @@ class Decoder(nnx.Module):
                 f"target_modules is {lora.target_modules!r}, which names no linear layer of the "
                 f"decoder; it has {', '.join((*config.attention_linears, *config.mlp_linears))}."
             )
-        self.norm = norm_for(config, embed) if config.final_norm else None
+        self.norm = nnx.data(norm_for(config, embed) if config.final_norm else None)
         self.lm_head = (
             None if config.tie_word_embeddings else Embedding(vocab, embed, dtype=stored, rngs=rngs)
         )
@@ -165,8 +167,96 @@ class Decoder(nnx.Module):
         mask = None if attention_mask is None else attention_mask.astype(bool)
         if positions is None:
             positions = _positions(input_ids, mask, segments)
-        x, _ = self._forward(input_ids, mask, positions, segments, dropout_key, keep=False)
-        return x
+        self._check_length(input_ids.shape[1])
+        return self._forward(input_ids, mask, positions, segments, dropout_key)[0]
+
+    def prefill(
+        self,
+        input_ids: Int[Array, "batch seq"],
+        attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"] | None = None,
+        *,
+        cache_length: int,
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Reads prompts: the float32 logits after each one's last real token, and a cache.
+
+        Args:
+            input_ids: int32 token ids; prompts of unequal lengths are padded, best on the left,
+                since the tokens that are decoded follow the last slot.
+            attention_mask: nonzero where a token is real; None where all are.
+            cache_length: slots of a row: those of the prompt and of every token to come. Rotary
+                scalings that depend on the length of the text ("dynamic", "longrope") take this
+                for it, so that early and late keys are turned alike.
+
+        Raises:
+            ValueError: the cache is too short for the prompt, or longer than the learned positions.
+        """
+        length = input_ids.shape[1]
+        if cache_length < length:
+            raise ValueError(
+                f"cache_length is {cache_length}, but the prompt has {length} slots: give room for "
+                "the prompt and for every token to come."
+            )
+        self._check_length(cache_length)
+        mask = None if attention_mask is None else attention_mask.astype(bool)
+        positions = _positions(input_ids, mask, None)
+        x, (key, value) = self._forward(
+            input_ids, mask, positions, None, None, cache_length=cache_length
+        )
+        real = jnp.ones(input_ids.shape, bool) if mask is None else mask
+        last = length - 1 - jnp.argmax(real[:, ::-1], axis=1)
+        hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        return self.head(hidden), start(key, value, real, cache_length)
+
+    def decode_step(
+        self, tokens: Int[Array, " batch"], cache: Cache
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Reads one more token a row: the float32 logits after it, and the cache with it.
+
+        Args:
+            tokens: int32 ids. Donate the cache with `jax.jit(..., donate_argnames="cache")`, and it
+                is changed in place.
+            cache: of `prefill` or an earlier step. Where it is full already, logits are NaN.
+        """
+        config, positions = self.config, cache.positions[:, None]
+        graphdef, frozen, rest = nnx.split(self.layers, FrozenParam, ...)
+        turns, local_turns = self._turns(positions, cache.length)
+        seen = visible(cache, None)
+        near = None if config.sliding_window is None else visible(cache, config.sliding_window)
+        alike = near if all(config.sliding_layers) else seen
+
+        def step(carry: tuple[Array, Array, Array], frozen: Any, own: Any) -> tuple[Any, None]:
+            x, keys, values = carry
+            rest, sliding, number = own
+
+            def mix(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
+                all_keys, key = store(keys, key, number, cache.filled)
+                all_values, value = store(values, value, number, cache.filled)
+                mixed = attend(
+                    query,
+                    key,
+                    value,
+                    mask=_chosen(sliding, near, alike),
+                    causal=False,
+                    scale=config.attention_scale,
+                    softcap=config.attn_logit_softcapping,
+                    implementation="xla",
+                )
+                return mixed, (all_keys, all_values)
+
+            x, (keys, values) = nnx.merge(graphdef, frozen, rest)(
+                x, _chosen(sliding, local_turns, turns), mix, dropout_key=None
+            )
+            return (x, keys, values), None
+
+        numbers = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
+        carry = (self._embed(tokens[:, None], positions), cache.key, cache.value)
+        own = (rest, self._sliding(), numbers)
+        carry, _ = run_layers(
+            step, carry, frozen, own, remat="full", stream_weights=self.stream_weights
+        )
+        x, key, value = carry
+        x = jnp.where(cache.filled < cache.length, self._normalised(x)[:, 0], jnp.nan)
+        return self.head(x), advance(cache, key, value)
 
     def _forward(
         self,
@@ -176,9 +266,9 @@ class Decoder(nnx.Module):
         segments: Int[Array, "batch seq"] | None,
         dropout_key: Key[Array, ""] | None,
         *,
-        keep: bool,
+        cache_length: int | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Any]:
-        """`hidden`, and every layer's keys and values if they are to be kept."""
+        """`hidden`, and every layer's keys and values if they are to be cached."""
         config = self.config
 
         def mix(sliding: Array | None, query: Array, key: Array, value: Array) -> tuple[Array, Any]:
@@ -203,13 +293,13 @@ class Decoder(nnx.Module):
                 mixed = jax.lax.cond(
                     sliding, lambda: within(config.sliding_window), lambda: within(None)
                 )
-            return mixed, (key, value) if keep else None
+            return mixed, None if cache_length is None else (key, value)
 
         graphdef, frozen, rest = nnx.split(self.layers, FrozenParam, ...)
         keys = (
             None if dropout_key is None else jax.random.split(dropout_key, config.num_hidden_layers)
         )
-        turns, local_turns = self._turns(positions)
+        turns, local_turns = self._turns(positions, cache_length)
 
         def step(x: Array, frozen: Any, own: tuple[Any, Any, Any]) -> tuple[Array, Any]:
             rest, sliding, key = own
@@ -228,7 +318,7 @@ class Decoder(nnx.Module):
             remat=self.remat,
             stream_weights=self.stream_weights,
         )
-        return x if self.norm is None else self.norm(x), kept
+        return self._normalised(x), kept
 
     def head(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Float32 logits of hidden states."""
@@ -243,12 +333,27 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         return x
 
-    def _turns(self, positions: Array) -> tuple[tuple[Array, Array] | None, ...]:
+    def _normalised(self, x: Array) -> Array:
+        """What the head reads of the last layer's output."""
+        return x if self.norm is None else self.norm(x)
+
+    def _check_length(self, length: int) -> None:
+        """Refuses what learned positions have no row for; rotary ones have no end."""
+        longest = self.config.max_position_embeddings
+        if self.config.rope is None and length > longest:
+            raise ValueError(
+                f"The sequence has {length} tokens, but the model has learned {longest} positions: "
+                "shorten it."
+            )
+
+    def _turns(
+        self, positions: Array, length: int | None
+    ) -> tuple[tuple[Array, Array] | None, tuple[Array, Array] | None]:
         """cos and sin of the positions, and of sliding layers where they have their own."""
         rope, local, dim = self.config.rope, self.config.local_rope, self.config.head_dim
         return (
-            None if rope is None else rotations(positions, rope, dim),
-            None if local is None else rotations(positions, local, dim),
+            None if rope is None else rotations(positions, rope, dim, length),
+            None if local is None else rotations(positions, local, dim, length),
         )
 
     def _sliding(self) -> Bool[Array, " layers"] | None:

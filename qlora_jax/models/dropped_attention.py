@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from qlora_jax.models.attention import AttentionName
+from qlora_jax.models.attention import AttentionName, attend
 from qlora_jax.nn.lora import dropout
 
 
@@ -19,12 +19,12 @@ def dropped_attention(
     scale: float,
     rate: float,
     dropout_key: Key[Array, ""] | None,
-    implementation: AttentionName = "xla",
+    implementation: AttentionName,
 ) -> Float[Array, "batch q heads head_dim"]:
     """softmax(scale · query · keyᵀ + bias) · value.
 
-    Without a key it is `jax.nn.dot_product_attention`. With one the probabilities are written out,
-    since no fused attention drops them: memory then grows with q · k.
+    Without a key it is `attend`. With one the probabilities are written out, since no fused
+    attention drops them: memory then grows with q · k.
 
     Args:
         query, key, value: equally many heads.
@@ -37,22 +37,17 @@ def dropped_attention(
         implementation: of the attention without dropout.
     """
     if dropout_key is None or rate == 0:
-        if mask is not None and implementation == "cudnn":
-            # cuDNN broadcasts a mask over batch and heads, but not over queries.
-            mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], mask.shape[3]))
-        return jax.nn.dot_product_attention(
+        return attend(
             query,
             key,
             value,
             bias=bias,
             mask=mask,
-            is_causal=causal,
+            causal=causal,
             scale=scale,
             implementation=implementation,
         )
-    scores = scale * jnp.einsum(
-        "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
-    )
+    scores = scale * jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias
     if mask is not None:

@@ -20,7 +20,8 @@ from qlora_jax.models.attention import AttentionName
 from qlora_jax.models.dropped_attention import dropped_attention
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.encoder_config import EncoderConfig
-from qlora_jax.models.layers import (
+from qlora_jax.models.norm import LayerNorm
+from qlora_jax.models.stack import (
     Keys,
     Storage,
     check_options,
@@ -29,7 +30,6 @@ from qlora_jax.models.layers import (
     split_key,
     stack_layers,
 )
-from qlora_jax.models.norm import LayerNorm
 from qlora_jax.nn import LoraConfig, QuantDense, TrainedParam
 from qlora_jax.nn.lora import dropout
 from qlora_jax.quant import QuantConfig
@@ -216,8 +216,6 @@ class EncoderClassifier(nnx.Module):
         ValueError: an option that is not known, or adapters that fit no layer.
     """
 
-    attentions: tuple[AttentionName, ...] = get_args(AttentionName)
-
     def __init__(
         self,
         config: EncoderConfig,
@@ -231,10 +229,9 @@ class EncoderClassifier(nnx.Module):
         matmul: str | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        if attention not in self.attentions:
-            raise ValueError(
-                f"attention is {attention!r}, but one of {', '.join(self.attentions)} is needed."
-            )
+        if attention not in get_args(AttentionName):
+            known = ", ".join(get_args(AttentionName))
+            raise ValueError(f"attention is {attention!r}, but one of {known} is needed.")
         self.config = config
         self.compute_dtype = compute_dtype
         self.remat = remat

@@ -91,6 +91,16 @@ class EncoderDecoderConfig:
                 f"{', '.join(ACTIVATIONS)} is needed."
             )
 
+    @property
+    def head_dim(self) -> int:
+        """Width of a head, under the name that decoders have for it."""
+        return self.d_kv
+
+    @property
+    def score_bias(self) -> bool:
+        """Whether attention adds a bias to its scores: positions are nothing else."""
+        return True
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -149,6 +159,11 @@ class EncoderConfig:
                 f"hidden_size is {self.hidden_size}, which num_attention_heads, "
                 f"{self.num_attention_heads}, does not divide."
             )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_attention_heads
 
     @property
     def max_length(self) -> int:

@@ -15,7 +15,7 @@ Layers are stacked under `lax.scan` and named as Hugging Face names them (`q`, `
 are computed in `prefill` and kept in the cache.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,9 @@ from qlora_jax.models.attention import AttentionName
 from qlora_jax.models.dropped_attention import dropped_attention
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.encoder_config import EncoderDecoderConfig
-from qlora_jax.models.layers import (
+from qlora_jax.models.norm import RMSNorm
+from qlora_jax.models.relative_bias import RelativeBias
+from qlora_jax.models.stack import (
     Keys,
     Storage,
     check_options,
@@ -35,8 +37,6 @@ from qlora_jax.models.layers import (
     split_key,
     stack_layers,
 )
-from qlora_jax.models.norm import RMSNorm
-from qlora_jax.models.relative_bias import RelativeBias
 from qlora_jax.nn import LoraConfig, QuantDense
 from qlora_jax.nn.lora import dropout
 from qlora_jax.quant import QuantConfig
@@ -51,7 +51,7 @@ class EncoderDecoderCache(NamedTuple):
         key, value: of the decoder's words, `[layers, batch, length, heads, d_kv]`.
         source_key, source_value: of the encoder's output, `[layers, batch, source, heads, d_kv]`.
         source_mask: where the source is real, `[batch, source]`.
-        index: how many slots are filled; a row's words all stand at the same positions.
+        filled: how many slots are filled; a row's words all stand at the same positions.
     """
 
     key: Float[Array, "layers batch length heads d_kv"]
@@ -59,7 +59,23 @@ class EncoderDecoderCache(NamedTuple):
     source_key: Float[Array, "layers batch source heads d_kv"]
     source_value: Float[Array, "layers batch source heads d_kv"]
     source_mask: Bool[Array, "batch source"]
-    index: Int[Array, ""]
+    filled: Int[Array, ""]
+
+
+class View(NamedTuple):
+    """How queries look at keys.
+
+    Attributes:
+        bias: added to the scores; None where positions do not matter.
+        mask: true where a key may be seen; None where all may.
+        causal: whether a query sees no later keys.
+        implementation: of `attend`.
+    """
+
+    bias: Float[Array, "1 heads q k"] | None
+    mask: Bool[Array, "#batch 1 1 k"] | None
+    causal: bool
+    implementation: AttentionName
 
 
 class Attention(nnx.Module):
@@ -93,20 +109,15 @@ class Attention(nnx.Module):
         x: Float[Array, "batch q embed"],
         key: Float[Array, "batch k heads d_kv"],
         value: Float[Array, "batch k heads d_kv"],
+        view: View,
         keys: Keys,
-        *,
-        bias: Float[Array, "1 heads q k"] | None = None,
-        mask: Bool[Array, "#batch 1 1 k"] | None = None,
-        causal: bool = False,
     ) -> Float[Array, "batch q embed"]:
         """What the queries of x find among keys and values."""
         mixed = dropped_attention(
             self._heads(self.q, x, next(keys)),
             key,
             value,
-            bias=bias,
-            mask=mask,
-            causal=causal,
+            **view._asdict(),
             scale=1.0,
             rate=self.rate,
             dropout_key=next(keys),
@@ -160,17 +171,11 @@ class EncoderLayer(nnx.Module):
         self.rate = config.dropout_rate
 
     def __call__(
-        self,
-        x: Float[Array, "batch seq embed"],
-        bias: Float[Array, "1 heads seq seq"],
-        mask: Bool[Array, "batch 1 1 seq"] | None,
-        keys: Keys,
+        self, x: Float[Array, "batch seq embed"], view: View, keys: Keys
     ) -> Float[Array, "batch seq embed"]:
         """The same shape and dtype as x."""
         y = self.layer_norm_0(x)
-        y = self.SelfAttention(
-            y, *self.SelfAttention.sources(y, keys), keys, bias=bias, mask=mask
-        )
+        y = self.SelfAttention(y, *self.SelfAttention.sources(y, keys), view, keys)
         x = x + dropout(y, self.rate, next(keys))
         y = self.DenseReluDense(self.layer_norm_1(x), keys)
         return x + dropout(y, self.rate, next(keys))
@@ -193,27 +198,23 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "batch seq embed"],
         source: Float[Array, "batch source embed"],
-        bias: Float[Array, "1 heads seq seq"],
-        mask: Bool[Array, "batch 1 1 seq"] | None,
-        source_mask: Bool[Array, "batch 1 1 source"] | None,
+        view: View,
+        source_view: View,
         keys: Keys,
     ) -> Float[Array, "batch seq embed"]:
-        """The same shape and dtype as x; every word sees those before it and all of the source."""
+        """The same shape and dtype as x, which looks at itself, then at the encoder's output."""
         y = self.layer_norm_0(x)
-        y = self.SelfAttention(
-            y, *self.SelfAttention.sources(y, keys), keys, bias=bias, mask=mask, causal=True
-        )
+        y = self.SelfAttention(y, *self.SelfAttention.sources(y, keys), view, keys)
         x = x + dropout(y, self.rate, next(keys))
-        return self._rest(x, *self.EncDecAttention.sources(source, keys), source_mask, keys)
+        return self._rest(x, *self.EncDecAttention.sources(source, keys), source_view, keys)
 
     def step(
         self,
         x: Float[Array, "batch 1 embed"],
         cached: tuple[Array, Array, Array, Array],
         index: Int[Array, ""],
-        bias: Float[Array, "1 heads 1 length"],
-        mask: Bool[Array, "1 1 1 length"],
-        source_mask: Bool[Array, "batch 1 1 source"],
+        view: View,
+        source_view: View,
     ) -> tuple[Float[Array, "batch 1 embed"], tuple[Array, Array]]:
         """One word at `index`, with this layer's keys and values (own, then the source's); returns
         what comes out and its own, the word's included."""
@@ -222,14 +223,12 @@ class DecoderLayer(nnx.Module):
         new_key, new_value = self.SelfAttention.sources(y, draw(None, 2))
         key = jax.lax.dynamic_update_slice_in_dim(key, new_key.astype(key.dtype), index, 1)
         value = jax.lax.dynamic_update_slice_in_dim(value, new_value.astype(key.dtype), index, 1)
-        x = x + self.SelfAttention(y, key, value, draw(None, _LAYER_KEYS), bias=bias, mask=mask)
-        x = self._rest(x, source_key, source_value, source_mask, draw(None, _LAYER_KEYS))
+        x = x + self.SelfAttention(y, key, value, view, draw(None, _LAYER_KEYS))
+        x = self._rest(x, source_key, source_value, source_view, draw(None, _LAYER_KEYS))
         return x, (key, value)
 
-    def _rest(
-        self, x: Array, key: Array, value: Array, source_mask: Array | None, keys: Keys
-    ) -> Array:
-        y = self.EncDecAttention(self.layer_norm_1(x), key, value, keys, mask=source_mask)
+    def _rest(self, x: Array, key: Array, value: Array, source_view: View, keys: Keys) -> Array:
+        y = self.EncDecAttention(self.layer_norm_1(x), key, value, source_view, keys)
         x = x + dropout(y, self.rate, next(keys))
         y = self.DenseReluDense(self.layer_norm_2(x), keys)
         return x + dropout(y, self.rate, next(keys))
@@ -266,13 +265,11 @@ class EncoderDecoder(nnx.Module):
     Args:
         config: the model's shape.
         quant, lora, compute_dtype, param_dtype, remat, matmul, rngs: as in `Decoder`.
-        attention: "xla": cuDNN takes no bias that differs by head.
+        attention: implementation of `attend`, not "cudnn": its backward pass takes no bias.
 
     Raises:
         ValueError: an option that is not known, or adapters that fit no layer.
     """
-
-    attentions: tuple[AttentionName, ...] = ("xla",)
 
     def __init__(
         self,
@@ -287,11 +284,15 @@ class EncoderDecoder(nnx.Module):
         matmul: str | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        if attention not in self.attentions:
-            raise ValueError(f"attention is {attention!r}, but an encoder–decoder takes 'xla'.")
+        if attention not in get_args(AttentionName) or attention == "cudnn":
+            raise ValueError(
+                f"attention is {attention!r}, but T5's position biases need 'xla': cuDNN's "
+                "backward pass takes no bias."
+            )
         self.config = config
         self.compute_dtype = compute_dtype
         self.remat = remat
+        self.attention = attention
         stored = param_dtype or compute_dtype
         storage = Storage(quant, lora, compute_dtype, stored, matmul)
         self.shared = Embedding(config.vocab_size, config.d_model, dtype=stored, rngs=rngs)
@@ -347,14 +348,15 @@ class EncoderDecoder(nnx.Module):
         """
         keys = draw(dropout_key, 4)
         source = self.encode(input_ids, attention_mask, dropout_key=next(keys))
-        source_mask, mask = _key_mask(attention_mask), _key_mask(decoder_attention_mask)
         rate, depth = self.config.dropout_rate, self.decoder.depth
         x = dropout(self._embed(decoder_input_ids), rate, next(keys))
         positions = jnp.arange(x.shape[1])
         bias = self.decoder.bias(positions, positions, longest=x.shape[1])
+        view = View(bias, _key_mask(decoder_attention_mask), True, self.attention)
+        source_view = View(None, _key_mask(attention_mask), False, self.attention)
 
         def apply(layer: DecoderLayer, x: Array, key: Array | None) -> tuple[Array, None]:
-            return layer(x, source, bias, mask, source_mask, draw(key, _LAYER_KEYS)), None
+            return layer(x, source, view, source_view, draw(key, _LAYER_KEYS)), None
 
         layer_keys = split_key(next(keys), depth)
         x, _ = scan_layers(self.decoder.layers, apply, x, layer_keys, remat=self.remat)
@@ -371,12 +373,12 @@ class EncoderDecoder(nnx.Module):
         keys = draw(dropout_key, 3)
         rate, depth = self.config.dropout_rate, self.encoder.depth
         x = dropout(self._embed(input_ids), rate, next(keys))
-        mask = _key_mask(attention_mask)
         positions = jnp.arange(x.shape[1])
         bias = self.encoder.bias(positions, positions, longest=x.shape[1])
+        view = View(bias, _key_mask(attention_mask), False, self.attention)
 
         def apply(layer: EncoderLayer, x: Array, key: Array | None) -> tuple[Array, None]:
-            return layer(x, bias, mask, draw(key, _LAYER_KEYS)), None
+            return layer(x, view, draw(key, _LAYER_KEYS)), None
 
         layer_keys = split_key(next(keys), depth)
         x, _ = scan_layers(self.encoder.layers, apply, x, layer_keys, remat=self.remat)
@@ -425,18 +427,19 @@ class EncoderDecoder(nnx.Module):
         """One word more: logits of the next, and the cache with this one in it."""
         length = cache.key.shape[2]
         slots = jnp.arange(length)
-        mask = (slots <= cache.index)[None, None, None]
-        bias = self.decoder.bias(cache.index[None], slots, longest=length)
-        source_mask = cache.source_mask[:, None, None, :]
+        bias = self.decoder.bias(cache.filled[None], slots, longest=length)
+        # One query: there is nothing for another implementation to save.
+        view = View(bias, (slots <= cache.filled)[None, None, None], False, "xla")
+        source_view = View(None, _key_mask(cache.source_mask), False, "xla")
 
         def apply(layer: DecoderLayer, x: Array, cached: Any) -> tuple[Array, tuple[Array, Array]]:
-            return layer.step(x, cached, cache.index, bias, mask, source_mask)
+            return layer.step(x, cached, cache.filled, view, source_view)
 
         x, (key, value) = scan_layers(
             self.decoder.layers, apply, self._embed(tokens[:, None]), tuple(cache[:4]), remat="none"
         )
         logits = self.head(self.decoder.final_layer_norm(x[:, 0]))
-        return logits, cache._replace(key=key, value=value, index=cache.index + 1)
+        return logits, cache._replace(key=key, value=value, filled=cache.filled + 1)
 
     def _embed(self, ids: Array) -> Array:
         return self.shared(ids).astype(self.compute_dtype)

@@ -4,7 +4,7 @@ A family is one small file (`families/llama.py`) that fills in a `Family`; `fami
 lists them. Nothing else in the library knows the names of another library's fields.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,6 +45,10 @@ class Family:
         build: the model class; its constructor's arguments are `Decoder`'s.
         ignored: patterns (`fnmatch`) of tensors that checkpoints of the family may carry besides,
             because the model computes them itself or holds them under another name.
+        fresh: patterns of tensors that a checkpoint may lack, because they are new for every task:
+            they start random.
+        for_weights: (configuration, tensor names of a checkpoint) → the configuration of that
+            checkpoint, where config.json alone does not tell it.
     """
 
     model_type: str
@@ -57,6 +61,8 @@ class Family:
         "*.rotary_pos_emb.inv_freq",
         "lm_head.weight",
     )
+    fresh: tuple[str, ...] = ()
+    for_weights: Callable[[Any, Collection[str]], Any] = lambda config, names: config
 
 
 def required(config: Mapping[str, Any], key: str) -> Any:

@@ -45,5 +45,8 @@ class MLP(nnx.Module):
             gate, up = jnp.split(project(names.gate_up, x), 2, axis=-1)
             inner = act(gate) * up
         else:
-            inner = act(project(names.gate, x)) * project(names.up, x)
+            gate = project(names.gate, x)
+            # One decoded weight at a time, on the way back too: `up` waits for `gate`.
+            x, gate = jax.lax.optimization_barrier((x, gate))
+            inner = act(gate) * project(names.up, x)
         return project(names.down, inner)

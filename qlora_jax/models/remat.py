@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from qlora_jax.models.streaming import stream_layers
 
@@ -46,7 +46,7 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
 }
 
-Step = Callable[[Array, Any, Any], tuple[Array, Any]]
+Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """(x, a layer's frozen weights, what else is the layer's own) -> (x, output)."""
 
 
@@ -66,13 +66,13 @@ def check_remat(remat: str, *, stream_weights: bool = False) -> None:
 
 
 def run_layers(
-    step: Step, x: Array, frozen: PyTree, own: PyTree, *, remat: str, stream_weights: bool = False
-) -> tuple[Array, Any]:
+    step: Step, x: PyTree, frozen: PyTree, own: PyTree, *, remat: str, stream_weights: bool = False
+) -> tuple[Any, Any]:
     """Runs stacked layers, one after another.
 
     Args:
         step: one layer.
-        x: what goes through.
+        x: what goes through, an array or several.
         frozen: weights that take no gradient; every leaf carries the layers' axis.
         own: adapters, dropout keys, flags: anything else with that axis.
         remat: a key of `REMAT`.
@@ -89,7 +89,7 @@ def run_layers(
     if stream_weights:
         return stream_layers(step, x, frozen, own, offload=remat == "offload")
 
-    def named(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
+    def named(x: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
         return step(checkpoint_name(x, LAYER_INPUT), *layer)
 
     policy = REMAT[remat]

@@ -1,8 +1,8 @@
 """Cross-entropy of a target given its source, as a sum and a count (see `loss.py`).
 
 `labels` are the target's own ids, -100 where nothing is judged. What the decoder reads is made from
-them: the same ids moved one to the right, behind the start token, so that the score at position t is
-judged by `labels[t]` and no label moves.
+them: the same ids moved one to the right, behind the start token, so that the score at position t
+is judged by `labels[t]` and no label moves.
 """
 
 import jax.numpy as jnp

@@ -1,13 +1,14 @@
-"""Training the base itself: frozen weights become parameters."""
+"""Training the base itself: frozen weights become trained ones."""
 
 from flax import nnx
 
-from qlora_jax.nn import FrozenParam
+from qlora_jax.nn import FrozenParam, TrainedParam
 from qlora_jax.quant import QuantizedTensor
 
 
 def unfreeze(model: nnx.Module) -> None:
-    """Makes every dense base weight trainable, in place: each `FrozenParam` becomes an `nnx.Param`.
+    """Makes every dense base weight trainable, in place: each `FrozenParam` becomes a
+    `TrainedParam`, which `train.fit` trains as it does adapters.
 
     For pretraining and full finetuning.
 
@@ -26,4 +27,4 @@ def unfreeze(model: nnx.Module) -> None:
                         f"{where} is quantized, and codes cannot be trained: build or load the "
                         "model with quant=None to train its base weights."
                     )
-                setattr(node, name, nnx.Param(weight))
+                setattr(node, name, TrainedParam(weight))

@@ -81,7 +81,9 @@ class LoraConfig:
             put(name, FrozenDict(getattr(self, name) or {}))
         for name in (*_NAMES, "layers_to_transform"):
             value = getattr(self, name)
-            if isinstance(value, int) or (isinstance(value, str) and name in ("modules_to_save", "layers_pattern")):
+            if isinstance(value, int) or (
+                isinstance(value, str) and name in ("modules_to_save", "layers_pattern")
+            ):
                 put(name, (value,))
             elif value is not None and not isinstance(value, str):
                 put(name, tuple(value) or (() if name == "target_modules" else None))

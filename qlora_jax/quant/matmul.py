@@ -55,6 +55,7 @@ def quantized_matmul(
 def _matmul(
     implementation: str | None, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None
 ) -> jax.Array:
+    x, w = _in_turn(x, w)
     return nf4_matmul(x, **_arguments(w), bias=bias, implementation=implementation)
 
 
@@ -66,6 +67,7 @@ def _forward(
 
 def _backward(implementation: str | None, residuals: tuple, dy: jax.Array) -> tuple:
     w, bias = residuals
+    dy, w = _in_turn(dy, w)
     dx = nf4_matmul_transposed(dy, **_arguments(w), implementation=implementation)
     dbias = None
     if bias is not None:
@@ -74,6 +76,19 @@ def _backward(implementation: str | None, residuals: tuple, dy: jax.Array) -> tu
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+def _in_turn(x: jax.Array, w: QuantizedTensor) -> tuple[jax.Array, QuantizedTensor]:
+    """x and w, of which w cannot be decoded before x is there.
+
+    Where the product is not fused, w is decoded to 16 bits first, and that needs nothing but w: XLA
+    is free to decode the next weights while this product runs, and held four of them at once in a
+    65B layer. Tying the smallest part of w to x (the offset, one number, or absmax) leaves the
+    codes where they are and one decoded weight at a time.
+    """
+    leaves, treedef = jax.tree.flatten(w)
+    x, leaves[-1] = jax.lax.optimization_barrier((x, leaves[-1]))
+    return x, jax.tree.unflatten(treedef, leaves)
 
 
 def _arguments(w: QuantizedTensor) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_modes_of_a_folder_in_4_bits(trained, tmp_path):
     base, adapter, _ = trained
     save_checkpoint(tmp_path / "packed", merge(open_checkpoint(base), adapter, "requantized"))
     packed = open_checkpoint(tmp_path / "packed")
-    with pytest.raises(ValueError, match="is quantized, .* give their folder, or the mode"):
+    with pytest.raises(ValueError, match=r"is quantized, .* give their folder, or the mode"):
         merge(packed, adapter, "original")
     with pytest.raises(ValueError, match="choose one of original, dequantized, requantized"):
         merge(packed, adapter, "fp16")
@@ -125,7 +125,7 @@ def test_damaged_adapter(copied):
     with pytest.raises(ValueError, match="is truncated or no safetensors"):
         merged(open_checkpoint(base), adapter)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="has no adapter_model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model.safetensors"):
         merged(open_checkpoint(base), adapter)
 
 

@@ -68,7 +68,7 @@ def test_unknown_architecture_lists_the_known_ones():
         ({"num_key_value_heads": 3}, "does not divide"),
         ({"head_dim": 15}, "head_dim is 15"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"rope_scaling": {"type": "longrope"}}, "'longrope', but only"),
+        ({"rope_scaling": {"type": "proportional"}}, "'proportional', but only"),
     ],
 )
 def test_configs_that_cannot_be(change, message):

@@ -118,5 +118,7 @@ def test_a_product_depends_on_the_distance_alone(first, second, shift, dim):
 
 
 def test_unknown_type_is_refused():
-    with pytest.raises(ValueError, match="'longrope', but only default, linear"):
+    with pytest.raises(ValueError, match="'proportional', but only default, linear"):
+        RopeConfig(rope_type="proportional")
+    with pytest.raises(ValueError, match="needs short_factor and long_factor"):
         RopeConfig(rope_type="longrope")

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jaxlib.mlir import ir
 
 from pallas_kernels.cards import CARDS
 from pallas_kernels.compile_for import (
@@ -14,6 +13,7 @@ from pallas_kernels.compile_for import (
     compile_for,
     gpu_compiler_available,
     lower_for,
+    with_memory_kinds,
 )
 from qlora_jax.evaluate import split_adapters
 from qlora_jax.optim import paged
@@ -28,26 +28,6 @@ COUNT, SHAPE = 12, (1024, 1024)
 LEAF = 4 * SHAPE[0] * SHAPE[1]
 
 
-def _on_host(lowered: jax.stages.Lowered, host: set[int]) -> jax.stages.Lowered:
-    """Marks the arguments and results of those numbers as lying in pinned host memory.
-
-    With a card in the machine, shardings with a memory kind do this; a described device has no
-    memories, so its shardings lose the kind (shared/facts/jax.md).
-    """
-    module = lowered.compiler_ir("stablehlo")
-    (main,) = [op for op in module.body.operations if str(op.attributes["sym_name"]) == '"main"']
-    with module.context:
-        for name in ("arg_attrs", "res_attrs"):
-            marked = []
-            for index, old in enumerate(main.attributes[name]):
-                attributes = {item.name: item.attr for item in ir.DictAttr(old)}
-                kind = "pinned_host" if index in host else "device"
-                attributes["mhlo.memory_kind"] = ir.StringAttr.get(kind)
-                marked.append(ir.DictAttr.get(attributes))
-            main.attributes[name] = ir.ArrayAttr.get(marked)
-    return lowered
-
-
 def _compile(card: str, inner: optax.GradientTransformation, *, host: bool = False):
     tx = optax.chain(optax.clip_by_global_norm(0.3), inner)
     params = {f"p{i:02d}": jax.ShapeDtypeStruct(SHAPE, jnp.float32) for i in range(COUNT)}
@@ -60,9 +40,10 @@ def _compile(card: str, inner: optax.GradientTransformation, *, host: bool = Fal
 
     scale = jax.ShapeDtypeStruct((), jnp.float32)
     lowered = lower_for(CARDS[card], jax.jit(step, donate_argnums=(0, 1)), params, state, scale)
-    # Arguments and results alike: the parameters, the count, the moments.
-    moments = set(range(COUNT + 1, 3 * COUNT + 1)) if host else set()
-    return _on_host(lowered, moments).compile()
+    if not host:
+        return with_memory_kinds(lowered).compile()
+    kinds = jax.tree.map(lambda leaf: "pinned_host" if leaf.shape == SHAPE else "device", state)
+    return with_memory_kinds(lowered, ("device", kinds, "device"), ("device", kinds)).compile()
 
 
 @pytest.mark.parametrize("card", ["l40", "h200"])

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.models.families.llama import LLAMA
+from qlora_jax.models.families.roberta import ROBERTA
+from qlora_jax.models.families.t5 import T5
 from qlora_jax.models.family import Family
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, T5, ROBERTA)}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -101,8 +101,8 @@ def weight_names(config: EncoderDecoderConfig) -> dict[str, Slot]:
         for layer in range(depth):
             for index, (block, linears) in enumerate(blocks):
                 prefix = f"{side}.block.{layer}.layer.{index}"
-                path = (side, "layers", f"layer_norm_{index}", "weight")
-                names[f"{prefix}.layer_norm.weight"] = Slot(path, layer)
+                norm = (side, "layers", f"layer_norm_{index}", "weight")
+                names[f"{prefix}.layer_norm.weight"] = Slot(norm, layer)
                 for linear in linears:
                     path = (side, "layers", block, linear, "kernel")
                     names[f"{prefix}.{block}.{linear}.weight"] = Slot(path, layer)

@@ -1,0 +1,199 @@
+"""Tables 1 and 7: Elo ratings from the pairwise judgements, with win matrices and agreement.
+
+    python -m experiments.paper.elo [--data EVAL_FOLDER] [--orders 10000] [--out runs/paper/elo]
+
+K = 32, everyone starts at 1000, the mean of 10,000 random orders of the matches. Two columns, for
+two notions of a match: every judgement, and every question (both reading orders averaged); "95% of
+orders" is how far the order alone moves a rating, "±" the error of the mean. About 10 s for the
+80 Vicuna questions, a minute for the 953 OA questions where their ratings are at hand.
+
+`--length 520` stops every order after that many matches, `--reread` reads the judge's text again
+where the released score is -1. Writes result.json, tables as CSV and Markdown, and PNG figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from experiments.cli import make_console, refuse
+from experiments.paper.figures import can_draw, elo_figure, win_figure
+from experiments.paper.judged import (
+    SHARED,
+    TABLE_1,
+    TABLE_7,
+    rating_files,
+    system_label,
+)
+from experiments.paper.tables import Table, write_results
+from qlora_jax.evaluate import (
+    Elo,
+    MatchUnit,
+    Ratings,
+    WinMatrix,
+    elo,
+    make_matches,
+    order_agreement,
+    rank_agreement,
+    read_ratings,
+    win_matrix,
+)
+
+BENCHMARKS = {
+    "vicuna": ("vicuna/pairwise", "Table 1: Elo, Vicuna questions", TABLE_1),
+    "oa": ("oa", "Table 7: Elo, OA questions", TABLE_7),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.paper.elo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, default=SHARED, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("runs/paper/elo"), metavar="FOLDER")
+    parser.add_argument("--orders", type=int, default=10_000, help="random orders to play")
+    parser.add_argument("--length", type=int, help="matches to play of each order (all)")
+    parser.add_argument("--k", type=float, default=32.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reread", action="store_true", help="read texts whose score is -1 again")
+    return parser
+
+
+def elo_table(name: str, title: str, published: dict[str, int], by_unit: dict[str, Elo]) -> Table:
+    """The paper's numbers and ours, both notions of a match."""
+    columns: tuple[str, ...] = ("system", "paper")
+    for unit in by_unit:
+        columns += (f"per {unit}", "±", "95% of orders", "Δ paper")
+    first = next(iter(by_unit.values()))
+    rows = []
+    for index in sorted(range(len(first.systems)), key=lambda i: -first.mean[i]):
+        label = system_label(first.systems[index])
+        row: list[Any] = [label, published.get(label)]
+        for table in by_unit.values():
+            low, high = table.interval()[:, index]
+            mean = float(table.mean[index])
+            paper = published.get(label)
+            row += [
+                mean,
+                1.96 * float(table.standard_error[index]),
+                f"{low:.0f} to {high:.0f}",
+                None if paper is None else f"{mean - paper:+.1f}",
+            ]
+        rows.append(tuple(row))
+    return Table(f"elo-{name}", title, columns, tuple(rows))
+
+
+def win_table(name: str, matrix: WinMatrix, order: list[int]) -> Table:
+    """Percent of the points that the row's system took from the column's."""
+    labels = [system_label(matrix.systems[i]) for i in order]
+    rows = tuple(
+        (label, *(100 * share for share in matrix.share[i, order].tolist()))
+        for label, i in zip(labels, order, strict=True)
+    )
+    return Table(f"wins-{name}", f"Percent won against, {name}", ("system", *labels), rows, 0)
+
+
+def report(
+    name: str, ratings: Ratings, by_unit: dict[str, Elo], published: dict[str, int]
+) -> dict[str, Any]:
+    """One benchmark's part of result.json."""
+    kappa, pairs = order_agreement(ratings.ratings)
+    return {
+        "judgements": len(ratings.ratings),
+        "unreadable": ratings.unreadable,
+        "elo": {
+            unit: {
+                system_label(system): {
+                    "mean": float(table.mean[i]),
+                    "standard_error": float(table.standard_error[i]),
+                    "interval_95": table.interval()[:, i].tolist(),
+                    "paper": published.get(system_label(system)),
+                }
+                for i, system in enumerate(table.systems)
+            }
+            for unit, table in by_unit.items()
+        },
+        "order_agreement": {"fleiss_kappa": kappa, "pairs": pairs},
+    }
+
+
+def means(table: Elo) -> dict[str, float]:
+    """Label → mean rating."""
+    return dict(zip(map(system_label, table.systems), table.mean.tolist(), strict=True))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 finished, 2 refused."""
+    options = make_parser().parse_args(arguments)
+    console = make_console()
+    result: dict[str, Any] = {}
+    tables: list[Table] = []
+    rankings: dict[str, dict[str, float]] = {}
+    try:
+        for name, (folder, title, published) in BENCHMARKS.items():
+            if name == "oa" and not (options.data / "ratings-gpt4" / folder).is_dir():
+                console.print(f"{options.data} has no OA ratings: Table 7 is left out.")
+                continue
+            files = rating_files(options.data, folder)
+            ratings = read_ratings(files, reread=options.reread)
+            by_unit = {
+                unit: elo(
+                    make_matches(ratings.ratings, unit),
+                    k=options.k,
+                    orders=options.orders,
+                    length=options.length,
+                    seed=options.seed,
+                )
+                for unit in get_args(MatchUnit)
+            }
+            rankings[name] = means(by_unit["judgement"])
+            result[name] = report(name, ratings, by_unit, published)
+            matrix = win_matrix(ratings.ratings)
+            order = np.argsort(-by_unit["judgement"].mean).tolist()
+            shown = [
+                elo_table(name, title, published, by_unit),
+                win_table(name, matrix, order),
+            ]
+            tables += shown
+            for table in shown:
+                console.print(table.rich())
+            unreadable = sum(ratings.unreadable.values())
+            kappa = result[name]["order_agreement"]
+            console.print(
+                f"{len(ratings.ratings)} judgements, {unreadable} more without a readable score; "
+                f"the two reading orders agree with Fleiss' κ {kappa['fleiss_kappa']:.2f} on "
+                f"{kappa['pairs']} questions × pairs\n",
+                highlight=False,
+            )
+            if can_draw():
+                options.out.mkdir(parents=True, exist_ok=True)
+                elo_figure(title, by_unit["judgement"], published).savefig(
+                    options.out / f"elo-{name}.png"
+                )
+                win_figure(shown[1].title, matrix, order).savefig(options.out / f"wins-{name}.png")
+        if len(rankings) == 2:
+            agreement = rank_agreement(*rankings.values())
+            result["benchmarks_agree"] = agreement._asdict()
+            console.print(
+                f"the two benchmarks rank {agreement.systems} systems with Kendall's τ "
+                f"{agreement.kendall_tau:.2f}, Spearman's ρ {agreement.spearman_rho:.2f}",
+                highlight=False,
+            )
+        write_results(options.out, result, tables)
+    except (ValueError, OSError) as error:
+        return refuse(error)
+    if not can_draw():
+        console.print("no figures: they need pip install 'qlora-jax[plots]'", markup=False)
+    console.print(f"written to {options.out}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Table 6: the Vicuna questions, percent of ChatGPT's score, in both reading orders.
+
+    python -m experiments.paper.vicuna [--data EVAL_FOLDER] [--out runs/paper/vicuna]
+
+A system's total score over ChatGPT's in the same judgements; rows whose text held no scores are
+counted and left out. Which answer was read first is taken from the answers' ids, never from a
+file's name. Seconds; writes result.json, the table as CSV and Markdown, and a PNG figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from experiments.cli import make_console, refuse
+from experiments.paper.figures import can_draw, percent_figure
+from experiments.paper.judged import REFERENCE, SHARED, TABLE_6, rating_files, system_label
+from experiments.paper.tables import Table, write_results
+from qlora_jax.evaluate import Percent, Ratings, percent_of, read_ratings
+
+TITLE = "Table 6: percent of ChatGPT's score, Vicuna questions"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.paper.vicuna",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, default=SHARED, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("runs/paper/vicuna"), metavar="FOLDER")
+    parser.add_argument("--reread", action="store_true", help="read texts whose score is -1 again")
+    return parser
+
+
+def percents(ratings: Ratings) -> dict[str, Percent]:
+    """By system, best first; the reference is found by its label, whatever the files call it."""
+    names = [name for name in ratings.systems if system_label(name) == REFERENCE]
+    return percent_of(ratings.ratings, names[0] if names else REFERENCE)
+
+
+def percent_table(found: dict[str, Percent]) -> Table:
+    """The paper's three numbers and ours."""
+    rows = []
+    for name, percent in found.items():
+        paper = TABLE_6.get(system_label(name), (None, None, None))
+        rows.append(
+            (
+                system_label(name),
+                paper[0],
+                percent.reference_first,
+                paper[1],
+                percent.system_first,
+                paper[2],
+                percent.mean,
+                percent.half_width,
+                percent.judgements,
+            )
+        )
+    columns = ("system", "paper: ChatGPT first", "ours", "paper: system first", "ours ", "paper: mean", "ours  ", "±", "judgements")
+    return Table("percent-of-chatgpt", TITLE, columns, tuple(rows))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 finished, 2 refused."""
+    options = make_parser().parse_args(arguments)
+    console = make_console()
+    try:
+        files = rating_files(options.data, "vicuna/relative-gpt-3.5")
+        ratings = read_ratings(files, reread=options.reread)
+        found = percents(ratings)
+        table = percent_table(found)
+        result = {
+            "percent": {system_label(name): percent._asdict() for name, percent in found.items()},
+            "paper": TABLE_6,
+            "judgements": len(ratings.ratings),
+            "unreadable": ratings.unreadable,
+        }
+        write_results(options.out, result, [table])
+    except (ValueError, OSError) as error:
+        return refuse(error)
+    console.print(table.rich())
+    console.print(
+        f"{len(ratings.ratings)} judgements, {sum(ratings.unreadable.values())} more without "
+        f"readable scores (in {len(ratings.unreadable)} files)",
+        highlight=False,
+    )
+    if can_draw():
+        percent_figure(TITLE, found).savefig(options.out / "percent-of-chatgpt.png")
+    else:
+        console.print("no figure: it needs pip install 'qlora-jax[plots]'", markup=False)
+    console.print(f"written to {options.out}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""`qlora-jax export`: a model or an adapter into the format that somebody else reads."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from qlora_jax.checkpoints import (
+    MODES,
+    Checkpoint,
+    cast,
+    dequantized,
+    merge,
+    read_adapter_config,
+    save_checkpoint,
+    save_gguf,
+)
+from qlora_jax.checkpoints.adapter import CONFIG, WEIGHTS
+from qlora_jax.checkpoints.card import CARD, model_card, read_facts
+from qlora_jax.checkpoints.gguf import FILE_TYPES
+from qlora_jax.checkpoints.staging import new_folder, refuse_existing
+from qlora_jax.cli import SUBCOMMANDS
+from qlora_jax.cli.arguments import (
+    add_mode,
+    add_quant,
+    add_shards,
+    add_source,
+    folder_bytes,
+    open_source,
+    quant_config,
+    readable,
+)
+
+FORMATS = ("safetensors", "gguf", "peft")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """The subcommand's arguments."""
+    parser = subparsers.add_parser(
+        "export",
+        help=SUBCOMMANDS["export"],
+        description="Converts a model, or a model with an adapter merged into it, into 16-bit "
+        "safetensors or a GGUF file; or copies the adapter of a run folder into a folder of its "
+        "own with a model card (peft). One tensor is in memory at a time.",
+        epilog="examples: qlora-jax export org/model model.gguf --format gguf --type Q8_0; "
+        "qlora-jax export org/model out.gguf --format gguf --adapter runs/x/adapter "
+        "--mode dequantized; qlora-jax export runs/x adapter --format peft",
+    )
+    add_source(parser)
+    parser.add_argument("out", metavar="OUT", help="file (gguf) or folder to make; must not exist")
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--adapter", help="folder of a PEFT adapter to merge on the way")
+    add_mode(parser, required=False)
+    add_quant(parser, "how a 16-bit base was quantized in training (with --adapter)")
+    parser.add_argument(
+        "--type",
+        default="Q8_0",
+        choices=FILE_TYPES,
+        help="of a GGUF file's weights (default: Q8_0)",
+    )
+    parser.add_argument(
+        "--dtype", help="of safetensors: float32, float16 or bfloat16 (default: as in the source)"
+    )
+    add_shards(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes what was asked for."""
+    refuse_existing(args.out)
+    if args.format == "peft":
+        _export_adapter(Path(args.source), Path(args.out))
+    else:
+        checkpoint = _merged(args)
+        if args.format == "gguf":
+            save_gguf(args.out, checkpoint, args.type)
+        else:
+            checkpoint = dequantized(checkpoint)
+            checkpoint = checkpoint if args.dtype is None else cast(checkpoint, args.dtype)
+            save_checkpoint(args.out, checkpoint, max_shard_size=args.max_shard_size)
+    print(f"{args.out}: {readable(folder_bytes(args.out))}")
+    return 0
+
+
+def _merged(args: argparse.Namespace) -> Checkpoint:
+    if (args.adapter is None) != (args.mode is None):
+        raise ValueError(
+            f"--adapter is {args.adapter} and --mode is {args.mode}, but they belong together: "
+            f"give the adapter's folder and one of {', '.join(MODES)}."
+        )
+    checkpoint = open_source(args.source, args.revision)
+    if args.adapter is None:
+        return checkpoint
+    if args.mode == "requantized":
+        raise ValueError(
+            f"--mode requantized makes a 4-bit folder, but --format is {args.format}: use "
+            "`qlora-jax merge`, or the mode dequantized."
+        )
+    return merge(checkpoint, args.adapter, args.mode, quant=quant_config(args))
+
+
+def _export_adapter(source: Path, out: Path) -> None:
+    """A run's adapter, or an adapter's folder, with a card beside it."""
+    folder = source / "adapter" if (source / "adapter" / CONFIG).is_file() else source
+    read_adapter_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {WEIGHTS}: give a finished run's folder, or an adapter's."
+        )
+    facts = read_facts(folder)
+    with new_folder(out) as partial:
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(folder / name, partial / name)
+        text = model_card(out.name, facts)
+        (partial / CARD).write_text(text, encoding="utf-8")

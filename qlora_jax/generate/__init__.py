@@ -1,0 +1,35 @@
+"""Floor 4: what does it say? Sampling, generation with a KV cache, chat.
+
+    generate        token ids -> token ids, batches of unequal prompts
+    generate_text   texts -> texts, with stop texts and streams
+    chat            a conversation -> the assistant's next turn
+"""
+
+from qlora_jax.generate.config import PAPER_SAMPLING, GenerationConfig, read_eos_token_ids
+from qlora_jax.generate.decode import Generative
+from qlora_jax.generate.generate import Generation, generate
+from qlora_jax.generate.sampling import (
+    keep_top_k,
+    keep_top_p,
+    next_tokens,
+    shaped_logits,
+    with_temperature,
+)
+from qlora_jax.generate.text import Answer, chat, generate_text
+
+__all__ = [
+    "PAPER_SAMPLING",
+    "Answer",
+    "Generation",
+    "GenerationConfig",
+    "Generative",
+    "chat",
+    "generate",
+    "generate_text",
+    "keep_top_k",
+    "keep_top_p",
+    "next_tokens",
+    "read_eos_token_ids",
+    "shaped_logits",
+    "with_temperature",
+]

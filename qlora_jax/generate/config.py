@@ -1,0 +1,66 @@
+"""What to generate: how long, how random, and where to stop."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Names as in the Hugging Face library; hashable, so that it can be static under jit.
+
+    Attributes:
+        max_new_tokens: tokens after the prompt, at most.
+        temperature: 0 takes the most likely token each time (greedy).
+        top_k: draw among the k most likely; None for all.
+        top_p: draw among the most likely that together reach this probability; 1 for all.
+        eos_token_ids: a row ends with the first of these; none of them: it runs to its length.
+        stop: texts that end an answer, which is cut before the first one.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """ValueError for a value that no distribution or length can have."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be 1 or more.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be 1 or more, or None for no limit.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1.")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty text, which every answer begins with.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn at random."""
+        return self.temperature == 0
+
+    def with_eos(self, eos_token_ids: Sequence[int]) -> "GenerationConfig":
+        """The same, with these ends where it has none of its own."""
+        return self if self.eos_token_ids else dataclasses.replace(self, eos_token_ids=tuple(eos_token_ids))
+
+
+PAPER_SAMPLING = GenerationConfig(max_new_tokens=512, temperature=0.7, top_p=0.9)
+"""How the QLoRA paper's answers were generated: nucleus 0.9 at temperature 0.7."""
+
+
+def read_eos_token_ids(folder: str | Path) -> tuple[int, ...]:
+    """The tokens that a model folder's generation_config.json ends texts with; () without one.
+
+    A chat model often ends its turns with another token than its texts, and names both there.
+    """
+    path = Path(folder) / "generation_config.json"
+    if not path.is_file():
+        return ()
+    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)

@@ -1,0 +1,144 @@
+"""Generation in characters: texts in, texts out, stop texts, streams and chats."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from jaxtyping import Array, Key
+
+from qlora_jax.data import ChatTemplate, Tokenizer
+from qlora_jax.generate.config import GenerationConfig
+from qlora_jax.generate.decode import Generative
+from qlora_jax.generate.generate import generate
+
+OnText = Callable[[int, str], None]
+"""(index of the prompt, the text that is new): what a stream calls."""
+
+Message = Mapping[str, Any]
+
+
+class Answer(NamedTuple):
+    """A text, the tokens it took, and whether it came to its own end ("stop") or to the limit."""
+
+    text: str
+    tokens: int
+    finish: Literal["stop", "length"]
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    config: GenerationConfig = GenerationConfig(),
+    *,
+    key: Key[Array, ""] | None = None,
+    batch_size: int = 8,
+    special: bool = False,
+    bos: bool | None = None,
+    on_text: OnText | None = None,
+    every: int = 16,
+) -> list[Answer]:
+    """Continue each text.
+
+    Args:
+        model: as for `generate`.
+        tokenizer: the model's; its eos token ends answers where `config` names no other end.
+        prompts: texts.
+        config: how long, how random, and the texts that stop an answer (it is cut before them).
+        key: of the samples; may be left out where `config` is greedy.
+        batch_size: rows written at once.
+        special: read the tokenizer's markers in the prompts as such: for texts that a template
+            wrote.
+        bos: begin prompts with the bos token; None: as the family does.
+        on_text: sees each answer grow. Pieces joined are the answer, but for a stop text's part.
+        every: tokens per row between two looks at stop texts, or two pieces of a stream.
+
+    Raises:
+        ValueError: as `generate` does.
+    """
+    ids = [tokenizer.encode(prompt, bos=bos, special=special) for prompt in prompts]
+    if tokenizer.eos_token_id is not None:
+        config = config.with_eos([tokenizer.eos_token_id])
+    shown = [""] * len(prompts)
+
+    def look(index: int, tokens: tuple[int, ...]) -> bool:
+        text = tokenizer.decode(tokens)
+        answer = cut_at(text, config.stop)
+        stopped = len(answer) < len(text)
+        if on_text is not None:
+            ready = answer if stopped else settled(answer, config.stop)
+            if len(ready) > len(shown[index]):
+                on_text(index, ready[len(shown[index]) :])
+                shown[index] = ready
+        return stopped
+
+    watched = on_text is not None or bool(config.stop)
+    written = generate(
+        model,
+        ids,
+        dataclasses.replace(config, stop=()),
+        key=key,
+        batch_size=batch_size,
+        on_tokens=look if watched else None,
+        every=every,
+    )
+    answers = []
+    for index, generation in enumerate(written):
+        text = tokenizer.decode(generation.tokens)
+        answer = cut_at(text, config.stop)
+        if on_text is not None and len(answer) > len(shown[index]):
+            on_text(index, answer[len(shown[index]) :])
+        finish = "stop" if len(answer) < len(text) else generation.finish
+        answers.append(Answer(answer, len(generation.tokens), finish))
+    return answers
+
+
+def chat(
+    model: Any,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    template: ChatTemplate,
+    config: GenerationConfig = GenerationConfig(),
+    *,
+    key: Key[Array, ""] | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """The assistant's next turn in a conversation of `role` and `content`.
+
+    `template` is the model's own (`data.load_chat_template`); it writes bos itself where the model
+    wants it. A chat model's folder often names a token that ends turns beside the one that ends
+    texts: `config.eos_token_ids = read_eos_token_ids(folder)`.
+    """
+    prompt = template.render(messages, add_generation_prompt=True)
+    answer, *_ = generate_text(
+        model,
+        tokenizer,
+        [prompt],
+        config,
+        key=key,
+        batch_size=1,
+        special=True,
+        bos=False,
+        on_text=None if on_text is None else lambda _, piece: on_text(piece),
+        every=4,
+    )
+    return answer.text.strip()
+
+
+def cut_at(text: str, stop: Iterable[str]) -> str:
+    """The text before the first stop text in it."""
+    found = [at for at in (text.find(end) for end in stop) if at >= 0]
+    return text[: min(found)] if found else text
+
+
+def settled(text: str, stop: Iterable[str]) -> str:
+    """The beginning of a growing text that will not change any more.
+
+    Its end may still turn into a stop text, and a character whose bytes are not all there decodes
+    to U+FFFD.
+    """
+    text = text.rstrip("\ufffd")
+    held = max(
+        (n for end in stop for n in range(1, len(end)) if text.endswith(end[:n])), default=0
+    )
+    return text[: len(text) - held]

@@ -1,0 +1,110 @@
+"""Which model? A folder, a hub name, or a shape by its common name, as a `DecoderConfig`.
+
+A plan reads shapes alone, so nothing is fetched for a named shape, and of a hub model its
+config.json only. The table holds the published config.json of each model, without the fields that
+have no say in memory or that the family fills in.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+from qlora_jax.models import DecoderConfig, family_of
+
+
+def _decoder(
+    model_type: str,
+    sizes: tuple[int, int, int, int, int, int],
+    **more: Any,
+) -> dict[str, Any]:
+    hidden, inner, layers, heads, keys, vocab = sizes
+    return {
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "vocab_size": vocab,
+        **more,
+    }
+
+
+_LLAMA_2 = {"max_position_embeddings": 4096}
+_LLAMA_3 = {"max_position_embeddings": 131072, "rope_theta": 500000.0}
+_QWEN_25 = {"max_position_embeddings": 32768, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6}
+_QWEN_3 = {**_QWEN_25, "max_position_embeddings": 40960, "head_dim": 128}
+_TIED = {"tie_word_embeddings": True}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-7b": _decoder("llama", (4096, 11008, 32, 32, 32, 32000)),
+    "llama-13b": _decoder("llama", (5120, 13824, 40, 40, 40, 32000)),
+    "llama-33b": _decoder("llama", (6656, 17920, 60, 52, 52, 32000)),
+    "llama-65b": _decoder("llama", (8192, 22016, 80, 64, 64, 32000)),
+    "llama-2-7b": _decoder("llama", (4096, 11008, 32, 32, 32, 32000), **_LLAMA_2),
+    "llama-2-13b": _decoder("llama", (5120, 13824, 40, 40, 40, 32000), **_LLAMA_2),
+    "llama-2-70b": _decoder("llama", (8192, 28672, 80, 64, 8, 32000), **_LLAMA_2),
+    "llama-3-8b": _decoder("llama", (4096, 14336, 32, 32, 8, 128256), **_LLAMA_3),
+    "llama-3-70b": _decoder("llama", (8192, 28672, 80, 64, 8, 128256), **_LLAMA_3),
+    "llama-3-405b": _decoder("llama", (16384, 53248, 126, 128, 8, 128256), **_LLAMA_3),
+    "mistral-7b": _decoder(
+        "mistral", (4096, 14336, 32, 32, 8, 32768), max_position_embeddings=32768, rope_theta=1e6
+    ),
+    "qwen2.5-0.5b": _decoder("qwen2", (896, 4864, 24, 14, 2, 151936), **_QWEN_25, **_TIED),
+    "qwen2.5-1.5b": _decoder("qwen2", (1536, 8960, 28, 12, 2, 151936), **_QWEN_25, **_TIED),
+    "qwen2.5-3b": _decoder("qwen2", (2048, 11008, 36, 16, 2, 151936), **_QWEN_25, **_TIED),
+    "qwen2.5-7b": _decoder("qwen2", (3584, 18944, 28, 28, 4, 152064), **_QWEN_25),
+    "qwen2.5-14b": _decoder("qwen2", (5120, 13824, 48, 40, 8, 152064), **_QWEN_25),
+    "qwen2.5-32b": _decoder("qwen2", (5120, 27648, 64, 40, 8, 152064), **_QWEN_25),
+    "qwen2.5-72b": _decoder("qwen2", (8192, 29568, 80, 64, 8, 152064), **_QWEN_25),
+    "qwen3-0.6b": _decoder("qwen3", (1024, 3072, 28, 16, 8, 151936), **_QWEN_3, **_TIED),
+    "qwen3-1.7b": _decoder("qwen3", (2048, 6144, 28, 16, 8, 151936), **_QWEN_3, **_TIED),
+    "qwen3-4b": _decoder("qwen3", (2560, 9728, 36, 32, 8, 151936), **_QWEN_3, **_TIED),
+    "qwen3-8b": _decoder("qwen3", (4096, 12288, 36, 32, 8, 151936), **_QWEN_3),
+    "qwen3-14b": _decoder("qwen3", (5120, 17408, 40, 40, 8, 151936), **_QWEN_3),
+    "qwen3-32b": _decoder("qwen3", (5120, 25600, 64, 64, 8, 151936), **_QWEN_3),
+}
+"""Common name -> the fields of its config.json that decide its shape."""
+
+
+def find_config(model: str | Path | Mapping[str, Any] | DecoderConfig) -> DecoderConfig:
+    """The shape of a model.
+
+    Args:
+        model: a key of SHAPES ("llama-65b", any case), a folder with a config.json, a hub name
+            `org/name` (its config.json is fetched), a config.json as a dict, or the shape itself.
+
+    Raises:
+        ValueError: none of these, or an architecture that is not known.
+        ConnectionError: a hub name whose config.json is neither cached nor to be had.
+    """
+    if isinstance(model, DecoderConfig):
+        return model
+    if isinstance(model, Mapping):
+        return family_of(model).read_config(model)
+    if str(model).lower() in SHAPES:
+        return find_config(SHAPES[str(model).lower()])
+    file = Path(model).expanduser() / "config.json"
+    if not file.is_file() and str(model).count("/") == 1:
+        file = _from_hub(str(model))
+    if not file.is_file():
+        raise ValueError(
+            f"model is {str(model)!r}, but a folder with a config.json, a hub name org/name, or one "
+            f"of these shapes is needed: {', '.join(SHAPES)}."
+        )
+    return find_config(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConnectionError(
+            f"The config.json of {name!r} is not in the cache and the hub did not give it "
+            f"({type(error).__name__}): connect or log in, give a folder, or plan one of the named "
+            f"shapes, such as llama-3-8b."
+        ) from error

@@ -1,0 +1,137 @@
+"""What is to be run: everything that decides the bytes of a training step, and the step itself.
+
+The step is `train.make_train_step`'s, on a model of shapes alone (`nnx.eval_shape`): the very
+program that training jits, with nothing materialised. Beside it stand the two other programs that
+a model's memory has to hold: one decoding step with its key-value cache, and the write of one
+tensor into the model while it loads.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend import core as jex_core
+from jaxtyping import PyTree
+
+from qlora_jax.data.batches import Batch
+from qlora_jax.evaluate import causal_lm_loss, split_adapters
+from qlora_jax.models import AttentionName, Decoder, DecoderConfig
+from qlora_jax.nn import LoraConfig
+from qlora_jax.quant import QuantConfig
+from qlora_jax.train import TrainConfig, init_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A finetuning step, by what decides its memory; the defaults are the paper's.
+
+    Attributes:
+        config: the model's shape (`find_config`).
+        sequence: tokens of every example.
+        train: micro-batch, accumulation, optimizer, paging, clipping.
+        lora: the adapters.
+        quant: how the layers' weights are stored; None for a 16-bit base.
+        compute_dtype: of activations and matmuls, and of embedding and head.
+        remat: one of `models.REMAT`.
+        attention: of `models.attend`; None takes the best that the target can run.
+        matmul: of `pallas_kernels`; None takes what its dispatch would.
+    """
+
+    config: DecoderConfig
+    sequence: int = 512
+    train: TrainConfig = TrainConfig(micro_batch_size=1)
+    lora: LoraConfig = LoraConfig()
+    quant: QuantConfig | None = QuantConfig()
+    compute_dtype: str = "bfloat16"
+    remat: str = "full"
+    attention: AttentionName | None = None
+    matmul: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.sequence < 1:
+            raise ValueError(f"sequence is {self.sequence}, but 1 token or more is needed.")
+
+    def at(self, batch: int, sequence: int | None = None) -> "Workload":
+        """The same with another micro-batch (and sequence)."""
+        train = dataclasses.replace(self.train, micro_batch_size=batch)
+        return dataclasses.replace(self, train=train, sequence=sequence or self.sequence)
+
+
+class Program(NamedTuple):
+    """A function to compile, and shapes of its arguments."""
+
+    fn: Any
+    args: tuple[Any, ...]
+
+
+class Step(NamedTuple):
+    """A training step and the shapes that it works on."""
+
+    program: Program
+    lora: PyTree
+    frozen: PyTree
+    opt_state: PyTree
+    saved: int
+    """Bytes on the device that the forward pass keeps for the backward pass."""
+
+
+def model_shapes(work: Workload) -> Decoder:
+    """The model as training builds it, its Variables holding shapes."""
+    return nnx.eval_shape(
+        lambda: Decoder(
+            work.config,
+            quant=work.quant,
+            lora=work.lora,
+            compute_dtype=jnp.dtype(work.compute_dtype),
+            remat=work.remat,
+            attention=work.attention or "xla",
+            matmul=work.matmul,
+            rngs=nnx.Rngs(0),
+        )
+    )
+
+
+def training_step(work: Workload) -> Step:
+    """The training step of the workload, traced for shapes."""
+    graphdef, lora, frozen = split_adapters(model_shapes(work))
+    tx = work.train.optimizer()
+    state = jax.eval_shape(lambda lora: init_state(lora, tx, seed=0), lora)
+    step = make_train_step(graphdef, tx, causal_lm_loss)
+    shape = (work.train.gradient_accumulation_steps, work.train.micro_batch_size, work.sequence)
+    batch = Batch(
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+        jax.ShapeDtypeStruct(shape, jnp.bool_),
+    )
+    micro = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
+    saved = _saved_bytes(graphdef, lora, frozen, micro)
+    return Step(Program(step, (state, frozen, batch)), lora, frozen, state.opt_state, saved)
+
+
+def _saved_bytes(graphdef: nnx.GraphDef, lora: PyTree, frozen: PyTree, batch: Any) -> int:
+    """Bytes that the forward pass of a micro-batch leaves on the device for the backward pass.
+
+    They are the leaves of the pullback that `jax.vjp` returns, less those that are arguments.
+    """
+
+    def residuals(lora: PyTree, frozen: PyTree, batch: Any, key: jax.Array) -> list[jax.Array]:
+        def loss(lora: PyTree) -> jax.Array:
+            return causal_lm_loss(nnx.merge(graphdef, lora, frozen), batch, key)[0]
+
+        return jax.tree.leaves(jax.vjp(loss, lora)[1])
+
+    jaxpr = jax.make_jaxpr(residuals)(lora, frozen, batch, jax.random.key(0)).jaxpr
+    kept = {var for var in jaxpr.outvars if not isinstance(var, jex_core.Literal)}
+    return sum(
+        tree_bytes(var.aval)
+        for var in kept - set(jaxpr.invars)
+        if getattr(var.aval, "memory_space", None) != jax.memory.Space.Host
+    )
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of all leaves, arrays or shapes."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

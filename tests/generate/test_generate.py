@@ -1,0 +1,125 @@
+"""Generation against a loop without batches, padding or jit; reproducible prompt by prompt."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.generate import GenerationConfig, generate
+from qlora_jax.generate.decode import advance, start
+from tests.generate.fake import Recurrent
+
+MODEL = Recurrent()
+PROMPTS = [[3], [5, 6, 7, 8, 9], [1, 2], list(range(10, 26)), [40] * 17]
+# Few sizes, so that the tests share compiled programs.
+GREEDY = GenerationConfig(max_new_tokens=10)
+SAMPLED = GenerationConfig(max_new_tokens=10, temperature=0.9)
+
+
+def greedy(prompt, steps, eos=()):
+    written = []
+    while len(written) < steps:
+        written.append(int(jnp.argmax(MODEL.logits_after([*prompt, *written]))))
+        if written[-1] in eos:
+            break
+    return tuple(written)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_greedy_equals_a_plain_loop(batch_size):
+    found = generate(MODEL, PROMPTS, GREEDY, batch_size=batch_size)
+    assert [g.tokens for g in found] == [greedy(prompt, 10) for prompt in PROMPTS]
+    assert {g.finish for g in found} == {"length"}
+
+
+def test_a_row_ends_with_its_end_token_and_the_others_go_on():
+    prompts = PROMPTS[:4]
+    plain = [greedy(prompt, 10) for prompt in prompts]
+    eos = (plain[0][3], plain[1][6])
+    config = GenerationConfig(max_new_tokens=10, eos_token_ids=eos)
+    found = generate(MODEL, prompts, config, batch_size=4)
+    assert [g.tokens for g in found] == [greedy(prompt, 10, eos) for prompt in prompts]
+    assert "stop" in {g.finish for g in found}
+    for generation in found:
+        assert generation.finish == ("stop" if generation.tokens[-1] in eos else "length")
+
+
+def test_samples_do_not_depend_on_neighbours_order_or_batch_size():
+    key = jax.random.key(7)
+    prompts = PROMPTS[:4]
+    together = generate(MODEL, prompts, SAMPLED, key=key, batch_size=4)
+    assert generate(MODEL, prompts[::-1], SAMPLED, key=key, batch_size=4) == together[::-1]
+    for prompt, expected in zip(prompts, together, strict=True):
+        assert generate(MODEL, [prompt], SAMPLED, key=key, batch_size=1) == [expected]
+    other = generate(MODEL, prompts, SAMPLED, key=jax.random.key(8), batch_size=4)
+    assert other != together
+
+
+def test_a_prompt_that_comes_twice_gets_two_samples():
+    first, second = generate(
+        MODEL, [[5, 6]] * 2, SAMPLED, key=jax.random.key(0), batch_size=4
+    )
+    assert first != second
+
+
+def test_watching_changes_nothing_and_sees_everything():
+    seen = {i: [] for i in range(len(PROMPTS))}
+    found = generate(
+        MODEL,
+        PROMPTS,
+        GREEDY,
+        batch_size=4,
+        on_tokens=lambda i, tokens: seen[i].append(tokens),
+        every=4,
+    )
+    assert found == generate(MODEL, PROMPTS, GREEDY, batch_size=4)
+    for index, generation in enumerate(found):
+        assert [len(tokens) for tokens in seen[index]] == [1, 5, 9, 10]
+        assert all(generation.tokens[: len(t)] == t for t in seen[index])
+
+
+def test_the_watcher_may_end_rows():
+    found = generate(
+        MODEL,
+        PROMPTS,
+        GREEDY,
+        batch_size=4,
+        on_tokens=lambda i, tokens: i == 1 and len(tokens) >= 5,
+        every=4,
+    )
+    assert found[1].finish == "stop"
+    assert found[1].tokens == greedy(PROMPTS[1], 5)
+    assert found[0].tokens == greedy(PROMPTS[0], 10)
+
+
+def test_one_program_serves_all_prompts_of_a_bucket():
+    generate(MODEL, [[1]], GREEDY, batch_size=4)
+    before = start._cache_size(), advance._cache_size()
+    rng = np.random.default_rng(0)
+    for length in (1, 7, 16):
+        prompts = [rng.integers(0, 50, length).tolist() for _ in range(3)]
+        generate(MODEL, prompts, GREEDY, batch_size=4)
+    assert (start._cache_size(), advance._cache_size()) == before
+
+
+def test_no_prompts_no_generations():
+    assert generate(MODEL, [], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "config", "options", "message"),
+    [
+        ([[]], GenerationConfig(), {}, "prompt 0 is empty"),
+        ([[1]], SAMPLED, {}, "give key="),
+        ([[1]], GenerationConfig(stop=("x",)), {}, "call generate_text"),
+        ([[1]], GenerationConfig(), {"batch_size": 0}, "must be 1 or more"),
+    ],
+)
+def test_bad_input_is_refused(prompts, config, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(MODEL, prompts, config, **options)
+
+
+def test_a_model_without_the_protocol_is_refused():
+    with pytest.raises(ValueError, match="cannot generate"):
+        generate(object(), [[1]])

@@ -1,0 +1,129 @@
+"""Temperature, top-k and top-p against their definitions in NumPy, and draws against both."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_jax.generate import (
+    GenerationConfig,
+    keep_top_k,
+    keep_top_p,
+    next_tokens,
+    shaped_logits,
+    with_temperature,
+)
+
+LOGITS = np.random.default_rng(0).normal(0, 2, (5, 12)).astype(np.float32)
+
+
+def softmax(logits):
+    e = np.exp(np.float64(logits) - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def nucleus(row, p):
+    """The definition: the smallest set of most likely tokens whose probability reaches p."""
+    kept, reached = set(), 0.0
+    for token in sorted(range(len(row)), key=lambda t: (-row[t], t)):
+        kept.add(token)
+        reached += softmax(row)[token]
+        if reached >= p:
+            break
+    return kept
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.99])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p):
+    kept = np.asarray(keep_top_p(jnp.asarray(LOGITS), p))
+    for row, found in zip(LOGITS, kept, strict=True):
+        assert set(np.flatnonzero(np.isfinite(found))) == nucleus(row, p)
+        np.testing.assert_array_equal(found[np.isfinite(found)], row[np.isfinite(found)])
+
+
+@pytest.mark.parametrize("k", [1, 3, 12, 99])
+def test_top_k_keeps_the_k_largest(k):
+    kept = np.asarray(keep_top_k(jnp.asarray(LOGITS), k))
+    for row, found in zip(LOGITS, kept, strict=True):
+        assert set(np.flatnonzero(np.isfinite(found))) == set(np.argsort(-row)[:k])
+
+
+def test_ties_with_the_last_one_stay():
+    kept = keep_top_k(jnp.array([[1.0, 2.0, 2.0, 0.0]]), 1)
+    np.testing.assert_array_equal(np.isfinite(kept), [[False, True, True, False]])
+
+
+def test_equally_likely_tokens_enter_the_nucleus_in_their_order():
+    kept = keep_top_p(jnp.zeros((1, 4)), 0.5)
+    np.testing.assert_array_equal(np.isfinite(kept), [[True, True, False, False]])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=6, max_size=6),
+    st.floats(0.01, 1.0),
+    st.integers(1, 6),
+)
+def test_filters_keep_something_and_change_nothing_else(row, p, k):
+    logits = jnp.array([row], jnp.float32)
+    for kept in (keep_top_p(logits, p), keep_top_k(logits, k)):
+        alive = np.isfinite(kept)
+        assert alive.any()
+        np.testing.assert_array_equal(np.asarray(kept)[alive], np.asarray(logits)[alive])
+        assert np.asarray(logits)[alive].max() == max(np.float32(row))
+
+
+def test_temperature_divides():
+    np.testing.assert_allclose(with_temperature(jnp.asarray(LOGITS), 0.7), LOGITS / 0.7, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GenerationConfig(temperature=1.0),
+        GenerationConfig(temperature=0.7, top_p=0.9),
+        GenerationConfig(temperature=1.5, top_k=4),
+        GenerationConfig(temperature=1.3, top_k=6, top_p=0.8),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(config):
+    draws = 20_000
+    row = jnp.asarray(LOGITS[0])
+    tokens = next_tokens(
+        jnp.broadcast_to(row, (draws, len(row))), jax.random.split(jax.random.key(3), draws), config
+    )
+    expected = softmax(np.asarray(shaped_logits(row[None], config))[0])
+    if config.top_k is None:
+        scaled = LOGITS[0] / np.float32(config.temperature)
+        members = nucleus(scaled, config.top_p) if config.top_p < 1 else set(range(len(row)))
+        assert set(np.flatnonzero(expected)) == members
+    found = np.bincount(tokens, minlength=len(row)) / draws
+    # Five standard deviations of a share.
+    np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.25 / draws))
+    assert not found[expected == 0].any()
+
+
+def test_greedy_takes_the_most_likely():
+    tokens = next_tokens(
+        jnp.asarray(LOGITS), jax.random.split(jax.random.key(0), len(LOGITS)), GenerationConfig()
+    )
+    np.testing.assert_array_equal(tokens, LOGITS.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_new_tokens": 0}, "1 or more"),
+        ({"temperature": -0.1}, "0 \\(greedy\\) or more"),
+        ({"top_k": 0}, "None for no limit"),
+        ({"top_p": 0.0}, "at most 1"),
+        ({"top_p": 1.1}, "at most 1"),
+        ({"stop": ("",)}, "empty text"),
+    ],
+)
+def test_impossible_options_are_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationConfig(**option)

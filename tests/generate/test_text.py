@@ -1,0 +1,110 @@
+"""Texts: stop texts cut, streams that join to the answer, chats through the template."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_jax.data import ChatTemplate
+from qlora_jax.generate import GenerationConfig, chat, generate_text
+from qlora_jax.generate.config import read_eos_token_ids
+from qlora_jax.generate.text import cut_at, settled
+from tests.generate.fake import Recurrent
+
+MODEL = Recurrent(vocab=128)
+GREEDY = GenerationConfig(max_new_tokens=12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ascii:
+    """A tokenizer of 128 characters; 3 ends texts."""
+
+    eos_token_id: int | None = None
+
+    def encode(self, text, *, bos=None, special=False):
+        return ([2] if bos is not False else []) + [ord(c) for c in text]
+
+    def decode(self, ids, *, skip_special=True):
+        return "".join(chr(i) for i in ids if i != self.eos_token_id)
+
+
+def texts(prompts, config=GREEDY, **options):
+    answers = generate_text(MODEL, Ascii(), prompts, config, batch_size=2, **options)
+    return [answer.text for answer in answers]
+
+
+def test_an_answer_is_cut_before_its_stop_text():
+    plain = texts(["ab", "c"])
+    stop = plain[0][4:6]
+    config = dataclasses.replace(GREEDY, stop=(stop, "never"))
+    first, second = generate_text(MODEL, Ascii(), ["ab", "c"], config, batch_size=2, every=5)
+    assert first.text == plain[0][: plain[0].index(stop)]
+    assert first.finish == "stop"
+    assert first.tokens < 12
+    assert second.text == cut_at(plain[1], [stop])
+
+
+def test_the_tokenizers_end_token_ends_answers():
+    plain = texts(["ab"])[0]
+    ended = Ascii(eos_token_id=ord(plain[3]))
+    answer = generate_text(MODEL, ended, ["ab"], GREEDY, batch_size=2)[0]
+    assert answer.finish == "stop"
+    assert answer.text == plain[: plain.index(plain[3])]
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_stream_joins_to_the_answer(stopping):
+    stop = (texts(["ab"])[0][5:8],) if stopping else ()
+    pieces = {0: [], 1: []}
+    config = dataclasses.replace(GREEDY, stop=stop)
+    found = texts(["ab", "c"], config, on_text=lambda i, piece: pieces[i].append(piece), every=5)
+    assert ["".join(pieces[i]) for i in range(2)] == found
+    assert len(pieces[1]) > 1
+
+
+@given(st.text("ab#", max_size=12), st.lists(st.text("ab#", min_size=1, max_size=4), max_size=3))
+def test_what_is_settled_never_changes(text, stop):
+    shown = ""
+    for end in range(len(text) + 1):
+        ready = cut_at(text[:end], stop)
+        ready = ready if len(ready) < end else settled(ready, stop)
+        if len(ready) > len(shown):
+            assert ready.startswith(shown)
+            shown = ready
+    assert cut_at(text, stop).startswith(shown)
+
+
+def test_half_a_character_is_held_back():
+    assert settled("gr\ufffd", ()) == "gr"
+
+
+def test_a_chat_is_asked_through_its_template():
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    pieces = []
+    answer = chat(
+        MODEL,
+        Ascii(),
+        [{"role": "user", "content": "hi"}],
+        template,
+        GREEDY,
+        on_text=pieces.append,
+    )
+    prompt = [ord(c) for c in "uhi;a"]
+    first = int(jnp.argmax(MODEL.logits_after(prompt)))
+    assert "".join(pieces).strip() == answer
+    assert "".join(pieces)[0] == chr(first)
+
+
+def test_end_tokens_of_a_folder(tmp_path):
+    assert read_eos_token_ids(tmp_path) == ()
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": 7}')
+    assert read_eos_token_ids(tmp_path) == (7,)
+    file.write_text('{"eos_token_id": [7, 9]}')
+    assert read_eos_token_ids(tmp_path) == (7, 9)
+    assert GREEDY.with_eos((7, 9)).with_eos((1,)).eos_token_ids == (7, 9)
