@@ -15,6 +15,7 @@ then trains. Tokenized datasets are kept between runs of one process: a sweep re
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import shutil
@@ -36,8 +37,8 @@ from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomi
 from experiments.rows import context_length, examples_of
 from experiments.tree import differences, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
-from qlora_jax.data import Batches, Examples, load_tokenizer
-from qlora_jax.evaluate import answer_tokens
+from qlora_jax.data import Batches, Examples, PackedBatches, load_tokenizer
+from qlora_jax.evaluate import answer_tokens, causal_lm_loss
 from qlora_jax.models import Decoder
 from qlora_jax.nn import FrozenParam
 from qlora_jax.pretrained import find_folder, load_pretrained
@@ -135,6 +136,10 @@ def execute(
         compute_dtype=dtype,
         param_dtype=param_dtype,
         remat=run.model.remat,
+        stream_weights=run.model.stream_weights,
+        attention=run.model.attention,
+        packed=run.data.packing,
+        longest=max(int(checked.train.lengths.max()), run.data.packed_length or 0),
         seed=train.seed,
     )
 
@@ -152,14 +157,26 @@ def execute(
         assert isinstance(trained, Decoder)
         save_adapter(where, trained, run.lora, base_name=str(checked.folder))
 
+    def training_batches() -> Batches | PackedBatches:
+        accumulation = train.gradient_accumulation_steps
+        if not run.data.packing:
+            grouped = run.data.group_by_length
+            return batches(checked.train, group_by_length=grouped, accumulation=accumulation)
+        longest = int(checked.train.lengths.max())
+        return PackedBatches(
+            checked.train,
+            batch_size=train.micro_batch_size,
+            length=run.data.packed_length or -(-longest // 64) * 64,
+            seed=train.seed,
+            pad_token_id=checked.pad_token_id,
+            accumulation=accumulation,
+        )
+
     fit(
         model,
-        batches(
-            checked.train,
-            group_by_length=run.data.group_by_length,
-            accumulation=train.gradient_accumulation_steps,
-        ),
+        training_batches(),
         train,
+        loss_fn=functools.partial(causal_lm_loss, loss_chunk=run.model.loss_chunk),
         run_folder=folder,
         eval_batches=batches(checked.validation, shuffle=False),
         identity=identity(run),

@@ -12,13 +12,14 @@ exists.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 from rich.console import Console
@@ -26,7 +27,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
 from qlora_jax.checkpoints.open import open_checkpoint
-from qlora_jax.models import AttentionName, Family, Slot, attention_for, family_of, unfreeze
+from qlora_jax.models import (
+    AttentionName,
+    Decoder,
+    Family,
+    Slot,
+    attention_for,
+    family_of,
+    streaming,
+    unfreeze,
+)
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
 
@@ -40,7 +50,10 @@ def load_model(
     param_dtype: Any = None,
     trainable_base: bool = False,
     remat: str = "full",
+    stream_weights: bool = False,
     attention: AttentionName | None = None,
+    packed: bool = False,
+    longest: int | None = None,
     matmul: str | None = None,
     seed: int = 0,
     overrides: Mapping[str, Any] | None = None,
@@ -62,7 +75,10 @@ def load_model(
         stream_weights: puts the layers' frozen weights into pinned host memory, as they are read,
             and lets them come in layer by layer (`models.streaming`). Decoders only.
         attention: implementation of attention; None asks for cuDNN where this process's default
-            device is a CUDA card and the case allows it.
+            device is a CUDA card and the case allows it, else see `models.attention_for`, which is
+            told:
+        packed: whether rows will hold several sequences (`data.PackedBatches`), and
+        longest: tokens of the longest sequence that will be read.
         matmul: implementation of the 4-bit matmul; None lets the op choose.
         seed: of the adapters' initial A, and of a head that the checkpoint has not.
         overrides: fields of the model's configuration to replace, such as `{"num_labels": 3}`.
@@ -92,13 +108,24 @@ def load_model(
         )
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
-
+    if stream_weights and family.build is not Decoder:
+        raise ValueError(
+            f"stream_weights is set, but {checkpoint.source} is a {family.build.__name__}, and the "
+            "layers of a Decoder alone stream: leave it out."
+        )
+    streamed = {"stream_weights": True} if stream_weights else {}
     if attention is None:
         softcap = getattr(config, "attn_logit_softcapping", None)
         backend = jax.default_backend()
         biased = getattr(config, "score_bias", False)
         attention = attention_for(
-            backend, compute_dtype, config.head_dim, softcap=softcap, bias=biased
+            backend,
+            compute_dtype,
+            config.head_dim,
+            softcap=softcap,
+            bias=biased,
+            packed=packed,
+            longest=longest if family.build is Decoder else None,
         )
 
     def build(key: Key[Array, ""], quant: QuantConfig | None = quant) -> Any:
@@ -112,17 +139,21 @@ def load_model(
             attention=attention,
             matmul=matmul,
             rngs=nnx.Rngs(params=key),
+            **streamed,
         )
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
+    if stream_weights:
+        streaming.check_host_memory_limit(streaming.host_bytes(model.layers), jax.default_backend())
     slots = _matching(checkpoint, family, model)
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
         # Only what is trained is asked for, so the compiler drops the random base. A head that the
         # checkpoint has is then read over it.
         trained = jax.jit(lambda key: nnx.state(build(key, None), nnx.LoRAParam))
         nnx.update(model, trained(key))
-    _fill(model, checkpoint, slots, None if stored is not None else quant, progress)
+    packed = None if stored is not None else quant
+    _fill(model, checkpoint, slots, packed, progress, stream_weights)
     if trainable_base:
         unfreeze(model)
     return model
@@ -205,10 +236,12 @@ def _fill(
     slots: dict[str, Slot],
     quant: QuantConfig | None,
     progress: bool,
+    stream_weights: bool,
 ) -> None:
     """Reads every tensor into its place; the abstract Variables become arrays on the device.
 
-    `quant` is how dense tensors of the file are quantized; None where they are packed already.
+    `quant` is how dense tensors of the file are quantized; None where they are packed already. With
+    `stream_weights` the large leaves of stacks become arrays in pinned host memory.
     """
     filled: dict[tuple[str, ...], Any] = {}
     console = Console(stderr=True)
@@ -230,10 +263,10 @@ def _fill(
             struct = node_at(model, path).get_value()
             tensor = jax.tree.map(jnp.asarray, checkpoint.read(name))
             if path not in filled:
-                filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
-            filled[path] = _put(
-                filled[path], tensor, tuple(map(jnp.int32, slot.stack_index)), quant
-            )
+                hosted = stream_weights and bool(slot.stack_index)
+                filled[path] = jax.tree.map(functools.partial(_empty, hosted=hosted), struct)
+            put = _putter(quant, *map(_resting, jax.tree.leaves(filled[path])))
+            filled[path] = put(filled[path], tensor, tuple(map(jnp.int32, slot.stack_index)))
             # Without waiting, the reader runs ahead and tensors pile up in front of the device.
             jax.block_until_ready(filled[path])
             bar.advance(task, sizes[name])
@@ -241,15 +274,42 @@ def _fill(
         node_at(model, path).set_value(value)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
-    """The stack with one tensor in its place, quantized from the file's own numbers."""
-    if isinstance(stack, QuantizedTensor) and quant is not None:
-        tensor = quantize(tensor, quant)
-    wholes, treedef = jax.tree.flatten(stack)
-    # The tree's static part is the stack's: its dtype is what the model computes in.
-    filled = [
-        whole.at[index].set(part.astype(whole.dtype))
-        for whole, part in zip(wholes, jax.tree.leaves(tensor), strict=True)
-    ]
-    return jax.tree.unflatten(treedef, filled)
+def _empty(leaf: Any, *, hosted: bool) -> Array:
+    """Zeros, in the memory where `streaming` looks for them."""
+    if hosted and streaming.streams(leaf):
+        # Made on the host: zeros from the device would need room for the whole stack there.
+        return streaming.to_host(np.zeros(leaf.shape, leaf.dtype))
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def _resting(leaf: Array) -> jax.sharding.Sharding | None:
+    return leaf.sharding if leaf.sharding.memory_kind == "pinned_host" else None
+
+
+@functools.cache
+def _putter(quant: QuantConfig | None, *resting: jax.sharding.Sharding | None) -> Callable:
+    """(stack, tensor, index) → the stack with the tensor in its place, updated where it rests.
+
+    A dense tensor is quantized from the file's own numbers, on the device, where its place is in a
+    quantized stack; its codes then go to wherever the stack lies.
+    """
+
+    def put(stack: Any, tensor: Any, index: tuple[Array, ...]) -> list[Array]:
+        if isinstance(stack, QuantizedTensor) and quant is not None:
+            tensor = quantize(tensor, quant)
+        filled = []
+        for whole, part in zip(jax.tree.leaves(stack), jax.tree.leaves(tensor), strict=True):
+            # One more axis for each that the stack has: a slice of it.
+            part = part.astype(whole.dtype).reshape((1,) * len(index) + part.shape)
+            part = jax.device_put(part, jax.typeof(whole).memory_space)
+            start = (*index, *[jnp.int32(0)] * (whole.ndim - len(index)))
+            filled.append(jax.lax.dynamic_update_slice(whole, part, start))
+        return filled
+
+    jitted = jax.jit(put, donate_argnums=0, out_shardings=list(resting))
+
+    def place(stack: Any, tensor: Any, index: tuple[Array, ...]) -> Any:
+        # The tree's static part is the stack's: its dtype is what the model computes in.
+        return jax.tree.unflatten(jax.tree.structure(stack), jitted(stack, tensor, index))
+
+    return place

@@ -1,5 +1,6 @@
 """Floor 3: which architectures? A decoder, an encoder–decoder, an encoder, and their losses."""
 
+from qlora_jax.models import streaming
 from qlora_jax.models.attention import AttentionName, attend, attention_for
 from qlora_jax.models.cache import Cache
 from qlora_jax.models.chunked_attention import chunked_attention
@@ -53,5 +54,6 @@ __all__ = [
     "next_tokens",
     "seq2seq_loss",
     "shift_right",
+    "streaming",
     "unfreeze",
 ]

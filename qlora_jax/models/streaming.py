@@ -65,9 +65,13 @@ def compiler_options(platform: str) -> dict[str, Any]:
     }
 
 
-def to_host(stack: Any) -> Any:
-    """An array in pinned host memory, on the devices it is on."""
-    return jax.device_put(stack, stack.sharding.with_memory_kind("pinned_host"))
+def to_host(x: Any) -> Array:
+    """An array in pinned host memory: its own devices', or for NumPy's the default one's."""
+    if isinstance(x, jax.Array):
+        sharding = x.sharding
+    else:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.device_put(x, sharding.with_memory_kind("pinned_host"))
 
 
 def move_to_host(layers: nnx.Module) -> None:
