@@ -15,13 +15,12 @@ then trains. Tokenized datasets are kept between runs of one process: a sweep re
 
 from __future__ import annotations
 
-import functools
 import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,23 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from experiments.config import RunConfig, build_run
+from experiments.config import DataConfig, RunConfig, build_run
 from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
-from experiments.rows import context_length, examples_of
+from experiments.rows import context_length, examples_of, model_config
 from experiments.tree import differences, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
-from qlora_jax.data import Batches, Examples, PackedBatches, load_tokenizer
-from qlora_jax.evaluate import answer_tokens, causal_lm_loss
-from qlora_jax.models import Decoder
+from qlora_jax.data import (
+    Batches,
+    Examples,
+    PackedBatches,
+    Pairs,
+    Seq2SeqBatches,
+    load_tokenizer,
+)
+from qlora_jax.evaluate import answer_tokens, loss_for
+from qlora_jax.models import EncoderDecoderConfig, t5_lora
 from qlora_jax.nn import FrozenParam
 from qlora_jax.pretrained import find_folder, load_pretrained
 from qlora_jax.train import Callback, fit
@@ -55,8 +61,8 @@ class Checked:
     """What `check` found: the model's folder and the rows, tokenized for it."""
 
     folder: Path
-    train: Examples
-    validation: Examples
+    train: Examples | Pairs
+    validation: Examples | Pairs
     pad_token_id: int
 
 
@@ -69,7 +75,17 @@ def check(run: RunConfig) -> Checked:
     folder = model_folder(run)
     longest = run.data.max_len or context_length(folder)
     train, validation, pad = examples_of(run.data, folder, longest)
+    if run.data.packing and isinstance(train, Pairs):
+        raise ValueError(
+            f"data.packing is set, but {run.model.source} is an encoder–decoder, whose pairs are "
+            "not packed: leave it out."
+        )
     if run.mmlu is not None:
+        if isinstance(train, Pairs):
+            raise ValueError(
+                f"mmlu is set, but {run.model.source} is an encoder–decoder, which the examination "
+                "does not ask: leave mmlu out."
+            )
         answer_tokens(load_tokenizer(folder))
         check_questions(run.mmlu)
     return Checked(folder, train, validation, pad)
@@ -87,6 +103,26 @@ def model_folder(run: RunConfig) -> Path:
     context_length(folder)
     WeightFolder(folder)
     return folder
+
+
+def with_own_adapters(run: RunConfig, given: Collection[str]) -> RunConfig:
+    """The run with the paper's adapters for its kind of model: a T5's are not a Llama's.
+
+    Args:
+        run: as configured.
+        given: options of `lora` that the user set, which stay.
+
+    Raises:
+        ValueError, OSError: there is no such model, or its config.json is damaged.
+    """
+    if run.model.source in MODELS:
+        return run
+    folder = find_folder(run.model.source, revision=run.model.revision, files=("config.json",))
+    config = model_config(folder)
+    if not isinstance(config, EncoderDecoderConfig):
+        return run
+    own = {name: getattr(t5_lora(config), name) for name in ("r", "alpha") if name not in given}
+    return replace(run, lora=replace(run.lora, **own))
 
 
 class _FirstWords:
@@ -126,7 +162,8 @@ def execute(
     began = time.perf_counter()
     checked = check(run)
     train = run.train
-    context = context_length(checked.folder)
+    # Read by the examination alone, which `check` refused where there is no limit.
+    context = context_length(checked.folder) or 0
     dtype = jnp.dtype(run.model.compute_dtype)
     param_dtype = jnp.dtype(run.model.param_dtype) if run.model.param_dtype else dtype
     model, tokenizer = load_pretrained(
@@ -139,34 +176,34 @@ def execute(
         stream_weights=run.model.stream_weights,
         attention=run.model.attention,
         packed=run.data.packing,
-        longest=max(int(checked.train.lengths.max()), run.data.packed_length or 0),
+        longest=_row_length(run.data, checked.train),
         seed=train.seed,
     )
 
-    def batches(examples: Examples, **options: Any) -> Batches:
-        return Batches(
-            examples,
-            batch_size=train.micro_batch_size,
-            buckets=run.data.buckets,
-            seed=train.seed,
-            pad_token_id=checked.pad_token_id,
+    def batches(examples: Examples | Pairs, **options: Any) -> Batches | Seq2SeqBatches:
+        shared = {
+            "batch_size": train.micro_batch_size,
+            "seed": train.seed,
+            "pad_token_id": checked.pad_token_id,
             **options,
-        )
+        }
+        if isinstance(examples, Pairs):
+            return Seq2SeqBatches(examples, source_buckets=run.data.buckets, **shared)
+        return Batches(examples, buckets=run.data.buckets, **shared)
 
-    def save(where: Path, trained: nnx.Module) -> None:
-        assert isinstance(trained, Decoder)
+    def save(where: Path, trained: Any) -> None:
         save_adapter(where, trained, run.lora, base_name=str(checked.folder))
 
-    def training_batches() -> Batches | PackedBatches:
+    def training_batches() -> Batches | PackedBatches | Seq2SeqBatches:
         accumulation = train.gradient_accumulation_steps
-        if not run.data.packing:
+        length = _row_length(run.data, checked.train)
+        if not run.data.packing or length is None:
             grouped = run.data.group_by_length
             return batches(checked.train, group_by_length=grouped, accumulation=accumulation)
-        longest = int(checked.train.lengths.max())
         return PackedBatches(
             checked.train,
             batch_size=train.micro_batch_size,
-            length=run.data.packed_length or -(-longest // 64) * 64,
+            length=length,
             seed=train.seed,
             pad_token_id=checked.pad_token_id,
             accumulation=accumulation,
@@ -176,9 +213,9 @@ def execute(
         model,
         training_batches(),
         train,
-        loss_fn=functools.partial(causal_lm_loss, loss_chunk=run.model.loss_chunk),
         run_folder=folder,
         eval_batches=batches(checked.validation, shuffle=False),
+        loss_fn=loss_for(model, loss_chunk=run.model.loss_chunk),
         identity=identity(run),
         save_adapter=save,
         probes=probes(run.mmlu, tokenizer, context),
@@ -194,6 +231,14 @@ def execute(
     }
     write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _row_length(data: DataConfig, examples: Examples | Pairs) -> int | None:
+    """Tokens of the longest row of a batch, padded or packed; None of an encoder–decoder's."""
+    if isinstance(examples, Pairs):
+        return None
+    longest = -(-int(examples.lengths.max()) // 64) * 64
+    return (data.packed_length or longest) if data.packing else longest
 
 
 def identity(run: RunConfig) -> dict[str, Any]:

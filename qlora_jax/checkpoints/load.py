@@ -12,7 +12,7 @@ exists.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -261,12 +261,16 @@ def _fill(
             bar.update(task, tensor=name)
             path = slot.path
             struct = node_at(model, path).get_value()
-            tensor = jax.tree.map(jnp.asarray, checkpoint.read(name))
             if path not in filled:
                 hosted = stream_weights and bool(slot.stack_index)
                 filled[path] = jax.tree.map(functools.partial(_empty, hosted=hosted), struct)
-            put = _putter(quant, *map(_resting, jax.tree.leaves(filled[path])))
-            filled[path] = put(filled[path], tensor, tuple(map(jnp.int32, slot.stack_index)))
+            # The tensor has no name here: it would outlive its turn and lie beside the next one.
+            filled[path] = put(
+                filled[path],
+                jax.tree.map(jnp.asarray, checkpoint.read(name)),
+                tuple(map(jnp.int32, slot.stack_index)),
+                quant,
+            )
             # Without waiting, the reader runs ahead and tensors pile up in front of the device.
             jax.block_until_ready(filled[path])
             bar.advance(task, sizes[name])
@@ -282,34 +286,26 @@ def _empty(leaf: Any, *, hosted: bool) -> Array:
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
-def _resting(leaf: Array) -> jax.sharding.Sharding | None:
-    return leaf.sharding if leaf.sharding.memory_kind == "pinned_host" else None
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
+    """The stack, which is used up, with one tensor in its place.
 
-
-@functools.cache
-def _putter(quant: QuantConfig | None, *resting: jax.sharding.Sharding | None) -> Callable:
-    """(stack, tensor, index) → the stack with the tensor in its place, updated where it rests.
-
-    A dense tensor is quantized from the file's own numbers, on the device, where its place is in a
-    quantized stack; its codes then go to wherever the stack lies.
+    Args:
+        stack: arrays, or a `QuantizedTensor`, with leading axes for layers (and experts); in
+            device memory, or in pinned host memory, where they are updated in place too.
+        tensor: one of them, from a file: dense, or packed like the stack.
+        index: where, along the leading axes.
+        quant: how a dense tensor is quantized, from the file's own numbers; None where it is not.
     """
-
-    def put(stack: Any, tensor: Any, index: tuple[Array, ...]) -> list[Array]:
-        if isinstance(stack, QuantizedTensor) and quant is not None:
-            tensor = quantize(tensor, quant)
-        filled = []
-        for whole, part in zip(jax.tree.leaves(stack), jax.tree.leaves(tensor), strict=True):
-            # One more axis for each that the stack has: a slice of it.
-            part = part.astype(whole.dtype).reshape((1,) * len(index) + part.shape)
-            part = jax.device_put(part, jax.typeof(whole).memory_space)
-            start = (*index, *[jnp.int32(0)] * (whole.ndim - len(index)))
-            filled.append(jax.lax.dynamic_update_slice(whole, part, start))
-        return filled
-
-    jitted = jax.jit(put, donate_argnums=0, out_shardings=list(resting))
-
-    def place(stack: Any, tensor: Any, index: tuple[Array, ...]) -> Any:
-        # The tree's static part is the stack's: its dtype is what the model computes in.
-        return jax.tree.unflatten(jax.tree.structure(stack), jitted(stack, tensor, index))
-
-    return place
+    if isinstance(stack, QuantizedTensor) and quant is not None:
+        tensor = quantize(tensor, quant)
+    wholes, treedef = jax.tree.flatten(stack)
+    # The tree's static part is the stack's: its dtype is what the model computes in.
+    filled = []
+    for whole, part in zip(wholes, jax.tree.leaves(tensor), strict=True):
+        # One more axis for each that the stack has, and to where the stack rests: a slice of it.
+        part = part.astype(whole.dtype).reshape((1,) * len(index) + part.shape)
+        part = jax.device_put(part, jax.typeof(whole).memory_space)
+        start = (*index, *[jnp.int32(0)] * (whole.ndim - len(index)))
+        filled.append(jax.lax.dynamic_update_slice(whole, part, start))
+    return jax.tree.unflatten(treedef, filled)

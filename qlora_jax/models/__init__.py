@@ -11,6 +11,7 @@ from qlora_jax.models.encoder import EncoderClassifier
 from qlora_jax.models.encoder_config import EncoderConfig, EncoderDecoderConfig
 from qlora_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderCache
 from qlora_jax.models.families import FAMILIES, family_of
+from qlora_jax.models.families.t5 import t5_lora
 from qlora_jax.models.family import Family, Slot
 from qlora_jax.models.loss import (
     LOSS_CHUNK,
@@ -55,5 +56,6 @@ __all__ = [
     "seq2seq_loss",
     "shift_right",
     "streaming",
+    "t5_lora",
     "unfreeze",
 ]
