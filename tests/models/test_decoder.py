@@ -239,5 +239,5 @@ def test_attention_is_chosen_for_the_target():
 
 
 def test_unknown_remat():
-    with pytest.raises(ValueError, match="remat is .some., but one of full, offload"):
+    with pytest.raises(ValueError, match=r"remat is .some., but one of full, offload"):
         decoder(remat="some")
