@@ -1,4 +1,4 @@
-"""What streaming weights costs: bytes over PCIe, arithmetic, and from how many tokens on it is free.
+"""What streaming weights costs: bytes over PCIe, arithmetic, and from how many tokens it is free.
 
 A micro-batch moves every streamed byte twice, whatever its size; its arithmetic grows with its
 tokens. So there is a number of tokens from which the copies hide behind the products:
