@@ -152,8 +152,8 @@ def load_model(
         # checkpoint has is then read over it.
         trained = jax.jit(lambda key: nnx.state(build(key, None), nnx.LoRAParam))
         nnx.update(model, trained(key))
-    packed = None if stored is not None else quant
-    _fill(model, checkpoint, slots, packed, progress, stream_weights)
+    quantized_here = None if stored is not None else quant
+    _fill(model, checkpoint, slots, quantized_here, progress, stream_weights)
     if trainable_base:
         unfreeze(model)
     return model

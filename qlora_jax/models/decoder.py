@@ -218,7 +218,8 @@ class Decoder(nnx.Module):
             cache: of `prefill` or an earlier step. Where it is full already, logits are NaN.
         """
         config, positions = self.config, cache.positions[:, None]
-        graphdef, frozen, rest = nnx.split(self.layers, FrozenParam, ...)
+        graphdef, *states = nnx.split(self.layers, FrozenParam, ...)
+        frozen, rest = states
         turns, local_turns = self._turns(positions, cache.length)
         seen = visible(cache, None)
         near = None if config.sliding_window is None else visible(cache, config.sliding_window)
@@ -295,7 +296,8 @@ class Decoder(nnx.Module):
                 )
             return mixed, None if cache_length is None else (key, value)
 
-        graphdef, frozen, rest = nnx.split(self.layers, FrozenParam, ...)
+        graphdef, *states = nnx.split(self.layers, FrozenParam, ...)
+        frozen, rest = states
         keys = (
             None if dropout_key is None else jax.random.split(dropout_key, config.num_hidden_layers)
         )

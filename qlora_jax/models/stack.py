@@ -96,7 +96,8 @@ def scan_layers(
     Returns:
         What came through, and the outputs stacked.
     """
-    graphdef, frozen, rest = nnx.split(layers, FrozenParam, ...)
+    graphdef, *states = nnx.split(layers, FrozenParam, ...)
+    frozen, rest = states
 
     def step(x: Array, frozen: Any, own: tuple[Any, Any]) -> tuple[Array, Any]:
         rest, given = own

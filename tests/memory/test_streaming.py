@@ -97,7 +97,7 @@ def schedules(compiled) -> list[str]:
     """The loops that fetch weights, in the order they run: < starts a copy, > awaits it, M is a
     product."""
     found = []
-    for body in re.split(r"\n(?=%?\S+ \()", compiled.as_text()):
+    for body in re.split(r"\n(?=%?\S+ \(|ENTRY )", compiled.as_text()):
         names = re.findall(r"^\s+(?:ROOT )?%([\w.-]+) = ", body, re.MULTILINE)
         marks = "".join(
             mark
@@ -109,7 +109,8 @@ def schedules(compiled) -> list[str]:
             )
             if re.match(pattern, name)
         )
-        if marks.count("<") >= 7:
+        # The entry fetches the first layer, before any product.
+        if marks.count("<") >= 7 and not body.startswith("ENTRY"):
             found.append(marks)
     return found
 
