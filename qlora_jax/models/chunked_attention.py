@@ -22,10 +22,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 512
 """Queries, and keys, in a block: 512 · 512 float32 scores, 1 MiB, for each head and row."""
+
+ATTENTION = "attention"
+"""The name (`checkpoint_name`) of what waits for the backward pass: output and log-sum-exp."""
 
 # A score that is hidden. Finite, so that the maximum of a row without keys is a number.
 _HIDDEN = -1e30
@@ -287,6 +291,7 @@ def _forward(
         jnp.zeros((batch, *groups, queries), jnp.float32),
     )
     (*_, out, normaliser), _ = jax.lax.scan(step, start, (i, j, new))
+    out, normaliser = checkpoint_name((out, normaliser), ATTENTION)
     return out, (query, key, value, bias, extras, out, normaliser)
 
 

@@ -25,13 +25,11 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import PyTree
 
+from qlora_jax.models.chunked_attention import ATTENTION
 from qlora_jax.models.streaming import stream_layers
 
 LAYER_INPUT = "layer_input"
 """The name (`jax.ad_checkpoint.checkpoint_name`) of what enters a layer."""
-
-ATTENTION = "attention"
-"""The name of what chunked attention keeps for its backward pass."""
 
 REMAT: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
