@@ -15,6 +15,7 @@ from typing import Any, Literal
 from experiments.embedded import DATASETS, MODELS
 from experiments.tree import Tree, convert
 from qlora_jax.data import INSTRUCT
+from qlora_jax.models import LOSS_CHUNK
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig
@@ -30,14 +31,21 @@ class ModelConfig:
         compute_dtype: of activations and matmuls.
         param_dtype: of the frozen weights that are not quantized: embeddings, head, and with
             `quant: null` all; None for `compute_dtype`.
-        remat: what the backward pass recomputes: "full" (least memory), "dots" or "none" (fastest).
+        remat: what the backward pass recomputes: "full" (least memory on the card but "offload",
+            which keeps layers' inputs on the host), "attention", "dots" or "none" (fastest).
+        stream_weights: the layers' frozen weights rest in host memory and come in layer by layer.
+        attention: "xla", "cudnn" or "chunked"; None for the best that the card and model allow.
+        loss_chunk: tokens whose logits are held at once; None holds all.
     """
 
     source: str = "stdlib-1m"
     revision: str | None = None
     compute_dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     param_dtype: Literal["bfloat16", "float32", "float16"] | None = None
-    remat: Literal["full", "dots", "none"] = "full"
+    remat: Literal["full", "offload", "attention", "dots", "none"] = "full"
+    stream_weights: bool = False
+    attention: Literal["xla", "cudnn", "chunked"] | None = None
+    loss_chunk: int | None = LOSS_CHUNK
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,9 @@ class DataConfig:
         group_by_length: batches of examples of like length.
         buckets: lengths that batches are padded to, each one a program to compile; None: powers of
             two from 64 up to the longest row.
+        packing: put several training examples into each row, apart in attention; then
+            `train.micro_batch_size` counts rows, and `group_by_length` and `buckets` mean nothing.
+        packed_length: tokens of a packed row; None: the longest example, rounded up to 64.
     """
 
     source: str = "describe"
@@ -84,6 +95,8 @@ class DataConfig:
     max_len: int | None = None
     group_by_length: bool = True
     buckets: tuple[int, ...] | None = None
+    packing: bool = False
+    packed_length: int | None = None
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of options")
     parser.add_argument("--model", help="sets model.source")
     parser.add_argument("--data", help="sets data.source")
+    parser.add_argument(
+        "--stream-weights", action="store_true", help="sets model.stream_weights: for small cards"
+    )
     parser.add_argument("--seed", type=int, help="sets train.seed")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="set any option; repeatable"
@@ -85,11 +88,16 @@ def read_run(options: argparse.Namespace) -> RunConfig:
     if file is None and options.model is None and options.data is None:
         file = CONFIGS / "finetune.yaml"
     tree = {} if file is None else read_yaml(file)
-    for section, source in (("model", options.model), ("data", options.data)):
-        if source is not None:
+    flags = {
+        "model": {"source": options.model, "stream_weights": options.stream_weights or None},
+        "data": {"source": options.data},
+    }
+    for section, values in flags.items():
+        over = {name: value for name, value in values.items() if value is not None}
+        if over:
             given = tree.get(section)
             base = {"source": given} if isinstance(given, str) else given or {}
-            tree = {**tree, section: merged(base, {"source": source})}
+            tree = {**tree, section: merged(base, over)}
     for key, value in read_settings(options.set).items():
         tree = with_setting(tree, key, value)
     if options.seed is not None:

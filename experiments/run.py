@@ -29,14 +29,21 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from experiments.config import RunConfig, build_run
+from experiments.config import DataConfig, RunConfig, build_run
 from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
 from experiments.rows import context_length, examples_of, model_config
 from experiments.tree import differences, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
-from qlora_jax.data import Batches, Examples, Pairs, Seq2SeqBatches, load_tokenizer
+from qlora_jax.data import (
+    Batches,
+    Examples,
+    PackedBatches,
+    Pairs,
+    Seq2SeqBatches,
+    load_tokenizer,
+)
 from qlora_jax.evaluate import answer_tokens, loss_for
 from qlora_jax.models import EncoderDecoderConfig, t5_lora
 from qlora_jax.nn import FrozenParam
@@ -68,6 +75,11 @@ def check(run: RunConfig) -> Checked:
     folder = model_folder(run)
     longest = run.data.max_len or context_length(folder)
     train, validation, pad = examples_of(run.data, folder, longest)
+    if run.data.packing and isinstance(train, Pairs):
+        raise ValueError(
+            f"data.packing is set, but {run.model.source} is an encoder–decoder, whose pairs are "
+            "not packed: leave it out."
+        )
     if run.mmlu is not None:
         if isinstance(train, Pairs):
             raise ValueError(
@@ -161,6 +173,10 @@ def execute(
         compute_dtype=dtype,
         param_dtype=param_dtype,
         remat=run.model.remat,
+        stream_weights=run.model.stream_weights,
+        attention=run.model.attention,
+        packed=run.data.packing,
+        longest=_row_length(run.data, checked.train),
         seed=train.seed,
     )
 
@@ -178,17 +194,28 @@ def execute(
     def save(where: Path, trained: Any) -> None:
         save_adapter(where, trained, run.lora, base_name=str(checked.folder))
 
+    def training_batches() -> Batches | PackedBatches | Seq2SeqBatches:
+        accumulation = train.gradient_accumulation_steps
+        length = _row_length(run.data, checked.train)
+        if not run.data.packing or length is None:
+            grouped = run.data.group_by_length
+            return batches(checked.train, group_by_length=grouped, accumulation=accumulation)
+        return PackedBatches(
+            checked.train,
+            batch_size=train.micro_batch_size,
+            length=length,
+            seed=train.seed,
+            pad_token_id=checked.pad_token_id,
+            accumulation=accumulation,
+        )
+
     fit(
         model,
-        batches(
-            checked.train,
-            group_by_length=run.data.group_by_length,
-            accumulation=train.gradient_accumulation_steps,
-        ),
+        training_batches(),
         train,
         run_folder=folder,
         eval_batches=batches(checked.validation, shuffle=False),
-        loss_fn=loss_for(model),
+        loss_fn=loss_for(model, loss_chunk=run.model.loss_chunk),
         identity=identity(run),
         save_adapter=save,
         probes=probes(run.mmlu, tokenizer, context),
@@ -204,6 +231,14 @@ def execute(
     }
     write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _row_length(data: DataConfig, examples: Examples | Pairs) -> int | None:
+    """Tokens of the longest row of a batch, padded or packed; None of an encoder–decoder's."""
+    if isinstance(examples, Pairs):
+        return None
+    longest = -(-int(examples.lengths.max()) // 64) * 64
+    return (data.packed_length or longest) if data.packing else longest
 
 
 def identity(run: RunConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 from rich.console import Console
@@ -28,11 +29,13 @@ from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
 from qlora_jax.checkpoints.open import open_checkpoint
 from qlora_jax.models import (
     AttentionName,
+    Decoder,
     Family,
     Slot,
     attention_for,
     family_of,
     module_names,
+    streaming,
     unfreeze,
 )
 from qlora_jax.nn import LoraConfig, add_lora, start_from_weight
@@ -48,7 +51,10 @@ def load_model(
     param_dtype: Any = None,
     trainable_base: bool = False,
     remat: str = "full",
+    stream_weights: bool = False,
     attention: AttentionName | None = None,
+    packed: bool = False,
+    longest: int | None = None,
     matmul: str | None = None,
     seed: int = 0,
     overrides: Mapping[str, Any] | None = None,
@@ -67,8 +73,13 @@ def load_model(
             float32 for a trainable base.
         trainable_base: trains the dense base weights too (see `models.unfreeze`).
         remat: what the backward pass finds saved, one of `models.REMAT`.
+        stream_weights: puts the layers' frozen weights into pinned host memory, as they are read,
+            and lets them come in layer by layer (`models.streaming`). Decoders only.
         attention: implementation of attention; None asks for cuDNN where this process's default
-            device is a CUDA card and the case allows it.
+            device is a CUDA card and the case allows it, else see `models.attention_for`, which is
+            told:
+        packed: whether rows will hold several sequences (`data.PackedBatches`), and
+        longest: tokens of the longest sequence that will be read.
         matmul: implementation of the 4-bit matmul; None lets the op choose.
         seed: of the adapters' initial A, and of a head that the checkpoint has not.
         overrides: fields of the model's configuration to replace, such as `{"num_labels": 3}`.
@@ -98,13 +109,24 @@ def load_model(
         )
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
-
+    if stream_weights and family.build is not Decoder:
+        raise ValueError(
+            f"stream_weights is set, but {checkpoint.source} is a {family.build.__name__}, and the "
+            "layers of a Decoder alone stream: leave it out."
+        )
+    streamed = {"stream_weights": True} if stream_weights else {}
     if attention is None:
         softcap = getattr(config, "attn_logit_softcapping", None)
         backend = jax.default_backend()
         biased = getattr(config, "score_bias", False)
         attention = attention_for(
-            backend, compute_dtype, config.head_dim, softcap=softcap, bias=biased
+            backend,
+            compute_dtype,
+            config.head_dim,
+            softcap=softcap,
+            bias=biased,
+            packed=packed,
+            longest=longest if family.build is Decoder else None,
         )
 
     def build(key: Key[Array, ""]) -> Any:
@@ -117,10 +139,13 @@ def load_model(
             attention=attention,
             matmul=matmul,
             rngs=nnx.Rngs(params=key),
+            **streamed,
         )
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
+    if stream_weights:
+        streaming.check_host_memory_limit(streaming.host_bytes(model.layers), jax.default_backend())
     slots = _matching(checkpoint, family, model)
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
         # Only what is trained is asked for, so the compiler drops the random base. A head that the
@@ -129,7 +154,8 @@ def load_model(
         nnx.update(model, trained(key))
     starts: dict[str, tuple[Array, Array]] = {}
     prepare = _preparation(lora, quant, starts)
-    _fill(model, checkpoint, slots, None if stored is not None else quant, prepare, progress)
+    quantized_here = None if stored is not None else quant
+    _fill(model, checkpoint, slots, quantized_here, prepare, progress, stream_weights)
     if lora is not None:
         # Adapters come last: some are made from the weights.
         names = module_names(family.weight_names(config))
@@ -236,11 +262,13 @@ def _fill(
     quant: QuantConfig | None,
     prepare: Callable[[str, tuple[str, ...], Any], Any],
     progress: bool,
+    stream_weights: bool,
 ) -> None:
     """Reads every tensor into its place; the abstract Variables become arrays on the device.
 
     `quant` is how dense tensors of the file are quantized; None where they are packed already.
-    `prepare` (see `_preparation`) sees every linear weight first.
+    `prepare` (see `_preparation`) sees every linear weight first. With `stream_weights` the large
+    leaves of stacks become arrays in pinned host memory.
     """
     filled: dict[tuple[str, ...], Any] = {}
     console = Console(stderr=True)
@@ -261,7 +289,8 @@ def _fill(
             path = slot.path
             struct = node_at(model, path).get_value()
             if path not in filled:
-                filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
+                hosted = stream_weights and bool(slot.stack_index)
+                filled[path] = jax.tree.map(functools.partial(_empty, hosted=hosted), struct)
             # The tensor has no name here: it would outlive its turn and lie beside the next one.
             filled[path] = put(
                 filled[path],
@@ -296,12 +325,21 @@ def _preparation(
     return prepare
 
 
+def _empty(leaf: Any, *, hosted: bool) -> Array:
+    """Zeros, in the memory where `streaming` looks for them."""
+    if hosted and streaming.streams(leaf):
+        # Made on the host: zeros from the device would need room for the whole stack there.
+        return streaming.to_host(np.zeros(leaf.shape, leaf.dtype))
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
 def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
     """The stack, which is used up, with one tensor in its place.
 
     Args:
-        stack: arrays, or a `QuantizedTensor`, with leading axes for layers (and experts).
+        stack: arrays, or a `QuantizedTensor`, with leading axes for layers (and experts); in
+            device memory, or in pinned host memory, where they are updated in place too.
         tensor: one of them, from a file: dense, or packed like the stack.
         index: where, along the leading axes.
         quant: how a dense tensor is quantized, from the file's own numbers; None where it is not.
@@ -311,8 +349,11 @@ def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | 
         tensor = quantize(tensor, quant)
     wholes, treedef = jax.tree.flatten(stack)
     # The tree's static part is the stack's: its dtype is what the model computes in.
-    filled = [
-        whole.at[index].set(part.astype(whole.dtype))
-        for whole, part in zip(wholes, jax.tree.leaves(tensor), strict=True)
-    ]
+    filled = []
+    for whole, part in zip(wholes, jax.tree.leaves(tensor), strict=True):
+        # One more axis for each that the stack has, and to where the stack rests: a slice of it.
+        part = part.astype(whole.dtype).reshape((1,) * len(index) + part.shape)
+        part = jax.device_put(part, jax.typeof(whole).memory_space)
+        start = (*index, *[jnp.int32(0)] * (whole.ndim - len(index)))
+        filled.append(jax.lax.dynamic_update_slice(whole, part, start))
     return jax.tree.unflatten(treedef, filled)

@@ -23,6 +23,7 @@ from qlora_jax.data.classification import (
 )
 from qlora_jax.data.examples import IGNORE, Example, Examples, TokenizeReport
 from qlora_jax.data.instruct import INSTRUCT, InstructDataset, InstructRows, load_instruct
+from qlora_jax.data.packing import PackedBatch, PackedBatches
 from qlora_jax.data.segments import Format, Segment
 from qlora_jax.data.seq2seq import Pair, Pairs, Seq2SeqBatch, Seq2SeqBatches, tokenize_pairs
 from qlora_jax.data.sources import load_rows
@@ -62,6 +63,8 @@ __all__ = [
     "InstructRows",
     "InstructionFormat",
     "Labelled",
+    "PackedBatch",
+    "PackedBatches",
     "Pair",
     "PairFormat",
     "Pairs",

@@ -1,5 +1,6 @@
 """The losses of sequence-to-sequence models and classifiers, and which loss a model takes."""
 
+import functools
 from typing import Any
 
 from jaxtyping import Array, Float, Int, Key
@@ -8,6 +9,7 @@ from qlora_jax.evaluate.perplexity import LossFn, causal_lm_loss
 from qlora_jax.models.classification_loss import classification_loss
 from qlora_jax.models.encoder import EncoderClassifier
 from qlora_jax.models.encoder_decoder import EncoderDecoder
+from qlora_jax.models.loss import LOSS_CHUNK
 from qlora_jax.models.seq2seq_loss import seq2seq_loss
 
 
@@ -31,8 +33,15 @@ def classifier_loss(
     return loss.total, loss.examples
 
 
-def loss_for(model: Any) -> LossFn:
-    """What to train a model with: `fit(..., loss_fn=loss_for(model))`."""
+def loss_for(model: Any, *, loss_chunk: int | None = LOSS_CHUNK) -> LossFn:
+    """What to train a model with: `fit(..., loss_fn=loss_for(model))`.
+
+    Args:
+        model: decides which loss.
+        loss_chunk: of a decoder: tokens whose logits are held at once; None holds all.
+    """
     if isinstance(model, EncoderDecoder):
         return seq2seq_lm_loss
-    return classifier_loss if isinstance(model, EncoderClassifier) else causal_lm_loss
+    if isinstance(model, EncoderClassifier):
+        return classifier_loss
+    return functools.partial(causal_lm_loss, loss_chunk=loss_chunk)

@@ -10,7 +10,7 @@ device never waits for the host.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +49,13 @@ def causal_lm_loss(
     `functools.partial(causal_lm_loss, loss_chunk=...)` sets how many tokens' logits are held.
     """
     loss = next_token_loss(
-        model, batch.input_ids, batch.labels, loss_chunk=loss_chunk, dropout_key=dropout_key
+        model,
+        batch.input_ids,
+        batch.labels,
+        positions=getattr(batch, "positions", None),
+        segments=getattr(batch, "segments", None),
+        loss_chunk=loss_chunk,
+        dropout_key=dropout_key,
     )
     return loss.total, loss.tokens
 
@@ -66,15 +72,17 @@ def split_adapters(model: nnx.Module) -> tuple[nnx.GraphDef, PyTree, PyTree]:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, loss_fn: LossFn = causal_lm_loss
+    graphdef: nnx.GraphDef,
+    loss_fn: LossFn = causal_lm_loss,
+    *,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[..., tuple[Float[Array, ""], Int[Array, ""]]]:
     """A jitted (lora, frozen, batch) -> (sum of token losses, token count), without dropout."""
 
-    @jax.jit
     def step(lora: PyTree, frozen: PyTree, batch: Any) -> tuple[Array, Array]:
         return loss_fn(nnx.merge(graphdef, lora, frozen), batch, None)
 
-    return step
+    return jax.jit(step, compiler_options=dict(compiler_options) if compiler_options else None)
 
 
 def evaluate(

@@ -1,5 +1,6 @@
 """Floor 3: which architectures? A decoder, an encoder–decoder, an encoder, and their losses."""
 
+from qlora_jax.models import streaming
 from qlora_jax.models.attention import AttentionName, attend, attention_for
 from qlora_jax.models.cache import Cache
 from qlora_jax.models.chunked_attention import chunked_attention
@@ -64,6 +65,7 @@ __all__ = [
     "resize_token_embeddings",
     "seq2seq_loss",
     "shift_right",
+    "streaming",
     "t5_lora",
     "train_rows_of",
     "train_tokens",

@@ -12,13 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from qlora_jax.models.chunked_attention import chunked_attention
+from qlora_jax.models.chunked_attention import BLOCK, chunked_attention
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.norm import norm_for
 from qlora_jax.models.rope import rotate
 from qlora_jax.nn import QuantDense
 
 AttentionName = Literal["xla", "cudnn", "chunked"]
+
+LONG = 2 * BLOCK
+"""Sequences above this take "chunked" rather than "xla": what they would hold are scores of 4 MiB
+and more a head."""
 
 # Query, key and value of a layer in; their mixture out, and whatever the caller keeps of them.
 Mix = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -208,8 +212,13 @@ def attention_for(
     *,
     softcap: float | None = None,
     bias: bool = False,
+    packed: bool = False,
+    longest: int | None = None,
 ) -> AttentionName:
-    """The attention to ask for: "cudnn" where it is a CUDA target and cuDNN takes the case.
+    """The attention to ask for: the fastest that is linear in memory where that matters.
+
+    "cudnn" on a CUDA target where cuDNN takes the case; else "chunked" for sequences that are long,
+    and "xla", which holds all scores at once and is fastest for short ones.
 
     Args:
         platform: of the *target*, "cpu", "cuda" (or "gpu"), "tpu"; never guessed from this machine,
@@ -218,7 +227,11 @@ def attention_for(
         head_dim: cuDNN takes multiples of 8 up to 128.
         softcap: cuDNN takes none.
         bias: whether scores get one, which cuDNN's backward pass does not take.
+        packed: whether rows hold segments, of which cuDNN would need a mask of all pairs.
+        longest: tokens of the longest sequence; None where it is short or unknown.
     """
     narrow = jnp.dtype(compute_dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    fits = head_dim % 8 == 0 and head_dim <= 128 and softcap is None and not bias
-    return "cudnn" if platform in ("cuda", "gpu") and narrow and fits else "xla"
+    fits = head_dim % 8 == 0 and head_dim <= 128 and softcap is None and not (bias or packed)
+    if platform in ("cuda", "gpu") and narrow and fits:
+        return "cudnn"
+    return "chunked" if longest is not None and longest > LONG else "xla"

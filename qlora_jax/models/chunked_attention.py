@@ -22,10 +22,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 512
 """Queries, and keys, in a block: 512 · 512 float32 scores, 1 MiB, for each head and row."""
+
+ATTENTION = "attention"
+"""The name (`checkpoint_name`) of what waits for the backward pass: output and log-sum-exp."""
 
 # A score that is hidden. Finite, so that the maximum of a row without keys is a number.
 _HIDDEN = -1e30
@@ -109,12 +113,12 @@ def chunked_attention(
         keys=keys,
     )
 
-    def padded(x: Array | None, axis: int, size: int, filler: int = 0) -> Array | None:
+    def padded(x: Any, axis: int, size: int) -> Any:
         if x is None or x.shape[axis] == 1 != size or x.shape[axis] % size == 0:
             return x
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, -x.shape[axis] % size)
-        return jnp.pad(x, widths, constant_values=filler)
+        return jnp.pad(x, widths)
 
     def square(x: Array | None) -> Array | None:
         return padded(padded(x, 2, query_block), 3, key_block)
@@ -201,7 +205,7 @@ def _scores(
     j: Array,
 ) -> tuple[Float[Array, "b n g q k"], Array | None, Array | None]:
     """A pair's scores; where they are allowed; the soft cap's slope. None: everywhere, 1."""
-    groups = query.shape[2:4]
+    groups = (query.shape[2], query.shape[3])
     scores = _product("bqngd,bknd->bngqk", query, key) * options.scale
     slope = None
     if options.softcap is not None:
@@ -287,6 +291,7 @@ def _forward(
         jnp.zeros((batch, *groups, queries), jnp.float32),
     )
     (*_, out, normaliser), _ = jax.lax.scan(step, start, (i, j, new))
+    out, normaliser = checkpoint_name((out, normaliser), ATTENTION)
     return out, (query, key, value, bias, extras, out, normaliser)
 
 
@@ -326,14 +331,15 @@ def _backward(options: _Options, residuals: tuple, gradient: Array) -> tuple:
             to_bias,
         ), None
 
-    start = (
+    start: tuple[Any, ...] = (
         jnp.zeros((batch, options.query_block, *query.shape[2:]), jnp.float32),
         jnp.zeros_like(query),
         jnp.zeros(key.shape, jnp.float32),
         jnp.zeros(value.shape, jnp.float32),
         None if bias is None else jnp.zeros(bias.shape, jnp.float32),
     )
-    (_, to_query, to_key, to_value, to_bias), _ = jax.lax.scan(step, start, (i, j, new))
+    done, _ = jax.lax.scan(step, start, (i, j, new))
+    _, to_query, to_key, to_value, to_bias = done
     return (
         to_query,
         to_key.astype(key.dtype),

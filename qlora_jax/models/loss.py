@@ -201,6 +201,7 @@ def next_token_loss(
     attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"] | None = None,
     positions: Int[Array, "batch seq"] | None = None,
     *,
+    segments: Int[Array, "batch seq"] | None = None,
     loss_chunk: int | None = LOSS_CHUNK,
     dropout_key: Key[Array, ""] | None = None,
 ) -> TokenLoss:
@@ -210,10 +211,13 @@ def next_token_loss(
         model: the decoder.
         input_ids: int32 token ids.
         labels: aligned with `input_ids`, not shifted; -100 where nothing is judged.
-        attention_mask, positions, dropout_key: as in `Decoder.hidden`.
+        attention_mask, positions, segments, dropout_key: as in `Decoder.hidden`. Of packed
+            sequences the labels of each one's first token should be -100.
         loss_chunk: tokens whose logits are held at once (`chunked_cross_entropy`); None holds all.
     """
-    hidden = model.hidden(input_ids, attention_mask, positions, dropout_key=dropout_key)
+    hidden = model.hidden(
+        input_ids, attention_mask, positions, segments=segments, dropout_key=dropout_key
+    )
     targets = next_tokens(labels)
     if loss_chunk is None:
         total = cross_entropy(model.head(hidden), targets).sum()

@@ -25,13 +25,11 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import PyTree
 
+from qlora_jax.models.chunked_attention import ATTENTION
 from qlora_jax.models.streaming import stream_layers
 
 LAYER_INPUT = "layer_input"
 """The name (`jax.ad_checkpoint.checkpoint_name`) of what enters a layer."""
-
-ATTENTION = "attention"
-"""The name of what chunked attention keeps for its backward pass."""
 
 REMAT: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -67,12 +65,12 @@ def check_remat(remat: str, *, stream_weights: bool = False) -> None:
 
 def run_layers(
     step: Step, x: PyTree, frozen: PyTree, own: PyTree, *, remat: str, stream_weights: bool = False
-) -> tuple[PyTree, Any]:
+) -> tuple[Any, Any]:
     """Runs stacked layers, one after another.
 
     Args:
         step: one layer.
-        x: what goes through; an array where weights stream.
+        x: what goes through, an array or several.
         frozen: weights that take no gradient; every leaf carries the layers' axis.
         own: adapters, dropout keys, flags: anything else with that axis.
         remat: a key of `REMAT`.
@@ -89,7 +87,7 @@ def run_layers(
     if stream_weights:
         return stream_layers(step, x, frozen, own, offload=remat == "offload")
 
-    def named(x: PyTree, layer: tuple[Any, Any]) -> tuple[PyTree, Any]:
+    def named(x: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
         return step(checkpoint_name(x, LAYER_INPUT), *layer)
 
     policy = REMAT[remat]

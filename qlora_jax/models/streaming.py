@@ -65,9 +65,13 @@ def compiler_options(platform: str) -> dict[str, Any]:
     }
 
 
-def to_host(stack: Any) -> Any:
-    """An array in pinned host memory, on the devices it is on."""
-    return jax.device_put(stack, stack.sharding.with_memory_kind("pinned_host"))
+def to_host(x: Any) -> Array:
+    """An array in pinned host memory: its own devices', or for NumPy's the default one's."""
+    if isinstance(x, jax.Array):
+        sharding = x.sharding
+    else:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.device_put(x, sharding.with_memory_kind("pinned_host"))
 
 
 def move_to_host(layers: nnx.Module) -> None:
@@ -110,7 +114,7 @@ def check_host_memory_limit(needed: int, platform: str) -> None:
 class _Loop(NamedTuple):
     """What is fixed when the loop is traced."""
 
-    step: Callable[..., tuple[Array, Any]]
+    step: Callable[..., tuple[Any, Any]]
     treedef: Any
     """Of (frozen, own)."""
     moves: tuple[bool, ...]
@@ -126,19 +130,19 @@ class _Loop(NamedTuple):
 
 
 def stream_layers(
-    step: Callable[[Array, Any, Any], tuple[Array, Any]],
-    x: Array,
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    x: PyTree,
     frozen: PyTree,
     own: PyTree,
     *,
     offload: bool = False,
-) -> tuple[Array, Any]:
+) -> tuple[Any, Any]:
     """`jax.lax.scan(step, x, (frozen, own))` with the large leaves of `frozen` on the host.
 
     Args:
         step: (x, a layer's frozen weights, what else is its own) -> (x, output). It may close over
             arrays; gradients reach those that are differentiated.
-        x: what goes through the layers.
+        x: what goes through the layers, an array or several.
         frozen: every leaf carries the layers' axis; those that `streams` takes lie in host memory
             or are put there. No gradient is taken of any of those.
         own: everything else with that axis, differentiated where asked.
@@ -151,12 +155,13 @@ def stream_layers(
     count = len(jax.tree.leaves(frozen))
     moves = tuple(index < count and streams(leaf) for index, leaf in enumerate(leaves))
 
-    def one(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    def shape(leaf: Any, axes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype)
 
-    layer = jax.tree.unflatten(treedef, [one(leaf) for leaf in leaves])
     closed, closure = jax.closure_convert(
-        lambda x, layer: step(x, *layer), jax.ShapeDtypeStruct(x.shape, x.dtype), layer
+        lambda x, layer: step(x, *layer),
+        jax.tree.map(lambda leaf: shape(leaf, 0), x),
+        jax.tree.unflatten(treedef, [shape(leaf, 1) for leaf in leaves]),
     )
     loop = _Loop(closed, treedef, moves, leaves[0].shape[0], offload)
     moving = [leaf for leaf, moved in zip(leaves, moves, strict=True) if moved]
@@ -166,8 +171,8 @@ def stream_layers(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _stream(
-    loop: _Loop, x: Array, moving: list[Array], staying: list[Array], closure: list[Array]
-) -> tuple[Array, Any]:
+    loop: _Loop, x: PyTree, moving: list[Array], staying: list[Array], closure: list[Array]
+) -> tuple[Any, Any]:
     y, _, _, outputs = _run(loop, x, moving, staying, closure, keep=False)
     return y, outputs
 
@@ -186,17 +191,17 @@ def _on_host(stacks: list[Array]) -> list[Array]:
 
 def _run(
     loop: _Loop,
-    x: Array,
+    x: PyTree,
     moving: list[Array],
     staying: list[Array],
     closure: list[Array],
     *,
     keep: bool,
-) -> tuple[Array, list[Array], Array | None, Any]:
+) -> tuple[Any, list[Array], Any, Any]:
     """What came through, the last layer's weights, every layer's input, every layer's output."""
     moving = _on_host(moving)
 
-    def step(carry: tuple[Array, list[Array]], layer: tuple[Array, list[Array]]) -> tuple[Any, Any]:
+    def step(carry: tuple[Any, list[Array]], layer: tuple[Array, list[Array]]) -> tuple[Any, Any]:
         x, here = carry
         index, stays = layer
         # The last layer is fetched once more, for want of a next one.
@@ -218,19 +223,26 @@ class _Indices(tuple[int, ...]):
     """Which leaves are differentiated: not an array, though it travels with residuals."""
 
 
-def _differentiated(arguments: list[Any]) -> tuple[_Indices, list[Array]]:
+def _values(arguments: PyTree) -> PyTree:
     """With `symbolic_zeros` every argument comes with a flag: is it differentiated at all?"""
-    flagged = _Indices(i for i, each in enumerate(arguments) if each.perturbed)
-    return flagged, [each.value for each in arguments]
+    return jax.tree.map(
+        lambda leaf: leaf.value, arguments, is_leaf=lambda leaf: hasattr(leaf, "perturbed")
+    )
+
+
+def _differentiated(arguments: list[Any]) -> tuple[_Indices, list[Array]]:
+    """Which of them are, and their values."""
+    indices = _Indices(i for i, each in enumerate(arguments) if each.perturbed)
+    return indices, _values(arguments)
 
 
 def _forward(
     loop: _Loop, x: Any, moving: list[Any], staying: list[Any], closure: list[Any]
-) -> tuple[tuple[Array, Any], tuple]:
-    _, stacks = _differentiated(moving)
+) -> tuple[tuple[Any, Any], tuple]:
+    stacks = _values(moving)
     trained, stays = _differentiated(staying)
     outside, around = _differentiated(closure)
-    y, last, kept, outputs = _run(loop, x.value, stacks, stays, around, keep=True)
+    y, last, kept, outputs = _run(loop, _values(x), stacks, stays, around, keep=True)
     return (y, outputs), (stacks, stays, around, trained, outside, last, kept)
 
 
@@ -246,18 +258,20 @@ def _spread(indices: _Indices, values: Iterator[Array], count: int) -> list[Arra
     return [next(values) if index in indices else None for index in range(count)]
 
 
-def _backward(loop: _Loop, residuals: tuple, gradients: tuple[Array, Any]) -> tuple:
+def _backward(loop: _Loop, residuals: tuple, gradients: tuple[Any, Any]) -> tuple:
     moving, staying, closure, trained, outside, last, kept = residuals
-    stacks = _on_host([*moving, kept] if loop.offload else moving)
+    inputs, structure = jax.tree.flatten(kept)
+    stacks = _on_host([*moving, *inputs] if loop.offload else moving)
     to_y, to_outputs = gradients
 
     def step(carry: tuple[Any, ...], layer: tuple[Any, ...]) -> tuple[Any, list[Array]]:
         to_y, here, sums = carry
         index, stays, kept, to_output = layer
         following = _fetch(stacks, jnp.maximum(index - 1, 0))
-        *weights, x = here if loop.offload else [*here, kept]
+        here = here if loop.offload else [*here, *kept]
+        weights, x = here[: len(moving)], jax.tree.unflatten(structure, here[len(moving) :])
 
-        def again(x: Array, mine: list[Array], around: list[Array]) -> tuple[Array, Any]:
+        def again(x: Any, mine: list[Array], around: list[Array]) -> tuple[Any, Any]:
             own = loop.layer(weights, _replaced(stays, trained, mine))
             return loop.step(x, own, *_replaced(closure, outside, around))
 
@@ -273,7 +287,7 @@ def _backward(loop: _Loop, residuals: tuple, gradients: tuple[Array, Any]) -> tu
     layers = (
         jnp.arange(loop.depth, dtype=jnp.int32),
         staying,
-        None if loop.offload else kept,
+        None if loop.offload else inputs,
         to_outputs,
     )
     (to_x, _, sums), to_mine = jax.lax.scan(step, (to_y, here, zeros), layers, reverse=True)

@@ -33,6 +33,7 @@ from qlora_jax.evaluate import (
     make_eval_step,
     split_adapters,
 )
+from qlora_jax.models import streaming
 from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.config import TrainConfig
@@ -178,10 +179,17 @@ class _Run:
         self.resumed = checkpoints.latest_step() is not None
         if self.resumed:
             self.state = checkpoints.restore(self.state)
+        streams = getattr(model, "stream_weights", False)
+        options = streaming.compiler_options(jax.default_backend()) if streams else None
         self.train_step = make_train_step(
-            graphdef, tx, loss_fn, learning_rate=config.learning_rates(), state=self.state
+            graphdef,
+            tx,
+            loss_fn,
+            learning_rate=config.learning_rates(),
+            state=self.state,
+            compiler_options=options,
         )
-        self.eval_step = make_eval_step(graphdef, loss_fn)
+        self.eval_step = make_eval_step(graphdef, loss_fn, compiler_options=options)
         self.graphdef, self.probes = graphdef, probes
         self.clock = _Clock()
         self.compiled: set[Any] = set()

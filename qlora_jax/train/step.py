@@ -12,7 +12,7 @@ Three choices make it a QLoRA step:
 - Randomness is a function of (seed, step, micro-batch), so a resumed run drops the same units.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -95,6 +95,7 @@ def make_train_step(
     *,
     learning_rate: optax.Schedule | float = 0.0,
     state: TrainState | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, StepMetrics]]:
     """A jitted training step.
 
@@ -105,6 +106,7 @@ def make_train_step(
       learning_rate: of the optimizer, for the metrics alone.
       state: a concrete initial state; where its arrays lie in pinned host memory (`paged`), the
         step returns them there. None leaves the memory to the compiler (for planning).
+      compiler_options: XLA's, for this program alone, such as `models.streaming.compiler_options`.
 
     Returns:
       (state, frozen, batch) -> (state, metrics). The state is donated: its arrays are used up.
@@ -156,6 +158,6 @@ def make_train_step(
         lora = optax.apply_updates(state.lora, updates)
         return TrainState(state.step + 1, lora, opt_state, state.rng), metrics
 
-    if state is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(resting_shardings(state), None))
+    rest = None if state is None else (resting_shardings(state), None)
+    options = dict(compiler_options) if compiler_options else None
+    return jax.jit(step, donate_argnums=0, out_shardings=rest, compiler_options=options)

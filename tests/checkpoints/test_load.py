@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import WeightFolder, load_model, save_model
-from qlora_jax.models import Decoder
+from qlora_jax.models import Decoder, streaming
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
 from tests.checkpoints.tiny import CONFIG, IDS, change_config, change_tensors, write_model
@@ -187,3 +187,16 @@ def test_what_no_folder_can_hold_is_not_saved(original, tmp_path):
         save_model(tmp_path, adapted)
     assert not list(tmp_path.iterdir())
     assert load_model(folder, quant=None)(IDS).shape == (2, 4, 24)
+
+
+def test_weights_that_stream_are_read_straight_into_host_memory(original, monkeypatch):
+    monkeypatch.setattr(streaming, "MIN_STREAM_BYTES", 256)
+    folder, _ = original
+    options = {"quant": QuantConfig(), "lora": None, "compute_dtype": jnp.float32}
+    resident = load_model(folder, **options)
+    streamed = load_model(folder, **options, stream_weights=True)
+    assert streamed.stream_weights
+    same(streamed, resident)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(nnx.state(streamed.layers))}
+    assert "pinned_host" in kinds
+    np.testing.assert_array_equal(jax.jit(streamed)(IDS), jax.jit(resident)(IDS))

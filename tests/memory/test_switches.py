@@ -7,6 +7,7 @@ import pytest
 from pallas_kernels.cards import CARDS
 from pallas_kernels.compile_for import PLUGIN_HINT, compile_for, gpu_compiler_available
 from qlora_jax.models import chunked_attention, chunked_cross_entropy, cross_entropy
+from qlora_jax.models.remat import run_layers
 
 pytestmark = pytest.mark.skipif(
     not gpu_compiler_available(), reason=f"no GPU compiler here. {PLUGIN_HINT}"
@@ -53,3 +54,26 @@ def test_chunked_attention_is_linear_in_the_sequence():
     # Llama 3 8B's heads at 32k tokens: the scores alone would be 64 GiB in bfloat16.
     assert short < long <= 4 * short
     assert long < 2**30
+
+
+def test_offloaded_layer_inputs_land_in_host_memory():
+    layers, tokens, embed = 8, 2048, 1024
+
+    def temporaries(remat):
+        def total(x, weights):
+            def step(x, frozen, weight):
+                return x + jnp.tanh(x @ weight) @ weight.T, None
+
+            y, _ = run_layers(step, x, (), weights, remat=remat)
+            return jnp.sum(y.astype(jnp.float32) ** 2)
+
+        x = jax.ShapeDtypeStruct((1, tokens, embed), jnp.bfloat16)
+        weights = jax.ShapeDtypeStruct((layers, embed, embed), jnp.bfloat16)
+        memory = compile_for(CARDS["l40"], jax.grad(total, 1), x, weights).memory_analysis()
+        return memory.temp_size_in_bytes, memory.host_temp_size_in_bytes
+
+    kept = layers * tokens * embed * 2
+    (device, host), (freed, offloaded) = temporaries("full"), temporaries("offload")
+    assert (host, offloaded) == (0, kept)
+    # All inputs but the two that are on their way.
+    assert device - freed >= kept - 2 * kept // layers

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.models import chunked_attention
+from qlora_jax.models import REMAT, chunked_attention
 
 
 def allowed_pairs(queries, keys, options):
@@ -174,3 +174,14 @@ def test_nonsense_is_refused(shapes, options, message):
     query, key = (jnp.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         chunked_attention(query, key, key, **options)
+
+
+@pytest.mark.parametrize(("remat", "loops"), [("full", 3), ("attention", 2)])
+def test_remat_may_keep_what_the_backward_pass_reads(remat, loops):
+    def attend(x):
+        return jnp.sum(chunked_attention(x, x, x, causal=True, block=8) ** 2)
+
+    step = jax.checkpoint(attend, policy=REMAT[remat])
+    text = str(jax.make_jaxpr(jax.grad(step))(jnp.zeros((1, 16, 1, 8))))
+    # Forward, backward, and forward again where its results were not kept.
+    assert text.count("scan[") == loops
