@@ -41,7 +41,9 @@ def measure(work: Workload, *, steps: int = 4) -> Measured:
     lora, frozen = random_weights(lora), random_weights(frozen)
     tx = work.train.optimizer()
     state = init_state(lora, tx, seed=0)
-    step = make_train_step(graphdef, tx, causal_lm_loss, state=state)
+    step = make_train_step(
+        graphdef, tx, causal_lm_loss, host_gradients=work.train.host_gradients, state=state
+    )
     batch = jax.device_put(random_batch(work))
     losses, times = [], []
     for _ in range(steps + 2):

@@ -157,7 +157,12 @@ def _components(work: Workload, step: Step, found: ProgramBytes) -> Components:
     adapters = tree_bytes(step.lora)
     gradients = adapters
     if work.train.gradient_accumulation_steps > 1:
-        gradients += sum(4 * leaf.size for leaf in jax.tree.leaves(step.lora))
+        host_from = work.train.host_gradients
+        gradients += sum(
+            4 * leaf.size
+            for leaf in jax.tree.leaves(step.lora)
+            if host_from is None or leaf.size < host_from
+        )
     base = tree_bytes(step.frozen) - embeddings
     temporaries = found.device - base - embeddings - adapters - gradients - step.saved
     optimizer = tree_bytes(step.opt_state) - found.host_arguments

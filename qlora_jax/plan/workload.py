@@ -100,7 +100,9 @@ def training_step(work: Workload) -> Step:
     graphdef, lora, frozen = split_adapters(model_shapes(work))
     tx = work.train.optimizer()
     state = jax.eval_shape(lambda lora: init_state(lora, tx, seed=0), lora)
-    step = make_train_step(graphdef, tx, causal_lm_loss)
+    step = make_train_step(
+        graphdef, tx, causal_lm_loss, host_gradients=work.train.host_gradients
+    )
     shape = (work.train.gradient_accumulation_steps, work.train.micro_batch_size, work.sequence)
     batch = Batch(
         jax.ShapeDtypeStruct(shape, jnp.int32),

@@ -179,7 +179,12 @@ class _Run:
         if self.resumed:
             self.state = checkpoints.restore(self.state)
         self.train_step = make_train_step(
-            graphdef, tx, loss_fn, learning_rate=config.learning_rates(), state=self.state
+            graphdef,
+            tx,
+            loss_fn,
+            learning_rate=config.learning_rates(),
+            host_gradients=config.host_gradients,
+            state=self.state,
         )
         self.eval_step = make_eval_step(graphdef, loss_fn)
         self.graphdef, self.probes = graphdef, probes
