@@ -16,7 +16,7 @@ import jax
 from pallas_kernels.cards import Card, find_card
 from qlora_jax.models import AttentionName, DecoderConfig, attention_for
 from qlora_jax.plan.compiled import ProgramBytes, cudnn_available, program_bytes
-from qlora_jax.plan.workload import Step, Workload, training_step, tree_bytes
+from qlora_jax.plan.workload import Step, Workload, paged_bytes, training_step, tree_bytes
 
 USABLE = 0.95
 """Part of a card's memory that a program can have: what XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives
@@ -163,9 +163,11 @@ def _components(work: Workload, step: Step, found: ProgramBytes) -> Components:
             for leaf in jax.tree.leaves(step.lora)
             if host_from is None or leaf.size < host_from
         )
-    base = tree_bytes(step.frozen) - embeddings
+    # On the host lie paged optimizer state and, where weights stream, the layers' weights.
+    moments = paged_bytes(work, step.opt_state)
+    base = tree_bytes(step.frozen) - embeddings - (found.host_arguments - moments)
     temporaries = found.device - base - embeddings - adapters - gradients - step.saved
-    optimizer = tree_bytes(step.opt_state) - found.host_arguments
+    optimizer = tree_bytes(step.opt_state) - moments
     return Components(
         base=base,
         embeddings=embeddings,

@@ -43,7 +43,5 @@ def plot(reports: list[Report], file: str | Path) -> None:
     axes.set_ylabel("GiB on the device (line: usable)")
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles[::-1], labels[::-1], fontsize=8, frameon=False, loc="outside right upper"
-    )
+    figure.legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, loc="outside right upper")
     figure.savefig(file, dpi=110)

@@ -7,6 +7,7 @@ figure for its own system at batch 1 × 512: 6.9, 11.3, 24.7 and 45.0 GB for 7B,
 import jax.numpy as jnp
 import pytest
 
+from qlora_jax.plan.compiled import cudnn_available
 from tests.memory.goals import GIB, needs_compiler, planned
 
 pytestmark = needs_compiler
@@ -56,3 +57,23 @@ def test_65b_at_16_by_accumulation_is_within_a_gib():
     )
     assert many.device.total <= once.device.total + GIB
     assert many.device.total <= 37 * GIB
+
+
+@pytest.mark.slow
+def test_65b_streams_through_a_card_of_24_gb():
+    made = planned("llama-65b", "rtx-4090", lora_dtype=jnp.bfloat16, stream_weights=True)
+    assert made.device.total <= 10 * GIB
+    assert made.host >= 31 * GIB
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cudnn_available(), reason="needs cuDNN: pip install nvidia-cudnn-cu13")
+def test_llama_3_8b_at_32k_tokens_fits_24_gb():
+    assert planned("llama-3-8b", "rtx-4090", sequence=32768).fits
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cudnn_available(), reason="needs cuDNN: pip install nvidia-cudnn-cu13")
+def test_llama_3_70b_at_8k_tokens_fits_48_gb():
+    made = planned("llama-3-70b", "l40", lora_dtype=jnp.bfloat16, sequence=8192, remat="offload")
+    assert made.fits
