@@ -8,13 +8,11 @@ and the rest, which is what a layer needs while it runs. The split always adds u
 """
 
 import dataclasses
-from pathlib import Path
-from typing import Any
 
 import jax
 
 from pallas_kernels.cards import Card, find_card
-from qlora_jax.models import AttentionName, DecoderConfig, attention_for
+from qlora_jax.models import attention_for
 from qlora_jax.plan.compiled import ProgramBytes, cudnn_available, program_bytes
 from qlora_jax.plan.workload import Step, Workload, paged_bytes, training_step, tree_bytes
 

@@ -45,7 +45,7 @@ class Workload:
 
     config: DecoderConfig
     sequence: int = 512
-    train: TrainConfig = TrainConfig(micro_batch_size=1)
+    train: TrainConfig = dataclasses.field(default_factory=lambda: TrainConfig(micro_batch_size=1))
     lora: LoraConfig = LoraConfig()
     quant: QuantConfig | None = QuantConfig()
     compute_dtype: str = "bfloat16"
