@@ -8,7 +8,7 @@ tensor into the model while it loads.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -111,11 +111,8 @@ def training_step(work: Workload) -> Step:
     state = jax.eval_shape(lambda lora: init_state(lora, tx, seed=0), lora)
     step = make_train_step(graphdef, tx, causal_lm_loss, host_gradients=work.train.host_gradients)
     shape = (work.train.gradient_accumulation_steps, work.train.micro_batch_size, work.sequence)
-    batch = Batch(
-        jax.ShapeDtypeStruct(shape, jnp.int32),
-        jax.ShapeDtypeStruct(shape, jnp.int32),
-        jax.ShapeDtypeStruct(shape, jnp.bool_),
-    )
+    dtypes: tuple[Any, ...] = (jnp.int32, jnp.int32, jnp.bool_)
+    batch = Batch(*(cast(Any, jax.ShapeDtypeStruct(shape, dtype)) for dtype in dtypes))
     micro = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
     saved = _saved_bytes(graphdef, lora, frozen, micro)
     program = Program(step, (state, frozen, batch))
