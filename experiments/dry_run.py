@@ -15,7 +15,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -131,19 +130,19 @@ def _lengths(run: RunConfig, folder: Path | None) -> tuple[int | None, float | N
 def _compiled(
     run: RunConfig, config: DecoderConfig, length: int, card: Card
 ) -> tuple[int | None, int | None]:
-    from qlora_jax.plan import plan_training  # type: ignore[import-not-found]
+    from qlora_jax.plan import Workload, plan
 
-    found: Any = plan_training(
+    work = Workload(
         config,
-        card,
-        quant=run.quant,
-        lora=run.lora,
-        train=run.train,
-        batch=run.train.micro_batch_size,
         sequence=length,
+        train=run.train,
+        lora=run.lora,
+        quant=run.quant,
+        compute_dtype=run.model.compute_dtype,
         remat=run.model.remat,
     )
-    return found.device_bytes, found.host_bytes
+    found = plan(work, card)
+    return found.device.total, found.host
 
 
 def check_compiler() -> None:

@@ -33,6 +33,7 @@ from experiments.config import DataConfig, RunConfig, build_run
 from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
+from experiments.room import check_room
 from experiments.rows import context_length, examples_of, model_config
 from experiments.tree import differences, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
@@ -161,6 +162,8 @@ def execute(
     """
     began = time.perf_counter()
     checked = check(run)
+    if isinstance(checked.train, Examples):
+        check_room(run, checked.folder, int(checked.train.lengths.max()))
     train = run.train
     # Read by the examination alone, which `check` refused where there is no limit.
     context = context_length(checked.folder) or 0

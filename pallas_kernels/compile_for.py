@@ -127,13 +127,14 @@ def with_memory_kinds(
         "arg_attrs": [flat_arguments[index] for index in kept],
         "res_attrs": jax.tree.leaves(jax.tree.broadcast(results, lowered.out_info)),
     }
-    module = lowered.compiler_ir("stablehlo")
+    module: Any = lowered.compiler_ir("stablehlo")
     (main,) = [op for op in module.body.operations if str(op.attributes["sym_name"]) == '"main"']
     with module.context:
         for name, wanted in kinds.items():
             marked = []
             for kind, old in zip(wanted, main.attributes[name], strict=True):
-                attributes = {item.name: item.attr for item in ir.DictAttr(old)}
+                entries: Any = ir.DictAttr(old)
+                attributes = {item.name: item.attr for item in entries}
                 attributes["mhlo.memory_kind"] = ir.StringAttr.get(kind)
                 marked.append(ir.DictAttr.get(attributes))
             main.attributes[name] = ir.ArrayAttr.get(marked)

@@ -43,6 +43,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--no-paged", action="store_true", help="Adam's moments on the device")
     parser.add_argument("--no-clip", action="store_true", help="no clipping by the global norm")
     parser.add_argument("--remat", default="full", choices=sorted(REMAT))
+    parser.add_argument(
+        "--stream-weights", action="store_true", help="layers' weights on the host, one at a time"
+    )
+    parser.add_argument(
+        "--gradients-on-host", action="store_true", help="sums of accumulation on the host"
+    )
     parser.add_argument("--attention", default=None, help="xla, cudnn, chunked (the card's best)")
     parser.add_argument("--matmul", default=None, help="xla, triton, mosaic_gpu (by dispatch)")
     parser.add_argument("--decode-batch", type=int, default=1, help="texts decoded at once (1)")
@@ -107,6 +113,7 @@ def _workload(model: str, args: argparse.Namespace) -> Workload:
             micro_batch_size=args.batch,
             gradient_accumulation_steps=args.accumulation,
             paged=not args.no_paged,
+            gradients_on_host=args.gradients_on_host,
             max_grad_norm=None if args.no_clip else 0.3,
         ),
         lora=LoraConfig(
@@ -114,6 +121,7 @@ def _workload(model: str, args: argparse.Namespace) -> Workload:
         ),
         quant=quant,
         remat=args.remat,
+        stream_weights=args.stream_weights,
         attention=args.attention,
         matmul=args.matmul,
     )

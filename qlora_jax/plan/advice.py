@@ -6,7 +6,7 @@ again. What is printed was therefore verified by the compiler, not guessed.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -65,7 +65,7 @@ _WORTH = 0.002
 """Part of the total below which a switch is not worth naming."""
 
 
-def _train(work: Workload, **changes: object) -> Workload:
+def _train(work: Workload, **changes: Any) -> Workload:
     return dataclasses.replace(work, train=dataclasses.replace(work.train, **changes))
 
 
@@ -105,6 +105,20 @@ def _narrow_adapters(work: Workload) -> Workload | None:
     return dataclasses.replace(work, lora=dataclasses.replace(work.lora, dtype=jnp.bfloat16))
 
 
+def _host_sums(work: Workload) -> Workload | None:
+    if work.train.gradients_on_host or work.train.gradient_accumulation_steps == 1:
+        return None
+    return _train(work, gradients_on_host=True)
+
+
+def _offloaded(work: Workload) -> Workload | None:
+    return dataclasses.replace(work, remat="offload") if work.remat == "full" else None
+
+
+def _streamed(work: Workload) -> Workload | None:
+    return None if work.stream_weights else dataclasses.replace(work, stream_weights=True)
+
+
 SWITCHES = (
     Switch("attention: cudnn or chunked", "none", _linear_attention),
     Switch(
@@ -123,6 +137,17 @@ SWITCHES = (
         "the same update; weights are decoded once per example",
         _accumulated,
     ),
+    Switch(
+        "gradients_on_host: true",
+        "gradient sums cross PCIe twice per micro-batch",
+        _host_sums,
+    ),
     Switch("LoRA dtype: bfloat16", "adapters rounded to 8 bits of precision", _narrow_adapters),
+    Switch("remat: offload", "each layer's input crosses PCIe twice per micro-batch", _offloaded),
+    Switch(
+        "stream_weights: true",
+        "the base crosses PCIe twice per micro-batch: slow below some thousand tokens",
+        _streamed,
+    ),
 )
 """Cheapest first."""

@@ -20,7 +20,7 @@ import jax
 import jaxlib
 
 from pallas_kernels.cards import Card
-from pallas_kernels.compile_for import lower_for
+from pallas_kernels.compile_for import lower_for, with_memory_kinds
 from qlora_jax.plan.workload import Program
 
 CACHE_VARIABLE = "QLORA_JAX_CACHE"
@@ -70,12 +70,16 @@ def program_bytes(program: Program, card: Card | None) -> ProgramBytes:
         target = f"{jax.default_backend()} {jax.devices()[0].device_kind}"
     else:
         lowered = lower_for(card, program.fn, *program.args)
+        if program.kinds is not None:
+            lowered = with_memory_kinds(lowered, *program.kinds)
         target = card.target_config()
-    file = cache_folder() / f"{_hash(lowered.as_text(), target, *_versions())}.json"
+    options = dict(program.options) if card is not None else {}
+    key = _hash(lowered.as_text(), target, repr(options), *_versions())
+    file = cache_folder() / f"{key}.json"
     known = _read(file)
     if known is not None:
         return known
-    memory = lowered.compile().memory_analysis()
+    memory = lowered.compile(compiler_options=options).memory_analysis()
     found = ProgramBytes(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,

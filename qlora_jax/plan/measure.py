@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from qlora_jax.data.batches import Batch
 from qlora_jax.evaluate import causal_lm_loss, split_adapters
+from qlora_jax.models.streaming import streams, to_host
 from qlora_jax.plan.workload import Workload, model_shapes
 from qlora_jax.train import init_state, make_train_step
 
@@ -39,9 +40,13 @@ def measure(work: Workload, *, steps: int = 4) -> Measured:
     """
     graphdef, lora, frozen = split_adapters(model_shapes(work))
     lora, frozen = random_weights(lora), random_weights(frozen)
+    if work.stream_weights:
+        frozen = jax.tree_util.tree_map_with_path(_on_host, frozen)
     tx = work.train.optimizer()
     state = init_state(lora, tx, seed=0)
-    step = make_train_step(graphdef, tx, causal_lm_loss, state=state)
+    step = make_train_step(
+        graphdef, tx, causal_lm_loss, host_gradients=work.train.host_gradients, state=state
+    )
     batch = jax.device_put(random_batch(work))
     losses, times = [], []
     for _ in range(steps + 2):
@@ -61,6 +66,11 @@ def measure(work: Workload, *, steps: int = 4) -> Measured:
         first_loss=losses[0],
         last_loss=losses[-1],
     )
+
+
+def _on_host(path: tuple, leaf: jax.Array) -> jax.Array:
+    streamed = "'layers'" in jax.tree_util.keystr(path) and streams(leaf)
+    return to_host(leaf) if streamed else leaf
 
 
 def random_weights(tree: PyTree) -> PyTree:

@@ -14,7 +14,7 @@ import jax
 from pallas_kernels.cards import Card, find_card
 from qlora_jax.models import attention_for
 from qlora_jax.plan.compiled import ProgramBytes, cudnn_available, program_bytes
-from qlora_jax.plan.workload import Step, Workload, training_step, tree_bytes
+from qlora_jax.plan.workload import Step, Workload, paged_bytes, training_step, tree_bytes
 
 USABLE = 0.95
 """Part of a card's memory that a program can have: what XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives
@@ -155,10 +155,17 @@ def _components(work: Workload, step: Step, found: ProgramBytes) -> Components:
     adapters = tree_bytes(step.lora)
     gradients = adapters
     if work.train.gradient_accumulation_steps > 1:
-        gradients += sum(4 * leaf.size for leaf in jax.tree.leaves(step.lora))
-    base = tree_bytes(step.frozen) - embeddings
+        host_from = work.train.host_gradients
+        gradients += sum(
+            4 * leaf.size
+            for leaf in jax.tree.leaves(step.lora)
+            if host_from is None or leaf.size < host_from
+        )
+    # On the host lie paged optimizer state and, where weights stream, the layers' weights.
+    moments = paged_bytes(work, step.opt_state)
+    base = tree_bytes(step.frozen) - embeddings - (found.host_arguments - moments)
     temporaries = found.device - base - embeddings - adapters - gradients - step.saved
-    optimizer = tree_bytes(step.opt_state) - found.host_arguments
+    optimizer = tree_bytes(step.opt_state) - moments
     return Components(
         base=base,
         embeddings=embeddings,

@@ -25,7 +25,7 @@ def plot(reports: list[Report], file: str | Path) -> None:
         raise ModuleNotFoundError(
             "A plot needs matplotlib: pip install 'qlora-jax[plots]'."
         ) from error
-    figure = Figure(figsize=(1.5 + 1.1 * len(reports), 4.2), layout="constrained")
+    figure = Figure(figsize=(2.8 + 1.1 * len(reports), 4.2), layout="constrained")
     axes = figure.subplots()
     places = range(len(reports))
     bottom = [0.0] * len(reports)
@@ -43,5 +43,5 @@ def plot(reports: list[Report], file: str | Path) -> None:
     axes.set_ylabel("GiB on the device (line: usable)")
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, loc="upper left")
+    figure.legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, loc="outside right upper")
     figure.savefig(file, dpi=110)

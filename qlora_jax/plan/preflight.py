@@ -23,7 +23,7 @@ def check_fits(work: Workload, *, memory: int | None = None) -> Plan | None:
         The plan; None where the device does not tell its memory, and so nothing was checked.
 
     Raises:
-        MemoryError: the step does not fit; says by how much, and what would make it fit.
+        ValueError: the step does not fit; says by how much, and what would make it fit.
     """
     memory = device_memory() if memory is None else memory
     if memory is None:
@@ -35,7 +35,7 @@ def check_fits(work: Workload, *, memory: int | None = None) -> Plan | None:
         return made
     helpful = advise(made, None)
     ways = "; ".join(f"{item.switch.name} (-{gib(item.saves)} GiB)" for item in helpful)
-    raise MemoryError(
+    raise ValueError(
         f"The training step needs {gib(made.device.total)} GiB on the device, which has "
         f"{gib(memory)} GiB: {gib(missing)} GiB too much. "
         + (f"Cheapest first, this saves memory: {ways}. " if ways else "")

@@ -128,8 +128,12 @@ def report(
         )
     load = largest_load(work)
     written = program_bytes(load, target)
+    # Where weights stream, loading puts them on the host one by one.
     resident = made.device.base + made.device.embeddings + made.device.adapters
-    decoding = decoding_step(work, batch=decode_batch, length=decode_length)
+    # Decoding is planned with the weights on the card.
+    decoding = decoding_step(
+        dataclasses.replace(work, stream_weights=False), batch=decode_batch, length=decode_length
+    )
     return Report(
         name=name,
         plan=made,

@@ -93,8 +93,8 @@ def find_config(model: str | Path | Mapping[str, Any] | DecoderConfig) -> Decode
         file = _from_hub(str(model))
     if not file.is_file():
         raise ValueError(
-            f"model is {str(model)!r}, but a folder with a config.json, a hub name org/name, or one "
-            f"of these shapes is needed: {', '.join(SHAPES)}."
+            f"model is {str(model)!r}, but a folder with a config.json, a hub name org/name, or "
+            f"one of these shapes is needed: {', '.join(SHAPES)}."
         )
     return find_config(json.loads(file.read_text(encoding="utf-8")))
 

@@ -8,7 +8,7 @@ tensor into the model while it loads.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from qlora_jax.checkpoints.load import put
 from qlora_jax.data.batches import Batch
 from qlora_jax.evaluate import causal_lm_loss, split_adapters
 from qlora_jax.models import AttentionName, Decoder, DecoderConfig
+from qlora_jax.models.streaming import compiler_options, streams
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from qlora_jax.train import TrainConfig, init_state, make_train_step
@@ -37,17 +38,19 @@ class Workload:
         quant: how the layers' weights are stored; None for a 16-bit base.
         compute_dtype: of activations and matmuls, and of embedding and head.
         remat: one of `models.REMAT`.
+        stream_weights: the layers' weights rest in pinned host memory (`models.streaming`).
         attention: of `models.attend`; None takes the best that the target can run.
         matmul: of `pallas_kernels`; None takes what its dispatch would.
     """
 
     config: DecoderConfig
     sequence: int = 512
-    train: TrainConfig = TrainConfig(micro_batch_size=1)
+    train: TrainConfig = dataclasses.field(default_factory=lambda: TrainConfig(micro_batch_size=1))
     lora: LoraConfig = LoraConfig()
     quant: QuantConfig | None = QuantConfig()
     compute_dtype: str = "bfloat16"
     remat: str = "full"
+    stream_weights: bool = False
     attention: AttentionName | None = None
     matmul: str | None = None
 
@@ -66,6 +69,11 @@ class Program(NamedTuple):
 
     fn: Any
     args: tuple[Any, ...]
+    kinds: Any = None
+    """Memory kinds of arguments and results, as `with_memory_kinds` takes them; None leaves it to
+    the compiler, which finds paged state by itself (its results lie on the host)."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Compiler options that the program runs with on a GPU."""
 
 
 class Step(NamedTuple):
@@ -88,6 +96,7 @@ def model_shapes(work: Workload) -> Decoder:
             lora=work.lora,
             compute_dtype=jnp.dtype(work.compute_dtype),
             remat=work.remat,
+            stream_weights=work.stream_weights,
             attention=work.attention or "xla",
             matmul=work.matmul,
             rngs=nnx.Rngs(0),
@@ -100,16 +109,37 @@ def training_step(work: Workload) -> Step:
     graphdef, lora, frozen = split_adapters(model_shapes(work))
     tx = work.train.optimizer()
     state = jax.eval_shape(lambda lora: init_state(lora, tx, seed=0), lora)
-    step = make_train_step(graphdef, tx, causal_lm_loss)
+    step = make_train_step(graphdef, tx, causal_lm_loss, host_gradients=work.train.host_gradients)
     shape = (work.train.gradient_accumulation_steps, work.train.micro_batch_size, work.sequence)
-    batch = Batch(
-        jax.ShapeDtypeStruct(shape, jnp.int32),
-        jax.ShapeDtypeStruct(shape, jnp.int32),
-        jax.ShapeDtypeStruct(shape, jnp.bool_),
-    )
+    dtypes: tuple[Any, ...] = (jnp.int32, jnp.int32, jnp.bool_)
+    batch = Batch(*(cast(Any, jax.ShapeDtypeStruct(shape, dtype)) for dtype in dtypes))
     micro = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
     saved = _saved_bytes(graphdef, lora, frozen, micro)
-    return Step(Program(step, (state, frozen, batch)), lora, frozen, state.opt_state, saved)
+    program = Program(step, (state, frozen, batch))
+    if work.stream_weights:
+        program = program._replace(
+            kinds=_streamed_kinds(work, state, frozen),
+            options=tuple(compiler_options("gpu").items()),
+        )
+    return Step(program, lora, frozen, state.opt_state, saved)
+
+
+def _streamed_kinds(work: Workload, state: Any, frozen: PyTree) -> tuple[Any, Any]:
+    """Memory kinds of a step's arguments and results where weights stream."""
+
+    def weight(path: tuple, leaf: Any) -> str:
+        layers = "'layers'" in jax.tree_util.keystr(path)
+        return "pinned_host" if layers and streams(leaf) else "device"
+
+    def moment(leaf: Any) -> str:
+        paged = work.train.paged and leaf.size >= work.train.page_min_size
+        return "pinned_host" if paged else "device"
+
+    kept = jax.tree.map(lambda _: "device", state)._replace(
+        opt_state=jax.tree.map(moment, state.opt_state)
+    )
+    weights = jax.tree_util.tree_map_with_path(weight, frozen)
+    return (kept, weights, "device"), (kept, "device")
 
 
 def decoding_step(work: Workload, *, batch: int, length: int) -> Program:
@@ -167,6 +197,14 @@ def _saved_bytes(graphdef: nnx.GraphDef, lora: PyTree, frozen: PyTree, batch: An
         for var in kept - set(jaxpr.invars)
         if getattr(var.aval, "memory_space", None) != jax.memory.Space.Host
     )
+
+
+def paged_bytes(work: Workload, opt_state: PyTree) -> int:
+    """Bytes of optimizer state that rest in pinned host memory."""
+    if not work.train.paged:
+        return 0
+    least = work.train.page_min_size
+    return tree_bytes([leaf for leaf in jax.tree.leaves(opt_state) if leaf.size >= least])
 
 
 def tree_bytes(tree: PyTree) -> int:

@@ -32,6 +32,8 @@ class TrainConfig:
       weight_decay: AdamW's, on all but biases and norms.
       paged: keep Adam's moments in pinned host memory.
       page_min_size: moments with fewer elements stay on the device.
+      gradients_on_host: where micro-batches accumulate, keep the sums of their gradients in pinned
+        host memory (those of `page_min_size` elements or more).
       seed: decides dropout, step by step (and, in the experiments, data order and adapters).
       eval_every: steps between evaluations; 0 evaluates only before and after the run.
       save_every: steps between checkpoints; 0 saves only at the end.
@@ -56,6 +58,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     paged: bool = True
     page_min_size: int = 100_000
+    gradients_on_host: bool = False
     seed: int = 0
     eval_every: int = 0
     save_every: int = 100
@@ -102,6 +105,11 @@ class TrainConfig:
     def batch_size(self) -> int:
         """Examples per optimizer update."""
         return self.micro_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def host_gradients(self) -> int | None:
+        """`make_train_step`'s argument: from how many elements on sums of gradients rest there."""
+        return self.page_min_size if self.gradients_on_host else None
 
     def learning_rates(self) -> optax.Schedule:
         """The learning rate as a function of finished updates."""

@@ -186,6 +186,7 @@ class _Run:
             tx,
             loss_fn,
             learning_rate=config.learning_rates(),
+            host_gradients=config.host_gradients,
             state=self.state,
             compiler_options=options,
         )

@@ -6,9 +6,9 @@ Three choices make it a QLoRA step:
   Gradients are taken of the adapters alone; the frozen 4-bit weights are an *argument* of the
   jitted function (never a constant inside it, which XLA would fold and copy).
 - The loss is a sum over tokens, and so are the gradients: micro-batches are added up under
-  `lax.scan`, and the sum is divided once, by the trained tokens of the whole step. Accumulation
-  therefore equals the large batch however tokens are spread over micro-batches (a mean of
-  micro-batch means does not: transformers issue 34191).
+  `lax.scan` (`accumulate.py`), and the sum is divided once, by the trained tokens of the whole
+  step. Accumulation therefore equals the large batch however tokens are spread over micro-batches
+  (a mean of micro-batch means does not: transformers issue 34191).
 - Randomness is a function of (seed, step, micro-batch), so a resumed run drops the same units.
 """
 
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from qlora_jax.evaluate import LossFn, causal_lm_loss
 from qlora_jax.optim import resting_shardings
+from qlora_jax.train.accumulate import accumulated
 
 
 class TrainState(NamedTuple):
@@ -94,6 +95,7 @@ def make_train_step(
     loss_fn: LossFn = causal_lm_loss,
     *,
     learning_rate: optax.Schedule | float = 0.0,
+    host_gradients: int | None = None,
     state: TrainState | None = None,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, StepMetrics]]:
@@ -104,6 +106,8 @@ def make_train_step(
       tx: the optimizer; gradients reach it as the mean over the step's trained tokens.
       loss_fn: (model, micro-batch, dropout key) -> (sum of token losses, token count).
       learning_rate: of the optimizer, for the metrics alone.
+      host_gradients: where micro-batches accumulate, sums of at least this many elements rest in
+        pinned host memory between them; None keeps all on the device (`accumulate.py`).
       state: a concrete initial state; where its arrays lie in pinned host memory (`paged`), the
         step returns them there. None leaves the memory to the compiler (for planning).
       compiler_options: XLA's, for this program alone, such as `models.streaming.compiler_options`.
@@ -123,29 +127,12 @@ def make_train_step(
 
     def step(state: TrainState, frozen: PyTree, batch: Any) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.rng, state.step)
-        accumulation = jax.tree.leaves(batch)[0].shape[0]
-        if accumulation == 1:
-            only = jax.tree.map(lambda leaf: leaf[0], batch)
-            (total, count), grads = gradient_of_sum(
-                state.lora, frozen, only, jax.random.fold_in(key, 0)
-            )
-        else:
 
-            def add(carry: Any, xs: tuple[Int[Array, ""], Any]) -> tuple[Any, None]:
-                index, micro = xs
-                (total, count), grads = gradient_of_sum(
-                    state.lora, frozen, micro, jax.random.fold_in(key, index)
-                )
-                wide = jax.tree.map(lambda acc, g: acc + g.astype(acc.dtype), carry[2], grads)
-                return (carry[0] + total, carry[1] + count, wide), None
+        def gradient(micro: Any, index: Int[Array, ""]) -> tuple[tuple[Array, Array], PyTree]:
+            return gradient_of_sum(state.lora, frozen, micro, jax.random.fold_in(key, index))
 
-            # Sums of many micro-batches are kept in float32 whatever the adapters' dtype.
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.lora)
-            start = (jnp.float32(0), jnp.int32(0), zeros)
-            (total, count, grads), _ = jax.lax.scan(add, start, (jnp.arange(accumulation), batch))
-        # A step without any trained token has zero loss and zero gradients, not NaN.
+        total, count, grads = accumulated(gradient, batch, state.lora, host_from=host_gradients)
         tokens = jnp.maximum(count, 1).astype(jnp.float32)
-        grads = jax.tree.map(lambda p, g: (g / tokens).astype(p.dtype), state.lora, grads)
         metrics = StepMetrics(
             loss=total / tokens,
             grad_norm=optax.tree.norm(grads),

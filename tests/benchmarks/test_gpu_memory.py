@@ -1,0 +1,20 @@
+"""benchmarks/gpu_memory.py at toy size: resident and streamed weights give the same losses."""
+
+import json
+
+from benchmarks import gpu_memory
+from qlora_jax.plan.compiled import CACHE_VARIABLE
+
+
+def test_a_toy_step_is_planned_and_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    arguments = ["--toy", "--sequence", "16", "--steps", "1", "--out"]
+    results = []
+    for more in ([], ["--stream"]):
+        out = tmp_path / "memory.json"
+        assert gpu_memory.main([*arguments, str(out), *more]) == 0
+        results.append(json.loads(out.read_text()))
+    resident, streamed = results
+    assert resident["planned"]["total"] > resident["planned"]["base"] > 0
+    assert resident["measured"]["tokens_per_second"] > 0
+    assert resident["measured"]["first_loss"] == streamed["measured"]["first_loss"]

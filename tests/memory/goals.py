@@ -1,0 +1,37 @@
+"""What the memory goals are stated for, and the plan of one of them."""
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.compile_for import PLUGIN_HINT, gpu_compiler_available
+from qlora_jax.nn import LoraConfig
+from qlora_jax.plan import Plan, Workload, find_config, plan
+from qlora_jax.train import TrainConfig
+
+GIB = 2**30
+
+needs_compiler = pytest.mark.skipif(
+    not gpu_compiler_available(), reason=f"no GPU compiler here. {PLUGIN_HINT}"
+)
+
+
+def planned(
+    model: str,
+    card: str,
+    *,
+    accumulation: int = 1,
+    gradients_on_host: bool = False,
+    lora_dtype=jnp.float32,
+    **more,
+) -> Plan:
+    """r=64 on all linears, global-norm clipping, paged AdamW, a micro-batch of one example."""
+    train = TrainConfig(
+        micro_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+        gradients_on_host=gradients_on_host,
+    )
+    assert train.max_grad_norm == 0.3
+    assert train.paged
+    lora = LoraConfig(r=64, lora_dropout=0.05, dtype=lora_dtype)
+    work = Workload(find_config(model), train=train, lora=lora, **more)
+    return plan(work, card)
