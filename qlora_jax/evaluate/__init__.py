@@ -45,6 +45,7 @@ from qlora_jax.evaluate.scores import (
     rouge_l,
 )
 from qlora_jax.evaluate.tally import Percent, WinMatrix, percent_of, win_matrix
+from qlora_jax.evaluate.text import text_batches
 
 __all__ = [
     "GROUPS",
@@ -93,6 +94,7 @@ __all__ = [
     "rouge_l",
     "seq2seq_lm_loss",
     "split_adapters",
+    "text_batches",
     "token_logits",
     "win_matrix",
     "windows",
