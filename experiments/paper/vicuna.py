@@ -59,7 +59,17 @@ def percent_table(found: dict[str, Percent]) -> Table:
                 percent.judgements,
             )
         )
-    columns = ("system", "paper: ChatGPT first", "ours", "paper: system first", "ours ", "paper: mean", "ours  ", "±", "judgements")
+    columns = (
+        "system",
+        "ChatGPT first: paper",
+        "ChatGPT first",
+        "system first: paper",
+        "system first",
+        "mean: paper",
+        "mean",
+        "±",
+        "judgements",
+    )
     return Table("percent-of-chatgpt", TITLE, columns, tuple(rows))
 
 

@@ -6,8 +6,12 @@ from qlora_jax.evaluate.agreement import (
     order_agreement,
     rank_agreement,
 )
+from qlora_jax.evaluate.answers import Answer, JudgedQuestion, read_answers, read_questions
 from qlora_jax.evaluate.drift import Drift, drift, token_logits, windows
 from qlora_jax.evaluate.elo import Elo, Matches, MatchUnit, elo, make_matches
+from qlora_jax.evaluate.endpoint import Endpoint, EndpointError, Reply, ask
+from qlora_jax.evaluate.judge import Budget, JudgeReport, judge, pairings
+from qlora_jax.evaluate.judge_prompts import judge_messages
 from qlora_jax.evaluate.losses import classifier_loss, loss_for, seq2seq_lm_loss
 from qlora_jax.evaluate.mmlu import MmluResult, answer_tokens, examine
 from qlora_jax.evaluate.mmlu_questions import (
@@ -51,9 +55,15 @@ __all__ = [
     "GROUPS",
     "LETTERS",
     "SUBJECTS",
+    "Answer",
+    "Budget",
     "Drift",
     "Elo",
+    "Endpoint",
+    "EndpointError",
     "Evaluation",
+    "JudgeReport",
+    "JudgedQuestion",
     "LossFn",
     "MatchUnit",
     "Matches",
@@ -64,12 +74,14 @@ __all__ = [
     "RankAgreement",
     "Rating",
     "Ratings",
+    "Reply",
     "Scores",
     "WinMatrix",
     "accuracy",
     "accuracy_and_f1",
     "answer_id",
     "answer_tokens",
+    "ask",
     "causal_lm_loss",
     "classifier_loss",
     "correlations",
@@ -78,18 +90,23 @@ __all__ = [
     "evaluate",
     "examine",
     "fleiss_kappa",
+    "judge",
+    "judge_messages",
     "load_questions",
     "loss_for",
     "make_eval_step",
     "make_matches",
     "matthews",
     "order_agreement",
+    "pairings",
     "parse_choice",
     "parse_scores",
     "percent_of",
     "perplexity",
     "prompt_of",
     "rank_agreement",
+    "read_answers",
+    "read_questions",
     "read_ratings",
     "rouge_l",
     "seq2seq_lm_loss",

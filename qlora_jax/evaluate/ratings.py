@@ -121,8 +121,8 @@ def parse_choice(text: str) -> int | None:
         return int(last)
     chosen = re.search(
         r"(?:choose|choice|option|answer|verdict|best|better)(?: is| as)?:? *"
-        r"(?:the )?(?:option |number |answer )*"
-        r"(?:one )?(?:(?:provided|given|written) by |(?:of|from|by) )?(?:assistant )?([123])\b(?!/)",
+        r"(?:the )?(?:option |number |answer )*(?:one )?"
+        r"(?:(?:provided|given|written) by |(?:of|from|by) )?(?:assistant )?([123])\b(?!/)",
         last,
         re.IGNORECASE,
     )
@@ -190,7 +190,7 @@ def _named(rows: Sequence[dict[str, Any]]) -> bool:
 
 
 def _systems_in_name(file: Path) -> tuple[str, str]:
-    """`65b-guanaco` and `gpt4` of `65b-guanaco-…-vs-answer-gpt4-gpt-4-reviewer-threeclass.jsonl`."""
+    """`7b-guanaco`, `gpt4` of `7b-guanaco-…-vs-answer-gpt4-gpt-4-reviewer-threeclass.jsonl`."""
     stem = re.sub(r"-gpt-?4-reviewer(-threeclass)?$", "", file.stem)
     stem = re.sub(r"-(vicuna|oa)-generations(-topp[\d.]+-temp[\d.]+)?", "", stem)
     names = [name.removeprefix("answer-") for name in stem.split("-vs-")]

@@ -1,8 +1,8 @@
 """Floor 4: what does it say? Sampling, generation with a KV cache, chat.
 
-    generate        token ids -> token ids, batches of unequal prompts
-    generate_text   texts -> texts, with stop texts and streams
-    chat            a conversation -> the assistant's next turn
+generate        token ids -> token ids, batches of unequal prompts
+generate_text   texts -> texts, with stop texts and streams
+chat            a conversation -> the assistant's next turn
 """
 
 from qlora_jax.generate.config import PAPER_SAMPLING, GenerationConfig, read_eos_token_ids

@@ -47,7 +47,11 @@ class GenerationConfig:
 
     def with_eos(self, eos_token_ids: Sequence[int]) -> "GenerationConfig":
         """The same, with these ends where it has none of its own."""
-        return self if self.eos_token_ids else dataclasses.replace(self, eos_token_ids=tuple(eos_token_ids))
+        return (
+            self
+            if self.eos_token_ids
+            else dataclasses.replace(self, eos_token_ids=tuple(eos_token_ids))
+        )
 
 
 PAPER_SAMPLING = GenerationConfig(max_new_tokens=512, temperature=0.7, top_p=0.9)

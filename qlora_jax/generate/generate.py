@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int, Int32, Key, UInt32
+from jaxtyping import Array, Bool, Int32, Key, UInt32
 
 from qlora_jax.generate.config import GenerationConfig
 from qlora_jax.generate.decode import Generative, Written, advance, start

@@ -6,9 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array, Key
 
-from qlora_jax.data import ChatTemplate, Tokenizer
+from qlora_jax.data import ChatTemplate
 from qlora_jax.generate.config import GenerationConfig
-from qlora_jax.generate.decode import Generative
 from qlora_jax.generate.generate import generate
 
 OnText = Callable[[int, str], None]
@@ -138,7 +137,5 @@ def settled(text: str, stop: Iterable[str]) -> str:
     to U+FFFD.
     """
     text = text.rstrip("\ufffd")
-    held = max(
-        (n for end in stop for n in range(1, len(end)) if text.endswith(end[:n])), default=0
-    )
+    held = max((n for end in stop for n in range(1, len(end)) if text.endswith(end[:n])), default=0)
     return text[: len(text) - held]

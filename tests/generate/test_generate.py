@@ -56,9 +56,7 @@ def test_samples_do_not_depend_on_neighbours_order_or_batch_size():
 
 
 def test_a_prompt_that_comes_twice_gets_two_samples():
-    first, second = generate(
-        MODEL, [[5, 6]] * 2, SAMPLED, key=jax.random.key(0), batch_size=4
-    )
+    first, second = generate(MODEL, [[5, 6]] * 2, SAMPLED, key=jax.random.key(0), batch_size=4)
     assert first != second
 
 
