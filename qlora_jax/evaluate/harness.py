@@ -72,7 +72,7 @@ class Harness:
         self._prefix = next(token for token in prefix if token is not None)
 
     def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): log-probability in nats, and whether it is the greedy one.
+        """For each (context, continuation): its log-probability in nats, and whether it is greedy.
 
         Raises:
             ValueError: a continuation without a token.
