@@ -138,7 +138,8 @@ def dry_run(
     several = len({cell.labels["seed"] for cell in sweep.cells}) > 1
     labels = [name for name in sweep.cells[0].labels if several or name != "seed"]
     for name in labels:
-        table.add_column(name, no_wrap=True)
+        # Where the terminal is narrow these fold, and the numbers stay whole.
+        table.add_column(name, overflow="fold")
     numbers = ("base", "steps", "batch", "rows", "tokens", "FLOP", "device", "host")
     for name in (*numbers, *(card.name for card in cards), "status"):
         table.add_column(name, justify="right", no_wrap=True)
