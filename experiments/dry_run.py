@@ -3,15 +3,12 @@
 Tokens are counted where a cell's rows and its model's tokenizer are at hand; elsewhere they are the
 most that the lengths allow, and said to be so ("≤"). FLOPs, memory and hours: experiments/estimate.
 Embedded models and folders are read, hub models looked up in the local cache; of LLaMA the shapes
-are known. `--compile` asks the compiler for the memory instead (`qlora_jax.plan`), which takes
-minutes a cell.
+are known. `--compile` asks the compiler for the memory instead (`qlora_jax.plan`): half a minute
+for every shape of step, kept for the next time.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +23,13 @@ from experiments.cells import Sweep
 from experiments.config import RunConfig
 from experiments.embedded import DATASETS, MODELS
 from experiments.estimate import flops_per_token, hours, memory
-from experiments.presets import LLAMA_SHAPES
-from experiments.rows import context_length, examples_of
+from experiments.presets import SHAPES
+from experiments.rows import context_length, examples_of, model_config
 from experiments.run import is_finished
 from pallas_kernels.cards import Card
-from qlora_jax.data import INSTRUCT
-from qlora_jax.models import DecoderConfig, family_of
+from qlora_jax.data import INSTRUCT, Pairs
+from qlora_jax.models import DecoderConfig
+from qlora_jax.plan import USABLE, Workload, find_config, plan
 
 CARDS = ("rtx-4090", "a6000", "a100-80", "h100")
 
@@ -95,21 +93,9 @@ def _model_at_hand(run: RunConfig) -> Path | None:
 
 def _shape(run: RunConfig, folder: Path | None) -> DecoderConfig | None:
     if folder is not None and (folder / "config.json").is_file():
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = family_of(raw).read_config(raw)
+        config = model_config(folder)
         return config if isinstance(config, DecoderConfig) else None
-    if run.model.source not in LLAMA_SHAPES:
-        return None
-    hidden, inner, layers, heads = LLAMA_SHAPES[run.model.source]
-    return DecoderConfig(
-        vocab_size=32_000,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=hidden // heads,
-    )
+    return find_config(SHAPES[run.model.source]) if run.model.source in SHAPES else None
 
 
 def _lengths(run: RunConfig, folder: Path | None) -> tuple[int | None, float | None, int | None]:
@@ -119,6 +105,8 @@ def _lengths(run: RunConfig, folder: Path | None) -> tuple[int | None, float | N
     there = data.source in DATASETS or (local is not None and Path(local).expanduser().exists())
     if folder is not None and there:
         train, *_ = examples_of(data, folder, data.max_len or context_length(folder))
+        if isinstance(train, Pairs):
+            return len(train), None, None
         return len(train), train.tokens / len(train), int(train.lengths.max())
     if data.target_max_len is None:
         return None, None, None
@@ -126,12 +114,7 @@ def _lengths(run: RunConfig, folder: Path | None) -> tuple[int | None, float | N
     return None, float(most), most
 
 
-@functools.lru_cache(maxsize=256)
-def _compiled(
-    run: RunConfig, config: DecoderConfig, length: int, card: Card
-) -> tuple[int | None, int | None]:
-    from qlora_jax.plan import Workload, plan
-
+def _compiled(run: RunConfig, config: DecoderConfig, length: int, card: Card) -> tuple[int, int]:
     work = Workload(
         config,
         sequence=length,
@@ -145,12 +128,6 @@ def _compiled(
     return found.device.total, found.host
 
 
-def check_compiler() -> None:
-    """ValueError where `--compile` cannot be served."""
-    if importlib.util.find_spec("qlora_jax.plan") is None:
-        raise ValueError("--compile needs qlora_jax.plan, which this installation lacks.")
-
-
 def dry_run(
     sweep: Sweep, out: Path, console: Console, cards: Sequence[Card], *, compiled: bool = False
 ) -> None:
@@ -161,7 +138,8 @@ def dry_run(
     several = len({cell.labels["seed"] for cell in sweep.cells}) > 1
     labels = [name for name in sweep.cells[0].labels if several or name != "seed"]
     for name in labels:
-        table.add_column(name, no_wrap=True)
+        # Where the terminal is narrow these fold, and the numbers stay whole.
+        table.add_column(name, overflow="fold")
     numbers = ("base", "steps", "batch", "rows", "tokens", "FLOP", "device", "host")
     for name in (*numbers, *(card.name for card in cards), "status"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -216,7 +194,9 @@ def _size(count: int | None) -> str:
 
 def _hours_on(found: CellEstimate, card: Card) -> float | None:
     """None where it does not fit, or where nothing is known."""
-    if found.flops is None or found.device_bytes is None or found.device_bytes > card.memory:
+    if found.flops is None or found.device_bytes is None:
+        return None
+    if found.device_bytes > USABLE * card.memory:
         return None
     return hours(found.flops, card)
 

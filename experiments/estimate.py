@@ -30,42 +30,54 @@ and 0.54 at 8 × 1024 (benchmarks/results/h200/training.md)."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of the linear weights of one layer, by name."""
-    heads = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    embed, inner = config.hidden_size, config.intermediate_size
-    return {
-        "q_proj": (embed, heads),
-        "k_proj": (embed, keys),
-        "v_proj": (embed, keys),
-        "o_proj": (heads, embed),
-        "gate_proj": (embed, inner),
-        "up_proj": (embed, inner),
-        "down_proj": (inner, embed),
+def _linears(config: DecoderConfig) -> dict[str, tuple[int, int, int]]:
+    """Path of each linear weight of a layer -> (inputs, outputs, copies: one per expert)."""
+    names, experts = config.names, max(config.num_local_experts, 1)
+    counts = {
+        f"layers.{names.attention}.{name}": (linear.inputs, linear.outputs, 1)
+        for name, linear in config.attention_linears.items()
     }
+    counts |= {
+        f"layers.{names.mlp}.{name}": (linear.inputs, linear.outputs, experts)
+        for name, linear in config.mlp_linears.items()
+    }
+    return counts
 
 
 def linear_parameters(config: DecoderConfig) -> int:
     """Parameters of all layers' linear weights: what is quantized."""
-    one = sum(inputs * outputs for inputs, outputs in linear_shapes(config).values())
+    one = sum(inputs * outputs * copies for inputs, outputs, copies in _linears(config).values())
     return config.num_hidden_layers * one
 
 
 def other_parameters(config: DecoderConfig) -> int:
-    """Parameters of embedding, head and norms: what stays in 16 bits."""
+    """Parameters of embedding, head and the norms over the residual stream: what stays in 16 bits.
+
+    Biases, routers and the norms of heads are left out: they are too few to matter.
+    """
     tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    return tables + (2 * config.num_hidden_layers + 1) * config.hidden_size
+    norms = len(config.layer_norms) * config.num_hidden_layers + 1
+    return tables + norms * config.hidden_size
 
 
 def adapter_parameters(config: DecoderConfig, lora: LoraConfig) -> int:
     """Parameters of the adapters on the layers' linear weights."""
     one = sum(
-        lora.r * (inputs + outputs)
-        for name, (inputs, outputs) in linear_shapes(config).items()
-        if lora.targets(f"layers.{name}")
+        lora.r * (inputs + outputs) * copies
+        for path, (inputs, outputs, copies) in _linears(config).items()
+        if lora.targets(path)
     )
     return config.num_hidden_layers * one
+
+
+def _active(config: DecoderConfig, parameters: int) -> float:
+    """Of the layers' parameters, those that one token meets: with experts, its own only."""
+    if not config.num_local_experts:
+        return float(parameters)
+    mlp = sum(linear.inputs * linear.outputs for linear in config.mlp_linears.values())
+    idle = config.num_local_experts - config.num_experts_per_tok
+    share = 1 - idle * mlp * config.num_hidden_layers / linear_parameters(config)
+    return parameters * share
 
 
 def bits_per_weight(quant: QuantConfig) -> float:
@@ -79,8 +91,8 @@ def bits_per_weight(quant: QuantConfig) -> float:
 def flops_per_token(config: DecoderConfig, lora: LoraConfig, length: int, remat: str) -> float:
     """FLOPs of one token's share of a training step, in sequences of `length` tokens."""
     again = 1 if remat == "full" else 0
-    frozen = linear_parameters(config) * 2 * (2 + again)
-    adapters = adapter_parameters(config, lora) * 2 * (3 + again)
+    frozen = _active(config, linear_parameters(config)) * 2 * (2 + again)
+    adapters = _active(config, adapter_parameters(config, lora)) * 2 * (3 + again)
     head = config.vocab_size * config.hidden_size * 2 * 2
     width = config.num_attention_heads * config.head_dim
     # Scores and mixture: two products forward, four backward; nothing is spared for causality.

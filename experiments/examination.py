@@ -58,13 +58,13 @@ def ask(
 ) -> MmluResult:
     """One examination, as `qlora_jax.evaluate.examine`, with prompts of at most `context` tokens.
 
-    `answers` keeps what is answered already; `console` is told of progress, every tenth.
+    `answers` keeps what is answered already; `console` is told of a long one's progress.
     """
     told = 0
 
     def progress(done: int, of: int) -> None:
         nonlocal told
-        if console is not None and done * 10 // of > told:
+        if console is not None and of > 500 and done * 10 // of > told:
             told = done * 10 // of
             console.print(f"MMLU: {done} of {of} questions", highlight=False)
 

@@ -47,14 +47,8 @@ MODELS = {
 }
 """LLaMA (1), which the paper finetunes."""
 
-LLAMA_SHAPES = {
-    # hidden, intermediate, layers, heads
-    "huggyllama/llama-7b": (4096, 11008, 32, 32),
-    "huggyllama/llama-13b": (5120, 13824, 40, 40),
-    "huggyllama/llama-30b": (6656, 17920, 60, 52),
-    "huggyllama/llama-65b": (8192, 22016, 80, 64),
-}
-"""So that a dry run needs no hub; their vocabulary has 32,000 entries."""
+SHAPES = {source: f"llama-{scale.lower()}" for scale, source in MODELS.items()}
+"""Their names in `qlora_jax.plan.SHAPES`, so that a dry run needs no hub."""
 
 
 @dataclass(frozen=True)
@@ -174,9 +168,9 @@ _TINY: Tree = {
     "model.compute_dtype": "float32",
     "model.param_dtype": "bfloat16",
     "model.remat": "none",
-    # Two shapes for all datasets: conversations of 128 tokens, prompts and answers of 256.
+    # Two shapes for all datasets: 128 tokens, bos among them, and 256.
     "data.buckets": [128, 256],
-    "data.target_max_len": 128,
+    "data.target_max_len": 127,
     "data.max_rows": 48,
     "data.validation_rows": 8,
     "data.validation_split": None,

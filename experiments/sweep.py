@@ -47,7 +47,7 @@ from experiments.cli import (
     wandb_callbacks,
 )
 from experiments.dry_run import CARDS as DRY_RUN_CARDS
-from experiments.dry_run import check_compiler, dry_run
+from experiments.dry_run import dry_run
 from experiments.page import render
 from experiments.presets import PRESETS, QUESTIONS, ROWS, preset
 from experiments.report import (
@@ -225,8 +225,6 @@ def main(arguments: list[str] | None = None) -> int:
         sweep = read_sweep(options)
         out = _out(options, sweep.name)
         if options.dry_run:
-            if options.compile:
-                check_compiler()
             cards = [find_card(name) for name in options.cards]
             dry_run(sweep, out, console, cards, compiled=options.compile)
             return 0

@@ -100,6 +100,10 @@ def convert(value: Any, kind: Any, key: str, where: str) -> Any:
         if isinstance(value, list | tuple):
             return tuple(convert(item, arguments[0], key, where) for item in value)
         raise _wrong(value, "a list", key, where)
+    if origin in (dict, Mapping):
+        if isinstance(value, Mapping):
+            return {str(k): convert(v, arguments[1], f"{key}.{k}", where) for k, v in value.items()}
+        raise _wrong(value, "a section of names and values", key, where)
     return _convert_plain(value, kind, key, where)
 
 

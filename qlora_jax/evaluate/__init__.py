@@ -10,6 +10,7 @@ from qlora_jax.evaluate.answers import Answer, JudgedQuestion, read_answers, rea
 from qlora_jax.evaluate.drift import Drift, drift, token_logits, windows
 from qlora_jax.evaluate.elo import Elo, Matches, MatchUnit, elo, make_matches
 from qlora_jax.evaluate.endpoint import Endpoint, EndpointError, Reply, ask
+from qlora_jax.evaluate.harness import Harness
 from qlora_jax.evaluate.judge import Budget, JudgeReport, judge, pairings
 from qlora_jax.evaluate.judge_prompts import judge_messages
 from qlora_jax.evaluate.losses import classifier_loss, loss_for, seq2seq_lm_loss
@@ -49,6 +50,7 @@ from qlora_jax.evaluate.scores import (
     rouge_l,
 )
 from qlora_jax.evaluate.tally import Percent, WinMatrix, percent_of, win_matrix
+from qlora_jax.evaluate.text import text_batches
 
 __all__ = [
     "GROUPS",
@@ -61,6 +63,7 @@ __all__ = [
     "Endpoint",
     "EndpointError",
     "Evaluation",
+    "Harness",
     "JudgeReport",
     "JudgedQuestion",
     "LossFn",
@@ -110,6 +113,7 @@ __all__ = [
     "rouge_l",
     "seq2seq_lm_loss",
     "split_adapters",
+    "text_batches",
     "token_logits",
     "win_matrix",
     "windows",

@@ -1,0 +1,124 @@
+"""Tasks of lm-evaluation-harness on a model, with or without an adapter (extra `eval`).
+
+    python -m experiments.harness MODEL --tasks arc_easy hellaswag --limit 100
+    python -m experiments.harness MODEL --adapter runs/x/adapter --tasks FOLDER/my_task.yaml
+
+Task names are the harness's; it fetches their data from the hub. A path to a task's YAML file, or
+a folder of them in --include, adds tasks of your own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from experiments.cli import keep_compiled_programs, make_console, refuse
+from experiments.embedded import MODELS
+from experiments.report import write_atomically
+from experiments.rows import context_length
+from qlora_jax.checkpoints import load_adapter, read_adapter_config
+from qlora_jax.data import load_chat_template
+from qlora_jax.evaluate import Harness
+from qlora_jax.pretrained import find_folder, load_pretrained
+from qlora_jax.quant import QuantConfig
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.harness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="embedded model, folder or hub name")
+    add("--tasks", nargs="+", required=True, metavar="TASK", help="names, or YAML files")
+    add("--adapter", type=Path, metavar="FOLDER", help="a PEFT adapter for it")
+    add("--quant", default="nf4", help="how its weights are stored: nf4, fp4 … or none (nf4)")
+    add("--compute-dtype", default="bfloat16", help="of activations and matmuls (bfloat16)")
+    add("--shots", type=int, metavar="N", help="solved examples shown (the task's own)")
+    add("--limit", type=int, metavar="N", help="only so many examples of each task")
+    add("--max-len", type=int, default=2048, metavar="N", help="tokens read at once (2048)")
+    add("--batch-size", type=int, default=8, metavar="N", help="requests at once (8)")
+    add("--chat-template", action="store_true", help="ask by the model's own chat template")
+    add("--include", type=Path, metavar="FOLDER", help="a folder of further tasks")
+    add("--out", type=Path, metavar="FOLDER", help="(runs/harness/MODEL)")
+    return parser
+
+
+def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Asks the tasks and writes OUT/harness.json."""
+    try:
+        import lm_eval
+        import lm_eval.tasks
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "the evaluation harness is not installed: pip install 'qlora-jax[eval]'."
+        ) from error
+    folder = find_folder(MODELS.get(options.model, options.model))
+    context = context_length(folder)
+    if context is None:
+        raise ValueError(f"{options.model} is an encoder–decoder, which is not asked here.")
+    quant = None if options.quant == "none" else QuantConfig(options.quant)
+    lora = None if options.adapter is None else read_adapter_config(options.adapter)
+    out = options.out or Path("runs") / "harness" / Path(options.model).name
+    out.mkdir(parents=True, exist_ok=True)
+    keep_compiled_programs(out.parent / ".jax-cache")
+    dtype = jnp.dtype(options.compute_dtype)
+    model, tokenizer = load_pretrained(folder, quant=quant, lora=lora, compute_dtype=dtype)
+    if options.adapter is not None:
+        load_adapter(options.adapter, model)
+    harness = Harness(
+        model,
+        tokenizer,
+        max_len=min(options.max_len, context),
+        batch_size=options.batch_size,
+        chat_template=load_chat_template(folder) if options.chat_template else None,
+    )
+    include = None if options.include is None else str(options.include)
+    found = lm_eval.simple_evaluate(
+        harness.lm(),
+        tasks=options.tasks,
+        num_fewshot=options.shots,
+        limit=options.limit,
+        apply_chat_template=options.chat_template,
+        task_manager=lm_eval.tasks.TaskManager(include_path=include),
+        log_samples=False,
+    )
+    results = found["results"]
+    table = Table(title=f"{options.model}: lm-eval {lm_eval.__version__}", title_justify="left")
+    for name in ("task", "metric", "value", "±"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if isinstance(value, float) and not metric.endswith("_stderr"):
+                deviation = metrics.get(f"{metric}_stderr,{filtered}")
+                shown = f"{deviation:.4f}" if isinstance(deviation, float) else ""
+                table.add_row(task, metric, f"{value:.4f}", shown)
+    console.print(table)
+    told = {"model": options.model, "quant": options.quant, "results": results}
+    write_atomically(out / "harness.json", json.dumps(told, indent=1, default=str) + "\n")
+    console.print(str(out / "harness.json"), highlight=False)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 2 refused."""
+    options = make_parser().parse_args(arguments)
+    try:
+        run(options, make_console())
+    except (ValueError, OSError, TypeError) as error:
+        return refuse(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""The adapter to lm-evaluation-harness: scores against float64, answers, and a task of its own."""
+
+import abc
+import types
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from qlora_jax.data import ChatTemplate, load_tokenizer
+from qlora_jax.evaluate import Harness, harness
+from qlora_jax.generate import GenerationConfig, generate_text
+from qlora_jax.models import Decoder, DecoderConfig
+from tests.shared import shared_path
+
+WINDOW = 16
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return load_tokenizer(shared_path("data/models/stories260K"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = DecoderConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+    )
+    decoder = Decoder(config, rngs=nnx.Rngs(0))
+    decoder.lm_head.weight[...] *= 40
+    return decoder
+
+
+@pytest.fixture(scope="module")
+def logits(model):
+    """Token ids -> float64 logits at each, by one forward pass of fixed length."""
+    graphdef, state = nnx.split(model)
+    forward = jax.jit(lambda state, row: nnx.merge(graphdef, state)(row[None])[0])
+
+    def of(ids):
+        row = np.pad(np.asarray(ids, np.int32), (0, 64 - len(ids)))
+        return np.asarray(forward(state, row), np.float64)[: len(ids)]
+
+    return of
+
+
+def nats(scores: np.ndarray, token: int) -> float:
+    return float(scores[token] - np.log(np.exp(scores - scores.max()).sum()) - scores.max())
+
+
+def test_log_probabilities_in_float64(model, stories, logits):
+    subject = Harness(model, stories, max_len=WINDOW, batch_size=4)
+    best = int(logits(stories.encode("Once upon"))[-1].argmax())
+    greedy = stories.decode([stories.encode("Once upon")[-1], best])[len("upon") :]
+    requests = [
+        ("Once upon", " a time there was"),
+        ("Once upon ", "a time there was"),  # the space belongs to what follows
+        ("", "Once"),
+        ("Once upon a time there was a little girl who liked to play", " outside with her"),
+    ]
+    found = subject.loglikelihood(requests)
+    for (context, continuation), (score, _) in zip(requests, found, strict=True):
+        whole = stories.encode(context + continuation)
+        count = len(whole) - len(stories.encode(context.rstrip()))
+        read = whole[-WINDOW - 1 :]
+        assert count < len(read)
+        steps = logits(read[:-1])
+        at = range(len(read) - 1 - count, len(read) - 1)
+        expected = sum(nats(steps[i], read[i + 1]) for i in at)
+        assert score == pytest.approx(expected, abs=1e-4)
+    assert found[0] == found[1]
+    pair = subject._pair("Once upon", greedy)
+    if pair.continuation == [best]:  # a token that a text can bring about
+        ((_, is_greedy),) = subject.loglikelihood([("Once upon", greedy)])
+        assert is_greedy
+    assert subject._score([harness._Scored(stories.encode("Once upon"), [best])])[0][1]
+    assert not subject._score([harness._Scored(stories.encode("Once upon"), [best ^ 1])])[0][1]
+
+
+@pytest.mark.parametrize("words", [3, 30])
+def test_documents_are_scored_with_as_long_a_context_as_fits(model, stories, logits, words):
+    text = " ".join(["Tom", "ran", "home"] * 10)[: words * 5].strip()
+    ids = stories.encode(text, bos=False)
+    read = [stories.bos_token_id, *ids]
+    expected, predicted = 0.0, 0
+    while predicted < len(ids):
+        end = min(predicted + WINDOW, len(ids))
+        window = read[max(end - WINDOW, 0) : end]
+        steps = logits(window)
+        for target in range(predicted, end):
+            expected += nats(steps[target - (end - len(window))], ids[target])
+        predicted = end
+    subject = Harness(model, stories, max_len=WINDOW, batch_size=2)
+    assert subject.loglikelihood_rolling([(text,), ("",), (text,)]) == pytest.approx(
+        [expected, 0.0, expected], abs=1e-3
+    )
+
+
+def test_answers_are_those_of_generate(model, stories):
+    subject = Harness(model, stories, max_len=48, batch_size=2)
+    options = {"max_gen_toks": 6, "until": "\n"}
+    prompts = ["Once", "Tom and Sam", "a " * 80]
+    found = subject.generate_until([(prompt, options) for prompt in prompts])
+    config = GenerationConfig(max_new_tokens=6, stop=("\n",))
+    cut = stories.decode(stories.encode(prompts[2])[-42:])
+    expected = generate_text(model, stories, [*prompts[:2], cut], config, batch_size=2)
+    assert found == [answer.text for answer in expected]
+    sampled = harness._generation({"do_sample": True, "temperature": 0.7, "until": ["a", "b"]})
+    assert (sampled.temperature, sampled.stop, sampled.max_new_tokens) == (0.7, ("a", "b"), 256)
+    # As the harness has it: a temperature without do_sample is not used.
+    assert harness._generation({"temperature": 0.7}).temperature == 0.0
+    with pytest.raises(ValueError, match="leaves no room for a context in max_len=48"):
+        subject.generate_until([("Once", {"max_gen_toks": 48})])
+
+
+class Base(abc.ABC):
+    """What the harness's class asks for."""
+
+    @abc.abstractmethod
+    def loglikelihood(self, requests): ...
+
+    @abc.abstractmethod
+    def loglikelihood_rolling(self, requests): ...
+
+    @abc.abstractmethod
+    def generate_until(self, requests): ...
+
+
+def test_as_the_harnesss_own_class(model, stories):
+    template = ChatTemplate("{% for m in messages %}{{ m['content'] }}{% endfor %}", {}, "t")
+    subject = Harness(model, stories, max_len=WINDOW, chat_template=template)
+    lm = harness._as_lm(subject, Base)
+    assert isinstance(lm, Base)
+    request = types.SimpleNamespace(args=("Once", " upon"))
+    assert lm.loglikelihood([request]) == subject.loglikelihood([("Once", " upon")])
+    rolling = types.SimpleNamespace(args=("Once upon",))
+    assert lm.loglikelihood_rolling([rolling]) == subject.loglikelihood_rolling([("Once upon",)])
+    assert lm.apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi"
+    assert lm.chat_template() == template.source
+    assert lm.tokenizer_name == "stories260K"
+    plain = harness._as_lm(Harness(model, stories, max_len=WINDOW), Base)
+    assert plain.chat_template() == ""
+    with pytest.raises(ValueError, match="no chat template: give Harness one"):
+        plain.apply_chat_template([])
+    with pytest.raises(ValueError, match="adds no token to its context"):
+        subject.loglikelihood([("Once", "")])
+    with pytest.raises(ValueError, match="max_len=1 must be 2 or more"):
+        Harness(model, stories, max_len=1)
+
+
+def test_a_task_under_the_harness_itself(model, stories, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    tasks = pytest.importorskip("lm_eval.tasks")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        '{"question": "Tom ran", "choices": ["home", "zebra"], "answer": 0}\n'
+        '{"question": "Once upon a", "choices": ["table", "time"], "answer": 1}\n'
+    )
+    (tmp_path / "tiny.yaml").write_text(
+        "task: tiny_choice\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {rows}}}}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{question}}'\n"
+        "doc_to_choice: '{{choices}}'\ndoc_to_target: answer\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    subject = Harness(model, stories, max_len=WINDOW)
+    found = lm_eval.simple_evaluate(
+        subject.lm(),
+        tasks=["tiny_choice"],
+        task_manager=tasks.TaskManager(include_path=str(tmp_path)),
+        bootstrap_iters=0,
+    )
+    pairs = [("Tom ran", (" home", " zebra"), 0), ("Once upon a", (" table", " time"), 1)]
+    right = [
+        np.argmax([score for score, _ in subject.loglikelihood([(q, c) for c in choices])])
+        == answer
+        for q, choices, answer in pairs
+    ]
+    assert found["results"]["tiny_choice"]["acc,none"] == np.mean(right)

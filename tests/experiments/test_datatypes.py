@@ -1,0 +1,66 @@
+"""Data types compared: stories260K under each, against bitsandbytes' own losses."""
+
+import json
+import re
+
+import pytest
+
+from experiments.paper import datatypes
+from tests.shared import shared_path
+
+
+def command(out, *more: str) -> list[str]:
+    model = shared_path("data/models/stories260K")
+    text = shared_path("data/text/tinystories.txt")
+    return [str(model), "--text", str(text), "--out", str(out), *more]
+
+
+def test_losses_equal_bitsandbytes(tmp_path, capsys):
+    """Torch, transformers and bitsandbytes on the same 32,768 tokens."""
+    flags = ["--max-tokens", "32768", "--batch-size", "16", "--types", "FP32", "NF4"]
+    assert datatypes.main(command(tmp_path / "out", *flags, "FP4-E2M1", "NF4+DQ")) == 0
+    results = json.loads((tmp_path / "out" / "datatypes.json").read_text())["results"]
+    reference = json.loads(
+        shared_path("data/reference/stories260K/reference_losses.json").read_text()
+    )["loss"]
+    names = {"FP32": "fp32", "NF4": "nf4", "FP4-E2M1": "fp4", "NF4+DQ": "nf4-dq"}
+    for line in results:
+        expected = reference[names[line["type"]]]["tinystories_share_first_32769"]
+        assert line["tokens"] == expected["tokens"]
+        # Double quantization: bitsandbytes' CPU finds other nested codes (tests/vectors).
+        tolerance = 2e-5 if line["type"] == "NF4+DQ" else 5e-7
+        assert line["nll"] == pytest.approx(expected["nll"], abs=tolerance)
+        assert line["perplexity"] == pytest.approx(expected["ppl"], rel=2e-5)
+    printed = capsys.readouterr().out
+    assert re.search(r"NF4\+DQ +│ +64 │ +4\.127 │ +1\.5275 │", printed)
+
+
+def test_a_table_over_block_sizes_that_goes_on(tmp_path, capsys, monkeypatch):
+    flags = ["--max-tokens", "256", "--window", "64", "--stride", "32"]
+    more = ["--types", "FP16", "INT8", "INT4", "FP4-E3M0", "NF4", "--blocksizes", "64", "256"]
+    assert datatypes.main(command(tmp_path, *flags, *more)) == 0
+    results = json.loads((tmp_path / "datatypes.json").read_text())["results"]
+    assert [(r["type"], r["blocksize"]) for r in results[:3]] == [
+        ("FP16", None), ("INT8", 64), ("INT8", 256),
+    ]  # fmt: skip
+    assert all(r["tokens"] == 256 for r in results)
+    loss = {(r["type"], r["blocksize"]): r["nll"] for r in results}
+    assert abs(loss["INT8", 64] - loss["FP16", None]) < 0.01
+    assert loss["NF4", 64] < loss["FP4-E3M0", 64]
+    assert (tmp_path / "datatypes.md").read_text().count("\n") == 2 + 9
+    assert (tmp_path / "datatypes.png").read_bytes()[:4] == b"\x89PNG"
+
+    def fail(*arguments, **options):
+        raise AssertionError("a case was measured again")
+
+    monkeypatch.setattr(datatypes, "measure", fail)
+    assert datatypes.main(command(tmp_path, *flags, *more)) == 0
+    capsys.readouterr()
+    for wrong, words in (
+        (["--types", "NF5"], "there is no data type 'NF5'; there are FP32"),
+        (["--blocksizes", "48"], "blocksize is 48"),
+        (["--stride", "0"], "stride=0"),
+        ([], "results of another tokens_sha256, window, stride"),
+    ):
+        assert datatypes.main(command(tmp_path, *wrong)) == 2
+        assert words in capsys.readouterr().err

@@ -1,0 +1,147 @@
+"""Costs from shapes: parameters against real models, memory and speed against the measured."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from experiments.config import ModelConfig, RunConfig
+from experiments.dry_run import estimate
+from experiments.estimate import (
+    UTILISATION,
+    adapter_parameters,
+    bits_per_weight,
+    flops_per_token,
+    hours,
+    linear_parameters,
+    memory,
+    other_parameters,
+)
+from experiments.presets import SHAPES
+from pallas_kernels.cards import CARDS
+from qlora_jax.models import Decoder, DecoderConfig
+from qlora_jax.nn import FrozenParam, LoraConfig
+from qlora_jax.plan import find_config
+from qlora_jax.quant import QuantConfig, quantize
+from qlora_jax.train import TrainConfig
+
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "h200" / "training.json"
+
+
+def llama(source: str) -> DecoderConfig:
+    return find_config(SHAPES[source])
+
+
+def measured() -> list[dict]:
+    return json.loads(MEASURED.read_text())["cases"]
+
+
+@pytest.mark.parametrize("kind", ["tied", "fused"])
+def test_parameters_are_those_of_the_model(kind):
+    config = DecoderConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=kind == "tied",
+        fused_gate_up=kind == "fused",
+    )
+    lora = LoraConfig(r=5, target_modules=("q_proj", "down_proj"))
+    model = nnx.eval_shape(lambda: Decoder(config, lora=lora, rngs=nnx.Rngs(0)))
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, FrozenParam)))
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
+    assert frozen == linear_parameters(config) + other_parameters(config)
+    assert adapters == adapter_parameters(config, lora)
+
+
+def test_llamas_have_the_parameters_that_they_are_named_for():
+    # LLaMA's paper, table 2: 6.7, 13.0, 32.5 and 65.2 billion.
+    counts = [linear_parameters(llama(s)) + other_parameters(llama(s)) for s in SHAPES]
+    assert [round(count / 1e9, 1) for count in counts] == [6.7, 13.0, 32.5, 65.3]
+
+
+def test_of_mixtrals_experts_a_token_meets_two():
+    # Mixtral's paper (2401.04088): 47 billion parameters, of which a token uses 13.
+    mixtral = DecoderConfig(
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )
+    linear, other = linear_parameters(mixtral), other_parameters(mixtral)
+    assert round((linear + other) / 1e9) == 47
+    # Short sequences, an adapter of next to nothing: 6 FLOPs a frozen parameter, 4 for the head.
+    lora = LoraConfig(r=1, target_modules=("q_proj",))
+    flops = flops_per_token(mixtral, lora, 1, "full") - 4 * 32_000 * 4096
+    assert round((flops / 6 + other) / 1e9) == 13
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [QuantConfig(), QuantConfig("fp4", double_quant=False), QuantConfig("int8", blocksize=128)],
+)
+def test_bits_are_those_of_a_quantized_weight(quant):
+    weight = quantize(jnp.ones((256, 256)), quant)
+    # A real tensor has an offset of 32 bits besides.
+    assert weight.bits_per_weight == pytest.approx(bits_per_weight(quant), abs=1e-3)
+
+
+def test_memory_is_near_what_the_compiler_and_the_card_say():
+    checked = 0
+    for line in measured():
+        if line["matmul"] == "xla" and line["base"] != "bf16":
+            continue  # the slower product, which holds a decoded weight more
+        run = RunConfig(
+            model=ModelConfig(compute_dtype="bfloat16"),
+            quant=None if line["base"] == "bf16" else QuantConfig(),
+            train=TrainConfig(micro_batch_size=line["batch"]),
+        )
+        held = memory(llama("huggyllama/llama-7b"), run, line["seq"])
+        assert held.device == pytest.approx(line["planned_device_bytes"], rel=0.05)
+        checked += 1
+    assert checked == 5
+
+
+def test_utilisation_is_within_what_was_measured():
+    config = llama("huggyllama/llama-7b")
+    reached = [
+        line["tokens_per_s"]
+        * flops_per_token(config, LoraConfig(r=64), line["seq"], "full")
+        / CARDS["h200"].matmul_flops
+        for line in measured()
+    ]
+    assert min(reached) < UTILISATION < max(reached)
+    assert hours(UTILISATION * 312e12 * 3600, CARDS["a100-80"]) == pytest.approx(1.0)
+
+
+def test_guanaco_65b_takes_a_day_on_one_48_gb_card():
+    """The paper's abstract: 24 hours of finetuning on a single GPU."""
+    run = RunConfig(train=TrainConfig(micro_batch_size=1, gradient_accumulation_steps=16))
+    config = llama("huggyllama/llama-65b")
+    tokens = 1_875 * 16 * 512
+    flops = tokens * flops_per_token(config, run.lora, 512, "full")
+    assert 12 < hours(flops, CARDS["a6000"]) < 36
+    assert memory(config, run, 512).device < CARDS["a6000"].memory
+
+
+def test_a_run_with_rows_at_hand_counts_their_tokens():
+    run = RunConfig(model=ModelConfig(compute_dtype="float32"), train=TrainConfig(steps=3))
+    found = estimate(run)
+    assert found.rows is not None
+    assert found.tokens is not None
+    assert found.rows > 700
+    assert 3 * 16 * 20 < found.tokens < 3 * 16 * 512
+    assert found.device_bytes is not None
+    unknown = estimate(RunConfig(model=ModelConfig(source="some/model")))
+    assert (unknown.rows, unknown.flops, unknown.device_bytes) == (None, None, None)
