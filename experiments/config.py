@@ -48,6 +48,8 @@ class DataConfig:
         source: an embedded dataset's name, one of the paper's eight (`qlora_jax.data.INSTRUCT`), a
             file (.json, .jsonl, .csv, .parquet), a folder, or a hub name.
         files: of a dataset of the paper, the file or folder that holds it; None: the hub.
+        hub_files: of one on the hub, read only these of its files (patterns): FLAN v2's
+            submixtures.
         split: the rows to train on; None for the only split or "train".
         validation_source: another source for the validation rows; None for the same.
         validation_split: the split that holds them; None without a `validation_source` holds
@@ -68,6 +70,7 @@ class DataConfig:
 
     source: str = "describe"
     files: str | None = None
+    hub_files: tuple[str, ...] | None = None
     split: str | None = None
     validation_source: str | None = None
     validation_split: str | None = None
@@ -179,10 +182,10 @@ def _resolved(data: DataConfig, where: str) -> DataConfig:
                 "paper and brings its own: leave it out, or name the rows by file or hub name."
             )
         return dataclasses.replace(data, train_on=data.train_on or INSTRUCT[data.source].train_on)
-    if data.files is not None:
+    if data.files is not None or data.hub_files is not None:
         raise ValueError(
-            f"data.files in {where} is given for {data.source!r}, but belongs to a dataset of the "
-            f"paper ({', '.join(INSTRUCT)}): name the file as data.source."
+            f"data.files or data.hub_files in {where} is given for {data.source!r}, but belongs to "
+            f"a dataset of the paper ({', '.join(INSTRUCT)}): name the file as data.source."
         )
     data = dataclasses.replace(data, train_on=data.train_on or "response")
     embedded = DATASETS.get(data.source)

@@ -13,6 +13,9 @@ DATA is an embedded dataset (describe, implement, chat), a .json/.jsonl/.csv/.pa
 or a hub name. Its columns decide the prompt, unless data.format does; data.validation_split names
 held-out rows, else data.validation_rows of them are held out.
 
+A T5 (an encoder–decoder) reads what a prompt calls source and writes the target; its adapters have
+the paper's alpha of 64 and rank of 16, or 64 from three billion weights on, unless you set others.
+
 Every option is a dotted key: model.*, data.*, quant.*, lora.*, train.* (--print-config lists them
 all, with their values). `--set quant=null` keeps the base in 16 bits: plain LoRA.
 
@@ -38,7 +41,14 @@ from experiments.cli import (
 )
 from experiments.config import RunConfig, build_run
 from experiments.report import ERROR, duration, write_atomically
-from experiments.run import check, check_writable, delete_run, execute, is_finished
+from experiments.run import (
+    check,
+    check_writable,
+    delete_run,
+    execute,
+    is_finished,
+    with_own_adapters,
+)
 from experiments.tree import merged, read_yaml, to_yaml, with_setting
 
 
@@ -84,7 +94,8 @@ def read_run(options: argparse.Namespace) -> RunConfig:
         tree = with_setting(tree, key, value)
     if options.seed is not None:
         tree = with_setting(tree, "train.seed", options.seed)
-    return build_run(tree, str(file) if file else "the command line")
+    run = build_run(tree, str(file) if file else "the command line")
+    return with_own_adapters(run, tree.get("lora") or {})
 
 
 def default_folder(run: RunConfig) -> Path:

@@ -20,6 +20,7 @@ from qlora_jax.data import (
     ConversationFormat,
     Examples,
     Format,
+    Pairs,
     Tokenizer,
     detect_format,
     get_format,
@@ -27,25 +28,38 @@ from qlora_jax.data import (
     load_instruct,
     load_rows,
     load_tokenizer,
+    tokenize_pairs,
     tokenize_rows,
 )
-from qlora_jax.models import family_of
+from qlora_jax.models import EncoderClassifier, EncoderDecoderConfig, family_of
+
+
+def context_length(folder: Path) -> int | None:
+    """The model's longest sequence; None for an encoder–decoder, whose positions are distances and
+    have no end. Raises as `model_config`."""
+    return getattr(model_config(folder), "max_position_embeddings", None)
 
 
 @functools.lru_cache(maxsize=16)
-def context_length(folder: Path) -> int:
-    """The model's longest sequence, from a config.json of a known architecture.
+def model_config(folder: Path) -> Any:
+    """The model's configuration, from a config.json of a known architecture.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
-        ValueError: it is damaged, or of an architecture that is not known.
+        ValueError: it is damaged, or of an architecture that is not known or writes no text.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no Hugging Face model folder: it has no config.json.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return family_of(raw).read_config(raw).max_position_embeddings
+        family = family_of(raw)
+        if family.build is EncoderClassifier:
+            raise ValueError(
+                f"a {family.model_type!r} is a classifier and learns from labels: finetune it with "
+                "python -m experiments.paper.glue."
+            )
+        return family.read_config(raw)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch it again.") from error
     except ValueError as error:
@@ -53,13 +67,15 @@ def context_length(folder: Path) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def examples_of(data: DataConfig, folder: Path, longest: int) -> tuple[Examples, Examples, int]:
+def examples_of(
+    data: DataConfig, folder: Path, longest: int | None
+) -> tuple[Examples | Pairs, Examples | Pairs, int]:
     """What a run trains on, what it is held against, and the id that fills rows up.
 
     Args:
         data: which rows.
         folder: the model's, for its tokenizer and chat template.
-        longest: refuse examples of more tokens.
+        longest: refuse examples of more tokens; None: of any length.
 
     Raises:
         ValueError, OSError: what is wrong with the rows, in a sentence.
@@ -68,8 +84,13 @@ def examples_of(data: DataConfig, folder: Path, longest: int) -> tuple[Examples,
     train_rows, validation_rows, form = _split_rows(data, folder)
     if data.max_rows is not None:
         train_rows = _first(train_rows, data.max_rows)
-    train = _tokenize(train_rows, form, data, tokenizer, longest, data.source)
     name = f"{data.source} (validation)"
+    if isinstance(model_config(folder), EncoderDecoderConfig):
+        train_pairs = _pairs(train_rows, form, data, tokenizer, data.source)
+        held_out = _pairs(validation_rows, form, data, tokenizer, name)
+        by_source = sorted(held_out, key=lambda pair: len(pair.source))
+        return train_pairs, Pairs(by_source), tokenizer.pad_token_id
+    train = _tokenize(train_rows, form, data, tokenizer, longest, data.source)
     validation = _tokenize(validation_rows, form, data, tokenizer, longest, name)
     # The loss does not depend on the order, the padding does.
     by_length = sorted(validation, key=lambda example: len(example.input_ids))
@@ -81,7 +102,8 @@ def _split_rows(data: DataConfig, folder: Path) -> tuple[Any, Any, Format]:
     embedded = DATASETS.get(data.source)
     source = embedded.folder if embedded else data.source
     if data.source in INSTRUCT:
-        rows, form, _ = load_instruct(data.source, data.files, data.split)
+        parts = None if data.hub_files is None else list(data.hub_files)
+        rows, form, _ = load_instruct(data.source, data.files, data.split, data_files=parts)
     else:
         rows = load_rows(source, data.split or ("train" if embedded else None))
         form = _format(data, folder, rows.column_names)
@@ -139,8 +161,19 @@ def _format(data: DataConfig, folder: Path, columns: list[str]) -> Format:
     )
 
 
+def _pairs(rows: Any, form: Format, data: DataConfig, tokenizer: Tokenizer, name: str) -> Pairs:
+    return tokenize_pairs(
+        rows,
+        form,
+        tokenizer,
+        source_max_len=data.source_max_len,
+        target_max_len=data.target_max_len,
+        source=name,
+    )
+
+
 def _tokenize(
-    rows: Any, form: Format, data: DataConfig, tokenizer: Tokenizer, longest: int, name: str
+    rows: Any, form: Format, data: DataConfig, tokenizer: Tokenizer, longest: int | None, name: str
 ) -> Examples:
     return tokenize_rows(
         rows,

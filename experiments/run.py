@@ -19,8 +19,8 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,12 @@ from experiments.config import RunConfig, build_run
 from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
-from experiments.rows import context_length, examples_of
+from experiments.rows import context_length, examples_of, model_config
 from experiments.tree import differences, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
-from qlora_jax.data import Batches, Examples, load_tokenizer
-from qlora_jax.evaluate import answer_tokens
-from qlora_jax.models import Decoder
+from qlora_jax.data import Batches, Examples, Pairs, Seq2SeqBatches, load_tokenizer
+from qlora_jax.evaluate import answer_tokens, loss_for
+from qlora_jax.models import EncoderDecoderConfig, t5_lora
 from qlora_jax.nn import FrozenParam
 from qlora_jax.pretrained import find_folder, load_pretrained
 from qlora_jax.train import Callback, fit
@@ -54,8 +54,8 @@ class Checked:
     """What `check` found: the model's folder and the rows, tokenized for it."""
 
     folder: Path
-    train: Examples
-    validation: Examples
+    train: Examples | Pairs
+    validation: Examples | Pairs
     pad_token_id: int
 
 
@@ -69,6 +69,11 @@ def check(run: RunConfig) -> Checked:
     longest = run.data.max_len or context_length(folder)
     train, validation, pad = examples_of(run.data, folder, longest)
     if run.mmlu is not None:
+        if isinstance(train, Pairs):
+            raise ValueError(
+                f"mmlu is set, but {run.model.source} is an encoder–decoder, which the examination "
+                "does not ask: leave mmlu out."
+            )
         answer_tokens(load_tokenizer(folder))
         check_questions(run.mmlu)
     return Checked(folder, train, validation, pad)
@@ -86,6 +91,26 @@ def model_folder(run: RunConfig) -> Path:
     context_length(folder)
     WeightFolder(folder)
     return folder
+
+
+def with_own_adapters(run: RunConfig, given: Collection[str]) -> RunConfig:
+    """The run with the paper's adapters for its kind of model: a T5's are not a Llama's.
+
+    Args:
+        run: as configured.
+        given: options of `lora` that the user set, which stay.
+
+    Raises:
+        ValueError, OSError: there is no such model, or its config.json is damaged.
+    """
+    if run.model.source in MODELS:
+        return run
+    folder = find_folder(run.model.source, revision=run.model.revision, files=("config.json",))
+    config = model_config(folder)
+    if not isinstance(config, EncoderDecoderConfig):
+        return run
+    own = {name: getattr(t5_lora(config), name) for name in ("r", "alpha") if name not in given}
+    return replace(run, lora=replace(run.lora, **own))
 
 
 class _FirstWords:
@@ -125,7 +150,8 @@ def execute(
     began = time.perf_counter()
     checked = check(run)
     train = run.train
-    context = context_length(checked.folder)
+    # Read by the examination alone, which `check` refused where there is no limit.
+    context = context_length(checked.folder) or 0
     dtype = jnp.dtype(run.model.compute_dtype)
     param_dtype = jnp.dtype(run.model.param_dtype) if run.model.param_dtype else dtype
     model, tokenizer = load_pretrained(
@@ -138,18 +164,18 @@ def execute(
         seed=train.seed,
     )
 
-    def batches(examples: Examples, **options: Any) -> Batches:
-        return Batches(
-            examples,
-            batch_size=train.micro_batch_size,
-            buckets=run.data.buckets,
-            seed=train.seed,
-            pad_token_id=checked.pad_token_id,
+    def batches(examples: Examples | Pairs, **options: Any) -> Batches | Seq2SeqBatches:
+        shared = {
+            "batch_size": train.micro_batch_size,
+            "seed": train.seed,
+            "pad_token_id": checked.pad_token_id,
             **options,
-        )
+        }
+        if isinstance(examples, Pairs):
+            return Seq2SeqBatches(examples, source_buckets=run.data.buckets, **shared)
+        return Batches(examples, buckets=run.data.buckets, **shared)
 
-    def save(where: Path, trained: nnx.Module) -> None:
-        assert isinstance(trained, Decoder)
+    def save(where: Path, trained: Any) -> None:
         save_adapter(where, trained, run.lora, base_name=str(checked.folder))
 
     fit(
@@ -162,6 +188,7 @@ def execute(
         train,
         run_folder=folder,
         eval_batches=batches(checked.validation, shuffle=False),
+        loss_fn=loss_for(model),
         identity=identity(run),
         save_adapter=save,
         probes=probes(run.mmlu, tokenizer, context),

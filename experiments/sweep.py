@@ -5,6 +5,8 @@ With no arguments: configs/embedded.yaml, two tiny pretrained Llamas × the embe
 
     python -m experiments.sweep my.yaml --seeds 0 1 2
     python -m experiments.sweep --models stdlib-4m --axis lora.r=4,16,64 --set train.steps=50
+    python -m experiments.sweep --preset paper-table5 --dry-run       # the paper's sweeps, and
+    python -m experiments.sweep --preset paper-table5 --scale tiny    # what they would cost
 
 A sweep's file holds the sections of a single run (model, data, quant, lora, train) for what all
 cells share, and lists of what differs: models, datasets, seeds, axes (any option), rules (options
@@ -34,7 +36,6 @@ from typing import Any
 import jax
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from experiments.cells import Cell, Sweep, build_sweep
 from experiments.cli import (
@@ -45,18 +46,23 @@ from experiments.cli import (
     refuse,
     wandb_callbacks,
 )
+from experiments.dry_run import CARDS as DRY_RUN_CARDS
+from experiments.dry_run import check_compiler, dry_run
 from experiments.page import render
+from experiments.presets import PRESETS, QUESTIONS, ROWS, preset
 from experiments.report import (
     ERROR,
     CellReport,
     csv_text,
     duration,
     read_cell,
+    terminal_matrix,
     terminal_table,
     write_atomically,
 )
 from experiments.run import check, check_writable, delete_run, execute, is_finished
 from experiments.tree import Tree, parse_setting, read_yaml
+from pallas_kernels.cards import CARDS, find_card
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,8 +73,17 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "config", nargs="?", type=Path, default=CONFIGS / "embedded.yaml", metavar="FILE",
+        "config", nargs="?", type=Path, metavar="FILE",
         help="YAML file of the sweep (configs/embedded.yaml)",
+    )  # fmt: skip
+    parser.add_argument("--preset", metavar="NAME", help=f"instead: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--scale", choices=("full", "tiny"),
+        help="of a preset: the paper's models, or the embedded ones on this machine (full)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rows", type=Path, default=ROWS, metavar="FOLDER",
+        help="real rows for --scale tiny, where it has them (../shared/data/instruct)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of all (runs/NAME)")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="instead of the file's")
@@ -84,7 +99,16 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
     parser.add_argument("--only", metavar="PATTERN", help="cells whose name matches, as in *qlora*")
-    parser.add_argument("--dry-run", action="store_true", help="list the cells and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="list the cells with their tokens, FLOPs, memory and hours, and stop",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cards", nargs="+", default=DRY_RUN_CARDS, metavar="CARD", help=f"({', '.join(CARDS)})"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="with --dry-run: memory from the compiler"
+    )
     parser.add_argument("--report-only", action="store_true", help="run nothing, report again")
     parser.add_argument("--overwrite", action="store_true", help="delete the cells' earlier runs")
     return parser
@@ -92,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def read_sweep(options: argparse.Namespace) -> Sweep:
     """The sweep that the command line describes; ValueError or OSError where there is none."""
-    tree: Tree = read_yaml(options.config)
+    tree, where = _tree(options)
     for name in ("models", "datasets", "seeds"):
         chosen = getattr(options, name)
         if chosen is not None:
@@ -103,7 +127,7 @@ def read_sweep(options: argparse.Namespace) -> Sweep:
             values = yaml.safe_load(f"[{values}]")
         axes = tree.get("axes") or {}
         tree["axes"] = {**axes, key: values if isinstance(values, list) else [values]}
-    sweep = build_sweep(tree, str(options.config), read_settings(options.set))
+    sweep = build_sweep(tree, where, read_settings(options.set))
     if options.only is None:
         return sweep
     cells = tuple(c for c in sweep.cells if fnmatch.fnmatch(c.name.lower(), options.only.lower()))
@@ -111,6 +135,30 @@ def read_sweep(options: argparse.Namespace) -> Sweep:
         names = ", ".join(c.name for c in sweep.cells[:4])
         raise ValueError(f"--only {options.only!r} matches no cell; cells are named {names} …")
     return replace(sweep, cells=cells)
+
+
+def _tree(options: argparse.Namespace) -> tuple[Tree, str]:
+    """The tree that a file or a preset gives, and what to call it."""
+    if options.preset is None:
+        if options.scale is not None:
+            raise ValueError("--scale belongs to a --preset.")
+        file = options.config or CONFIGS / "embedded.yaml"
+        return read_yaml(file), str(file)
+    if options.config is not None:
+        raise ValueError(f"give either {options.config} or --preset {options.preset}.")
+    scale = options.scale or "full"
+    tree = preset(
+        options.preset,
+        scale,
+        out=None if options.dry_run else _out(options, f"{options.preset}-{scale}"),
+        rows=options.rows,
+        questions=QUESTIONS,
+    )
+    return tree, f"the preset {options.preset}"
+
+
+def _out(options: argparse.Namespace, name: str) -> Path:
+    return options.out or Path("runs") / name
 
 
 def _chosen(given: Any, names: Sequence[Any]) -> Any:
@@ -130,29 +178,6 @@ def plan(sweep: Sweep, out: Path) -> list[Cell]:
     for cell in todo:
         check(cell.run)
     return todo
-
-
-def dry_run(sweep: Sweep, out: Path, console: Console) -> None:
-    """Lists the cells with what they would train on, and which are finished."""
-    table = Table(title=f"{sweep.name}: {len(sweep.cells)} cell(s) in {out}", title_justify="left")
-    for name in sweep.cells[0].labels:
-        table.add_column(name)
-    for name in ("base", "steps", "rows", "tokens", "status"):
-        table.add_column(name, justify="right")
-    for cell in sweep.cells:
-        run, done = cell.run, is_finished(cell.run, out / cell.name)
-        train = check(run).train
-        examples = run.train.steps * run.train.batch_size
-        quant = run.quant
-        table.add_row(
-            *cell.labels.values(),
-            "16-bit" if quant is None else quant.quant_type + ("+DQ" if quant.double_quant else ""),
-            str(run.train.steps),
-            f"{len(train):,}",
-            f"{train.tokens / len(train) * examples:,.0f}",
-            "finished" if done else "to run",
-        )
-    console.print(table)
 
 
 def run_cell(cell: Cell, folder: Path, console: Console, wandb: str | None = None) -> None:
@@ -198,9 +223,12 @@ def main(arguments: list[str] | None = None) -> int:
     console = make_console()
     try:
         sweep = read_sweep(options)
-        out = options.out or Path("runs") / sweep.name
+        out = _out(options, sweep.name)
         if options.dry_run:
-            dry_run(sweep, out, console)
+            if options.compile:
+                check_compiler()
+            cards = [find_card(name) for name in options.cards]
+            dry_run(sweep, out, console, cards, compiled=options.compile)
             return 0
         if options.overwrite and not options.report_only:
             for cell in sweep.cells:
@@ -220,6 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
         write_report(sweep, out, command)
     reports = write_report(sweep, out, command)
     console.print(terminal_table(sweep.name, reports))
+    if len(reports) > 1:
+        console.print(terminal_matrix(sweep.name, reports))
     for report in reports:
         if report.result is None:
             why = f": {report.error}" if report.error else ""

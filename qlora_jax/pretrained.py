@@ -6,6 +6,7 @@ through `huggingface_hub` into its cache (`HF_HOME`), or taken from there alone 
 `org/name/file.gguf`) and tokenizer files are ever fetched: no pickles, no code.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +93,18 @@ def find_source(name_or_path: str | Path, *, revision: str | None = None) -> Pat
     return find_folder(name_or_path, revision=revision)
 
 
-def find_folder(name_or_folder: str | Path, *, revision: str | None = None) -> Path:
-    """A model's local folder: as given, or fetched from the hub. Raises as `load_pretrained`."""
+def find_folder(
+    name_or_folder: str | Path, *, revision: str | None = None, files: Sequence[str] = _FILES
+) -> Path:
+    """A model's local folder: as given, or with `files` (patterns) fetched from the hub. Raises as
+    `load_pretrained`."""
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         _refuse_revision(folder, revision)
         return folder
     name = str(name_or_folder)
     with plain_words(name, revision):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
 
 
 def _refuse_revision(path: Path, revision: str | None) -> None:

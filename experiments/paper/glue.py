@@ -40,6 +40,7 @@ from experiments.paper.table3 import (
     PUBLISHED,
     Cell,
     Recipe,
+    about,
     add_arguments,
     markdown,
     mean_scores,
@@ -240,17 +241,17 @@ def main(arguments: list[str] | None = None) -> int:
         results = run_cells(
             cells,
             out,
-            settings,
+            lambda cell: settings,
             lambda cell, folder: run_cell(cell, folder, base, recipe, options, console),
             console,
         )
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return refuse(error)
     text = table(results, options.tasks)
-    notes = (
-        f"Validation scores in percent of {base.name}, mean over seeds "
-        f"{', '.join(map(str, options.seeds))}; MNLI is the mean of its two sets. "
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}."
+    notes = about(
+        f"Validation scores in percent of {base.name}; MNLI is the mean of its two sets",
+        options,
+        results,
     )
     write_report(out, f"GLUE: {base.name}", text, notes, results)
     console.print(text, highlight=False, markup=False)

@@ -85,6 +85,8 @@ def run(options: argparse.Namespace, console: Console) -> MmluResult:
     check_questions(config)
     folder = find_folder(MODELS.get(options.model, options.model))
     context = context_length(folder)
+    if context is None:
+        raise ValueError(f"{folder} is an encoder–decoder, which this examination does not ask.")
     quant = None if options.quant == "none" else QuantConfig(options.quant)
     lora = None if options.adapter is None else read_adapter_config(options.adapter)
     identity: dict[str, Any] = {"model": options.model, "quant": str(quant)}

@@ -1,7 +1,7 @@
-"""Super-NaturalInstructions (arXiv 2204.07705): instances by task, their prompt, and held-out tasks.
+"""Super-NaturalInstructions (arXiv 2204.07705): instances by task, prompts, held-out tasks.
 
-What is measured is instruction following on *tasks* never trained on, so rows are split by task. Two
-sources are read: a copy of the repository allenai/natural-instructions (`tasks/*.json` with its
+What is measured is instruction following on *tasks* never trained on, so rows are split by task.
+Two sources are read: a copy of the repository allenai/natural-instructions (`tasks/*.json` with its
 official `splits/default`), and flattened rows with the columns instruction, input, output and the
 task's name (`topic` or `task`), of which some tasks are held out by a seeded draw.
 """
@@ -37,16 +37,14 @@ def prompt(instance: Instance, shots: int = 2) -> str:
     parts = [f"Definition: {instance.definition.strip()}"]
     for number, (given, answer) in enumerate(instance.examples[:shots], 1):
         parts.append(f"Positive Example {number} -\nInput: {given.strip()}\nOutput: {answer}")
-    parts.append(
-        f"Now complete the following example -\nInput: {instance.input.strip()}\nOutput: "
-    )
+    parts.append(f"Now complete the following example -\nInput: {instance.input.strip()}\nOutput: ")
     return "\n\n".join(parts)
 
 
 def load_split(
     source: str | Path, *, per_task: int, held_out_tasks: int
 ) -> tuple[list[Instance], list[Instance]]:
-    """Instances of the tasks to train on, and of those to score.
+    """Instances of the tasks to train on, and of those to score, both shuffled.
 
     Args:
         source: a copy of the repository, or rows as a file, a folder or a hub name.
@@ -60,8 +58,8 @@ def load_split(
     folder = Path(source).expanduser()
     if (folder / "splits" / "default").is_dir():
         return (
-            _official(folder, "train_tasks", per_task),
-            _official(folder, "test_tasks", per_task),
+            _shuffled(_official(folder, "train_tasks", per_task)),
+            _shuffled(_official(folder, "test_tasks", per_task)),
         )
     tasks: dict[str, list[Instance]] = {}
     for number, row in enumerate(load_rows(source)):
@@ -72,12 +70,15 @@ def load_split(
             f"{source} has {len(tasks)} tasks, but {held_out_tasks} are to be held out: give more "
             "rows, or hold out fewer (--held-out-tasks)."
         )
-    names = sorted(tasks)
-    random.Random(0).shuffle(names)
-    chosen = [[i for name in part for i in tasks[name][:per_task]] for part in (
-        names[held_out_tasks:], names[:held_out_tasks]
-    )]
+    names = _shuffled(sorted(tasks))
+    parts = (names[held_out_tasks:], names[:held_out_tasks])
+    chosen = [_shuffled([i for name in part for i in tasks[name][:per_task]]) for part in parts]
     return chosen[0], chosen[1]
+
+
+def _shuffled(items: list[Any]) -> list[Any]:
+    """In an order that is the same every time, so that the first few are of many tasks."""
+    return random.Random(0).sample(items, len(items))
 
 
 def _official(folder: Path, split: str, per_task: int) -> list[Instance]:

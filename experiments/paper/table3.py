@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from experiments.report import ERROR, RESULT, write_atomically
+from experiments.tree import flat
 from qlora_jax.checkpoints import load_model
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
@@ -204,7 +205,7 @@ def read_recipe(recipe: Recipe, options: argparse.Namespace) -> Recipe:
 def run_cells(
     cells: Sequence[Cell],
     out: Path,
-    settings: Mapping[str, Any],
+    settings: Callable[[Cell], Mapping[str, Any]],
     run: Callable[[Cell, Path], Mapping[str, Any]],
     console: Console,
 ) -> dict[Cell, dict[str, Any]]:
@@ -220,20 +221,19 @@ def run_cells(
     Raises:
         ValueError: a finished cell was made with other settings.
     """
-    decided = json.loads(json.dumps(dict(settings), default=str))
+    decided = {cell: json.loads(json.dumps(dict(settings(cell)), default=str)) for cell in cells}
     results: dict[Cell, dict[str, Any]] = {}
     for cell in cells:
         path = out / cell.name / RESULT
         if path.is_file():
             results[cell] = json.loads(path.read_text(encoding="utf-8"))
-            saved = results[cell]["settings"]
-            other = sorted(k for k in {*saved, *decided} if saved.get(k) != decided.get(k))
-            if other:
-                name = other[0]
-                raise ValueError(
-                    f"{path.parent} was made with {name} {saved.get(name)!r}, but now it is "
-                    f"{decided.get(name)!r}: set it back, or choose another --out."
-                )
+            was, now = flat(results[cell]["settings"]), flat(decided[cell])
+            for name in sorted({*was, *now}):
+                if was.get(name) != now.get(name):
+                    raise ValueError(
+                        f"{path.parent} was made with {name} {was.get(name)!r}, but now it is "
+                        f"{now.get(name)!r}: set it back, or choose another --out."
+                    )
     for number, cell in enumerate(cells, 1):
         folder = out / cell.name
         if cell in results:
@@ -242,7 +242,7 @@ def run_cells(
         console.rule(f"{number}/{len(cells)} {cell.name}", align="left")
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            result = {**run(cell, folder), "settings": decided}
+            result = {**run(cell, folder), "settings": decided[cell]}
         except Exception as error:  # one cell must not stop the others
             text = " ".join(str(error).split()) or type(error).__name__
             console.print(f"[red]failed:[/red] {text}", highlight=False)
@@ -283,6 +283,26 @@ def markdown(
         *(f"| {name} | {' | '.join(cell(v, c) for c in columns)} |" for name, v in rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def about(what: str, options: argparse.Namespace, results: Mapping[Cell, Mapping[str, Any]]) -> str:
+    """The sentences under a table: what was measured, on how much, where."""
+    text = f"{what}; mean over seeds {', '.join(map(str, options.seeds))}."
+    if results:
+        rows = _span([result["train_rows"] for result in results.values()])
+        steps = _span([result["steps"] for result in results.values()])
+        text += f" {rows} training rows, {steps} steps a cell."
+    if options.scale == "tiny":
+        text += (
+            " At this scale the table shows that everything runs, not what a method is worth: "
+            "without --model(s) the base is random."
+        )
+    return f"{text} {jax.devices()[0].device_kind}, jax {jax.__version__}."
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def write_report(

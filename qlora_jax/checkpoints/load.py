@@ -226,11 +226,14 @@ def _fill(
             bar.update(task, tensor=name)
             path = slot.path
             struct = node_at(model, path).get_value()
-            tensor = jax.tree.map(jnp.asarray, checkpoint.read(name))
             if path not in filled:
                 filled[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
-            filled[path] = _put(
-                filled[path], tensor, tuple(map(jnp.int32, slot.stack_index)), quant
+            # The tensor has no name here: it would outlive its turn and lie beside the next one.
+            filled[path] = put(
+                filled[path],
+                jax.tree.map(jnp.asarray, checkpoint.read(name)),
+                tuple(map(jnp.int32, slot.stack_index)),
+                quant,
             )
             # Without waiting, the reader runs ahead and tensors pile up in front of the device.
             jax.block_until_ready(filled[path])
@@ -240,8 +243,15 @@ def _fill(
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
-    """The stack with one tensor in its place, quantized from the file's own numbers."""
+def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
+    """The stack, which is used up, with one tensor in its place.
+
+    Args:
+        stack: arrays, or a `QuantizedTensor`, with leading axes for layers (and experts).
+        tensor: one of them, from a file: dense, or packed like the stack.
+        index: where, along the leading axes.
+        quant: how a dense tensor is quantized, from the file's own numbers; None where it is not.
+    """
     if isinstance(stack, QuantizedTensor) and quant is not None:
         tensor = quantize(tensor, quant)
     wholes, treedef = jax.tree.flatten(stack)

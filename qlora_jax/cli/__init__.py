@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "quantize": "a 16-bit model into a bitsandbytes 4-bit folder",
     "merge": "an adapter into its base, with a report of what changed",
     "export": "a model or an adapter into safetensors, GGUF or PEFT's format",
+    "plan": "the memory of a finetuning step on a card that need not be here",
     "push": "an adapter or a model onto the hub, with a model card",
 }
 """Name, which is the module's too → one line for `qlora-jax --help`."""

@@ -24,7 +24,7 @@ from qlora_jax.data.classification import (
 from qlora_jax.data.examples import IGNORE, Example, Examples, TokenizeReport
 from qlora_jax.data.instruct import INSTRUCT, InstructDataset, InstructRows, load_instruct
 from qlora_jax.data.segments import Format, Segment
-from qlora_jax.data.seq2seq import Pair, Seq2SeqBatch, Seq2SeqBatches, tokenize_pairs
+from qlora_jax.data.seq2seq import Pair, Pairs, Seq2SeqBatch, Seq2SeqBatches, tokenize_pairs
 from qlora_jax.data.sources import load_rows
 from qlora_jax.data.templates import (
     FORMATS,
@@ -63,6 +63,7 @@ __all__ = [
     "InstructionFormat",
     "Labelled",
     "Pair",
+    "Pairs",
     "PairFormat",
     "Segment",
     "Seq2SeqBatch",

@@ -27,6 +27,15 @@ class Pair(NamedTuple):
     target: Int32[np.ndarray, " target"]
 
 
+class Pairs(list[Pair]):
+    """Tokenized examples, in the order of their rows."""
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of all sources and targets."""
+        return sum(len(pair.source) + len(pair.target) for pair in self)
+
+
 class Seq2SeqBatch(NamedTuple):
     """What a training step reads; the leading axes are `[batch]`, or `[accumulation, batch]`.
 
@@ -52,7 +61,7 @@ def tokenize_pairs(
     source_max_len: int | None = None,
     target_max_len: int | None = None,
     source: str = "the dataset",
-) -> list[Pair]:
+) -> Pairs:
     """Rows of a dataset, in a prompt format, as sources and targets.
 
     Args:
@@ -91,7 +100,7 @@ def tokenize_pairs(
         targets.append(parts["target"].strip())
     if not sources:
         raise ValueError(f"{source} is empty: there is not one row to tokenize.")
-    pairs = []
+    pairs = Pairs()
     for read, written in zip(
         tokenizer.encode_batch(sources), tokenizer.encode_batch(targets), strict=True
     ):

@@ -5,11 +5,12 @@ from qlora_jax.models.cache import Cache
 from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.classification_loss import ExampleLoss, classification_loss
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import REMAT, Decoder
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.encoder import EncoderClassifier
 from qlora_jax.models.encoder_config import EncoderConfig, EncoderDecoderConfig
 from qlora_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderCache
 from qlora_jax.models.families import FAMILIES, family_of
+from qlora_jax.models.families.t5 import t5_lora
 from qlora_jax.models.family import Family, Slot
 from qlora_jax.models.loss import (
     LOSS_CHUNK,
@@ -19,6 +20,7 @@ from qlora_jax.models.loss import (
     next_token_loss,
     next_tokens,
 )
+from qlora_jax.models.remat import REMAT
 from qlora_jax.models.rope import RopeConfig
 from qlora_jax.models.seq2seq_loss import seq2seq_loss, shift_right
 from qlora_jax.models.unfreeze import unfreeze
@@ -52,5 +54,6 @@ __all__ = [
     "next_tokens",
     "seq2seq_loss",
     "shift_right",
+    "t5_lora",
     "unfreeze",
 ]

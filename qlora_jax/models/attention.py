@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.norm import norm_for
 from qlora_jax.models.rope import rotate
 from qlora_jax.nn import QuantDense
 
-AttentionName = Literal["xla", "cudnn"]
+AttentionName = Literal["xla", "cudnn", "chunked"]
 
 # Query, key and value of a layer in; their mixture out, and whatever the caller keeps of them.
 Mix = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -51,20 +52,35 @@ def attend(
         bias: added to the scores.
         segments: ids of the queries and keys of packed sequences: equal ones see each other.
         implementation: "xla" holds all scores and takes everything; "cudnn" is linear in memory
-            where there is no mask, bias or segments, and knows no soft cap.
+            where there is no mask, bias or segments, and knows no soft cap; "chunked" takes
+            everything and is linear in memory (`chunked_attention.py`).
 
     Raises:
         ValueError: a window without causality, or a soft cap under cuDNN.
     """
     if window is not None and not causal:
         raise ValueError(f"window is {window} without causal=True: give both, or mask the scores.")
+    if implementation == "chunked":
+        return chunked_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            causal=causal,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            bias=bias,
+            segments=segments,
+        )
     if segments is not None:
         own = segments[0][:, None, :, None] == segments[1][:, None, None, :]
         mask = own if mask is None else own & mask
     if softcap is not None:
         if implementation != "xla":
             raise ValueError(
-                f"attention is {implementation!r}, which has no soft cap: give attention='xla'."
+                f"attention is {implementation!r}, which has no soft cap: give attention='xla' or "
+                "'chunked'."
             )
         mask = _visible(query.shape[1], key.shape[1], mask, causal, window)
         return _capped(query, key, value, mask, scale, softcap, bias)

@@ -20,7 +20,6 @@ holds all logits at once calls them apart.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
@@ -34,18 +33,10 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.layer import DecoderLayer
 from qlora_jax.models.norm import norm_for
+from qlora_jax.models.remat import check_remat, run_layers
 from qlora_jax.models.rope import rotations
-from qlora_jax.nn import LoraConfig, QuantDense
+from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense
 from qlora_jax.quant import QuantConfig
-
-REMAT: dict[str, Callable[..., bool] | None] = {
-    # Save each layer's input, recompute the layer: least memory, one more forward pass.
-    "full": jax.checkpoint_policies.nothing_saveable,
-    # Save matmul outputs, recompute what lies between: cheap in time, memory grows with depth.
-    "dots": jax.checkpoint_policies.checkpoint_dots,
-    # Save everything that the backward pass reads.
-    "none": None,
-}
 
 
 class Decoder(nnx.Module):
@@ -58,12 +49,14 @@ class Decoder(nnx.Module):
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`.
         remat: one of `REMAT`: what the backward pass finds saved instead of recomputing it.
+        stream_weights: the layers' frozen weights lie in pinned host memory and come in one layer
+            at a time (`streaming.py`). `load_model` puts them there, `move_to_host` a model's.
         attention: implementation of `attend`; see `attention_for`.
         matmul: implementation of the 4-bit matmul (`pallas_kernels`); None lets the op choose.
         rngs: stream `params`. Base weights start random.
 
-    `model.remat` and `model.attention` may be set again later; neither changes results beyond
-    rounding.
+    `model.remat`, `model.stream_weights` and `model.attention` may be set again later; none changes
+    results beyond rounding.
     """
 
     def __init__(
@@ -75,17 +68,21 @@ class Decoder(nnx.Module):
         compute_dtype: Any = jnp.float32,
         param_dtype: Any = None,
         remat: str = "full",
+        stream_weights: bool = False,
         attention: AttentionName = "xla",
         matmul: str | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        if remat not in REMAT:
-            raise ValueError(f"remat is {remat!r}, but one of {', '.join(REMAT)} is needed.")
+        check_remat(remat, stream_weights=stream_weights)
         if attention not in get_args(AttentionName):
-            raise ValueError(f"attention is {attention!r}, but 'xla' or 'cudnn' is needed.")
+            raise ValueError(
+                f"attention is {attention!r}, but one of {', '.join(get_args(AttentionName))} is "
+                "needed."
+            )
         self.config = config
         self.compute_dtype = compute_dtype
         self.remat = remat
+        self.stream_weights = stream_weights
         self.attention = attention
         stored = param_dtype or compute_dtype
 
@@ -295,28 +292,29 @@ class Decoder(nnx.Module):
                 )
             return mixed, None if cache_length is None else (key, value)
 
-        graphdef, stacked = nnx.split(self.layers)
+        graphdef, frozen, rest = nnx.split(self.layers, FrozenParam, ...)
         keys = (
             None if dropout_key is None else jax.random.split(dropout_key, config.num_hidden_layers)
         )
         turns, local_turns = self._turns(positions, cache_length)
 
-        def step(x: Array, layer: tuple[Any, Array | None, Array | None]) -> tuple[Array, Any]:
-            state, sliding, key = layer
-            return nnx.merge(graphdef, state)(
+        def step(x: Array, frozen: Any, own: tuple[Any, Any, Any]) -> tuple[Array, Any]:
+            rest, sliding, key = own
+            return nnx.merge(graphdef, frozen, rest)(
                 x,
                 _chosen(sliding, local_turns, turns),
                 functools.partial(mix, sliding),
                 dropout_key=key,
             )
 
-        policy = REMAT[self.remat]
-        if policy is not None:
-            # Inside a scan, nothing can be merged with the recomputation across iterations, so the
-            # barriers that prevent_cse puts in would only hinder fusion.
-            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        x = self._embed(input_ids, positions)
-        x, kept = jax.lax.scan(step, x, (stacked, self._sliding(), keys))
+        x, kept = run_layers(
+            step,
+            self._embed(input_ids, positions),
+            frozen,
+            (rest, self._sliding(), keys),
+            remat=self.remat,
+            stream_weights=self.stream_weights,
+        )
         return self._normalised(x), kept
 
     def head(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:

@@ -13,8 +13,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from qlora_jax.models.decoder import REMAT
-from qlora_jax.nn import LoraConfig, QuantDense
+from qlora_jax.models.remat import check_remat, run_layers
+from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense
 from qlora_jax.quant import QuantConfig
 
 Keys = Iterator[Key[Array, ""] | None]
@@ -81,6 +81,7 @@ def scan_layers(
     per_layer: Any,
     *,
     remat: str,
+    stream_weights: bool = False,
 ) -> tuple[Array, Any]:
     """Runs a stack: `apply(layer, x, slice) -> (x, output)`, layer after layer.
 
@@ -90,21 +91,20 @@ def scan_layers(
         x: what goes through.
         per_layer: a pytree whose leaves carry the layers' axis (dropout keys, caches), or None.
         remat: a key of `REMAT`: what the backward pass finds saved.
+        stream_weights: whether frozen weights come in from host memory layer by layer.
 
     Returns:
         What came through, and the outputs stacked.
     """
-    graphdef, stacked = nnx.split(layers)
+    graphdef, frozen, rest = nnx.split(layers, FrozenParam, ...)
 
-    def step(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
-        state, given = layer
-        return apply(nnx.merge(graphdef, state), x, given)
+    def step(x: Array, frozen: Any, own: tuple[Any, Any]) -> tuple[Array, Any]:
+        rest, given = own
+        return apply(nnx.merge(graphdef, frozen, rest), x, given)
 
-    policy = REMAT[remat]
-    if policy is not None:
-        # prevent_cse only hinders fusion inside a scan (see Decoder.hidden).
-        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-    return jax.lax.scan(step, x, (stacked, per_layer))
+    return run_layers(
+        step, x, frozen, (rest, per_layer), remat=remat, stream_weights=stream_weights
+    )
 
 
 def split_key(key: Key[Array, ""] | None, count: int) -> Key[Array, " count"] | None:
@@ -125,8 +125,7 @@ def check_options(
     Raises:
         ValueError: saying what there is to choose from.
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat is {remat!r}, but one of {', '.join(REMAT)} is needed.")
+    check_remat(remat)
     if lora is not None and not any(
         isinstance(node, QuantDense) and node.lora is not None for _, node in nnx.iter_graph(model)
     ):

@@ -1,93 +1,289 @@
-"""The loop over a model's stacked layers: what it keeps for the backward pass, and where from."""
+"""Weights that stream: frozen layers rest in pinned host memory and visit the card one by one.
 
-from collections.abc import Callable
+QLoRA's base never changes, so the card needs a layer of it only while that layer computes. The loop
+over the layers carries *two* layers' weights: it computes with the one that is here and fetches the
+next meanwhile. So the card holds two layers' packed codes instead of all of them, for any depth.
+
+    forward    fetch 0 | layer 0 ∥ fetch 1 | layer 1 ∥ fetch 2 | … | layer L-1
+    backward             layer L-1 again, its gradient ∥ fetch L-2 | … | layer 0
+
+Autodiff of such a loop would keep every carried weight for the backward pass, on the card. The rule
+is therefore written out (`custom_vjp`): a layer's input is kept, in device or host memory, and the
+backward loop fetches weights anew and computes the layer again, as `remat="full"` does. The last
+layer's weights are still here when the backward loop begins.
+
+Cost: every packed byte crosses PCIe twice a micro-batch (`stream_cost`), which is hidden once a
+micro-batch has tokens enough; more micro-batches do not help, more tokens in one do. Losses and
+gradients are those of resident weights, bit for bit.
+
+XLA overlaps the copies with the products only if asked: `compiler_options("gpu")` turns on its
+scheduler that hides latency and lets it have all copies of a layer in flight at once (without the
+second option it has two, and the schedule waits between them). JAX's pinned host memory is capped
+at 64 GB: for more, set `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB` before JAX starts.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+from qlora_jax.nn import FrozenParam
 
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
-class _Plan(NamedTuple):
-    apply: Any
+MIN_STREAM_BYTES = 2**16
+"""Smaller parts of a layer (norms, offsets) stay on the card: a transfer costs more than room."""
+
+HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+"""The environment variable with the size of JAX's pinned host pool on a GPU, in GiB."""
+
+_DEFAULT_HOST_LIMIT = 64
+
+
+def streams(stack: Any) -> bool:
+    """Whether an array (or shape) of stacked layers is large enough to be worth a transfer."""
+    depth = stack.shape[0] if stack.ndim else 1
+    return bool(depth) and stack.size // depth * stack.dtype.itemsize >= MIN_STREAM_BYTES
+
+
+def compiler_options(platform: str) -> dict[str, Any]:
+    """What `jax.jit(..., compiler_options=)` should be given where weights stream.
+
+    Args:
+        platform: of the target, such as "gpu", "cuda" or "cpu"; only XLA:GPU has the options.
+    """
+    if platform not in ("gpu", "cuda"):
+        return {}
+    return {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_experimental_parallel_async_compute_limit": 64,
+    }
+
+
+def to_host(stack: Any) -> Any:
+    """An array in pinned host memory, on the devices it is on."""
+    return jax.device_put(stack, stack.sharding.with_memory_kind("pinned_host"))
+
+
+def move_to_host(layers: nnx.Module) -> None:
+    """Moves the large frozen leaves of stacked layers to pinned host memory, one by one."""
+    for _, node in nnx.iter_graph(layers):
+        if isinstance(node, FrozenParam):
+            moved = jax.tree.map(lambda x: to_host(x) if streams(x) else x, node.get_value())
+            node.set_value(moved)
+
+
+def host_bytes(layers: nnx.Module) -> int:
+    """Bytes of stacked layers' frozen weights that rest on the host where they stream.
+
+    Args:
+        layers: concrete, or shapes alone (`nnx.eval_shape`).
+    """
+    stacks = jax.tree.leaves(nnx.state(layers, FrozenParam))
+    return sum(stack.size * stack.dtype.itemsize for stack in stacks if streams(stack))
+
+
+def check_host_memory_limit(needed: int, platform: str) -> None:
+    """Refuses what JAX's pinned host pool would not hold, before anything is loaded.
+
+    Args:
+        needed: bytes that are to rest in pinned host memory.
+        platform: of the target; only GPUs have such a pool.
+
+    Raises:
+        ValueError: naming the environment variable and a value that is enough.
+    """
+    limit = int(os.environ.get(HOST_LIMIT, _DEFAULT_HOST_LIMIT))
+    if platform in ("gpu", "cuda") and needed > limit * 2**30:
+        enough = -(-needed // 2**30) + 8
+        raise ValueError(
+            f"{needed / 2**30:.1f} GiB are to rest in pinned host memory, but JAX's pool holds "
+            f"{limit}: set {HOST_LIMIT}={enough} in the environment before JAX starts."
+        )
+
+
+class _Loop(NamedTuple):
+    """What is fixed when the loop is traced."""
+
+    step: Callable[..., tuple[Array, Any]]
     treedef: Any
-    moves: tuple
+    """Of (frozen, own)."""
+    moves: tuple[bool, ...]
+    """Which of its leaves stream."""
     depth: int
     offload: bool
 
-def stream_layers(apply, x, layers, *, moves, offload=False):
-    leaves, treedef = jax.tree.flatten(layers)
-    depth = leaves[0].shape[0]
-    one = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(l.shape[1:], l.dtype) for l in leaves])
-    closed, closure = jax.closure_convert(apply, jax.ShapeDtypeStruct(x.shape,x.dtype), one)
-    plan = _Plan(closed, treedef, tuple(map(bool, map(moves, leaves))), depth, offload)
-    moving = [l for l, m in zip(leaves, plan.moves) if m]
-    staying = [l for l, m in zip(leaves, plan.moves) if not m]
-    return _stream(plan, x, moving, staying, closure)
+    def layer(self, here: Sequence[Array], staying: Sequence[Array]) -> tuple[Any, Any]:
+        """(frozen, own) of one layer, from its leaves that streamed and those that stayed."""
+        moved, stayed = iter(here), iter(staying)
+        leaves = [next(moved) if moves else next(stayed) for moves in self.moves]
+        return jax.tree.unflatten(self.treedef, leaves)
 
-def _merge(plan, here, stay):
-    here, stay = iter(here), iter(stay)
-    return jax.tree.unflatten(plan.treedef, [next(here) if m else next(stay) for m in plan.moves])
 
-def _fetch(stacks, index):
-    return [jax.device_put(jax.lax.dynamic_index_in_dim(s, index, keepdims=False), _DEVICE) for s in stacks]
+def stream_layers(
+    step: Callable[[Array, Any, Any], tuple[Array, Any]],
+    x: Array,
+    frozen: PyTree,
+    own: PyTree,
+    *,
+    offload: bool = False,
+) -> tuple[Array, Any]:
+    """`jax.lax.scan(step, x, (frozen, own))` with the large leaves of `frozen` on the host.
+
+    Args:
+        step: (x, a layer's frozen weights, what else is its own) -> (x, output). It may close over
+            arrays; gradients reach those that are differentiated.
+        x: what goes through the layers.
+        frozen: every leaf carries the layers' axis; those that `streams` takes lie in host memory
+            or are put there. No gradient is taken of any of those.
+        own: everything else with that axis, differentiated where asked.
+        offload: keeps the layers' inputs in host memory too, for the backward pass.
+
+    Returns:
+        What came through, and the outputs stacked.
+    """
+    leaves, treedef = jax.tree.flatten((frozen, own))
+    count = len(jax.tree.leaves(frozen))
+    moves = tuple(index < count and streams(leaf) for index, leaf in enumerate(leaves))
+
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+    layer = jax.tree.unflatten(treedef, [one(leaf) for leaf in leaves])
+    closed, closure = jax.closure_convert(
+        lambda x, layer: step(x, *layer), jax.ShapeDtypeStruct(x.shape, x.dtype), layer
+    )
+    loop = _Loop(closed, treedef, moves, leaves[0].shape[0], offload)
+    moving = [leaf for leaf, moved in zip(leaves, moves, strict=True) if moved]
+    staying = [leaf for leaf, moved in zip(leaves, moves, strict=True) if not moved]
+    return _stream(loop, x, moving, staying, closure)
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _stream(plan, x, moving, staying, closure):
-    return _run(plan, x, moving, staying, closure, save=False)[0]
+def _stream(
+    loop: _Loop, x: Array, moving: list[Array], staying: list[Array], closure: list[Array]
+) -> tuple[Array, Any]:
+    y, _, _, outputs = _run(loop, x, moving, staying, closure, keep=False)
+    return y, outputs
 
-def _run(plan, x, moving, staying, closure, save):
-    moving = [jax.device_put(m, _HOST) for m in moving]
-    def step(carry, xs):
+
+def _fetch(stacks: list[Array], index: Array) -> list[Array]:
+    """One layer of each stack, from host memory to the card."""
+    return [
+        jax.device_put(jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), _DEVICE)
+        for stack in stacks
+    ]
+
+
+def _on_host(stacks: list[Array]) -> list[Array]:
+    return [jax.device_put(stack, _HOST) for stack in stacks]
+
+
+def _run(
+    loop: _Loop,
+    x: Array,
+    moving: list[Array],
+    staying: list[Array],
+    closure: list[Array],
+    *,
+    keep: bool,
+) -> tuple[Array, list[Array], Array | None, Any]:
+    """What came through, the last layer's weights, every layer's input, every layer's output."""
+    moving = _on_host(moving)
+
+    def step(carry: tuple[Array, list[Array]], layer: tuple[Array, list[Array]]) -> tuple[Any, Any]:
         x, here = carry
-        i, stay = xs
-        there = _fetch(moving, jnp.minimum(i + 1, plan.depth - 1))
-        y = plan.apply(x, _merge(plan, here, stay), *closure)
+        index, stays = layer
+        # The last layer is fetched once more, for want of a next one.
+        following = _fetch(moving, jnp.minimum(index + 1, loop.depth - 1))
+        y, output = loop.step(x, loop.layer(here, stays), *closure)
         kept = None
-        if save:
-            kept = jax.device_put(x, _HOST) if plan.offload else x
-        return (y, there), kept
-    start = x, _fetch(moving, jnp.int32(0))
-    (y, last), kept = jax.lax.scan(step, start, (jnp.arange(plan.depth), staying))
-    return y, last, kept
+        if keep:
+            kept = jax.device_put(x, _HOST) if loop.offload else x
+        return (y, following), (kept, output)
 
-def _fwd(plan, x, moving, staying, closure):
-    value = lambda t: jax.tree.map(lambda p: p.value, t, is_leaf=lambda p: hasattr(p,'perturbed'))
-    trained = [i for i, s in enumerate(staying) if s.perturbed], [i for i, c in enumerate(closure) if c.perturbed]
-    moving, staying, closure = value(moving), value(staying), value(closure)
-    y, last, kept = _run(plan, x.value, moving, staying, closure, True)
-    return y, (moving, staying, closure, last, kept, _S(trained))
+    start = (x, _fetch(moving, jnp.int32(0)))
+    layers = (jnp.arange(loop.depth, dtype=jnp.int32), staying)
+    (y, last), (kept, outputs) = jax.lax.scan(step, start, layers)
+    return y, last, kept, outputs
+
 
 @jax.tree_util.register_static
-class _S(tuple): pass
+class _Indices(tuple[int, ...]):
+    """Which leaves are differentiated: not an array, though it travels with residuals."""
 
-def _bwd(plan, residuals, dy):
-    moving, staying, closure, last, kept, (trained, outside) = residuals
-    moving = [jax.device_put(m, _HOST) for m in moving]
-    kept_stack = [jax.device_put(kept, _HOST)] if plan.offload else [kept]
-    def fetch(i):
-        return _fetch(moving, i), (_fetch(kept_stack, i)[0] if plan.offload else None)
-    def step(carry, xs):
-        dy, here, held, sums = carry
-        i, stay, kept = xs
-        there = _fetch(moving, jnp.maximum(i - 1, 0))
-        held_next = _fetch(kept_stack, jnp.maximum(i - 1, 0))[0] if plan.offload else None
-        x = held if plan.offload else kept
-        def layer(x, mine, around):
-            stays = list(stay); all_ = list(closure)
-            for k, v in zip(trained, mine): stays[k] = v
-            for k, v in zip(outside, around): all_[k] = v
-            return plan.apply(x, _merge(plan, here, stays), *all_)
-        _, pull = jax.vjp(layer, x, [stay[k] for k in trained], [closure[k] for k in outside])
-        dx, mine, around = pull(dy)
-        sums = [a + b.astype(a.dtype) for a, b in zip(sums, around)]
-        return (dx, there, held_next, sums), mine
-    held = _fetch(kept_stack, jnp.int32(plan.depth - 1))[0] if plan.offload else None
-    start = dy, last, held, [jnp.zeros(closure[k].shape, jnp.float32) for k in outside]
-    (dx, _, _, sums), mine = jax.lax.scan(step, start, (jnp.arange(plan.depth), staying, None if plan.offload else kept), reverse=True)
-    to_staying = [None] * len(staying); to_closure = [None] * len(closure)
-    for k, g in zip(trained, mine): to_staying[k] = g
-    for k, g in zip(outside, sums): to_closure[k] = g.astype(closure[k].dtype)
-    return dx, [None]*len(moving), to_staying, to_closure
-_stream.defvjp(_fwd, _bwd, symbolic_zeros=True)
+
+def _differentiated(arguments: list[Any]) -> tuple[_Indices, list[Array]]:
+    """With `symbolic_zeros` every argument comes with a flag: is it differentiated at all?"""
+    flagged = _Indices(i for i, each in enumerate(arguments) if each.perturbed)
+    return flagged, [each.value for each in arguments]
+
+
+def _forward(
+    loop: _Loop, x: Any, moving: list[Any], staying: list[Any], closure: list[Any]
+) -> tuple[tuple[Array, Any], tuple]:
+    _, stacks = _differentiated(moving)
+    trained, stays = _differentiated(staying)
+    outside, around = _differentiated(closure)
+    y, last, kept, outputs = _run(loop, x.value, stacks, stays, around, keep=True)
+    return (y, outputs), (stacks, stays, around, trained, outside, last, kept)
+
+
+def _replaced(values: Sequence[Array], indices: _Indices, new: Sequence[Array]) -> list[Array]:
+    result = list(values)
+    for index, value in zip(indices, new, strict=True):
+        result[index] = value
+    return result
+
+
+def _spread(indices: _Indices, values: Iterator[Array], count: int) -> list[Array | None]:
+    """The gradients at their places, None (no gradient) everywhere else."""
+    return [next(values) if index in indices else None for index in range(count)]
+
+
+def _backward(loop: _Loop, residuals: tuple, gradients: tuple[Array, Any]) -> tuple:
+    moving, staying, closure, trained, outside, last, kept = residuals
+    stacks = _on_host([*moving, kept] if loop.offload else moving)
+    to_y, to_outputs = gradients
+
+    def step(carry: tuple[Any, ...], layer: tuple[Any, ...]) -> tuple[Any, list[Array]]:
+        to_y, here, sums = carry
+        index, stays, kept, to_output = layer
+        following = _fetch(stacks, jnp.maximum(index - 1, 0))
+        *weights, x = here if loop.offload else [*here, kept]
+
+        def again(x: Array, mine: list[Array], around: list[Array]) -> tuple[Array, Any]:
+            own = loop.layer(weights, _replaced(stays, trained, mine))
+            return loop.step(x, own, *_replaced(closure, outside, around))
+
+        mine, around = [stays[i] for i in trained], [closure[i] for i in outside]
+        _, pull = jax.vjp(again, x, mine, around)
+        to_x, to_mine, to_around = pull((to_y, to_output))
+        sums = [a + b.astype(a.dtype) for a, b in zip(sums, to_around, strict=True)]
+        return (to_x, following, sums), to_mine
+
+    # The last layer's weights are on the card still; its input, if offloaded, is not.
+    here = [*last, *_fetch(stacks[len(last) :], jnp.int32(loop.depth - 1))]
+    zeros = [jnp.zeros(closure[i].shape, jnp.float32) for i in outside]
+    layers = (
+        jnp.arange(loop.depth, dtype=jnp.int32),
+        staying,
+        None if loop.offload else kept,
+        to_outputs,
+    )
+    (to_x, _, sums), to_mine = jax.lax.scan(step, (to_y, here, zeros), layers, reverse=True)
+    to_around = (s.astype(closure[i].dtype) for i, s in zip(outside, sums, strict=True))
+    return (
+        to_x,
+        [None] * len(moving),
+        _spread(trained, iter(to_mine), len(staying)),
+        _spread(outside, to_around, len(closure)),
+    )
+
+
+_stream.defvjp(_forward, _backward, symbolic_zeros=True)

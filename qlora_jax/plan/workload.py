@@ -16,11 +16,12 @@ from flax import nnx
 from jax.extend import core as jex_core
 from jaxtyping import PyTree
 
+from qlora_jax.checkpoints.load import put
 from qlora_jax.data.batches import Batch
 from qlora_jax.evaluate import causal_lm_loss, split_adapters
 from qlora_jax.models import AttentionName, Decoder, DecoderConfig
-from qlora_jax.nn import LoraConfig
-from qlora_jax.quant import QuantConfig
+from qlora_jax.nn import FrozenParam, LoraConfig
+from qlora_jax.quant import QuantConfig, QuantizedTensor
 from qlora_jax.train import TrainConfig, init_state, make_train_step
 
 
@@ -109,6 +110,42 @@ def training_step(work: Workload) -> Step:
     micro = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
     saved = _saved_bytes(graphdef, lora, frozen, micro)
     return Step(Program(step, (state, frozen, batch)), lora, frozen, state.opt_state, saved)
+
+
+def decoding_step(work: Workload, *, batch: int, length: int) -> Program:
+    """One token more for `batch` texts, with a key-value cache of `length` slots a text.
+
+    The cache is donated; adapters are applied beside the frozen weights, as after training.
+    """
+    graphdef, lora, frozen = split_adapters(model_shapes(work))
+
+    def first(lora: PyTree, frozen: PyTree, prompt: jax.Array) -> Any:
+        return nnx.merge(graphdef, lora, frozen).prefill(prompt, cache_length=length)[1]
+
+    def step(lora: PyTree, frozen: PyTree, tokens: jax.Array, cache: Any) -> Any:
+        return nnx.merge(graphdef, lora, frozen).decode_step(tokens, cache)
+
+    prompt = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    cache = jax.eval_shape(first, lora, frozen, prompt)
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return Program(jax.jit(step, donate_argnums=3), (lora, frozen, tokens, cache))
+
+
+def largest_load(work: Workload) -> Program:
+    """The write of the largest weight into its stack, as `checkpoints.load_model` does it."""
+    frozen = nnx.state(model_shapes(work).layers, FrozenParam)
+    is_tensor = lambda leaf: isinstance(leaf, QuantizedTensor)  # noqa: E731
+    stacks = jax.tree.leaves(nnx.to_pure_dict(frozen), is_leaf=is_tensor)
+    stack = max(stacks, key=tree_bytes)
+    shape = stack.shape if is_tensor(stack) else stack.shape[1:]
+    axes = len(stack.stack_shape) if is_tensor(stack) else 1
+    tensor = jax.ShapeDtypeStruct(shape, jnp.dtype(work.compute_dtype))
+    index = tuple(jax.ShapeDtypeStruct((), jnp.int32) for _ in range(axes))
+
+    def write(stack: Any, tensor: jax.Array, index: tuple[jax.Array, ...]) -> Any:
+        return put(stack, tensor, index, work.quant)
+
+    return Program(jax.jit(write, donate_argnums=0), (stack, tensor, index))
 
 
 def _saved_bytes(graphdef: nnx.GraphDef, lora: PyTree, frozen: PyTree, batch: Any) -> int:

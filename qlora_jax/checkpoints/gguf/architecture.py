@@ -322,14 +322,23 @@ def _read_rope(
 def _read_llama3(
     theta: float, dim: int, config: Mapping[str, Any], factors: np.ndarray
 ) -> dict[str, Any]:
-    """The file has the result of Llama 3's formula; the settings of all its releases are tried."""
+    """The file has only the results of Llama 3's formula (`models.rope`). All releases have a ramp
+    from 1 to 4 turns; then one frequency on the ramp tells the original length."""
+    factor = float(np.round(factors.max(), 4))
+    kept = (1 / factors - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.ones_like(factors)
+    original = 8192
+    ramp = np.flatnonzero((kept > 0.01) & (kept < 0.99))
+    if ramp.size and ramp[0] < dim // 2:
+        turns = 1.0 + 3.0 * kept[ramp[0]]
+        frequency = theta ** -(2 * ramp[0] / dim)
+        original = round(float(turns * 2 * np.pi / frequency))
     rope = RopeConfig(
         rope_theta=theta,
         rope_type="llama3",
-        factor=float(np.round(factors.max(), 4)),
+        factor=factor,
         low_freq_factor=1.0,
         high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
+        original_max_position_embeddings=original,
     )
     if factors.shape != (dim // 2,) or not np.allclose(
         _rope_factors(rope, dim), factors, rtol=1e-4

@@ -12,6 +12,7 @@ from typing import Any
 from qlora_jax.models.encoder_config import EncoderDecoderConfig
 from qlora_jax.models.encoder_decoder import EncoderDecoder
 from qlora_jax.models.family import Family, Slot, required
+from qlora_jax.nn import LoraConfig
 
 _HEAD = "lm_head.weight"
 
@@ -107,6 +108,17 @@ def weight_names(config: EncoderDecoderConfig) -> dict[str, Slot]:
                     path = (side, "layers", block, linear, "kernel")
                     names[f"{prefix}.{block}.{linear}.weight"] = Slot(path, layer)
     return names
+
+
+def t5_lora(config: EncoderDecoderConfig) -> LoraConfig:
+    """The adapters that the QLoRA paper gives a T5 (arXiv 2305.14314, appendix B): alpha 64, rank
+    16 from small to large (80M to 780M weights) and 64 for xl and xxl (3B, 11B)."""
+    attention = 4 * config.d_model * config.num_heads * config.d_kv
+    matrices = 3 if config.feed_forward_proj.startswith("gated-") else 2
+    forward = matrices * config.d_model * config.d_ff
+    encoder = config.num_layers * (attention + forward)
+    weights = encoder + config.num_decoder_layers * (2 * attention + forward)
+    return LoraConfig(r=16 if weights < 1_500_000_000 else 64, alpha=64)
 
 
 T5 = Family(

@@ -1,0 +1,228 @@
+"""What a sweep would do and what it would cost, cell by cell, with nothing run or downloaded.
+
+Tokens are counted where a cell's rows and its model's tokenizer are at hand; elsewhere they are the
+most that the lengths allow, and said to be so ("≤"). FLOPs, memory and hours: experiments/estimate.
+Embedded models and folders are read, hub models looked up in the local cache; of LLaMA the shapes
+are known. `--compile` asks the compiler for the memory instead (`qlora_jax.plan`), which takes
+minutes a cell.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from experiments.cells import Sweep
+from experiments.config import RunConfig
+from experiments.embedded import DATASETS, MODELS
+from experiments.estimate import flops_per_token, hours, memory
+from experiments.presets import LLAMA_SHAPES
+from experiments.rows import context_length, examples_of
+from experiments.run import is_finished
+from pallas_kernels.cards import Card
+from qlora_jax.data import INSTRUCT
+from qlora_jax.models import DecoderConfig, family_of
+
+CARDS = ("rtx-4090", "a6000", "a100-80", "h100")
+
+
+@dataclass(frozen=True)
+class CellEstimate:
+    """What one cell would take.
+
+    Attributes:
+        rows: training rows; None where they are not at hand.
+        tokens: read in training; an upper bound where `rows` is None.
+        flops: of training; None where the model's shape is not at hand, as the others.
+        device_bytes: in a step.
+        host_bytes: of the paged optimizer.
+    """
+
+    rows: int | None
+    tokens: int | None
+    flops: float | None
+    device_bytes: int | None
+    host_bytes: int | None
+
+
+def estimate(run: RunConfig, *, compiled_for: Card | None = None) -> CellEstimate:
+    """What a run would take, from what is at hand.
+
+    Args:
+        run: the run.
+        compiled_for: take the memory from the compiler, for this card.
+
+    Raises:
+        ValueError: the rows or the model at hand are wrong.
+    """
+    folder = _model_at_hand(run)
+    config = _shape(run, folder)
+    rows, mean, longest = _lengths(run, folder)
+    examples = run.train.steps * run.train.batch_size
+    tokens = None if mean is None else round(mean * examples)
+    if config is None or tokens is None or longest is None:
+        return CellEstimate(rows, tokens, None, None, None)
+    flops = tokens * flops_per_token(config, run.lora, longest, run.model.remat)
+    if compiled_for is not None:
+        device, host = _compiled(run, config, longest, compiled_for)
+    else:
+        held = memory(config, run, longest)
+        device, host = held.device, held.host
+    return CellEstimate(rows, tokens, flops, device, host)
+
+
+def _model_at_hand(run: RunConfig) -> Path | None:
+    source = run.model.source
+    folder = Path(MODELS.get(source, source)).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        found = snapshot_download(source, revision=run.model.revision, local_files_only=True)
+    except (OSError, HfHubHTTPError, HFValidationError):
+        return None
+    return Path(found)
+
+
+def _shape(run: RunConfig, folder: Path | None) -> DecoderConfig | None:
+    if folder is not None and (folder / "config.json").is_file():
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = family_of(raw).read_config(raw)
+        return config if isinstance(config, DecoderConfig) else None
+    if run.model.source not in LLAMA_SHAPES:
+        return None
+    hidden, inner, layers, heads = LLAMA_SHAPES[run.model.source]
+    return DecoderConfig(
+        vocab_size=32_000,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=hidden // heads,
+    )
+
+
+def _lengths(run: RunConfig, folder: Path | None) -> tuple[int | None, float | None, int | None]:
+    """(rows, mean tokens of an example, tokens of the longest): counted, or what is allowed."""
+    data = run.data
+    local = data.files if data.source in INSTRUCT else data.source
+    there = data.source in DATASETS or (local is not None and Path(local).expanduser().exists())
+    if folder is not None and there:
+        train, *_ = examples_of(data, folder, data.max_len or context_length(folder))
+        return len(train), train.tokens / len(train), int(train.lengths.max())
+    if data.target_max_len is None:
+        return None, None, None
+    most = (data.source_max_len or 0) + data.target_max_len
+    return None, float(most), most
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(
+    run: RunConfig, config: DecoderConfig, length: int, card: Card
+) -> tuple[int | None, int | None]:
+    from qlora_jax.plan import plan_training  # type: ignore[import-not-found]
+
+    found: Any = plan_training(
+        config,
+        card,
+        quant=run.quant,
+        lora=run.lora,
+        train=run.train,
+        batch=run.train.micro_batch_size,
+        sequence=length,
+        remat=run.model.remat,
+    )
+    return found.device_bytes, found.host_bytes
+
+
+def check_compiler() -> None:
+    """ValueError where `--compile` cannot be served."""
+    if importlib.util.find_spec("qlora_jax.plan") is None:
+        raise ValueError("--compile needs qlora_jax.plan, which this installation lacks.")
+
+
+def dry_run(
+    sweep: Sweep, out: Path, console: Console, cards: Sequence[Card], *, compiled: bool = False
+) -> None:
+    """Lists the cells with what they would train on and take, and which are finished."""
+    count = len(sweep.cells)
+    title = f"{sweep.name}: {count} cell(s) in {out}"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    several = len({cell.labels["seed"] for cell in sweep.cells}) > 1
+    labels = [name for name in sweep.cells[0].labels if several or name != "seed"]
+    for name in labels:
+        table.add_column(name, no_wrap=True)
+    numbers = ("base", "steps", "batch", "rows", "tokens", "FLOP", "device", "host")
+    for name in (*numbers, *(card.name for card in cards), "status"):
+        table.add_column(name, justify="right", no_wrap=True)
+    totals, bounded = [0.0] * len(cards), False
+    for cell in sweep.cells:
+        found = estimate(cell.run, compiled_for=cards[0] if compiled else None)
+        times = [_hours_on(found, card) for card in cards]
+        totals = [total + (time or 0.0) for total, time in zip(totals, times, strict=True)]
+        bounded |= found.rows is None
+        status = "finished" if is_finished(cell.run, out / cell.name) else "to run"
+        described = [cell.labels[name] for name in labels] + _described(cell.run, found)
+        table.add_row(*described, *map(_time, times), status)
+    if count > 1 and any(totals):
+        table.add_section()
+        blank = [""] * (len(labels) + len(numbers) - 1)
+        table.add_row("all that fit", *blank, *map(_time, totals), "")
+    console.print(table)
+    how = f"compiled for {cards[0].name}" if compiled else "experiments/estimate.py"
+    notes = [
+        f"device and host: GiB in a step ({how}); under a card: hours, – where it is too small."
+    ]
+    if bounded:
+        notes.append("≤: rows or tokenizer not at hand, the most tokens that the lengths allow.")
+    console.print("\n".join(notes), highlight=False)
+
+
+def _described(run: RunConfig, found: CellEstimate) -> list[str]:
+    quant = run.quant
+    dq = "+DQ" if quant is not None and quant.double_quant else ""
+    tokens = "?" if found.tokens is None else _count(found.tokens)
+    return [
+        "16-bit" if quant is None else quant.quant_type + dq,
+        f"{run.train.steps:,}",
+        str(run.train.batch_size),
+        "?" if found.rows is None else f"{found.rows:,}",
+        ("≤" if found.rows is None and found.tokens is not None else "") + tokens,
+        "?" if found.flops is None else f"{found.flops:.2e}".replace("e+", "e"),
+        _size(found.device_bytes),
+        _size(found.host_bytes),
+    ]
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens / 1e6:.1f}M" if tokens >= 1e6 else f"{tokens / 1e3:.1f}k"
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "?"
+    return f"{count / 2**30:.{1 if count >= 2**29 else 3}f}"
+
+
+def _hours_on(found: CellEstimate, card: Card) -> float | None:
+    """None where it does not fit, or where nothing is known."""
+    if found.flops is None or found.device_bytes is None or found.device_bytes > card.memory:
+        return None
+    return hours(found.flops, card)
+
+
+def _time(time: float | None) -> str:
+    if time is None:
+        return "–"
+    return f"{time:,.1f}" if time >= 0.1 else f"{time:.0e}"

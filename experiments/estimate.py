@@ -1,0 +1,150 @@
+"""What a run will cost, from its shape alone: tokens, FLOPs, device memory, hours on a card.
+
+Arithmetic, not measurement: it needs no weights, no card and a millisecond, and is meant for
+choosing what to rent. Memory is the sum of what must be there (base, adapters, gradients, saved
+activations, the largest temporaries); the compiler's own count of the whole step is
+`qlora-jax plan`. How far the sums are off where the compiler or a card has been asked stands in
+tests/experiments/test_estimate.py.
+
+FLOPs of a QLoRA step, per token: a frozen weight of P parameters costs 2P forward, 2P for the
+gradient of its input and none for its own, and 2P once more where remat recomputes the layer; an
+adapter's costs 2P, 4P and 2P. Hours are FLOPs over `UTILISATION` of the card's dense bf16 rate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from experiments.config import RunConfig
+from pallas_kernels.cards import Card
+from pallas_kernels.codebooks import NESTED_BLOCKSIZE
+from qlora_jax.models import DecoderConfig
+from qlora_jax.nn import LoraConfig
+from qlora_jax.quant import QuantConfig
+
+UTILISATION = 0.4
+"""Of a card's dense rate: the 7B steps measured on an H200 reach 0.20 at 1 × 512, 0.50 at 4 × 1024
+and 0.54 at 8 × 1024 (benchmarks/results/h200/training.md)."""
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of the linear weights of one layer, by name."""
+    heads = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    embed, inner = config.hidden_size, config.intermediate_size
+    return {
+        "q_proj": (embed, heads),
+        "k_proj": (embed, keys),
+        "v_proj": (embed, keys),
+        "o_proj": (heads, embed),
+        "gate_proj": (embed, inner),
+        "up_proj": (embed, inner),
+        "down_proj": (inner, embed),
+    }
+
+
+def linear_parameters(config: DecoderConfig) -> int:
+    """Parameters of all layers' linear weights: what is quantized."""
+    one = sum(inputs * outputs for inputs, outputs in linear_shapes(config).values())
+    return config.num_hidden_layers * one
+
+
+def other_parameters(config: DecoderConfig) -> int:
+    """Parameters of embedding, head and norms: what stays in 16 bits."""
+    tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    return tables + (2 * config.num_hidden_layers + 1) * config.hidden_size
+
+
+def adapter_parameters(config: DecoderConfig, lora: LoraConfig) -> int:
+    """Parameters of the adapters on the layers' linear weights."""
+    one = sum(
+        lora.r * (inputs + outputs)
+        for name, (inputs, outputs) in linear_shapes(config).items()
+        if lora.targets(f"layers.{name}")
+    )
+    return config.num_hidden_layers * one
+
+
+def bits_per_weight(quant: QuantConfig) -> float:
+    """Of a quantized weight, its share of all constants included: 4.127 by default."""
+    code = 8 if quant.quant_type == "int8" else 4
+    if not quant.double_quant:
+        return code + 32 / quant.blocksize
+    return code + 8 / quant.blocksize + 32 / (quant.blocksize * NESTED_BLOCKSIZE)
+
+
+def flops_per_token(config: DecoderConfig, lora: LoraConfig, length: int, remat: str) -> float:
+    """FLOPs of one token's share of a training step, in sequences of `length` tokens."""
+    again = 1 if remat == "full" else 0
+    frozen = linear_parameters(config) * 2 * (2 + again)
+    adapters = adapter_parameters(config, lora) * 2 * (3 + again)
+    head = config.vocab_size * config.hidden_size * 2 * 2
+    width = config.num_attention_heads * config.head_dim
+    # Scores and mixture: two products forward, four backward; nothing is spared for causality.
+    attention = config.num_hidden_layers * 2 * length * width * 2 * (3 + again)
+    return float(frozen + adapters + head + attention)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device in a training step; the paged optimizer's own are on the host.
+
+    Attributes:
+        base: the frozen weights.
+        adapters: their values and gradients (and accumulated gradients).
+        optimizer: Adam's moments that stay on the device.
+        activations: what is saved for the backward pass, and the largest temporaries.
+        host: Adam's moments that are paged to the host.
+    """
+
+    base: int
+    adapters: int
+    optimizer: int
+    activations: int
+    host: int
+
+    @property
+    def device(self) -> int:
+        """All of it, on the device."""
+        return self.base + self.adapters + self.optimizer + self.activations
+
+
+def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
+    """What a run's step holds, at its longest sequence of `length` tokens."""
+    compute = _BYTES[run.model.compute_dtype]
+    stored = _BYTES[run.model.param_dtype or run.model.compute_dtype]
+    linear = linear_parameters(config)
+    base = linear * stored if run.quant is None else linear * bits_per_weight(run.quant) / 8
+    trained = adapter_parameters(config, run.lora)
+    # Values, gradients, and where micro-batches are added up their sum.
+    copies = 3 if run.train.gradient_accumulation_steps > 1 else 2
+    moments = 8 * trained
+    tokens = run.train.micro_batch_size * length
+    widest = max(config.intermediate_size, config.hidden_size)
+    per_token = 6 * config.hidden_size + 3 * config.intermediate_size
+    saved = config.num_hidden_layers * tokens * config.hidden_size * compute
+    if run.model.remat != "full":
+        saved += config.num_hidden_layers * tokens * per_token * compute
+    # In 16 bits a GPU's attention is cuDNN's, which holds no scores.
+    scores = 0
+    if compute == 4:
+        scores = run.train.micro_batch_size * config.num_attention_heads * length**2 * 4
+    # In a layer: its activations and their gradients, one decoded weight. At the head: logits and
+    # their gradient in float32. The two are not there at once.
+    layer = 2 * tokens * per_token * compute + 2 * scores + widest * config.hidden_size * compute
+    logits = 2 * tokens * config.vocab_size * 4
+    return Memory(
+        base=math.ceil(base) + other_parameters(config) * stored,
+        adapters=copies * 4 * trained,
+        optimizer=0 if run.train.paged else moments,
+        activations=saved + max(layer, logits),
+        host=moments if run.train.paged else 0,
+    )
+
+
+def hours(flops: float, card: Card) -> float:
+    """Time on one card."""
+    return flops / (UTILISATION * card.matmul_flops) / 3600

@@ -1,0 +1,128 @@
+"""`qlora-jax plan`: what a finetuning step needs on a card, before the card is rented."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.cards import CARDS, find_card
+from pallas_kernels.compile_for import PLUGIN_HINT, gpu_compiler_available
+from qlora_jax.cli import SUBCOMMANDS
+from qlora_jax.models import REMAT
+from qlora_jax.nn import LoraConfig
+from qlora_jax.plan import SHAPES, Report, Workload, find_config, measure, plot, report, text
+from qlora_jax.plan.report import gib
+from qlora_jax.quant import QuantConfig
+from qlora_jax.train import TrainConfig
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """The subcommand's arguments."""
+    parser = subparsers.add_parser(
+        "plan",
+        help=SUBCOMMANDS["plan"],
+        description="Compiles the training step for cards that need not be here and prints its "
+        "memory by component, what fits, and the largest batch and sequence that do.",
+        epilog=f"Named shapes: {', '.join(SHAPES)}.",
+    )
+    parser.add_argument("models", nargs="+", help="a hub name, a folder, or a named shape")
+    parser.add_argument(
+        "--card", nargs="+", default=None, metavar="CARD", help=f"of {', '.join(CARDS)}"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="examples held at once (1)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per update (1)")
+    parser.add_argument("--sequence", type=int, default=512, help="tokens of an example (512)")
+    parser.add_argument("--rank", type=int, default=64, help="of the adapters (64)")
+    parser.add_argument("--lora-dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--lora-dropout", type=float, default=0.0)
+    parser.add_argument("--quant", default="nf4", help="nf4, fp4, int4, int8, or none (nf4)")
+    parser.add_argument("--no-double-quant", action="store_true")
+    parser.add_argument("--no-paged", action="store_true", help="Adam's moments on the device")
+    parser.add_argument("--no-clip", action="store_true", help="no clipping by the global norm")
+    parser.add_argument("--remat", default="full", choices=sorted(REMAT))
+    parser.add_argument("--attention", default=None, help="xla, cudnn, chunked (the card's best)")
+    parser.add_argument("--matmul", default=None, help="xla, triton, mosaic_gpu (by dispatch)")
+    parser.add_argument("--decode-batch", type=int, default=1, help="texts decoded at once (1)")
+    parser.add_argument("--decode-length", type=int, default=2048, help="their tokens (2048)")
+    parser.add_argument("--no-search", action="store_true", help="this one point only")
+    parser.add_argument("--measure", action="store_true", help="run the step on the card here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there; - prints")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="stacked bars, PNG or SVG")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans every model on every card."""
+    if args.card is None and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"this machine has no GPU: name one or more cards with --card, of {', '.join(CARDS)}."
+        )
+    if args.measure and jax.default_backend() != "gpu":
+        raise ValueError("--measure runs the step on a GPU, and this machine has none.")
+    cards = [None] if args.card is None else [find_card(name) for name in args.card]
+    if args.card is not None and not gpu_compiler_available():
+        raise ModuleNotFoundError(f"{PLUGIN_HINT} (140 MB, no driver needed).")
+    reports: list[Report] = []
+    for model in args.models:
+        work = _workload(model, args)
+        for card in cards:
+            found = report(
+                str(model),
+                work,
+                card,
+                search=not args.no_search,
+                decode_batch=args.decode_batch,
+                decode_length=args.decode_length,
+            )
+            reports.append(found)
+            if str(args.json) != "-":
+                print(text([found]), end="\n\n", flush=True)
+    if args.measure:
+        _compare(reports[-1])
+    if args.json is not None:
+        written = json.dumps([item.as_dict() for item in reports], indent=1)
+        if str(args.json) == "-":
+            print(written)
+        else:
+            args.json.write_text(written + "\n", encoding="utf-8")
+    if args.plot is not None:
+        plot(reports, args.plot)
+        print(f"wrote {args.plot}", file=sys.stderr)
+    return 0
+
+
+def _workload(model: str, args: argparse.Namespace) -> Workload:
+    quant = None
+    if args.quant != "none":
+        quant = QuantConfig(args.quant, double_quant=not args.no_double_quant)
+    return Workload(
+        find_config(model),
+        sequence=args.sequence,
+        train=TrainConfig(
+            micro_batch_size=args.batch,
+            gradient_accumulation_steps=args.accumulation,
+            paged=not args.no_paged,
+            max_grad_norm=None if args.no_clip else 0.3,
+        ),
+        lora=LoraConfig(
+            r=args.rank, lora_dropout=args.lora_dropout, dtype=jnp.dtype(args.lora_dtype)
+        ),
+        quant=quant,
+        remat=args.remat,
+        attention=args.attention,
+        matmul=args.matmul,
+    )
+
+
+def _compare(planned: Report) -> None:
+    """The last plan beside what the allocator counts while the step runs."""
+    found = measure(planned.plan.work)
+    total = planned.plan.device.total
+    print(f"{'':<12}{'planned':>10}{'measured':>10}  on {found.device}")
+    print(f"{'device GiB':<12}{gib(total):>10}{gib(found.peak):>10}")
+    if found.peak:
+        print(f"the plan is {100 * (total / found.peak - 1):+.1f}% off")
+    print(f"{found.seconds:.3f} s a step, {found.tokens_per_second:.0f} tokens/s")

@@ -1,0 +1,128 @@
+"""What would make it fit? The switches of training that save memory, cheapest first.
+
+Each is tried on top of those before it and compiled; one that saves next to nothing is left out
+again. What is printed was therefore verified by the compiler, not guessed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels.cards import Card
+from qlora_jax.plan.memory import Plan, plan
+from qlora_jax.plan.workload import Workload
+
+
+class Switch(NamedTuple):
+    """One way to need less memory.
+
+    Attributes:
+        name: how to set it.
+        cost: what is given up.
+        apply: the workload with it on; None where it is on already or does not apply.
+    """
+
+    name: str
+    cost: str
+    apply: Callable[[Workload], Workload | None]
+
+
+class Advice(NamedTuple):
+    """A switch that helped, and the plan with it and all before it on."""
+
+    switch: Switch
+    plan: Plan
+    saves: int
+    """Bytes of device memory, beside the switches before it."""
+
+
+def advise(start: Plan, card: str | Card | None) -> tuple[Advice, ...]:
+    """The cheapest switches, in order, until the step fits; all that help where it never does.
+
+    Args:
+        start: a plan that does not fit.
+        card: what it was planned for.
+    """
+    found: list[Advice] = []
+    best = start
+    for switch in SWITCHES:
+        if best.fits:
+            break
+        changed = switch.apply(best.work)
+        if changed is None:
+            continue
+        tried = plan(changed, card, memory=start.memory)
+        saves = best.device.total - tried.device.total
+        if saves > _WORTH * best.device.total:
+            found.append(Advice(switch, tried, saves))
+            best = tried
+    return tuple(found)
+
+
+_WORTH = 0.002
+"""Part of the total below which a switch is not worth naming."""
+
+
+def _train(work: Workload, **changes: object) -> Workload:
+    return dataclasses.replace(work, train=dataclasses.replace(work.train, **changes))
+
+
+def _full_remat(work: Workload) -> Workload | None:
+    return None if work.remat == "full" else dataclasses.replace(work, remat="full")
+
+
+def _linear_attention(work: Workload) -> Workload | None:
+    return dataclasses.replace(work, attention=None) if work.attention == "xla" else None
+
+
+def _paged(work: Workload) -> Workload | None:
+    return None if work.train.paged else _train(work, paged=True)
+
+
+def _quantized(work: Workload) -> Workload | None:
+    # A 16-bit base is what the user asked for: 4 bits are another experiment, not a switch.
+    if work.quant is None or work.quant.double_quant:
+        return None
+    return dataclasses.replace(work, quant=dataclasses.replace(work.quant, double_quant=True))
+
+
+def _accumulated(work: Workload) -> Workload | None:
+    rows = work.train.micro_batch_size
+    if rows == 1:
+        return None
+    return _train(
+        work,
+        micro_batch_size=1,
+        gradient_accumulation_steps=rows * work.train.gradient_accumulation_steps,
+    )
+
+
+def _narrow_adapters(work: Workload) -> Workload | None:
+    if jnp.dtype(work.lora.dtype) != jnp.float32:
+        return None
+    return dataclasses.replace(work, lora=dataclasses.replace(work.lora, dtype=jnp.bfloat16))
+
+
+SWITCHES = (
+    Switch("attention: cudnn or chunked", "none", _linear_attention),
+    Switch(
+        "double_quant: true",
+        "none measured: absmax constants in 8 bits (the paper's own default)",
+        _quantized,
+    ),
+    Switch(
+        "paged: true",
+        "the optimizer's state crosses PCIe twice per update",
+        _paged,
+    ),
+    Switch("remat: full", "one more forward pass per step, a third more compute", _full_remat),
+    Switch(
+        "micro_batch_size: 1, the rest by accumulation",
+        "the same update; weights are decoded once per example",
+        _accumulated,
+    ),
+    Switch("LoRA dtype: bfloat16", "adapters rounded to 8 bits of precision", _narrow_adapters),
+)
+"""Cheapest first."""

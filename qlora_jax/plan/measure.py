@@ -1,0 +1,97 @@
+"""What does the step really take? The planned program, run on the card of this machine.
+
+Weights are random and made packed, so no checkpoint is needed and none is ever held in 16 bits;
+the bytes are those of the real run. The allocator's peak is the other opinion on a plan.
+"""
+
+import statistics
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from qlora_jax.data.batches import Batch
+from qlora_jax.evaluate import causal_lm_loss, split_adapters
+from qlora_jax.plan.workload import Workload, model_shapes
+from qlora_jax.train import init_state, make_train_step
+
+
+class Measured(NamedTuple):
+    """What running the step showed."""
+
+    device: str
+    peak: int | None
+    """Bytes in use at most, as the device's allocator counted; None where it does not count."""
+    seconds: float
+    """Median of the steps after the first two."""
+    tokens_per_second: float
+    first_loss: float
+    last_loss: float
+
+
+def measure(work: Workload, *, steps: int = 4) -> Measured:
+    """Run the training step with random weights on this process's default device.
+
+    The peak is the process's, which never falls: measure in a process of its own.
+    """
+    graphdef, lora, frozen = split_adapters(model_shapes(work))
+    lora, frozen = random_weights(lora), random_weights(frozen)
+    tx = work.train.optimizer()
+    state = init_state(lora, tx, seed=0)
+    step = make_train_step(graphdef, tx, causal_lm_loss, state=state)
+    batch = jax.device_put(random_batch(work))
+    losses, times = [], []
+    for _ in range(steps + 2):
+        began = time.perf_counter()
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics.loss))
+        times.append(time.perf_counter() - began)
+    seconds = statistics.median(times[2:])
+    train = work.train
+    tokens = train.gradient_accumulation_steps * train.micro_batch_size * work.sequence
+    stats = jax.devices()[0].memory_stats() or {}
+    return Measured(
+        device=jax.devices()[0].device_kind,
+        peak=stats.get("peak_bytes_in_use"),
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+    )
+
+
+def random_weights(tree: PyTree) -> PyTree:
+    """Plausible random values for a tree of shapes, leaf by leaf; the same for the same names."""
+    return jax.tree_util.tree_map_with_path(_random_leaf, tree)
+
+
+def random_batch(work: Workload, seed: int = 0) -> Batch:
+    """Random tokens, every one of them trained on."""
+    train = work.train
+    shape = (train.gradient_accumulation_steps, train.micro_batch_size, work.sequence)
+    ids = np.random.default_rng(seed).integers(0, work.config.vocab_size, shape).astype(np.int32)
+    labels = ids.copy()
+    labels[..., 0] = -100
+    return Batch(ids, labels, np.ones(shape, bool))
+
+
+def _random_leaf(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Told by its name what it is."""
+    name = jax.tree_util.keystr(path)
+    seed = sum(map(ord, name))
+    if leaf.dtype == jnp.uint8:
+        # On the host: JAX draws bytes as words, four times the memory, and would set the peak.
+        codes = np.random.default_rng(seed).integers(0, 256, leaf.shape, np.uint8)
+        return jnp.asarray(codes)
+    if "nested_absmax" in name:
+        return jnp.full(leaf.shape, 0.01, leaf.dtype)
+    if name.endswith("offset"):
+        return jnp.full(leaf.shape, 0.03, leaf.dtype)
+    if "lora_B" in name:
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    if "norm" in name:
+        return jnp.ones(leaf.shape, leaf.dtype)
+    return 0.02 * jax.random.normal(jax.random.key(seed), leaf.shape, leaf.dtype)

@@ -1,0 +1,207 @@
+"""Everything that a plan tells about one model on one card, and how it reads on paper."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.cards import Card, find_card
+from qlora_jax.plan.advice import Advice, advise
+from qlora_jax.plan.compiled import program_bytes
+from qlora_jax.plan.memory import Components, Plan, plan
+from qlora_jax.plan.search import largest_that_fits
+from qlora_jax.plan.workload import Workload, decoding_step, largest_load, tree_bytes
+
+SEQUENCE_STEP = 256
+"""Sequences are searched in multiples of this many tokens."""
+
+LABELS = {
+    "base": "base",
+    "embeddings": "embedding and head",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "temporaries": "temporaries",
+}
+"""Field of `Components` -> its name in tables and plots."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A model on a card. Sizes in bytes; None where it was not asked for or does not apply."""
+
+    name: str
+    plan: Plan
+    decode: int | None
+    """Device bytes of one decoding step at `decode_batch` texts of `decode_length` tokens."""
+    decode_batch: int
+    decode_length: int
+    load: int
+    """Largest number of device bytes while the model loads."""
+    largest_batch: int | None
+    """Largest micro-batch at the plan's sequence that fits."""
+    largest_sequence: int | None
+    """Longest sequence that fits at a micro-batch of 1, in steps of SEQUENCE_STEP."""
+    advice: tuple[Advice, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        made = self.plan
+        return {
+            "model": self.name,
+            "card": made.card,
+            "sequence": made.work.sequence,
+            "batch": made.work.train.micro_batch_size,
+            "accumulation": made.work.train.gradient_accumulation_steps,
+            "rank": made.work.lora.r,
+            "adapter_dtype": jnp.dtype(made.work.lora.dtype).name,
+            "quant": None if made.work.quant is None else dataclasses.asdict(made.work.quant),
+            "attention": made.work.attention,
+            "matmul": made.work.matmul,
+            "remat": made.work.remat,
+            "paged": made.work.train.paged,
+            "unit": "bytes",
+            "memory": made.memory,
+            "usable": made.usable,
+            "fits": made.fits,
+            "device": dataclasses.asdict(made.device) | {"total": made.device.total},
+            "host": made.host,
+            "decode": {
+                "batch": self.decode_batch,
+                "length": self.decode_length,
+                "device": self.decode,
+            },
+            "load": self.load,
+            "largest_batch": self.largest_batch,
+            "largest_sequence": self.largest_sequence,
+            "advice": [
+                {
+                    "switch": item.switch.name,
+                    "cost": item.switch.cost,
+                    "saves": item.saves,
+                    "device": item.plan.device.total,
+                    "host": item.plan.host,
+                    "fits": item.plan.fits,
+                }
+                for item in self.advice
+            ],
+            "notes": list(made.notes),
+        }
+
+
+def report(
+    name: str,
+    work: Workload,
+    card: str | Card | None = None,
+    *,
+    memory: int | None = None,
+    search: bool = True,
+    decode_batch: int = 1,
+    decode_length: int = 2048,
+) -> Report:
+    """Plan the training step, the decoding step and the load, and search for the largest that fit.
+
+    Args:
+        name: what the model is called in the report.
+        work: what is trained.
+        card, memory: as in `plan`.
+        search: whether to look for the largest batch and sequence, and, where the step does not
+            fit, for the switches that make it fit. Each costs a few compiles.
+        decode_batch, decode_length: texts decoded at once, and slots of their key-value cache.
+    """
+    target = find_card(card) if isinstance(card, str) else card
+    made = plan(work, target, memory=memory)
+    work = made.work
+    batch = sequence = None
+    if search and made.usable is not None:
+
+        def with_batch(rows: int) -> int:
+            return plan(work.at(rows), target, memory=made.memory).device.total
+
+        def with_sequence(tokens: int) -> int:
+            return plan(work.at(1, tokens), target, memory=made.memory).device.total
+
+        batch = largest_that_fits(with_batch, made.usable, most=4096)
+        sequence = largest_that_fits(
+            with_sequence, made.usable, start=SEQUENCE_STEP, step=SEQUENCE_STEP
+        )
+    load = largest_load(work)
+    written = program_bytes(load, target)
+    resident = made.device.base + made.device.embeddings + made.device.adapters
+    decoding = decoding_step(work, batch=decode_batch, length=decode_length)
+    return Report(
+        name=name,
+        plan=made,
+        decode=program_bytes(decoding, target).device,
+        decode_batch=decode_batch,
+        decode_length=decode_length,
+        load=resident + tree_bytes(load.args[1]) + written.temporaries,
+        largest_batch=batch,
+        largest_sequence=sequence,
+        advice=advise(made, target) if search and made.fits is False else (),
+    )
+
+
+def text(reports: list[Report]) -> str:
+    """The reports, one below the other."""
+    return "\n\n".join(_one(item) for item in reports)
+
+
+def gib(size: int | None) -> str:
+    """Bytes as GiB, 2^30."""
+    return "?" if size is None else f"{size / 2**30:.2f}"
+
+
+def _one(item: Report) -> str:
+    made = item.plan
+    lines = [_title(item), ""]
+    for field in dataclasses.fields(Components):
+        lines.append(f"  {LABELS[field.name]:<20}{gib(getattr(made.device, field.name)):>8} GiB")
+    total = made.device.total
+    lines.append(f"  {'device':<20}{gib(total):>8} GiB  ({total / 1e9:.2f} GB)")
+    lines.append(f"  {'pinned host':<20}{gib(made.host):>8} GiB")
+    lines.append("")
+    if made.fits is not None:
+        verdict = "fits" if made.fits else f"does not fit: {gib(-(made.spare or 0))} GiB too much"
+        lines.append(
+            f"  {verdict}; {gib(made.usable)} of the card's {gib(made.memory)} GiB are usable "
+            "(XLA_PYTHON_CLIENT_MEM_FRACTION=0.95)"
+        )
+    if item.largest_batch is not None:
+        lines.append(f"  largest batch at {made.work.sequence} tokens: {item.largest_batch}")
+    if item.largest_sequence is not None:
+        lines.append(f"  longest sequence at batch 1: {item.largest_sequence:,} tokens")
+    lines.append(
+        f"  decoding {item.decode_batch} × {item.decode_length} tokens: {gib(item.decode)} GiB; "
+        f"loading: at most {gib(item.load)} GiB"
+    )
+    lines += [f"  note: {note}" for note in made.notes]
+    if item.advice:
+        lines.append("  what would make it fit, cheapest first, each with those before it:")
+        for number, advice in enumerate(item.advice, 1):
+            lines.append(
+                f"    {number}. {advice.switch.name}: -{gib(advice.saves)} → "
+                f"{gib(advice.plan.device.total)} GiB. Cost: {advice.switch.cost}."
+            )
+        if not item.advice[-1].plan.fits:
+            lines.append("    Even so it does not fit: take a larger card, or a shorter sequence.")
+    elif made.fits is False:
+        lines.append("  No switch helps: take a larger card, or a shorter sequence.")
+    return "\n".join(lines)
+
+
+def _title(item: Report) -> str:
+    work, made = item.plan.work, item.plan
+    base = "16-bit base" if work.quant is None else work.quant.quant_type.upper()
+    if work.quant is not None and work.quant.double_quant:
+        base += " + double quantization"
+    accumulation = work.train.gradient_accumulation_steps
+    times = f"{accumulation} × " if accumulation > 1 else ""
+    state = "paged AdamW" if work.train.paged else "AdamW"
+    return (
+        f"{item.name} on {made.card or 'this device'}: {base}, r={work.lora.r} "
+        f"({jnp.dtype(work.lora.dtype).name}), {state}, batch {times}"
+        f"{work.train.micro_batch_size} × {work.sequence}, remat {work.remat}, "
+        f"attention {work.attention}"
+    )

@@ -1,0 +1,51 @@
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_jax.plan.search import largest_that_fits
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    slope=st.integers(1, 10**9),
+    curve=st.integers(0, 10**5),
+    base=st.integers(0, 10**11),
+    limit=st.integers(1, 10**11),
+    step=st.integers(1, 256),
+)
+def test_the_answer_fits_and_the_next_does_not(slope, curve, base, limit, step):
+    def bytes_at(n):
+        return base + slope * n + curve * n * n
+
+    found = largest_that_fits(bytes_at, limit, start=step, step=step, most=10**6, compiles=10**4)
+    if found is None:
+        assert bytes_at(step) > limit
+    else:
+        assert found % step == 0
+        assert bytes_at(found) <= limit
+        assert found + step > 10**6 or bytes_at(found + step) > limit
+
+
+def test_a_line_takes_four_compiles():
+    asked = []
+
+    def bytes_at(n):
+        asked.append(n)
+        return 1000 + 7 * n
+
+    assert largest_that_fits(bytes_at, 2000) == 142
+    # The first two, the answer, and one more that shows that the next does not fit.
+    assert asked == [1, 2, 142, 143]
+
+
+def test_what_was_compiled_last_is_kept_where_the_budget_ends():
+    found = largest_that_fits(lambda n: math.ceil(n**1.7), 10**6, compiles=4)
+    assert found is not None
+    assert math.ceil(found**1.7) <= 10**6
+
+
+@pytest.mark.parametrize("most", [1, 5])
+def test_the_search_ends(most):
+    assert largest_that_fits(lambda n: n, 100, most=most) == most
