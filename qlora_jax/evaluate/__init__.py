@@ -38,6 +38,7 @@ from qlora_jax.evaluate.ratings import (
     parse_choice,
     parse_scores,
     read_ratings,
+    system_name,
 )
 from qlora_jax.evaluate.scores import (
     Metric,
@@ -110,6 +111,7 @@ __all__ = [
     "rouge_l",
     "seq2seq_lm_loss",
     "split_adapters",
+    "system_name",
     "token_logits",
     "win_matrix",
     "windows",
