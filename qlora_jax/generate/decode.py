@@ -117,11 +117,13 @@ def _write(
 ) -> Written:
     """One token into every row that goes on; a row that writes an end token ends with it."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(written.keys, written.step)
+    eos = jnp.array(config.eos_token_ids, jnp.int32)
+    if config.min_new_tokens:
+        too_early = written.step < config.min_new_tokens
+        logits = logits.at[:, eos].add(jnp.where(too_early, -jnp.inf, 0.0))
     token = next_tokens(logits, keys, config)
     goes_on = ~written.ended
-    ends = jnp.zeros_like(written.ended)
-    for eos in config.eos_token_ids:
-        ends |= token == eos
+    ends = jnp.any(token[:, None] == eos, axis=1)
     return written._replace(
         tokens=jax.lax.dynamic_update_slice_in_dim(
             written.tokens, token[:, None], written.step, axis=1

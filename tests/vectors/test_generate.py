@@ -1,4 +1,6 @@
-"""Greedy generations of small models under transformers: every family, decoder or encoder–decoder."""
+"""Greedy generations of small models under transformers: every family, both architectures."""
+
+import json
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +38,20 @@ def load(name):
     return model, load_file(folder / "io.safetensors")
 
 
+def eos_token_id(name):
+    return json.loads(shared_path(f"vectors/models/{name}/config.json").read_text())["eos_token_id"]
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders(name):
     model, tensors = load(name)
     prompt = tensors["greedy_prompt"][0].tolist()
     expected = tensors["greedy_output"][0].tolist()
-    config = GenerationConfig(max_new_tokens=len(expected) - len(prompt))
+    steps = len(expected) - len(prompt)
+    # The reference kept the end token out, so that every text has the full length.
+    config = GenerationConfig(
+        max_new_tokens=steps, min_new_tokens=steps, eos_token_ids=(eos_token_id(name),)
+    )
     # Others beside it, so that padding on the left must not matter.
     found = generate(model, [prompt[:3], prompt, [*prompt, 5]], config, batch_size=3)
     assert [*prompt, *found[1].tokens] == expected
@@ -58,6 +68,9 @@ def test_encoder_decoders(name):
     ]
     assert len({len(source) for source in sources}) == 2, "unequal prompts"
     start, *_ = tensors["greedy_output"][0]
-    config = GenerationConfig(max_new_tokens=tensors["greedy_output"].shape[1] - 1)
+    steps = tensors["greedy_output"].shape[1] - 1
+    config = GenerationConfig(
+        max_new_tokens=steps, min_new_tokens=steps, eos_token_ids=(eos_token_id(name),)
+    )
     found = generate(model, sources, config, batch_size=2)
     assert [[start, *g.tokens] for g in found] == tensors["greedy_output"].tolist()
