@@ -125,9 +125,13 @@ def chat(
 
 
 def cut_at(text: str, stop: Iterable[str]) -> str:
-    """The text before the first stop text in it."""
-    found = [at for at in (text.find(end) for end in stop) if at >= 0]
-    return text[: min(found)] if found else text
+    """The text before the stop text that is complete first; of two, the longer one.
+
+    First by its end, not by its beginning: then a growing text is cut in the same place whenever
+    it is looked at.
+    """
+    found = [(at + len(end), at) for end in stop if (at := text.find(end)) >= 0]
+    return text[: min(found)[1]] if found else text
 
 
 def settled(text: str, stop: Iterable[str]) -> str:
