@@ -105,8 +105,9 @@ def chat(
     """The assistant's next turn in a conversation of `role` and `content`.
 
     `template` is the model's own (`data.load_chat_template`); it writes bos itself where the model
-    wants it. A chat model's folder often names a token that ends turns beside the one that ends
-    texts: `config.eos_token_ids = read_eos_token_ids(folder)`.
+    wants it. The tokenizer's markers are read as such in the whole of its text, as in transformers,
+    so contents that are not trusted must not hold any. A chat model's folder often names a token
+    that ends turns beside the one that ends texts: `read_eos_token_ids(folder)`.
     """
     prompt = template.render(messages, add_generation_prompt=True)
     answer, *_ = generate_text(

@@ -12,18 +12,10 @@ from qlora_jax.checkpoints import load_model
 from qlora_jax.generate import GenerationConfig, generate
 from tests.shared import shared_path
 
-DECODERS = (
-    "gemma2",
-    "gemma3_text",
-    "gpt_neox",
-    "llama_ropescaled_tied",
-    "mistral_sw8",
-    "mixtral",
-    "opt",
-    "phi3",
-    "qwen2",
-    "qwen3",
-)
+
+def slow(*names):
+    # Their programs differ little, and tests/vectors/test_models.py writes each one's text as well.
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +34,15 @@ def eos_token_id(name):
     return json.loads(shared_path(f"vectors/models/{name}/config.json").read_text())["eos_token_id"]
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma2",
+        "llama_ropescaled_tied",
+        "opt",
+        *slow("gemma3_text", "gpt_neox", "mistral_sw8", "mixtral", "phi3", "qwen2", "qwen3"),
+    ],
+)
 def test_decoders(name):
     model, tensors = load(name)
     prompt = tensors["greedy_prompt"][0].tolist()
@@ -57,7 +57,7 @@ def test_decoders(name):
     assert [*prompt, *found[1].tokens] == expected
 
 
-@pytest.mark.parametrize("name", ["t5_v1_0", "t5_v1_1"])
+@pytest.mark.parametrize("name", ["t5_v1_1", *slow("t5_v1_0")])
 def test_encoder_decoders(name):
     model, tensors = load(name)
     sources = [

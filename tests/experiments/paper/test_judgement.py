@@ -5,7 +5,8 @@ import json
 import pytest
 
 from experiments.paper import elo, generations, judge, vicuna
-from qlora_jax.evaluate import read_answers
+from experiments.paper.generations import STYLES
+from qlora_jax.evaluate import read_answers, read_questions
 from tests.evaluate.released import released
 from tests.evaluate.stand_in import stand_in
 
@@ -89,15 +90,17 @@ def test_from_questions_to_tables(tiny_model, questions, tmp_path, capsys):
     assert warm["mean"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize("style", ["alpaca", "text"])
-def test_a_question_is_put_in_the_style_asked_for(tiny_model, questions, tmp_path, style):
-    out = tmp_path / "answers.jsonl"
-    assert answer(tiny_model, questions, out, "--format", style, "--limit", "1") == 0
-    prompt = json.loads(out.read_text())["prompt"]
-    if style == "text":
-        assert prompt == "What is a list?"
-    else:
-        assert "### Instruction:\nWhat is a list?\n\n### Response:" in prompt
+def test_a_question_is_put_in_the_style_asked_for(questions, tmp_path):
+    question = read_questions(questions)[0]
+    (tmp_path / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
+    asked = {style: generations.prompt_writer(style, tmp_path)(question) for style in STYLES}
+    assert asked["text"] == "What is a list?"
+    assert asked["chat"] == "<What is a list?>"
+    assert "### Instruction:\nWhat is a list?\n\n### Response:" in asked["alpaca"]
+    assert asked["guanaco"].endswith("questions. ### Human: What is a list? ### Assistant:")
+    # The OA questions bring the whole conversation.
+    conversation = question._replace(row={"prompt": "### Human: Hi ### Assistant:"})
+    assert generations.prompt_writer("guanaco", tmp_path)(conversation).startswith("### Human: Hi")
 
 
 def test_tables_1_and_6_on_the_released_ratings(tmp_path, capsys):
