@@ -29,7 +29,6 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer, config, _, key = load_writer(args)
     config = dataclasses.replace(config, stop=tuple(args.stop))
     prompts = args.prompt or [sys.stdin.read()]
-    options = {"key": key, "batch_size": min(8, len(prompts))}
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
         generate_text(
@@ -37,13 +36,15 @@ def run(args: argparse.Namespace) -> int:
             tokenizer,
             prompts,
             config,
+            key=key,
+            batch_size=1,
             on_text=lambda _, piece: print(piece, end="", flush=True),
             every=4,
-            **options,
         )
         print()
         return 0
-    answers = generate_text(model, tokenizer, prompts, config, **options)
+    size = min(8, len(prompts))
+    answers = generate_text(model, tokenizer, prompts, config, key=key, batch_size=size)
     for prompt, answer in zip(prompts, answers, strict=True):
         print(f"{prompt}{answer.text}\n")
     return 0
