@@ -4,8 +4,8 @@
 
 K = 32, everyone starts at 1000, the mean of 10,000 random orders of the matches. Two columns, for
 two notions of a match: every judgement, and every question (both reading orders averaged); "95% of
-orders" is how far the order alone moves a rating, "±" the error of the mean. About 10 s for the
-80 Vicuna questions, a minute for the 953 OA questions where their ratings are at hand.
+orders" is how far the order alone moves a rating, "±" the error of the mean. Half a minute on two
+cores, most of it for the 953 OA questions; these are left out where their ratings are not at hand.
 
 `--length 520` stops every order after that many matches, `--reread` reads the judge's text again
 where the released score is -1. Writes result.json, tables as CSV and Markdown, and PNG figures.

@@ -66,9 +66,9 @@ def read_ratings(files: Iterable[Path], *, reread: bool = False) -> Ratings:
     Raises:
         ValueError: a file that is no rating file, or rows that do not say who was read first.
     """
-    rows = {file: _read_rows(file) for file in sorted(files)}
+    rows = {file: content for file in sorted(files) if (content := _read_rows(file))}
     if not rows:
-        raise ValueError("there is no rating file to read: expected *.jsonl.")
+        raise ValueError("there is no rating to read: expected *.jsonl with one rating a line.")
     names = {file: _systems_in_name(file) for file in rows if not _named(rows[file])}
     owners = _owners((names[file], rows[file]) for file in names)
     ratings: list[Rating] = []
@@ -192,9 +192,7 @@ def _points(row: dict[str, Any], *, reread: bool) -> tuple[float, float] | None:
 
 
 def _named(rows: Sequence[dict[str, Any]]) -> bool:
-    return all({"system1", "system2"} <= row.get("metadata", {}).keys() for row in rows) and bool(
-        rows
-    )
+    return all({"system1", "system2"} <= row.get("metadata", {}).keys() for row in rows)
 
 
 def _systems_in_name(file: Path) -> tuple[str, str]:
