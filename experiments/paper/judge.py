@@ -82,6 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
             options.url, options.judge, options.key_variable, timeout=options.timeout
         )
         answers = {system_name(file.stem): read_answers(file) for file in options.answers}
+        if len(answers) < len(options.answers):
+            raise ValueError(
+                f"--answers names {len(options.answers)} files of {len(answers)} systems "
+                f"({', '.join(answers)}): a system's name is its file's, so give each its own."
+            )
         pairs = pairings(
             read_questions(options.questions)[: options.limit],
             answers,

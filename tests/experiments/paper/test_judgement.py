@@ -68,6 +68,9 @@ def test_from_questions_to_tables(tiny_model, questions, tmp_path, capsys):
         capsys.readouterr().out.split()
     )
     assert rated("choice", "The first.\n1") == 0
+    again = ("--answers", str(answers["cold"]), str(answers["cold"]))
+    assert rated("choice", "1", *again) == 2
+    assert "names 2 files of 1 systems (cold)" in capsys.readouterr().err
     assert rated("scores", "9 6\nSo.", "--reference", "cold") == 0
 
     out = tmp_path / "tables"
