@@ -4,8 +4,8 @@
 
 K = 32, everyone starts at 1000, the mean of 10,000 random orders of the matches. Two columns, for
 two notions of a match: every judgement, and every question (both reading orders averaged); "95% of
-orders" is how far the order alone moves a rating, "±" the error of the mean. About 10 s for the
-80 Vicuna questions, a minute for the 953 OA questions where their ratings are at hand.
+orders" is how far the order alone moves a rating, "±" the error of the mean. Half a minute on two
+cores, most of it for the 953 OA questions; these are left out where their ratings are not at hand.
 
 `--length 520` stops every order after that many matches, `--reread` reads the judge's text again
 where the released score is -1. Writes result.json, tables as CSV and Markdown, and PNG figures.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from rich.console import Console
 
 from experiments.cli import make_console, refuse
 from experiments.paper.figures import can_draw, elo_figure, win_figure
@@ -26,6 +27,7 @@ from experiments.paper.judged import (
     SHARED,
     TABLE_1,
     TABLE_7,
+    own_files,
     rating_files,
     system_label,
 )
@@ -57,6 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, default=SHARED, metavar="FOLDER")
+    parser.add_argument(
+        "--ratings",
+        type=Path,
+        metavar="FOLDER",
+        help="own rating files, not the paper's",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/paper/elo"), metavar="FOLDER")
     parser.add_argument("--orders", type=int, default=10_000, help="random orders to play")
     parser.add_argument("--length", type=int, help="matches to play of each order (all)")
@@ -100,33 +108,74 @@ def win_table(name: str, matrix: WinMatrix, order: list[int]) -> Table:
     return Table(f"wins-{name}", f"Percent won against, {name}", ("system", *labels), rows, 0)
 
 
-def report(
-    name: str, ratings: Ratings, by_unit: dict[str, Elo], published: dict[str, int]
-) -> dict[str, Any]:
-    """One benchmark's part of result.json."""
-    kappa, pairs = order_agreement(ratings.ratings)
-    return {
+def benchmark(
+    name: str,
+    title: str,
+    files: list[Path],
+    published: dict[str, int],
+    options: argparse.Namespace,
+    console: Console,
+) -> tuple[dict[str, Any], list[Table], dict[str, float]]:
+    """One benchmark: its part of result.json, its tables, and the mean rating of every system."""
+    ratings = read_ratings(files, reread=options.reread)
+    by_unit = {
+        unit: elo(
+            make_matches(ratings.ratings, unit),
+            k=options.k,
+            orders=options.orders,
+            length=options.length,
+            seed=options.seed,
+        )
+        for unit in get_args(MatchUnit)
+    }
+    played = by_unit["judgement"]
+    matrix = win_matrix(ratings.ratings)
+    order = np.argsort(-played.mean).tolist()
+    tables = [elo_table(name, title, published, by_unit), win_table(name, matrix, order)]
+    for table in tables:
+        console.print(table.rich())
+    unreadable = sum(ratings.unreadable.values())
+    console.print(
+        f"{len(ratings.ratings)} judgements, {unreadable} more without a readable score",
+        highlight=False,
+    )
+    result: dict[str, Any] = {
         "judgements": len(ratings.ratings),
         "unreadable": ratings.unreadable,
-        "elo": {
-            unit: {
-                system_label(system): {
-                    "mean": float(table.mean[i]),
-                    "standard_error": float(table.standard_error[i]),
-                    "interval_95": table.interval()[:, i].tolist(),
-                    "paper": published.get(system_label(system)),
-                }
-                for i, system in enumerate(table.systems)
-            }
-            for unit, table in by_unit.items()
-        },
-        "order_agreement": {"fleiss_kappa": kappa, "pairs": pairs},
+        "elo": {unit: elo_result(table, published) for unit, table in by_unit.items()},
+    }
+    if judged_twice(ratings):
+        kappa, pairs = order_agreement(ratings.ratings)
+        result["order_agreement"] = {"fleiss_kappa": kappa, "pairs": pairs}
+        console.print(
+            f"the two reading orders agree with Fleiss' κ {kappa:.2f} on {pairs} questions × pairs",
+            highlight=False,
+        )
+    if can_draw():
+        options.out.mkdir(parents=True, exist_ok=True)
+        elo_figure(title, played, published).savefig(options.out / f"elo-{name}.png")
+        win_figure(tables[1].title, matrix, order).savefig(options.out / f"wins-{name}.png")
+    labels = map(system_label, played.systems)
+    return result, tables, dict(zip(labels, played.mean.tolist(), strict=True))
+
+
+def elo_result(table: Elo, published: dict[str, int]) -> dict[str, Any]:
+    """Every system's numbers, for result.json."""
+    return {
+        system_label(system): {
+            "mean": float(table.mean[i]),
+            "standard_error": float(table.standard_error[i]),
+            "interval_95": table.interval()[:, i].tolist(),
+            "paper": published.get(system_label(system)),
+        }
+        for i, system in enumerate(table.systems)
     }
 
 
-def means(table: Elo) -> dict[str, float]:
-    """Label → mean rating."""
-    return dict(zip(map(system_label, table.systems), table.mean.tolist(), strict=True))
+def judged_twice(ratings: Ratings) -> bool:
+    """Whether some question was judged in both orders for the same two systems."""
+    seen = {(r.question, r.first, r.second) for r in ratings.ratings}
+    return any((question, second, first) in seen for question, first, second in seen)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,51 +184,25 @@ def main(arguments: list[str] | None = None) -> int:
     console = make_console()
     result: dict[str, Any] = {}
     tables: list[Table] = []
-    rankings: dict[str, dict[str, float]] = {}
+    rankings: list[dict[str, float]] = []
+    chosen: dict[str, tuple[str, list[Path], dict[str, int]]] = {}
     try:
-        for name, (folder, title, published) in BENCHMARKS.items():
-            if name == "oa" and not (options.data / "ratings-gpt4" / folder).is_dir():
-                console.print(f"{options.data} has no OA ratings: Table 7 is left out.")
-                continue
-            files = rating_files(options.data, folder)
-            ratings = read_ratings(files, reread=options.reread)
-            by_unit = {
-                unit: elo(
-                    make_matches(ratings.ratings, unit),
-                    k=options.k,
-                    orders=options.orders,
-                    length=options.length,
-                    seed=options.seed,
-                )
-                for unit in get_args(MatchUnit)
+        if options.ratings is not None:
+            chosen["own"] = ("Elo", own_files(options.ratings), {})
+        else:
+            chosen = {
+                name: (title, rating_files(options.data, folder), published)
+                for name, (folder, title, published) in BENCHMARKS.items()
+                if name == "vicuna" or (options.data / "ratings-gpt4" / folder).is_dir()
             }
-            rankings[name] = means(by_unit["judgement"])
-            result[name] = report(name, ratings, by_unit, published)
-            matrix = win_matrix(ratings.ratings)
-            order = np.argsort(-by_unit["judgement"].mean).tolist()
-            shown = [
-                elo_table(name, title, published, by_unit),
-                win_table(name, matrix, order),
-            ]
-            tables += shown
-            for table in shown:
-                console.print(table.rich())
-            unreadable = sum(ratings.unreadable.values())
-            kappa = result[name]["order_agreement"]
-            console.print(
-                f"{len(ratings.ratings)} judgements, {unreadable} more without a readable score; "
-                f"the two reading orders agree with Fleiss' κ {kappa['fleiss_kappa']:.2f} on "
-                f"{kappa['pairs']} questions × pairs\n",
-                highlight=False,
-            )
-            if can_draw():
-                options.out.mkdir(parents=True, exist_ok=True)
-                elo_figure(title, by_unit["judgement"], published).savefig(
-                    options.out / f"elo-{name}.png"
-                )
-                win_figure(shown[1].title, matrix, order).savefig(options.out / f"wins-{name}.png")
+            if "oa" not in chosen:
+                console.print(f"{options.data} has no OA ratings: Table 7 is left out.")
+        for name, (title, files, published) in chosen.items():
+            result[name], made, ranking = benchmark(name, title, files, published, options, console)
+            tables += made
+            rankings.append(ranking)
         if len(rankings) == 2:
-            agreement = rank_agreement(*rankings.values())
+            agreement = rank_agreement(*rankings)
             result["benchmarks_agree"] = agreement._asdict()
             console.print(
                 f"the two benchmarks rank {agreement.systems} systems with Kendall's τ "

@@ -105,3 +105,11 @@ def rating_files(data: Path, folder: str) -> list[Path]:
             "https://github.com/artidoro/qlora."
         )
     return files
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The rating files that `--ratings` names."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no rating file: expected *.jsonl in it.")
+    return files

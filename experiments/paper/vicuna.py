@@ -15,7 +15,14 @@ from pathlib import Path
 
 from experiments.cli import make_console, refuse
 from experiments.paper.figures import can_draw, percent_figure
-from experiments.paper.judged import REFERENCE, SHARED, TABLE_6, rating_files, system_label
+from experiments.paper.judged import (
+    REFERENCE,
+    SHARED,
+    TABLE_6,
+    own_files,
+    rating_files,
+    system_label,
+)
 from experiments.paper.tables import Table, write_results
 from qlora_jax.evaluate import Percent, Ratings, percent_of, read_ratings
 
@@ -30,15 +37,24 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, default=SHARED, metavar="FOLDER")
+    parser.add_argument(
+        "--ratings",
+        type=Path,
+        metavar="FOLDER",
+        help="own rating files, not the paper's",
+    )
+    parser.add_argument("--reference", help="whose score is 100 (ChatGPT's)")
     parser.add_argument("--out", type=Path, default=Path("runs/paper/vicuna"), metavar="FOLDER")
     parser.add_argument("--reread", action="store_true", help="read texts whose score is -1 again")
     return parser
 
 
-def percents(ratings: Ratings) -> dict[str, Percent]:
-    """By system, best first; the reference is found by its label, whatever the files call it."""
-    names = [name for name in ratings.systems if system_label(name) == REFERENCE]
-    return percent_of(ratings.ratings, names[0] if names else REFERENCE)
+def percents(ratings: Ratings, reference: str | None) -> dict[str, Percent]:
+    """By system, best first; ChatGPT is found by its label, whatever the files call it."""
+    if reference is None:
+        names = [name for name in ratings.systems if system_label(name) == REFERENCE]
+        reference = names[0] if names else REFERENCE
+    return percent_of(ratings.ratings, reference)
 
 
 def percent_table(found: dict[str, Percent]) -> Table:
@@ -78,9 +94,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     console = make_console()
     try:
-        files = rating_files(options.data, "vicuna/relative-gpt-3.5")
+        if options.ratings is None:
+            files = rating_files(options.data, "vicuna/relative-gpt-3.5")
+        else:
+            files = own_files(options.ratings)
         ratings = read_ratings(files, reread=options.reread)
-        found = percents(ratings)
+        found = percents(ratings, options.reference)
         table = percent_table(found)
         result = {
             "percent": {system_label(name): percent._asdict() for name, percent in found.items()},

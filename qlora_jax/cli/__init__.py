@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 
 SUBCOMMANDS = {
+    "chat": "talk with a model on the terminal",
+    "generate": "a model continues texts",
     "inspect": "print a model's tensors: shapes, bits per weight, bytes",
     "quantize": "a 16-bit model into a bitsandbytes 4-bit folder",
     "merge": "an adapter into its base, with a report of what changed",

@@ -39,6 +39,7 @@ from qlora_jax.evaluate.ratings import (
     parse_choice,
     parse_scores,
     read_ratings,
+    system_name,
 )
 from qlora_jax.evaluate.scores import (
     Metric,
@@ -114,6 +115,7 @@ __all__ = [
     "seq2seq_lm_loss",
     "split_adapters",
     "text_batches",
+    "system_name",
     "token_logits",
     "win_matrix",
     "windows",

@@ -47,6 +47,8 @@ def rank_agreement(a: Mapping[str, float], b: Mapping[str, float]) -> RankAgreem
 def fleiss_kappa(counts: Int64[np.ndarray, "item category"]) -> float:
     """Fleiss' κ; `counts[i, c]` judges put item i into category c.
 
+    It is 1 where all put everything into one category, where the formula is 0 / 0.
+
     Raises:
         ValueError: items judged by different numbers of judges, or by fewer than two.
     """
@@ -59,7 +61,7 @@ def fleiss_kappa(counts: Int64[np.ndarray, "item category"]) -> float:
     n = judges[0]
     agreed = ((counts**2).sum(1) - n) / (n * (n - 1))
     chance = ((counts.sum(0) / counts.sum()) ** 2).sum()
-    return float((agreed.mean() - chance) / (1 - chance))
+    return 1.0 if chance == 1 else float((agreed.mean() - chance) / (1 - chance))
 
 
 def order_agreement(ratings: Iterable[Rating]) -> tuple[float, int]:

@@ -66,9 +66,9 @@ def read_ratings(files: Iterable[Path], *, reread: bool = False) -> Ratings:
     Raises:
         ValueError: a file that is no rating file, or rows that do not say who was read first.
     """
-    rows = {file: _read_rows(file) for file in sorted(files)}
+    rows = {file: content for file in sorted(files) if (content := _read_rows(file))}
     if not rows:
-        raise ValueError("there is no rating file to read: expected *.jsonl.")
+        raise ValueError("there is no rating to read: expected *.jsonl with one rating a line.")
     names = {file: _systems_in_name(file) for file in rows if not _named(rows[file])}
     owners = _owners((names[file], rows[file]) for file in names)
     ratings: list[Rating] = []
@@ -147,6 +147,14 @@ def answer_id(text: str) -> str:
     return digits.rjust(22, alphabet[0])
 
 
+def system_name(stem: str) -> str:
+    """A system's short name from that of its answers: `7b-guanaco` of
+    `7b-guanaco-vicuna-generations-topp0.9-temp0.7`, `gpt4` of `answer_gpt4`.
+    """
+    stem = re.sub(r"-(vicuna|oa)-generations(-topp[\d.]+-temp[\d.]+)?$", "", stem)
+    return re.sub(r"^answer[-_]", "", stem)
+
+
 def _read_rows(file: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -184,16 +192,13 @@ def _points(row: dict[str, Any], *, reread: bool) -> tuple[float, float] | None:
 
 
 def _named(rows: Sequence[dict[str, Any]]) -> bool:
-    return all({"system1", "system2"} <= row.get("metadata", {}).keys() for row in rows) and bool(
-        rows
-    )
+    return all({"system1", "system2"} <= row.get("metadata", {}).keys() for row in rows)
 
 
 def _systems_in_name(file: Path) -> tuple[str, str]:
     """`7b-guanaco`, `gpt4` of `7b-guanaco-…-vs-answer-gpt4-gpt-4-reviewer-threeclass.jsonl`."""
     stem = re.sub(r"-gpt-?4-reviewer(-threeclass)?$", "", file.stem)
-    stem = re.sub(r"-(vicuna|oa)-generations(-topp[\d.]+-temp[\d.]+)?", "", stem)
-    names = [name.removeprefix("answer-") for name in stem.split("-vs-")]
+    names = [system_name(name) for name in stem.split("-vs-")]
     if len(names) != 2 or names[0] == names[1]:
         raise ValueError(
             f"{file.name} does not name two systems: expected A-vs-B-gpt4-reviewer.jsonl, or rows "

@@ -102,9 +102,9 @@ def win_matrix(ratings: Iterable[Rating]) -> WinMatrix:
     for rating in judged:
         a, b = rating.points
         i, j = index[rating.first], index[rating.second]
-        share = 1.0 if a > b else 0.0 if a < b else 0.5
-        won[i, j] += share
-        won[j, i] += 1 - share
+        points = 1.0 if a > b else 0.0 if a < b else 0.5
+        won[i, j] += points
+        won[j, i] += 1 - points
     judgements = won + won.T
     share = np.divide(won, judgements, out=np.full_like(won, np.nan), where=judgements > 0)
     return WinMatrix(systems, share, judgements.astype(np.int64))

@@ -13,6 +13,7 @@ class GenerationConfig:
 
     Attributes:
         max_new_tokens: tokens after the prompt, at most.
+        min_new_tokens: no end token comes before so many.
         temperature: 0 takes the most likely token each time (greedy).
         top_k: draw among the k most likely; None for all.
         top_p: draw among the most likely that together reach this probability; 1 for all.
@@ -21,6 +22,7 @@ class GenerationConfig:
     """
 
     max_new_tokens: int = 256
+    min_new_tokens: int = 0
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
@@ -31,6 +33,11 @@ class GenerationConfig:
         """ValueError for a value that no distribution or length can have."""
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be 1 or more.")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} must be 0 to "
+                f"max_new_tokens={self.max_new_tokens}."
+            )
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more.")
         if self.top_k is not None and self.top_k < 1:

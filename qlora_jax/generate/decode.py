@@ -47,12 +47,12 @@ class Generative(Protocol):
 class Written(NamedTuple):
     """A batch in the middle of being written.
 
-    `tokens` [batch max_new_tokens] are valid up to `count` [batch]; `ended` rows write no more.
+    `tokens` [batch max_new_tokens] are valid up to `length` [batch]; `ended` rows write no more.
     `step` counts the tokens written by the rows that have not ended. `keys` are the rows' own.
     """
 
     tokens: Int[Array, "batch new"]
-    count: Int[Array, "batch"]
+    length: Int[Array, "batch"]
     ended: Bool[Array, "batch"]
     step: Int[Array, ""]
     keys: Key[Array, "batch"]
@@ -77,7 +77,7 @@ def start(
     batch = len(input_ids)
     written = Written(
         tokens=jnp.zeros((batch, config.max_new_tokens), jnp.int32),
-        count=jnp.zeros(batch, jnp.int32),
+        length=jnp.zeros(batch, jnp.int32),
         ended=ended,
         step=jnp.zeros((), jnp.int32),
         keys=keys,
@@ -117,16 +117,18 @@ def _write(
 ) -> Written:
     """One token into every row that goes on; a row that writes an end token ends with it."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(written.keys, written.step)
+    eos = jnp.array(config.eos_token_ids, jnp.int32)
+    if config.min_new_tokens:
+        too_early = written.step < config.min_new_tokens
+        logits = logits.at[:, eos].add(jnp.where(too_early, -jnp.inf, 0.0))
     token = next_tokens(logits, keys, config)
     goes_on = ~written.ended
-    ends = jnp.zeros_like(written.ended)
-    for eos in config.eos_token_ids:
-        ends |= token == eos
+    ends = jnp.any(token[:, None] == eos, axis=1)
     return written._replace(
         tokens=jax.lax.dynamic_update_slice_in_dim(
             written.tokens, token[:, None], written.step, axis=1
         ),
-        count=written.count + goes_on,
+        length=written.length + goes_on,
         ended=written.ended | ends,
         step=written.step + 1,
     )

@@ -123,10 +123,10 @@ def _write_watched(
 
 def _read(written: Written) -> list[Generation]:
     """What every row of a batch has written so far."""
-    tokens, count, ended = jax.device_get((written.tokens, written.count, written.ended))
+    tokens, length, ended = jax.device_get((written.tokens, written.length, written.ended))
     return [
         Generation(tuple(row[:n].tolist()), "stop" if end else "length")
-        for row, n, end in zip(tokens, count, ended, strict=True)
+        for row, n, end in zip(tokens, length, ended, strict=True)
     ]
 
 

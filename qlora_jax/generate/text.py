@@ -105,8 +105,9 @@ def chat(
     """The assistant's next turn in a conversation of `role` and `content`.
 
     `template` is the model's own (`data.load_chat_template`); it writes bos itself where the model
-    wants it. A chat model's folder often names a token that ends turns beside the one that ends
-    texts: `config.eos_token_ids = read_eos_token_ids(folder)`.
+    wants it. The tokenizer's markers are read as such in the whole of its text, as in transformers,
+    so contents that are not trusted must not hold any. A chat model's folder often names a token
+    that ends turns beside the one that ends texts: `read_eos_token_ids(folder)`.
     """
     prompt = template.render(messages, add_generation_prompt=True)
     answer, *_ = generate_text(
@@ -125,9 +126,13 @@ def chat(
 
 
 def cut_at(text: str, stop: Iterable[str]) -> str:
-    """The text before the first stop text in it."""
-    found = [at for at in (text.find(end) for end in stop) if at >= 0]
-    return text[: min(found)] if found else text
+    """The text before the stop text that is complete first; of two, the longer one.
+
+    First by its end, not by its beginning: then a growing text is cut in the same place whenever
+    it is looked at.
+    """
+    found = [(at + len(end), at) for end in stop if (at := text.find(end)) >= 0]
+    return text[: min(found)[1]] if found else text
 
 
 def settled(text: str, stop: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ def test_kappa_of_a_worked_example():
 
 def test_kappa_is_one_where_all_agree_and_zero_by_chance():
     assert fleiss_kappa(np.array([[2, 0], [0, 2]])) == 1.0
+    assert fleiss_kappa(np.array([[2, 0], [2, 0]])) == 1.0
     rng = np.random.default_rng(0)
     counts = rng.multinomial(3, [0.5, 0.5], 20_000)
     assert fleiss_kappa(counts) == pytest.approx(0, abs=0.02)

@@ -53,6 +53,7 @@ def test_metadata_names_the_systems_where_it_does(tmp_path):
         "metadata": {"system1": "cat", "system2": "dog"},
     }  # fmt: skip
     (tmp_path / "anything.jsonl").write_text(json.dumps(row))
+    (tmp_path / "not-begun.jsonl").touch()
     rating = read_ratings(tmp_path.iterdir()).ratings[0]
     assert (rating.first, rating.second, rating.points) == ("cat", "dog", (0.0, 1.0))
 
@@ -81,7 +82,7 @@ def test_bad_files_are_refused(tmp_path, name, content, message):
 
 
 def test_no_file_is_refused():
-    with pytest.raises(ValueError, match="no rating file"):
+    with pytest.raises(ValueError, match="no rating to read"):
         read_ratings([])
 
 

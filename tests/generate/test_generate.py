@@ -44,6 +44,15 @@ def test_a_row_ends_with_its_end_token_and_the_others_go_on():
         assert generation.finish == ("stop" if generation.tokens[-1] in eos else "length")
 
 
+def test_no_end_token_comes_too_early():
+    plain = greedy(PROMPTS[1], 10)
+    config = GenerationConfig(max_new_tokens=10, min_new_tokens=6, eos_token_ids=(plain[2],))
+    found = generate(MODEL, PROMPTS[:4], config, batch_size=4)[1]
+    assert found.tokens[:2] == plain[:2]
+    assert len(found.tokens) >= 6
+    assert plain[2] not in found.tokens[:6]
+
+
 def test_samples_do_not_depend_on_neighbours_order_or_batch_size():
     key = jax.random.key(7)
     prompts = PROMPTS[:4]

@@ -117,6 +117,7 @@ def test_greedy_takes_the_most_likely():
     ("option", "message"),
     [
         ({"max_new_tokens": 0}, "1 or more"),
+        ({"max_new_tokens": 4, "min_new_tokens": 5}, "0 to max_new_tokens=4"),
         ({"temperature": -0.1}, "0 \\(greedy\\) or more"),
         ({"top_k": 0}, "None for no limit"),
         ({"top_p": 0.0}, "at most 1"),

@@ -64,6 +64,20 @@ def test_a_stream_joins_to_the_answer(stopping):
     assert len(pieces[1]) > 1
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "left"),
+    [
+        ("one\n###two", ("###", "\n"), "one"),
+        ("abc", ("abc", "b"), "a"),
+        ("abc", ("bc", "abc"), ""),
+        ("abc", ("x",), "abc"),
+        ("abc", (), "abc"),
+    ],
+)
+def test_the_stop_text_that_is_complete_first_decides(text, stop, left):
+    assert cut_at(text, stop) == left
+
+
 @given(st.text("ab#", max_size=12), st.lists(st.text("ab#", min_size=1, max_size=4), max_size=3))
 def test_what_is_settled_never_changes(text, stop):
     shown = ""

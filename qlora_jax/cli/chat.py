@@ -1,0 +1,56 @@
+"""`qlora-jax chat`: a conversation with a model, turn by turn on the terminal."""
+
+import argparse
+import sys
+
+import jax
+
+from qlora_jax.cli import SUBCOMMANDS
+from qlora_jax.cli.writing import add_writing, load_writer
+from qlora_jax.data import load_chat_template
+from qlora_jax.generate import chat
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """The subcommand's arguments."""
+    parser = subparsers.add_parser(
+        "chat",
+        help=SUBCOMMANDS["chat"],
+        description="Each line is a turn; an empty line, or the end of the input, ends the "
+        "conversation. Turns are written by the model's own chat template.",
+        epilog="example: qlora-jax chat HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/x",
+    )
+    add_writing(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what stands before the first turn")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads turns from standard input and answers on standard output."""
+    model, tokenizer, config, path, key = load_writer(args)
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is one file, and its conversations have no template that is read here: give a "
+            "model folder, or continue texts with qlora-jax generate."
+        )
+    template = load_chat_template(path)
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    while True:
+        print("> ", end="", flush=True)
+        turn = sys.stdin.readline().strip()
+        if not turn:
+            print()
+            return 0
+        messages.append({"role": "user", "content": turn})
+        key, own = jax.random.split(key)
+        answer = chat(
+            model,
+            tokenizer,
+            messages,
+            template,
+            config,
+            key=own,
+            on_text=lambda piece: print(piece, end="", flush=True),
+        )
+        print()
+        messages.append({"role": "assistant", "content": answer})

@@ -1,0 +1,50 @@
+"""`qlora-jax generate`: a model continues texts."""
+
+import argparse
+import dataclasses
+import sys
+
+from qlora_jax.cli import SUBCOMMANDS
+from qlora_jax.cli.writing import add_writing, load_writer
+from qlora_jax.generate import generate_text
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """The subcommand's arguments."""
+    parser = subparsers.add_parser(
+        "generate",
+        help=SUBCOMMANDS["generate"],
+        description="Continues each prompt, as it is: no template is put around it (chat does "
+        "that). One prompt is written as it comes, several one after another.",
+        epilog="example: qlora-jax generate HuggingFaceTB/SmolLM2-135M 'The sea is' --top-p 0.95",
+    )
+    add_writing(parser)
+    parser.add_argument("prompt", nargs="*", help="texts; none: standard input is one")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the prompts and their continuations on standard output."""
+    model, tokenizer, config, _, key = load_writer(args)
+    config = dataclasses.replace(config, stop=tuple(args.stop))
+    prompts = args.prompt or [sys.stdin.read()]
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        generate_text(
+            model,
+            tokenizer,
+            prompts,
+            config,
+            key=key,
+            batch_size=1,
+            on_text=lambda _, piece: print(piece, end="", flush=True),
+            every=4,
+        )
+        print()
+        return 0
+    size = min(8, len(prompts))
+    answers = generate_text(model, tokenizer, prompts, config, key=key, batch_size=size)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        print(f"{prompt}{answer.text}\n")
+    return 0

@@ -1,0 +1,58 @@
+"""What `generate` and `chat` share: which model writes, and how it writes."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.checkpoints import load_adapter, read_adapter_config
+from qlora_jax.cli.arguments import SOURCE_HELP, add_quant, quant_config
+from qlora_jax.data import Tokenizer
+from qlora_jax.generate import GenerationConfig, read_eos_token_ids
+from qlora_jax.pretrained import find_source, load_pretrained
+
+
+def add_writing(parser: argparse.ArgumentParser) -> None:
+    """The model, its adapter, and how it samples."""
+    parser.add_argument("model", metavar="MODEL", help=SOURCE_HELP)
+    parser.add_argument("--revision", help="branch, tag or commit, of a hub name")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="of a PEFT adapter")
+    parser.add_argument("--dtype", default="bfloat16", help="of the computation")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=int, default=256)
+    sampling.add_argument(
+        "--temperature", type=float, default=0.7, help="0: the most likely token each time"
+    )
+    sampling.add_argument("--top-p", type=float, default=0.9)
+    sampling.add_argument("--top-k", type=int)
+    sampling.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--16-bit", dest="dense", action="store_true", help="do not quantize the base"
+    )
+    add_quant(parser, "how the base is quantized")
+
+
+def load_writer(
+    args: argparse.Namespace,
+) -> tuple[Any, Tokenizer, GenerationConfig, Path, jax.Array]:
+    """The model, its tokenizer, how to sample, where the model lies, and the key of the samples."""
+    # Refused before a large model is read.
+    config = GenerationConfig(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+    )
+    path = find_source(args.model, revision=args.revision)
+    model, tokenizer = load_pretrained(
+        path,
+        quant=None if args.dense else quant_config(args),
+        lora=None if args.adapter is None else read_adapter_config(args.adapter),
+        compute_dtype=jnp.dtype(args.dtype),
+    )
+    if args.adapter is not None:
+        load_adapter(args.adapter, model)
+    config = config.with_eos(read_eos_token_ids(path))
+    return model, tokenizer, config, path, jax.random.key(args.seed)

@@ -1,0 +1,140 @@
+"""Answers, a judge, ratings and tables, end to end on a tiny model; Tables 1 and 6 as commands."""
+
+import json
+
+import pytest
+
+from experiments.paper import elo, generations, judge, vicuna
+from experiments.paper.generations import STYLES
+from qlora_jax.evaluate import read_answers, read_questions
+from tests.evaluate.released import released
+from tests.evaluate.stand_in import stand_in
+
+QUESTIONS = [
+    {"question_id": 1, "text": "What is a list?", "category": "generic"},
+    {"question_id": 2, "text": "Sort two numbers.", "category": "coding"},
+    {"question_id": 3, "text": "Who opens a file?", "category": "generic"},
+]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    return file
+
+
+def answer(model, questions, out, *options):
+    return generations.main(
+        [
+            *("--model", str(model), "--questions", str(questions), "--out", str(out)),
+            *("--max-new-tokens", "6", "--batch-size", "2", "--compute-dtype", "float32"),
+            *options,
+        ]
+    )
+
+
+def test_from_questions_to_tables(tiny_model, questions, tmp_path, capsys):
+    answers = {name: tmp_path / "answers" / f"{name}.jsonl" for name in ("cold", "warm")}
+    assert answer(tiny_model, questions, answers["warm"], "--limit", "2") == 0
+    first = answers["warm"].read_text()
+    # Killed while a row was written: the same command goes on, and the first answers stand.
+    answers["warm"].write_text(first + '{"question_id"')
+    assert answer(tiny_model, questions, answers["warm"]) == 0
+    assert answers["warm"].read_text().startswith(first)
+    assert answer(tiny_model, questions, answers["cold"], "--temperature", "0") == 0
+    assert answer(tiny_model, questions, answers["cold"], "--temperature", "0") == 0
+    assert "holds all 3 answers" in capsys.readouterr().out
+    assert answer(tiny_model, questions, answers["cold"], "--temperature", "1") == 2
+    assert "holds answers of" in capsys.readouterr().err
+
+    rows = [json.loads(line) for line in answers["warm"].read_text().splitlines()]
+    assert [row["question_id"] for row in rows] == [1, 2, 3]
+    assert rows[0]["prompt"].endswith(" ### Human: What is a list? ### Assistant:")
+    assert read_answers(answers["cold"]).keys() == {"1", "2", "3"}
+
+    def rated(form, reply, *options):
+        with stand_in(lambda _: reply) as server:
+            return judge.main(
+                [
+                    *("--url", server.url, "--judge", "stand-in", "--questions", str(questions)),
+                    *("--answers", *map(str, answers.values()), "--form", form),
+                    *("--out", str(tmp_path / form), *options),
+                ]
+            )
+
+    assert rated("choice", "The first.\n1", "--max-calls", "2") == 1
+    assert "2 pairs judged, 0 were judged before, 0 without a verdict, 4 not asked" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert rated("choice", "The first.\n1") == 0
+    again = ("--answers", str(answers["cold"]), str(answers["cold"]))
+    assert rated("choice", "1", *again) == 2
+    assert "names 2 files of 1 systems (cold)" in capsys.readouterr().err
+    assert rated("scores", "9 6\nSo.", "--reference", "cold") == 0
+
+    out = tmp_path / "tables"
+    assert (
+        elo.main(["--ratings", str(tmp_path / "choice"), "--orders", "50", "--out", str(out)]) == 0
+    )
+    told = json.loads((out / "result.json").read_text())["own"]
+    assert told["judgements"] == 6
+    # Whoever is read first wins: nobody is better, and the two orders never agree.
+    assert told["elo"]["question"]["cold"]["mean"] == pytest.approx(1000)
+    assert told["order_agreement"] == {"fleiss_kappa": pytest.approx(-1), "pairs": 3}
+    assert (out / "elo-own.png").stat().st_size > 1000
+    assert "cold" in (out / "wins-own.csv").read_text()
+
+    ratings = ["--ratings", str(tmp_path / "scores"), "--reference", "cold", "--out", str(out)]
+    assert vicuna.main(ratings) == 0
+    warm = json.loads((out / "result.json").read_text())["percent"]["warm"]
+    assert warm["reference_first"] == pytest.approx(100 * 6 / 9)
+    assert warm["system_first"] == pytest.approx(100 * 9 / 6)
+    assert warm["mean"] == pytest.approx(100)
+
+
+def test_a_question_is_put_in_the_style_asked_for(questions, tmp_path):
+    question = read_questions(questions)[0]
+    (tmp_path / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
+    asked = {style: generations.prompt_writer(style, tmp_path)(question) for style in STYLES}
+    assert asked["text"] == "What is a list?"
+    assert asked["chat"] == "<What is a list?>"
+    assert "### Instruction:\nWhat is a list?\n\n### Response:" in asked["alpaca"]
+    assert asked["guanaco"].endswith("questions. ### Human: What is a list? ### Assistant:")
+    # The OA questions bring the whole conversation.
+    conversation = question._replace(row={"prompt": "### Human: Hi ### Assistant:"})
+    assert generations.prompt_writer("guanaco", tmp_path)(conversation).startswith("### Human: Hi")
+
+
+def test_tables_1_and_6_on_the_released_ratings(tmp_path, capsys):
+    data = str(released())
+    assert elo.main(["--data", data, "--orders", "100", "--out", str(tmp_path / "elo")]) == 0
+    assert vicuna.main(["--data", data, "--out", str(tmp_path / "vicuna")]) == 0
+    shown = capsys.readouterr().out
+    assert "Table 7 is left out" in shown or "OA questions" in shown
+    assert "5700 judgements, 60 more without readable scores (in 20 files)" in shown
+    told = json.loads((tmp_path / "vicuna" / "result.json").read_text())
+    assert len(told["percent"]) == 36
+    for name in ("tables.md", "percent-of-chatgpt.csv", "percent-of-chatgpt.png"):
+        assert (tmp_path / "vicuna" / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (elo, ["--data", "nowhere"], "clone of https://github.com/artidoro/qlora"),
+        (vicuna, ["--ratings", "nowhere"], "holds no rating file"),
+        (generations, ["--questions", "nowhere.jsonl"], "nowhere.jsonl"),
+        (
+            judge,
+            ["--url", "here", "--judge", "j", "--answers", "a.jsonl"],
+            "expected http:// or https://",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(command, arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

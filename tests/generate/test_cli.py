@@ -1,0 +1,71 @@
+"""`qlora-jax generate` and `chat` on a small model in a folder."""
+
+import io
+import json
+import shutil
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from experiments.embedded import ROOT
+from qlora_jax.checkpoints import save_model
+from qlora_jax.cli import main
+from qlora_jax.models import Decoder, DecoderConfig
+
+SMALL = ["--max-new-tokens", "5", "--temperature", "0", "--dtype", "float32", "--16-bit"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    config = DecoderConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    save_model(folder, Decoder(config, rngs=nnx.Rngs(0)), dtype=jnp.dtype(jnp.float32))
+    for file in (ROOT / "tokenizer").iterdir():
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def test_generate_streams_one_prompt_and_lists_several(folder, capsys, monkeypatch):
+    assert main(["generate", str(folder), "The file", *SMALL]) == 0
+    alone = capsys.readouterr().out
+    assert alone.startswith("The file")
+    assert len(alone) > len("The file\n")
+    assert main(["generate", str(folder), "The file", "A", *SMALL]) == 0
+    assert capsys.readouterr().out.startswith(alone)
+    monkeypatch.setattr("sys.stdin", io.StringIO("The file"))
+    assert main(["generate", str(folder), *SMALL]) == 0
+    assert capsys.readouterr().out == alone
+
+
+def test_chat_answers_turn_by_turn(folder, capsys, monkeypatch, tmp_path):
+    chatting = tmp_path / "model"
+    shutil.copytree(folder, chatting)
+    tokenizer = json.loads((chatting / "tokenizer_config.json").read_text())
+    tokenizer["chat_template"] = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    (chatting / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAgain\n\n"))
+    assert main(["chat", str(chatting), "--system", "Be brief.", *SMALL]) == 0
+    assert capsys.readouterr().out.count("> ") == 3
+
+
+def test_bad_input_is_refused(folder, capsys):
+    assert main(["generate", str(folder), "x", "--top-p", "2"]) == 2
+    assert "top_p=2.0 must be above 0" in capsys.readouterr().err
+    assert main(["chat", str(folder), *SMALL]) == 2
+    assert "template" in capsys.readouterr().err
+    assert main(["generate", str(folder), "a " * 70, *SMALL]) == 2
+    assert "exceeds the model's 64 positions" in capsys.readouterr().err
