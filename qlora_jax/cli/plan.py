@@ -49,7 +49,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--decode-length", type=int, default=2048, help="their tokens (2048)")
     parser.add_argument("--no-search", action="store_true", help="this one point only")
     parser.add_argument("--measure", action="store_true", help="run the step on the card here")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there; - prints")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write everything there; - prints"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="stacked bars, PNG or SVG")
     parser.set_defaults(run=run)
 

@@ -1,8 +1,8 @@
 """Floor 5: will it fit? A training step's bytes on a card that need not be here.
 
-    import qlora_jax.plan as planning
-    work = planning.Workload(planning.find_config("llama-65b"), sequence=512)
-    planning.plan(work, "l40").device.total          # bytes, from the compiler
+import qlora_jax.plan as planning
+work = planning.Workload(planning.find_config("llama-65b"), sequence=512)
+planning.plan(work, "l40").device.total          # bytes, from the compiler
 """
 
 from qlora_jax.plan.advice import Advice, Switch, advise

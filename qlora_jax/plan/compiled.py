@@ -49,9 +49,7 @@ class ProgramBytes:
     @property
     def host(self) -> int:
         """What it needs in pinned host memory."""
-        return (
-            self.host_arguments + self.host_outputs - self.host_aliased + self.host_temporaries
-        )
+        return self.host_arguments + self.host_outputs - self.host_aliased + self.host_temporaries
 
 
 def cudnn_available() -> bool:
