@@ -1,6 +1,20 @@
-"""Floor 2: where does Adam live? `paged` around any per-leaf optax transformation; schedules."""
+"""Floor 2: where does Adam live? `paged` and `eight_bit` around any per-leaf optax transformation,
+master weights for 16-bit adapters; schedules."""
 
+from qlora_jax.optim.eight_bit import SignedState, UnsignedState, eight_bit
+from qlora_jax.optim.master import MasterState, master_weights
 from qlora_jax.optim.paged import paged, resting_shardings
 from qlora_jax.optim.schedules import SCHEDULES, decay_mask, learning_rate_schedule
 
-__all__ = ["SCHEDULES", "decay_mask", "learning_rate_schedule", "paged", "resting_shardings"]
+__all__ = [
+    "SCHEDULES",
+    "MasterState",
+    "SignedState",
+    "UnsignedState",
+    "decay_mask",
+    "eight_bit",
+    "learning_rate_schedule",
+    "master_weights",
+    "paged",
+    "resting_shardings",
+]

@@ -1,8 +1,17 @@
-"""Floor 1: what is a 4-bit tensor? Quantization, dequantization, and the product through it."""
+"""Floor 1: what is a 4-bit tensor? Quantization, dequantization, and the product through it; and
+the 8-bit blocks in which optimizers keep their state."""
 
 from qlora_jax.quant.config import QuantConfig
+from qlora_jax.quant.dynamic import dequantize_dynamic, quantize_dynamic
 from qlora_jax.quant.matmul import quantized_matmul
 from qlora_jax.quant.quantize import quantize
 from qlora_jax.quant.tensor import QuantizedTensor
 
-__all__ = ["QuantConfig", "QuantizedTensor", "quantize", "quantized_matmul"]
+__all__ = [
+    "QuantConfig",
+    "QuantizedTensor",
+    "dequantize_dynamic",
+    "quantize",
+    "quantize_dynamic",
+    "quantized_matmul",
+]

@@ -15,6 +15,7 @@ The rule is CUDA's wherever bitsandbytes' own backends disagree (all-zero blocks
 may be short; it too is multiplied by the reciprocal, where bitsandbytes' CPU fallback divides.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -153,14 +154,21 @@ def quantize_absmax(
         the offset, float32: the mean that was taken off.
     """
     offset = accurate_mean(absmax)
-    codes, nested_absmax = quantize_blocks(absmax - offset, NESTED_BLOCKSIZE, _encode_dynamic)
+    codes, nested_absmax = quantize_blocks(
+        absmax - offset, NESTED_BLOCKSIZE, functools.partial(encode_dynamic, table=DYNAMIC_SIGNED)
+    )
     return codes.reshape(-1), nested_absmax, offset
 
 
-def _encode_dynamic(s: Float32[Array, "..."]) -> UInt8[Array, "..."]:
-    """Nearest entry of the signed dynamic map. CUDA's binary search ends on even entries, so a tie
-    goes to the even code; NaN (all constants equal) goes to 0."""
-    midpoints = jnp.asarray(_midpoints(DYNAMIC_SIGNED))
+def encode_dynamic(s: Float32[Array, "..."], *, table: np.ndarray) -> UInt8[Array, "..."]:
+    """Nearest entry of a dynamic map. CUDA's binary search ends on even entries, so a tie goes to
+    the even code; NaN (from an all-zero block: 0 · inf) goes to 0.
+
+    Args:
+        s: float32 within the table's range, any shape.
+        table: float32 [256], ascending (`pallas_kernels.codebooks`).
+    """
+    midpoints = jnp.asarray(_midpoints(table))
     below = jnp.searchsorted(midpoints, s, side="left").astype(jnp.int32)
     tie = s == midpoints[jnp.minimum(below, midpoints.size - 1)]
     code = jnp.where(tie & (below % 2 == 1), below + 1, below)
