@@ -16,7 +16,7 @@ from qlora_jax.nn import LoraConfig
 from qlora_jax.plan import SHAPES, Report, Workload, find_config, measure, plot, report, text
 from qlora_jax.plan.report import gib
 from qlora_jax.quant import QuantConfig
-from qlora_jax.train import TrainConfig
+from qlora_jax.train import OPTIMIZERS, TrainConfig
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -36,7 +36,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per update (1)")
     parser.add_argument("--sequence", type=int, default=512, help="tokens of an example (512)")
     parser.add_argument("--rank", type=int, default=64, help="of the adapters (64)")
-    parser.add_argument("--lora-dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--lora-dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of adapters and gradients; bfloat16 keeps float32 copies in the optimizer's state",
+    )
+    parser.add_argument("--optim", default="adamw", choices=OPTIMIZERS, help="(adamw)")
     parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--quant", default="nf4", help="nf4, fp4, int4, int8, or none (nf4)")
     parser.add_argument("--no-double-quant", action="store_true")
@@ -114,6 +120,8 @@ def _workload(model: str, args: argparse.Namespace) -> Workload:
             gradient_accumulation_steps=args.accumulation,
             paged=not args.no_paged,
             gradients_on_host=args.gradients_on_host,
+            optim=args.optim,
+            master_weights=args.lora_dtype != "float32",
             max_grad_norm=None if args.no_clip else 0.3,
         ),
         lora=LoraConfig(

@@ -2,11 +2,12 @@
 
 from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard, WandB
 from qlora_jax.train.checkpoint import Checkpoints
-from qlora_jax.train.config import TrainConfig
+from qlora_jax.train.config import OPTIMIZERS, TrainConfig
 from qlora_jax.train.loop import FitResult, fit
 from qlora_jax.train.step import StepMetrics, TrainState, init_state, make_train_step
 
 __all__ = [
+    "OPTIMIZERS",
     "Callback",
     "Checkpoints",
     "FitResult",

@@ -29,6 +29,8 @@ def planned(
         micro_batch_size=1,
         gradient_accumulation_steps=accumulation,
         gradients_on_host=gradients_on_host,
+        # 16-bit adapters learn through float32 copies of them.
+        master_weights=lora_dtype != jnp.float32,
     )
     assert train.max_grad_norm == 0.3
     assert train.paged

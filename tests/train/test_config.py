@@ -27,6 +27,7 @@ from qlora_jax.train import TrainConfig
         ("eps", 0.0),
         ("max_grad_norm", 0.0),
         ("schedule", "polynomial"),
+        ("optim", "sgd"),
         ("warmup_steps", 1000),
     ],
 )
@@ -56,3 +57,26 @@ def test_optimizer_is_clipped_adamw(paged, max_grad_norm):
     found = jax.jit(tx.update)(grads, tx.init(params), params)[0]
     expected = jax.jit(plain.update)(grads, plain.init(params), params)[0]
     np.testing.assert_allclose(found["lora_A"], expected["lora_A"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "lion", "lion_8bit"])
+@pytest.mark.parametrize("master", [True, False])
+def test_every_optimizer_learns_paged_and_clipped(optim, master):
+    dtype = jnp.bfloat16 if master else jnp.float32
+    tx = TrainConfig(
+        optim=optim, master_weights=master, learning_rate=1e-2, page_min_size=1000
+    ).optimizer()
+    params = {"w": jnp.ones((80, 64), dtype)}
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(3):
+        params, state = step(params, state)
+    # Three steps of 1e-2 each, whatever the gradient's size: both optimizers normalise it.
+    np.testing.assert_allclose(params["w"].astype(jnp.float32), 0.97, atol=3e-3)
+    codes = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint8]
+    assert len(codes) == {"adamw_8bit": 2, "lion_8bit": 1}.get(optim, 0)
