@@ -12,9 +12,10 @@ Face model. `<what>` is
 Adapters are small, so nothing is streamed here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
 import numpy as np
@@ -78,15 +79,26 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
             f"{folder / WEIGHTS} is truncated or no safetensors file ({error}): fetch it again."
         ) from error
     named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    tokens = raw.get("trainable_token_indices") or {}
-    if not isinstance(tokens, dict):
-        # A bare list means the input embedding, whatever its name.
-        modules = [n.removesuffix(f".{TOKENS}") for n in named if n.endswith(TOKENS)]
-        tokens = dict.fromkeys(modules, tokens)
     return PeftAdapter(
         folder,
         config,
         named,
-        {module: tuple(map(int, ids)) for module, ids in tokens.items()},
+        token_indices(raw, named),
         bool(raw.get("ensure_weight_tying", False)),
     )
+
+
+def token_indices(raw: Mapping[str, Any], named: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The ids of the trained rows by module.
+
+    Args:
+        raw: adapter_config.json.
+        named: the tensors beside it, with or without PEFT's prefix.
+    """
+    tokens = raw.get("trainable_token_indices") or {}
+    if not isinstance(tokens, dict):
+        # A bare list means the input embedding, whatever its name.
+        plain = (name.removeprefix(PREFIX) for name in named)
+        modules = [name.removesuffix(f".{TOKENS}") for name in plain if name.endswith(TOKENS)]
+        tokens = dict.fromkeys(modules, tokens)
+    return {module: tuple(map(int, ids)) for module, ids in tokens.items()}

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from qlora_jax.checkpoints.adapter_config import read_adapter_config
-from qlora_jax.checkpoints.adapter_file import WEIGHTS
+from qlora_jax.checkpoints.adapter_config import CONFIG, read_adapter_config
+from qlora_jax.checkpoints.adapter_file import TOKENS, WEIGHTS, token_indices
 from qlora_jax.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -30,6 +30,7 @@ from qlora_jax.checkpoints.checkpoint import (
     dtype_name,
     quantized,
 )
+from qlora_jax.checkpoints.folder import read_json
 from qlora_jax.checkpoints.load import linear_weights
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 
@@ -37,6 +38,7 @@ MODES = ("original", "dequantized", "requantized")
 """Which base takes the adapter."""
 
 _PREFIX = "base_model.model."
+_HEAD = "lm_head.weight"
 # How PEFT ends the name of each part of a module's adapter.
 _PARTS = {
     ".lora_A.weight": "A",
@@ -102,7 +104,7 @@ def merged(checkpoint: Checkpoint, adapter: str | Path, *, dtype: Any = None) ->
     file = AdapterFile(adapter, checkpoint)
     tensors = {
         name: TensorInfo(
-            file.replaced.get(name, info.shape),
+            file.grown.get(name) or file.replaced.get(name, info.shape),
             info.dtype
             if dtype is None or (info.quant is None and name not in file.adapted)
             else dtype_name(dtype),
@@ -117,6 +119,8 @@ def merged(checkpoint: Checkpoint, adapter: str | Path, *, dtype: Any = None) ->
         value = checkpoint.read(name)
         if isinstance(value, QuantizedTensor):
             value = np.asarray(jax.tree.map(jnp.asarray, value).dequantize(jnp.float32))
+        if name in file.grown:
+            value = file.grow(name, value.astype(np.float32))
         if name in file.adapted:
             value = file.merge(name, value.astype(np.float32))
         return value.astype(target)
@@ -133,6 +137,7 @@ class AdapterFile:
         replaced: base tensors that the adapter brings whole (`modules_to_save`), with the shapes
             that they have there.
         added: such tensors that the base lacks (the head of a model that tied it).
+        grown: embeddings and heads with trained rows, or with new ones, and the shapes they take.
         config: the base's config.json, with what the adapter changes in it.
     """
 
@@ -144,6 +149,8 @@ class AdapterFile:
         self.adapted: set[str] = set()
         self.replaced: dict[str, tuple[int, ...]] = {}
         self.added: dict[str, TensorInfo] = {}
+        self.grown: dict[str, tuple[int, ...]] = {}
+        self._rows: dict[str, tuple[str, np.ndarray]] = {}
         self.config = dict(base.config)
         if not self._path.is_file():
             raise FileNotFoundError(
@@ -157,13 +164,19 @@ class AdapterFile:
             raise ValueError(
                 f"{self._path} is truncated or no safetensors file ({error}): fetch it again."
             ) from error
+        self._tokens = token_indices(read_json(Path(folder) / CONFIG), shapes)
         for key, shape in shapes.items():
             self._place(key, shape, base)
         self._check(shapes, base)
+        self._grow_vocabulary(base)
 
     def _place(self, key: str, shape: tuple[int, ...], base: Checkpoint) -> None:
         """Finds the base tensor that one of the adapter's belongs to."""
         name = key.removeprefix(_PREFIX)
+        if name.endswith(f".{TOKENS}"):
+            module = name.removesuffix(f".{TOKENS}")
+            self._rows[f"{module}.weight"] = (key, np.asarray(self._tokens[module]))
+            return
         suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
         part = "whole" if suffix is None else _PARTS[suffix]
         if suffix is not None:
@@ -213,6 +226,35 @@ class AdapterFile:
                 )
             if shape != own:
                 self.config["vocab_size"] = shape[0]
+
+    def _grow_vocabulary(self, base: Checkpoint) -> None:
+        if not self._rows:
+            return
+        size = max(
+            base.config["vocab_size"], *(int(ids.max()) + 1 for _, ids in self._rows.values())
+        )
+        # A head of its own keeps up with the embedding, whether or not its rows are trained.
+        for name in {*self._rows, _HEAD} & base.tensors.keys():
+            self.grown[name] = (size, *base.tensors[name].shape[1:])
+        absent = sorted(self._rows.keys() - self.grown.keys())
+        if absent:
+            raise ValueError(
+                f"{self._path} trains rows of {absent[0]!r}, which {base.source} does not have: "
+                "the adapter was trained on another base model."
+            )
+        self.config["vocab_size"] = size
+
+    def grow(self, name: str, weight: np.ndarray) -> np.ndarray:
+        """The matrix [rows, embed], float32, with its trained rows, and the mean in new ones."""
+        more = self.grown[name][0] - weight.shape[0]
+        if more > 0:
+            mean = weight.mean(axis=0, dtype=np.float64).astype(np.float32)
+            weight = np.concatenate([weight, np.broadcast_to(mean, (more, mean.size))])
+        if name in self._rows:
+            key, ids = self._rows[name]
+            with safe_open(self._path, framework="np") as file:
+                weight[ids] = file.get_tensor(key).astype(np.float32)
+        return weight
 
     def _read(self, name: str, part: str) -> np.ndarray:
         with safe_open(self._path, framework="np") as file:

@@ -38,7 +38,8 @@ def plot(reports: list[Report], file: str | Path) -> None:
         if item.plan.usable is not None:
             limit = item.plan.usable / 2**30
             axes.plot((place - 0.4, place + 0.4), (limit, limit), color="black", linewidth=1.2)
-    names = [f"{item.name}\n{item.plan.card or 'this device'}" for item in reports]
+    # A folder or hub name by its last part: a whole path would leave no room for the bars.
+    names = [f"{Path(item.name).name}\n{item.plan.card or 'this device'}" for item in reports]
     axes.set_xticks(list(places), names, fontsize=8)
     axes.set_ylabel("GiB on the device (line: usable)")
     axes.spines[["top", "right"]].set_visible(False)

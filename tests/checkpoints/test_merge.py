@@ -15,6 +15,7 @@ from qlora_jax.checkpoints import (
     save_adapter,
     save_checkpoint,
 )
+from qlora_jax.models import resize_token_embeddings, train_tokens
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from tests.checkpoints.tiny import CONFIG, IDS, write_model
@@ -154,3 +155,21 @@ def test_a_tied_head_that_was_trained_apart_is_untied(copied, tmp_path_factory):
     assert not checkpoint.config["tie_word_embeddings"]
     model = load_model(checkpoint, quant=None, **F32)
     np.testing.assert_array_equal(model.lm_head.weight[...], head)
+
+
+@pytest.mark.parametrize("mode", ["dequantized", "original"])
+def test_trained_token_rows_are_merged_and_new_ones_grow_the_vocabulary(tmp_path, mode):
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    write_model(base)
+    quant = QuantConfig() if mode == "dequantized" else None
+    model = load_model(base, quant=quant, lora=LORA, compute_dtype=jnp.float32)
+    size = CONFIG.vocab_size
+    resize_token_embeddings(model, size + 2)
+    train_tokens(model, [3, size, size + 1])
+    nnx.update(model, jax.tree.map(lambda x: x + 0.02, nnx.state(model, nnx.LoRAParam)))
+    save_adapter(adapter, model, LORA, "base")
+    save_checkpoint(out, merge(open_checkpoint(base), adapter, mode))
+    again = load_model(out, quant=None, **F32)
+    ids = IDS.at[0, :3].set(jnp.asarray([3, size, size + 1]))
+    assert again(ids).shape[-1] == size + 2
+    np.testing.assert_allclose(again(ids), model(ids), rtol=0, atol=3e-6)
