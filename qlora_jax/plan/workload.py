@@ -184,7 +184,7 @@ def _saved_bytes(graphdef: nnx.GraphDef, lora: PyTree, frozen: PyTree, batch: An
     They are the leaves of the pullback that `jax.vjp` returns, less those that are arguments.
     """
 
-    def residuals(lora: PyTree, frozen: PyTree, batch: Any, key: jax.Array) -> list[jax.Array]:
+    def residuals(lora: PyTree, frozen: PyTree, batch: Any, key: jax.Array) -> list[Any]:
         def loss(lora: PyTree) -> jax.Array:
             return causal_lm_loss(nnx.merge(graphdef, lora, frozen), batch, key)[0]
 

@@ -6,7 +6,6 @@ from benchmarks import kernel_model
 from benchmarks._points import Point
 from pallas_kernels import compile_for
 from pallas_kernels.cards import CARDS
-from tests.gpu_compile.test_kernels import TRITON_IS_DEPRECATED
 
 SASS = """
 nf4_toy:
@@ -117,7 +116,6 @@ def test_without_a_disassembler_the_error_says_what_to_install():
     ),
     reason=f"needs ptxas and nvdisasm, and the GPU compiler. {compile_for.PLUGIN_HINT}",
 )
-@pytest.mark.filterwarnings(TRITON_IS_DEPRECATED)
 def test_a_kernel_compiled_here_is_described(capsys):
     assert kernel_model.main(["--card", "h200", "--rows", "1", "--shape", "7b-qkvo"]) == 0
     text = capsys.readouterr().out

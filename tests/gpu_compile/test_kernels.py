@@ -19,14 +19,10 @@ from pallas_kernels import compile_for as harness
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card
 
-TRITON_IS_DEPRECATED = "ignore:.*The Pallas Triton backend is deprecated:DeprecationWarning"
-"""The one warning that is filtered; docs/kernels.md describes the way out."""
-
 pytestmark = [
     pytest.mark.skipif(
         not harness.gpu_compiler_available(), reason=f"no GPU compiler here. {harness.PLUGIN_HINT}"
     ),
-    pytest.mark.filterwarnings(TRITON_IS_DEPRECATED),
 ]
 
 TARGETS = ("a100-80", "l40", "rtx-4090", "h200")
