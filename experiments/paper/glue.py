@@ -8,8 +8,9 @@ files whose names begin with the task's, or a hub name. The head of each task is
 whole in every method. Scores are those of the validation sets: the test labels are not public.
 
 The paper gives no hyperparameters for this table, so the defaults are those of LoRA's own RoBERTa
-runs (arXiv 2106.09685, appendix D: AdamW, linear decay after 6% warmup) with this project's r and
-alpha, and 1e-5 for full finetuning (arXiv 1907.11692, appendix C); set others with the flags.
+runs (arXiv 2106.09685: AdamW, linear decay after 6% warmup) with this project's r and alpha, and
+1e-5 for full finetuning (arXiv 1907.11692). They were written down from memory of these two papers:
+compare them before you quote a score. Flags set others.
 
 The output folder gets a folder per cell, results.json and table.md. The same command again runs
 what is missing.

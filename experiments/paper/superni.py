@@ -9,11 +9,11 @@ MODELS are T5 folders or hub names (v1.0, v1.1, LM-adapted or Flan), a column ea
 of the repository allenai/natural-instructions, or flattened rows (topic, instruction, input,
 output). The score is ROUGE-L of greedy answers on tasks never trained on.
 
-Adapters have the paper's rank, 16 up to T5-large and 64 above, and its alpha of 64 (appendix B.2);
-it gives no other hyperparameters for this table, so the rest is Tk-Instruct's (arXiv 2204.07705,
-appendix: constant learning rate, batches of 16, two worked examples, 1024 source and 128 target
-tokens, 100 instances a task, two epochs) with the paper's 2e-4 for adapters; set others with the
-flags.
+Adapters have the paper's rank, 16 up to T5-large and 64 above, and its alpha of 64; it gives no
+other hyperparameters for this table, so the rest follows Tk-Instruct (arXiv 2204.07705: constant
+learning rate, batches of 16, two worked examples, 1024 source and 128 target tokens, 100 instances
+a task, two epochs) with the paper's 2e-4 for adapters. These were written down from memory of that
+paper: compare them before you quote a score. Flags set others.
 
 The output folder gets a folder per cell, results.json and table.md. The same command again runs
 what is missing.

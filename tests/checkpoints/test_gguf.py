@@ -48,8 +48,7 @@ def model_folder(name: str, folder: Path, **changes) -> Path:
     """A copy of one of the models in ../shared, with another config."""
     source = shared_path(f"vectors/models/{name}")
     config = json.loads((source / "config.json").read_text()) | changes
-    if config["model_type"] not in FAMILIES:
-        pytest.skip(f"the family {config['model_type']} is not there")
+    assert config["model_type"] in FAMILIES
     shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return folder
