@@ -62,7 +62,8 @@ def test_equally_likely_tokens_enter_the_nucleus_in_their_order():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.floats(-30, 30, width=32), min_size=6, max_size=6),
+    # XLA compares subnormals as zeros, NumPy does not.
+    st.lists(st.floats(-30, 30, width=32, allow_subnormal=False), min_size=6, max_size=6),
     st.floats(0.01, 1.0),
     st.integers(1, 6),
 )
