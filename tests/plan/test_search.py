@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from qlora_jax.plan.search import largest_that_fits
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     slope=st.integers(1, 10**9),
     curve=st.integers(0, 10**5),
