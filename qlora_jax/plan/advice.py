@@ -115,6 +115,16 @@ def _offloaded(work: Workload) -> Workload | None:
     return dataclasses.replace(work, remat="offload") if work.remat == "full" else None
 
 
+def _packed_vocabulary(bits: int) -> Callable[[Workload], Workload | None]:
+    def apply(work: Workload) -> Workload | None:
+        # A 16-bit base stays one: packing its vocabulary would be another experiment.
+        if work.quant is None or (work.embedding_bits or 16) <= bits:
+            return None
+        return dataclasses.replace(work, embedding_bits=bits)
+
+    return apply
+
+
 def _streamed(work: Workload) -> Workload | None:
     return None if work.stream_weights else dataclasses.replace(work, stream_weights=True)
 
