@@ -107,7 +107,6 @@ def model_checkpoint(model: Any) -> Checkpoint:
         if isinstance(value, QuantizedTensor) and not is_vocabulary(model, slot):
             quant = QuantConfig(value.quant_type, value.blocksize, value.double_quant)
         else:
-            # Outside of stacks, which a packed vocabulary is, nothing is cut off.
             shape = shape[len(slot.stack_index) :]
         tensors[name] = TensorInfo(tuple(shape), dtype_name(value.dtype), quant)
 

@@ -152,8 +152,18 @@ SWITCHES = (
         "gradient sums cross PCIe twice per micro-batch",
         _host_sums,
     ),
+    Switch(
+        "embedding_bits: 8",
+        "perplexity, by less than a thousandth where it was measured (docs/memory_switches.md)",
+        _packed_vocabulary(8),
+    ),
     Switch("LoRA dtype: bfloat16", "adapters rounded to 8 bits of precision", _narrow_adapters),
     Switch("remat: offload", "each layer's input crosses PCIe twice per micro-batch", _offloaded),
+    Switch(
+        "embedding_bits: 4",
+        "perplexity, by PLACEHOLDER where it was measured (docs/memory_switches.md)",
+        _packed_vocabulary(4),
+    ),
     Switch(
         "stream_weights: true",
         "the base crosses PCIe twice per micro-batch: slow below some thousand tokens",

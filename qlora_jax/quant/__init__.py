@@ -6,6 +6,7 @@ from qlora_jax.quant.dynamic import dequantize_dynamic, quantize_dynamic
 from qlora_jax.quant.matmul import quantized_matmul
 from qlora_jax.quant.quantize import quantize
 from qlora_jax.quant.rows import (
+    PIECE,
     append_rows,
     mean_row,
     put_rows,
@@ -17,6 +18,7 @@ from qlora_jax.quant.scores import row_scores
 from qlora_jax.quant.tensor import QuantizedTensor
 
 __all__ = [
+    "PIECE",
     "QuantConfig",
     "QuantizedTensor",
     "append_rows",
