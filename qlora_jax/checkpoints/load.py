@@ -241,8 +241,13 @@ def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, S
         value = node_at(model, names[name].path).get_value()
         info = tensors[name]
         quantized = isinstance(value, QuantizedTensor)
-        # Files keep the vocabulary dense, whatever becomes of it here.
-        if quantized and not is_vocabulary(model, names[name]) and checkpoint.quant is not None:
+        vocabulary = is_vocabulary(model, names[name])
+        if vocabulary and info.quant is not None:
+            raise ValueError(
+                f"{source}: {name!r} is stored as {info.quant}, but embeddings and heads are read "
+                "from dense tensors: take the 16-bit checkpoint."
+            )
+        if quantized and not vocabulary and checkpoint.quant is not None:
             if info.quant is None:
                 raise ValueError(
                     f"{source}: {name!r} has no quant_state, but config.json says that the layers "
@@ -315,7 +320,7 @@ def _fill(
                 hosted = stream_weights and bool(slot.stack_index)
                 filled[path] = jax.tree.map(functools.partial(_empty, hosted=hosted), struct)
             if isinstance(struct, QuantizedTensor) and is_vocabulary(model, slot):
-                filled[path] = _put_vocabulary(filled[path], checkpoint.read(name))
+                filled[path] = _put_vocabulary(filled[path], np.asarray(checkpoint.read(name)))
                 bar.advance(task, sizes[name])
                 continue
             # The tensor has no name here: it would outlive its turn and lie beside the next one.
@@ -373,9 +378,7 @@ def _put_vocabulary(codes: QuantizedTensor, matrix: np.ndarray) -> QuantizedTens
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def put_piece(
-    codes: QuantizedTensor, rows: QuantizedTensor, start: Array
-) -> QuantizedTensor:
+def put_piece(codes: QuantizedTensor, rows: QuantizedTensor, start: Array) -> QuantizedTensor:
     """The packed matrix, which is used up, with rows from `start` on in their place."""
     # The tree's static part is the matrix's: its dtype is what the model computes in.
     return put_rows(codes, start + jnp.arange(rows.shape[0]), rows)
