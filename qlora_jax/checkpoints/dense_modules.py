@@ -1,6 +1,6 @@
 """Which linear layers of a 4-bit folder are dense, and how config.json says so.
 
-transformers does not look at the tensors of a folder to tell. Before it reads one, it replaces every
+transformers does not look at a folder's tensors to tell. Before it reads them, it replaces every
 linear layer of the model by a 4-bit one, except for
 
 - the output embedding, if `llm_int8_skip_modules` is null;

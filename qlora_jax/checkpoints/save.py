@@ -2,8 +2,8 @@
 
 Dense weights are written as they are, quantized ones in bitsandbytes' 4-bit format: a folder holds
 what its checkpoint holds. What it should hold is said before, by `quantized`, `dequantized` and
-`cast`. There is one exception: what transformers never reads in 4 bits (T5's `wo`) is written as the
-numbers that its codes stand for.
+`cast`. There is one exception: what transformers never reads in 4 bits (T5's `wo`) is written as
+the numbers that its codes stand for.
 """
 
 import json

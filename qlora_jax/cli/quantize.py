@@ -22,7 +22,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help=SUBCOMMANDS["quantize"],
         description="Quantizes the linear weights of a model's layers into a new folder that "
         "transformers with bitsandbytes loads, and `load_pretrained` too, without a conversion. "
-        "Embeddings, head, norms and a T5's wo keep their dtype. One tensor is in memory at a time.",
+        "Embeddings, head, norms and a T5's wo keep their dtype. One tensor is in memory at a "
+        "time.",
         epilog="example: qlora-jax quantize meta-llama/Llama-3.1-8B llama-3.1-8b-nf4",
     )
     add_source(parser)

@@ -154,6 +154,55 @@ def test_their_folder_here(name, skip, dense, tmp_path):
     np.testing.assert_array_equal(their_logits(theirs(tmp_path / "again")), their_logits(peer))
 
 
+def packed_by_bitsandbytes(name: str, weight) -> tuple[dict, "torch.Tensor"]:
+    """The tensors of a 4-bit weight, and the numbers that they stand for."""
+    import bitsandbytes.functional as bnb
+
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    parts = state.as_dict(packed=True)
+    return {name: codes} | {f"{name}.{k}": v for k, v in parts.items()}, bnb.dequantize_4bit(
+        codes, state
+    )
+
+
+def test_a_mixtral_of_transformers_4(dense, tmp_path):
+    """Every linear layer in codes, the router among them, and each expert's by itself: what
+    transformers 4 wrote and transformers 5 cannot read. Beside it a dense model of the same
+    numbers."""
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    tensors = load_torch(dense / "mixtral" / "model.safetensors")
+    linears = [n for n in tensors if ".experts." in n or "self_attn" in n or ".gate." in n]
+    packed, numbers = dict(tensors), dict(tensors)
+    for name in linears:
+        del packed[name]
+        parts, numbers[name] = packed_by_bitsandbytes(name, tensors[name])
+        packed |= parts
+    config = json.loads((dense / "mixtral" / "config.json").read_text())
+    told = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": None}
+    for folder, held, more in (
+        ("four", packed, {"quantization_config": told}),
+        ("numbers", numbers, {}),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(config | more))
+        save_torch(held, tmp_path / folder / "model.safetensors", {"format": "pt"})
+    expected = their_logits(theirs(tmp_path / "numbers"))
+    model = ours(tmp_path / "four")
+    same(our_logits(model), expected)
+    gate = model.layers.block_sparse_moe.gate[...][1]
+    name = "model.layers.1.block_sparse_moe.gate.weight"
+    np.testing.assert_array_equal(gate, numbers[name].numpy())
+
+    save_checkpoint(tmp_path / "again", open_checkpoint(tmp_path / "four"))
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == packed.keys()
+    for name, tensor in packed.items():
+        if "quant_state" not in name:
+            np.testing.assert_array_equal(again[name], tensor.numpy(), err_msg=name)
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "mixtral"])
 def test_our_folder_there(name, dense, tmp_path):
     base = open_checkpoint(dense / name)
