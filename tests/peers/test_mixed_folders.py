@@ -18,102 +18,32 @@ from qlora_jax.checkpoints import (
     save_model,
 )
 from qlora_jax.quant import QuantConfig, QuantizedTensor
+from tests.peers.models import (
+    MODELS,
+    our_logits,
+    same,
+    save_random,
+    their_logits,
+    theirs,
+    torch,
+    transformers,
+)
 
-torch = pytest.importorskip("torch", reason="make test-peers installs it")
-transformers = pytest.importorskip("transformers", reason="make test-peers installs it")
 pytest.importorskip("bitsandbytes", reason="make test-peers installs it")
 pytestmark = pytest.mark.filterwarnings("default")
-
-IDS = np.asarray([[0, 5, 9, 30, 7, 22, 2], [0, 11, 2, 33, 8, 4, 2]], np.int32)
-# Multiples of the blocksize: bitsandbytes' CPU library misreads others (shared facts).
-SIZES = {"vocab_size": 40, "dropout_rate": 0.0, "decoder_start_token_id": 0}
-T5 = SIZES | {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-
-
-def t5(**options):
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**T5 | options))
-
-
-def flan():
-    peer = t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-    peer.lm_head.weight = torch.nn.Parameter(torch.randn(40, 64))
-    return peer
-
-
-def roberta():
-    config = transformers.RobertaConfig(
-        vocab_size=40,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=20,
-        type_vocab_size=1,
-        initializer_range=0.3,
-        num_labels=3,
-    )
-    return transformers.RobertaForSequenceClassification(config)
-
-
-def mixtral():
-    config = transformers.MixtralConfig(
-        vocab_size=40,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.3,
-    )
-    return transformers.MixtralForCausalLM(config)
-
-
-MODELS = {"t5 v1.0": t5, "t5 v1.1": flan, "roberta": roberta, "mixtral": mixtral}
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """Folders of random models by name."""
     root = tmp_path_factory.mktemp("dense")
-    for name, make in MODELS.items():
-        torch.manual_seed(0)
-        make().save_pretrained(root / name)
+    for name in MODELS:
+        save_random(name, root / name)
     return root
-
-
-def theirs(folder, **options):
-    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, kind).from_pretrained(
-        folder, dtype=torch.float32, device_map="cpu", **options
-    )
-    for module in model.modules():
-        # Else it repacks its weights at the first call, in bfloat16 (shared facts, bitsandbytes).
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model.eval()
-
-
-def their_logits(model) -> np.ndarray:
-    ids = torch.from_numpy(IDS).long()
-    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(input_ids=ids, **more).logits.numpy()
 
 
 def ours(folder, quant=QuantConfig()):
     return load_model(folder, quant=quant, lora=None, compute_dtype=jnp.float32)
-
-
-def our_logits(model) -> np.ndarray:
-    ids = jnp.asarray(IDS)
-    more = (ids,) if type(model).__name__ == "EncoderDecoder" else ()
-    return np.asarray(nnx.jit(lambda model: model(ids, *more))(model))
-
-
-def same(actual, expected) -> None:
-    assert np.abs(actual - expected).max() < 5e-6 * np.ptp(expected)
 
 
 def packed_in(folder) -> set[str]:
