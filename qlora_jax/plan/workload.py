@@ -39,6 +39,7 @@ class Workload:
         compute_dtype: of activations and matmuls, and of embedding and head.
         remat: one of `models.REMAT`.
         stream_weights: the layers' weights rest in pinned host memory (`models.streaming`).
+        mlp_tile: tokens that an MLP reads at once (`models.tile`); None for all.
         attention: of `models.attend`; None takes the best that the target can run.
         matmul: of `pallas_kernels`; None takes what its dispatch would.
     """
@@ -51,6 +52,7 @@ class Workload:
     compute_dtype: str = "bfloat16"
     remat: str = "full"
     stream_weights: bool = False
+    mlp_tile: int | None = None
     attention: AttentionName | None = None
     matmul: str | None = None
 
@@ -97,6 +99,7 @@ def model_shapes(work: Workload) -> Decoder:
             compute_dtype=jnp.dtype(work.compute_dtype),
             remat=work.remat,
             stream_weights=work.stream_weights,
+            mlp_tile=work.mlp_tile,
             attention=work.attention or "xla",
             matmul=work.matmul,
             rngs=nnx.Rngs(0),
