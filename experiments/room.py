@@ -36,6 +36,7 @@ def check_room(run: RunConfig, folder: Path, longest: int, *, memory: int | None
         lora=run.lora,
         quant=run.quant,
         compute_dtype=run.model.compute_dtype,
+        embedding_bits=run.model.embedding_bits,
         remat=run.model.remat,
     )
     try:

@@ -175,6 +175,7 @@ def execute(
         lora=run.lora,
         compute_dtype=dtype,
         param_dtype=param_dtype,
+        embedding_bits=run.model.embedding_bits,
         remat=run.model.remat,
         stream_weights=run.model.stream_weights,
         attention=run.model.attention,

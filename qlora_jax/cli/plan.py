@@ -46,6 +46,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--quant", default="nf4", help="nf4, fp4, int4, int8, or none (nf4)")
     parser.add_argument("--no-double-quant", action="store_true")
+    parser.add_argument(
+        "--embedding-bits", type=int, choices=[8, 4], help="embedding and head packed (16 bits)"
+    )
     parser.add_argument("--no-paged", action="store_true", help="Adam's moments on the device")
     parser.add_argument("--no-clip", action="store_true", help="no clipping by the global norm")
     parser.add_argument("--remat", default="full", choices=sorted(REMAT))
@@ -128,6 +131,7 @@ def _workload(model: str, args: argparse.Namespace) -> Workload:
             r=args.rank, lora_dropout=args.lora_dropout, dtype=jnp.dtype(args.lora_dtype)
         ),
         quant=quant,
+        embedding_bits=args.embedding_bits,
         remat=args.remat,
         stream_weights=args.stream_weights,
         attention=args.attention,

@@ -57,6 +57,7 @@ class Report:
             "rank": made.work.lora.r,
             "adapter_dtype": jnp.dtype(made.work.lora.dtype).name,
             "quant": None if made.work.quant is None else dataclasses.asdict(made.work.quant),
+            "embedding_bits": made.work.embedding_bits,
             "attention": made.work.attention,
             "matmul": made.work.matmul,
             "remat": made.work.remat,
@@ -200,6 +201,8 @@ def _title(item: Report) -> str:
     base = "16-bit base" if work.quant is None else work.quant.quant_type.upper()
     if work.quant is not None and work.quant.double_quant:
         base += " + double quantization"
+    if work.embedding_bits is not None:
+        base += f", vocabulary in {work.embedding_bits} bits"
     accumulation = work.train.gradient_accumulation_steps
     times = f"{accumulation} × " if accumulation > 1 else ""
     state = "paged AdamW" if work.train.paged else "AdamW"

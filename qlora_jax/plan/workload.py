@@ -37,6 +37,7 @@ class Workload:
         lora: the adapters.
         quant: how the layers' weights are stored; None for a 16-bit base.
         compute_dtype: of activations and matmuls, and of embedding and head.
+        embedding_bits: 8 or 4 where embedding and head are packed; None for `compute_dtype`.
         remat: one of `models.REMAT`.
         stream_weights: the layers' weights rest in pinned host memory (`models.streaming`).
         mlp_tile: tokens that an MLP reads at once (`models.tile`); None for all.
@@ -50,6 +51,7 @@ class Workload:
     lora: LoraConfig = LoraConfig()
     quant: QuantConfig | None = QuantConfig()
     compute_dtype: str = "bfloat16"
+    embedding_bits: int | None = None
     remat: str = "full"
     stream_weights: bool = False
     mlp_tile: int | None = None
@@ -97,6 +99,7 @@ def model_shapes(work: Workload) -> Decoder:
             quant=work.quant,
             lora=work.lora,
             compute_dtype=jnp.dtype(work.compute_dtype),
+            embedding_bits=work.embedding_bits,
             remat=work.remat,
             stream_weights=work.stream_weights,
             mlp_tile=work.mlp_tile,
