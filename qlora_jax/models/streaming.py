@@ -39,6 +39,9 @@ _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 MIN_STREAM_BYTES = 2**16
 """Smaller parts of a layer (norms, offsets) stay on the card: a transfer costs more than room."""
 
+STREAMED_WEIGHTS = "streamed_weights"
+"""The name (`jax.named_scope`) of their copies, for whoever counts or profiles them."""
+
 HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 """The environment variable with the size of JAX's pinned host pool on a GPU, in GiB."""
 
@@ -185,6 +188,11 @@ def _fetch(stacks: list[Array], index: Array) -> list[Array]:
     ]
 
 
+def _fetch_weights(stacks: list[Array], index: Array) -> list[Array]:
+    with jax.named_scope(STREAMED_WEIGHTS):
+        return _fetch(stacks, index)
+
+
 def _on_host(stacks: list[Array]) -> list[Array]:
     return [jax.device_put(stack, _HOST) for stack in stacks]
 
@@ -205,14 +213,14 @@ def _run(
         x, here = carry
         index, stays = layer
         # The last layer is fetched once more, for want of a next one.
-        following = _fetch(moving, jnp.minimum(index + 1, loop.depth - 1))
+        following = _fetch_weights(moving, jnp.minimum(index + 1, loop.depth - 1))
         y, output = loop.step(x, loop.layer(here, stays), *closure)
         kept = None
         if keep:
             kept = jax.device_put(x, _HOST) if loop.offload else x
         return (y, following), (kept, output)
 
-    start = (x, _fetch(moving, jnp.int32(0)))
+    start = (x, _fetch_weights(moving, jnp.int32(0)))
     layers = (jnp.arange(loop.depth, dtype=jnp.int32), staying)
     (y, last), (kept, outputs) = jax.lax.scan(step, start, layers)
     return y, last, kept, outputs
@@ -267,7 +275,9 @@ def _backward(loop: _Loop, residuals: tuple, gradients: tuple[Any, Any]) -> tupl
     def step(carry: tuple[Any, ...], layer: tuple[Any, ...]) -> tuple[Any, list[Array]]:
         to_y, here, sums = carry
         index, stays, kept, to_output = layer
-        following = _fetch(stacks, jnp.maximum(index - 1, 0))
+        before = jnp.maximum(index - 1, 0)
+        following = _fetch_weights(stacks[: len(moving)], before)
+        following += _fetch(stacks[len(moving) :], before)
         here = here if loop.offload else [*here, *kept]
         weights, x = here[: len(moving)], jax.tree.unflatten(structure, here[len(moving) :])
 

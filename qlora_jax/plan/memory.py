@@ -14,7 +14,8 @@ import jax
 from pallas_kernels.cards import Card, find_card
 from qlora_jax.models import attention_for
 from qlora_jax.plan.compiled import ProgramBytes, cudnn_available, program_bytes
-from qlora_jax.plan.workload import Step, Workload, paged_bytes, training_step, tree_bytes
+from qlora_jax.plan.workload import Step, Workload, host_bytes, training_step, tree_bytes
+from qlora_jax.train import HostTraffic, host_traffic
 
 USABLE = 0.95
 """Part of a card's memory that a program can have: what XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives
@@ -57,6 +58,8 @@ class Plan:
     device: Components
     host: int
     """In pinned host memory."""
+    traffic: HostTraffic
+    """What crosses the bus in one step."""
     notes: tuple[str, ...]
     """What was planned otherwise than it might run, and why."""
 
@@ -90,7 +93,7 @@ def plan(work: Workload, card: str | Card | None = None, *, memory: int | None =
     """
     target = find_card(card) if isinstance(card, str) else card
     work, notes = _for_target(work, target)
-    step = training_step(work)
+    step = training_step(work, present=target is None)
     found = program_bytes(step.program, target)
     if memory is None:
         memory = device_memory() if target is None else target.memory
@@ -100,6 +103,7 @@ def plan(work: Workload, card: str | Card | None = None, *, memory: int | None =
         memory=memory,
         device=_components(work, step, found),
         host=found.host,
+        traffic=host_traffic(step.program.fn, *step.placed),
         notes=notes,
     )
 
@@ -150,7 +154,7 @@ def _head(work: Workload) -> int:
 
 def _components(work: Workload, step: Step, found: ProgramBytes) -> Components:
     embeddings = tree_bytes(
-        [step.frozen[name] for name in ("embed_tokens", "lm_head") if name in step.frozen]
+        [step.frozen[name] for name in ("embed_tokens", "shared", "lm_head") if name in step.frozen]
     )
     adapters = tree_bytes(step.lora)
     gradients = adapters
@@ -162,8 +166,9 @@ def _components(work: Workload, step: Step, found: ProgramBytes) -> Components:
             if host_from is None or leaf.size < host_from
         )
     # On the host lie paged optimizer state and, where weights stream, the layers' weights.
-    moments = paged_bytes(work, step.opt_state)
-    base = tree_bytes(step.frozen) - embeddings - (found.host_arguments - moments)
+    state_kinds, frozen_kinds = step.kinds
+    moments = host_bytes(step.opt_state, state_kinds.opt_state)
+    base = tree_bytes(step.frozen) - embeddings - host_bytes(step.frozen, frozen_kinds)
     temporaries = found.device - base - embeddings - adapters - gradients - step.saved
     optimizer = tree_bytes(step.opt_state) - moments
     return Components(
