@@ -33,6 +33,7 @@ from qlora_jax.models import (
     Family,
     Slot,
     attention_for,
+    capability_here,
     family_of,
     module_names,
     streaming,
@@ -127,6 +128,7 @@ def load_model(
             bias=biased,
             packed=packed,
             longest=longest if family.build is Decoder else None,
+            compute_capability=capability_here(),
         )
 
     def build(key: Key[Array, ""]) -> Any:

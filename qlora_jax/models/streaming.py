@@ -95,6 +95,13 @@ def host_bytes(layers: nnx.Module) -> int:
     return sum(stack.size * stack.dtype.itemsize for stack in stacks if streams(stack))
 
 
+def host_limit_for(needed: int) -> int | None:
+    """The size in GiB that JAX's pinned host pool has to be given for so many bytes; None where the
+    one it has now is enough. It is HOST_LIMIT in the environment, and by default 64."""
+    limit = int(os.environ.get(HOST_LIMIT, _DEFAULT_HOST_LIMIT))
+    return None if needed <= limit * 2**30 else -(-needed // 2**30) + 8
+
+
 def check_host_memory_limit(needed: int, platform: str) -> None:
     """Refuses what JAX's pinned host pool would not hold, before anything is loaded.
 
@@ -105,12 +112,11 @@ def check_host_memory_limit(needed: int, platform: str) -> None:
     Raises:
         ValueError: naming the environment variable and a value that is enough.
     """
-    limit = int(os.environ.get(HOST_LIMIT, _DEFAULT_HOST_LIMIT))
-    if platform in ("gpu", "cuda") and needed > limit * 2**30:
-        enough = -(-needed // 2**30) + 8
+    enough = host_limit_for(needed)
+    if platform in ("gpu", "cuda") and enough is not None:
         raise ValueError(
-            f"{needed / 2**30:.1f} GiB are to rest in pinned host memory, but JAX's pool holds "
-            f"{limit}: set {HOST_LIMIT}={enough} in the environment before JAX starts."
+            f"{needed / 2**30:.1f} GiB are to rest in pinned host memory, more than JAX's pool "
+            f"holds: set {HOST_LIMIT}={enough} in the environment before JAX starts."
         )
 
 

@@ -190,6 +190,7 @@ def training_step(work: Workload, *, present: bool = False) -> Step:
         graphdef,
         tx,
         loss,
+        learning_rate=work.train.learning_rates(),
         host_gradients=work.train.host_gradients,
         state=placed[0] if present else None,
         compiler_options=options if present and work.stream_weights else None,
@@ -211,7 +212,9 @@ def _resting_kinds(work: Workload, state: Any, frozen: PyTree) -> tuple[Any, Any
         return HOST if work.stream_weights and layers and streams(leaf) else "device"
 
     def moment(leaf: Any) -> str:
-        return HOST if work.train.paged and leaf.size >= work.train.page_min_size else "device"
+        # Step counters belong to no parameter and stay on the device.
+        paged = work.train.paged and leaf.ndim and leaf.size >= work.train.page_min_size
+        return HOST if paged else "device"
 
     kept = jax.tree.map(lambda _: "device", state)._replace(
         opt_state=jax.tree.map(moment, state.opt_state)

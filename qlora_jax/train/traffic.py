@@ -11,7 +11,7 @@ What is left out: the batch's own token ids, kilobytes that every training step 
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax.extend import core
@@ -108,8 +108,9 @@ def _copies(jaxpr: core.Jaxpr, turns: int) -> Iterator[tuple[str, Any, Any, int]
             scope = str(equation.source_info.name_stack)
             what = next((name for name in _NAMED if name in scope), "activations")
             for before, after in zip(equation.invars, equation.outvars, strict=True):
-                size = before.aval.size * before.aval.dtype.itemsize
-                yield what, before.aval.memory_space, after.aval.memory_space, turns * size
+                source, target = cast(Any, before.aval), cast(Any, after.aval)
+                size = source.size * source.dtype.itemsize
+                yield what, source.memory_space, target.memory_space, turns * size
         inner = turns
         if equation.primitive.name == "scan":
             inner *= equation.params["length"]
