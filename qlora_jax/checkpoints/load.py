@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from qlora_jax.models import (
     Family,
     Slot,
     attention_for,
+    capability_here,
     family_of,
     module_names,
     streaming,
@@ -144,6 +145,7 @@ def load_model(
             bias=biased,
             packed=packed,
             longest=longest if family.build is Decoder else None,
+            compute_capability=capability_here(),
         )
 
     def build(key: Key[Array, ""]) -> Any:
@@ -358,7 +360,9 @@ def _fill(
                 hosted = stream_weights and bool(slot.stack_index)
                 filled[path] = jax.tree.map(functools.partial(_empty, hosted=hosted), struct)
             if isinstance(struct, QuantizedTensor) and is_vocabulary(model, slot):
-                filled[path] = _put_vocabulary(filled[path], checkpoint.read(name))
+                filled[path] = _put_vocabulary(
+                    filled[path], cast(np.ndarray, checkpoint.read(name))
+                )
                 bar.advance(task, sizes[name])
                 continue
             # The tensor has no name here: it would outlive its turn and lie beside the next one.
@@ -416,9 +420,7 @@ def _put_vocabulary(codes: QuantizedTensor, matrix: np.ndarray) -> QuantizedTens
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def put_piece(
-    codes: QuantizedTensor, rows: QuantizedTensor, start: Array
-) -> QuantizedTensor:
+def put_piece(codes: QuantizedTensor, rows: QuantizedTensor, start: Array) -> QuantizedTensor:
     """The packed matrix, which is used up, with rows from `start` on in their place."""
     # The tree's static part is the matrix's: its dtype is what the model computes in.
     return put_rows(codes, start + jnp.arange(rows.shape[0]), rows)

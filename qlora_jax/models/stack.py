@@ -45,9 +45,7 @@ class Storage:
 
     def vocabulary(self, vocab: int, embed: int, rngs: nnx.Rngs) -> Embedding:
         """The embedding, or a head of its own: a matrix [vocab, embed]."""
-        return Embedding(
-            vocab, embed, dtype=self.param_dtype, bits=self.embedding_bits, rngs=rngs
-        )
+        return Embedding(vocab, embed, dtype=self.param_dtype, bits=self.embedding_bits, rngs=rngs)
 
     def dense(self, prefix: str, rngs: nnx.Rngs) -> Callable[..., QuantDense]:
         """(name, inputs, outputs, **options) → the linear layer at `prefix.name`."""

@@ -53,9 +53,7 @@ def test_a_4_bit_folder_keeps_its_vocabulary_dense(folder, tmp_path) -> None:
     """Such a folder is read with a packed vocabulary, and a model with one is written as one."""
     checkpoint = open_checkpoint(folder)
     quant = ql.QuantConfig()
-    save_checkpoint(
-        tmp_path / "nf4", quantized(checkpoint, linear_weights(checkpoint), quant)
-    )
+    save_checkpoint(tmp_path / "nf4", quantized(checkpoint, linear_weights(checkpoint), quant))
     model = load_model(tmp_path / "nf4", embedding_bits=8, **OPTIONS)
     save_model(tmp_path / "again", model)
     written = open_checkpoint(tmp_path / "again")

@@ -31,9 +31,7 @@ def test_neither_rows_nor_scores_decode_the_matrix(bits) -> None:
 
     def loss(ids, w):
         def of(hidden):
-            return chunked_cross_entropy(
-                lambda x: row_scores(x, w), hidden, ids, chunk=chunk
-            )
+            return chunked_cross_entropy(lambda x: row_scores(x, w), hidden, ids, chunk=chunk)
 
         return jax.value_and_grad(of)(take_rows(w, ids).dequantize(implementation="xla"))
 

@@ -123,11 +123,16 @@ def test_even_steps_suit_weights_better_than_the_dynamic_map() -> None:
     [
         (lambda: row_config(3, 64), "embedding_bits is 3, but 8 or 4"),
         (lambda: row_config(8, 48), "48 numbers, which are not whole blocks of 32"),
-        (lambda: row_scores(jnp.ones((1, 32)), quantize(matrix(), row_config(8, 96))), "rows of 96"),
+        (
+            lambda: row_scores(jnp.ones((1, 32)), quantize(matrix(), row_config(8, 96))),
+            "rows of 96",
+        ),
         # Blocks over the ends of rows, absmax that depends on all rows.
         (lambda: take_rows(quantize(matrix(), QuantConfig()), jnp.asarray([0])), "row_config"),
         (
-            lambda: take_rows(quantize(matrix(), QuantConfig(double_quant=False)), jnp.asarray([0])),
+            lambda: take_rows(
+                quantize(matrix(), QuantConfig(double_quant=False)), jnp.asarray([0])
+            ),
             "do not cross rows",
         ),
     ],
