@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import keep_compiled_programs, make_console, refuse
+from experiments.cli import keep_compiled_programs, run_command
 from experiments.embedded import MODELS
 from experiments.estimate import bits_per_weight
 from experiments.report import write_atomically
@@ -174,7 +174,7 @@ def measure(
     }
 
 
-def run(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace, console: Console) -> int:
     """Measures every case and writes OUT."""
     cases = cases_of(options.types, options.blocksizes)
     folder = find_folder(MODELS.get(options.model, options.model))
@@ -224,7 +224,7 @@ def run(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     else:
         plot(results, out / "datatypes.png", title=f"{Path(options.model).name}, {about['text']}")
     console.print(str(out), highlight=False)
-    return results
+    return 0
 
 
 def _known(path: Path, about: dict[str, Any]) -> dict[Case, dict[str, Any]]:
@@ -307,12 +307,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 2 refused."""
-    options = make_parser().parse_args(arguments)
-    try:
-        run(options, make_console())
-    except (ValueError, OSError, TypeError) as error:
-        return refuse(error)
-    return 0
+    return run_command(make_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from qlora_jax.models import (
     Family,
     Slot,
     attention_for,
+    capability_here,
     family_of,
     module_names,
     streaming,
@@ -67,7 +68,7 @@ def load_model(
 
     Args:
         source: a path that `open_checkpoint` takes, or what it gave. 4-bit weights are taken over
-            byte for byte.
+            byte for byte, and what such a checkpoint holds dense stays dense.
         quant: how the layers' linear weights are stored; None keeps them dense. Of a checkpoint
             in 4 bits it has to be what that holds.
         lora: adapters on them, as new; None for none.
@@ -144,6 +145,7 @@ def load_model(
             bias=biased,
             packed=packed,
             longest=longest if family.build is Decoder else None,
+            compute_capability=capability_here(),
         )
 
     def build(key: Key[Array, ""]) -> Any:
@@ -161,6 +163,7 @@ def load_model(
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
+    _keep_dense(model, checkpoint, family.weight_names(config), param_dtype)
     if stream_weights:
         streaming.check_host_memory_limit(streaming.host_bytes(model.layers), jax.default_backend())
     slots = _matching(checkpoint, family, model)
@@ -170,8 +173,8 @@ def load_model(
         trained = jax.jit(lambda key: nnx.state(build(key), nnx.LoRAParam))
         nnx.update(model, trained(key))
     starts: dict[str, tuple[Array, Array]] = {}
-    prepare = _preparation(lora, quant, starts)
     quantized_here = None if stored is not None else quant
+    prepare = _preparation(lora, quantized_here, starts)
     _fill(model, checkpoint, slots, quantized_here, prepare, progress, stream_weights)
     if lora is not None:
         # Adapters come last: some are made from the weights.
@@ -209,7 +212,52 @@ def _abstract(checkpoint: Checkpoint, quant: QuantConfig | None) -> tuple[Family
     """The checkpoint's family, and its model in shapes alone."""
     family = family_of(checkpoint.config)
     config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
-    return family, nnx.eval_shape(lambda: family.build(config, quant=quant, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: family.build(config, quant=quant, rngs=nnx.Rngs(0)))
+    _keep_dense(model, checkpoint, family.weight_names(config), jnp.float32)
+    return family, model
+
+
+def _keep_dense(
+    model: nnx.Module, checkpoint: Checkpoint, names: Mapping[str, Slot], dtype: Any
+) -> None:
+    """Makes room for dense numbers where a checkpoint in 4 bits holds dense ones, in place.
+
+    transformers leaves some linear layers out (`llm_int8_skip_modules`, T5's `wo`). What the
+    checkpoint holds decides, as config.json does not say all of it.
+
+    Args:
+        model: abstract, with every linear layer of its stacks quantized.
+        checkpoint: what will be read; nothing changes if it is not in 4 bits.
+        names: of the model's tensors.
+        dtype: of dense weights.
+
+    Raises:
+        ValueError: only some layers of a stack are dense.
+    """
+    if checkpoint.quant is None:
+        return
+    dense: dict[tuple[str, ...], str] = {}
+    packed: dict[tuple[str, ...], str] = {}
+    for name, slot in names.items():
+        info = checkpoint.tensors.get(name)
+        if is_vocabulary(model, slot):
+            # Dense in every file, and packed only where `embedding_bits` asks for it.
+            continue
+        # Codes that have lost their quant_state are refused where all tensors are.
+        if info is not None and (info.quant is not None or info.dtype in DTYPES):
+            (packed if info.quant else dense)[slot.path] = name
+    for path, name in dense.items():
+        variable = node_at(model, path)
+        value = variable.get_value()
+        if not isinstance(value, QuantizedTensor):
+            continue
+        if path in packed:
+            raise ValueError(
+                f"{checkpoint.source}: {name!r} is dense, but {packed[path]!r} is in 4 bits, and "
+                "the layers of a stack are stored alike here: quantize the 16-bit checkpoint "
+                "instead."
+            )
+        variable.set_value(jax.ShapeDtypeStruct((*value.stack_shape, *value.shape), dtype))
 
 
 def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Slot]:
@@ -247,18 +295,19 @@ def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, S
                 f"{source}: {name!r} is stored as {info.quant}, but embeddings and heads are read "
                 "from dense tensors: take the 16-bit checkpoint."
             )
-        if quantized and not vocabulary and checkpoint.quant is not None:
-            if info.quant is None:
-                raise ValueError(
-                    f"{source}: {name!r} has no quant_state, but config.json says that the layers "
-                    "are quantized in 4 bits: fetch the whole checkpoint again."
-                )
-            if info.quant != checkpoint.quant:
-                raise ValueError(
-                    f"{source}: {name!r} is stored as {info.quant}, but other weights as "
-                    f"{checkpoint.quant}: quantize the 16-bit checkpoint instead."
-                )
-        elif info.dtype not in DTYPES:
+        if info.quant is not None and info.quant != checkpoint.quant:
+            raise ValueError(
+                f"{source}: {name!r} is stored as {info.quant}, but other weights as "
+                f"{checkpoint.quant}: quantize the 16-bit checkpoint instead."
+            )
+        # Files keep the vocabulary dense, whatever becomes of it here.
+        packed = quantized and not vocabulary
+        if packed and checkpoint.quant is not None and info.quant is None:
+            raise ValueError(
+                f"{source}: {name!r} has no quant_state, but other weights are quantized in 4 "
+                "bits: fetch the whole checkpoint again."
+            )
+        if info.dtype not in DTYPES:
             raise ValueError(
                 f"{source}: tensor {name!r} is stored as {info.dtype}, but weights of "
                 f"{', '.join(DTYPES)} are read: take a 16- or 32-bit checkpoint."
@@ -391,13 +440,17 @@ def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | 
     Args:
         stack: arrays, or a `QuantizedTensor`, with leading axes for layers (and experts); in
             device memory, or in pinned host memory, where they are updated in place too.
-        tensor: one of them, from a file: dense, or packed like the stack.
+        tensor: one of them, from a file: dense, or packed. What the file packs and the model does
+            not (a router, a classifier's head) is dequantized.
         index: where, along the leading axes.
         quant: how a dense tensor is quantized, from the file's own numbers; None where it is not.
     """
     packed = isinstance(tensor, QuantizedTensor)
-    if isinstance(stack, QuantizedTensor) and not packed and quant is not None:
-        tensor = quantize(tensor, quant)
+    if isinstance(stack, QuantizedTensor):
+        if not packed and quant is not None:
+            tensor = quantize(tensor, quant)
+    elif packed:
+        tensor = tensor.dequantize(stack.dtype)
     wholes, treedef = jax.tree.flatten(stack)
     # The tree's static part is the stack's: its dtype is what the model computes in.
     filled = []

@@ -2,7 +2,8 @@
 
 Dense weights are written as they are, quantized ones in bitsandbytes' 4-bit format: a folder holds
 what its checkpoint holds. What it should hold is said before, by `quantized`, `dequantized` and
-`cast`.
+`cast`. There is one exception: what transformers never reads in 4 bits (T5's `wo`) is written as
+the numbers that its codes stand for.
 """
 
 import json
@@ -16,6 +17,7 @@ from flax import nnx
 
 from qlora_jax.checkpoints.bitsandbytes import QUANT_TYPES, packed_tensors, quantization_config
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, cast, dtype_name
+from qlora_jax.checkpoints.dense_modules import skip_modules, with_kept_dense
 from qlora_jax.checkpoints.load import is_vocabulary, node_at
 from qlora_jax.checkpoints.safetensors_writer import ShardedWriter, parse_size
 from qlora_jax.checkpoints.staging import new_folder
@@ -42,6 +44,7 @@ def save_checkpoint(
         ValueError: a quantization that bitsandbytes has no format for.
     """
     parse_size(max_shard_size)
+    checkpoint = with_kept_dense(checkpoint)
     _refuse_unwritable(checkpoint)
     with new_folder(folder) as partial:
         _write(partial, checkpoint, max_shard_size)
@@ -71,6 +74,7 @@ def save_model(
     checkpoint = model_checkpoint(model)
     if dtype is not None:
         checkpoint = cast(checkpoint, dtype)
+    checkpoint = with_kept_dense(checkpoint)
     _refuse_unwritable(checkpoint)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,5 +155,7 @@ def _write(folder: Path, checkpoint: Checkpoint, max_shard_size: int | str) -> N
     config = dict(checkpoint.config)
     if checkpoint.quant is not None:
         dtype = next(info.dtype for info in checkpoint.tensors.values() if info.quant)
-        config["quantization_config"] = quantization_config(checkpoint.quant, DTYPES[dtype].name)
+        config["quantization_config"] = quantization_config(
+            checkpoint.quant, DTYPES[dtype].name, skip_modules(checkpoint)
+        )
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.cards import CARDS, find_card
 from pallas_kernels.compile_for import PLUGIN_HINT, gpu_compiler_available
 from qlora_jax.cli import SUBCOMMANDS
-from qlora_jax.models import REMAT
+from qlora_jax.models import REMAT, EncoderDecoderConfig
 from qlora_jax.nn import LoraConfig
 from qlora_jax.plan import SHAPES, Report, Workload, find_config, measure, plot, report, text
 from qlora_jax.plan.report import gib
@@ -35,6 +35,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch", type=int, default=1, help="examples held at once (1)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per update (1)")
     parser.add_argument("--sequence", type=int, default=512, help="tokens of an example (512)")
+    parser.add_argument(
+        "--target", type=int, default=None, help="tokens of an encoder–decoder's target (as many)"
+    )
+    parser.add_argument("--packed", action="store_true", help="rows of several examples")
     parser.add_argument("--rank", type=int, default=64, help="of the adapters (64)")
     parser.add_argument(
         "--lora-dtype",
@@ -115,9 +119,14 @@ def _workload(model: str, args: argparse.Namespace) -> Workload:
     quant = None
     if args.quant != "none":
         quant = QuantConfig(args.quant, double_quant=not args.no_double_quant)
+    config = find_config(model)
+    # Of several models on one command line, those that have a target take it.
+    target = args.target if isinstance(config, EncoderDecoderConfig) else None
     return Workload(
-        find_config(model),
+        config,
         sequence=args.sequence,
+        target=target,
+        packed=args.packed,
         train=TrainConfig(
             micro_batch_size=args.batch,
             gradient_accumulation_steps=args.accumulation,

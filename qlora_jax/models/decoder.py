@@ -54,12 +54,13 @@ class Decoder(nnx.Module):
         remat: one of `REMAT`: what the backward pass finds saved instead of recomputing it.
         stream_weights: the layers' frozen weights lie in pinned host memory and come in one layer
             at a time (`streaming.py`). `load_model` puts them there, `move_to_host` a model's.
+        mlp_tile: tokens that an MLP reads at once (`tile.py`); None for all.
         attention: implementation of `attend`; see `attention_for`.
         matmul: implementation of the 4-bit matmul (`pallas_kernels`); None lets the op choose.
         rngs: stream `params`. Base weights start random.
 
-    `model.remat`, `model.stream_weights` and `model.attention` may be set again later; none changes
-    results beyond rounding.
+    `model.remat`, `model.stream_weights`, `model.mlp_tile` and `model.attention` may be set again
+    later; none changes results beyond rounding (but `mlp_tile` which units LoRA dropout drops).
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Decoder(nnx.Module):
         embedding_bits: int | None = None,
         remat: str = "full",
         stream_weights: bool = False,
+        mlp_tile: int | None = None,
         attention: AttentionName = "xla",
         matmul: str | None = None,
         rngs: nnx.Rngs,
@@ -87,6 +89,7 @@ class Decoder(nnx.Module):
         self.compute_dtype = compute_dtype
         self.remat = remat
         self.stream_weights = stream_weights
+        self.mlp_tile = mlp_tile
         self.attention = attention
         stored = param_dtype or compute_dtype
         storage = Storage(quant, lora, compute_dtype, stored, matmul, embedding_bits)
@@ -297,6 +300,7 @@ class Decoder(nnx.Module):
                 _chosen(sliding, local_turns, turns),
                 functools.partial(mix, sliding),
                 dropout_key=key,
+                mlp_tile=self.mlp_tile,
             )
 
         keys = split_key(dropout_key, config.num_hidden_layers)
