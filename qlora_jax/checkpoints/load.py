@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +30,19 @@ from qlora_jax.checkpoints.open import open_checkpoint
 from qlora_jax.models import (
     AttentionName,
     Decoder,
+    EncoderClassifier,
     Family,
     Slot,
     attention_for,
+    capability_here,
     family_of,
     module_names,
     streaming,
     unfreeze,
 )
+from qlora_jax.models.embedding import Embedding
 from qlora_jax.nn import LoraConfig, add_lora, start_from_weight
-from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
+from qlora_jax.quant import QuantConfig, QuantizedTensor, put_rows, quantize, rows_at_once
 
 
 def load_model(
@@ -49,6 +52,7 @@ def load_model(
     lora: LoraConfig | None = LoraConfig(),
     compute_dtype: Any = jnp.bfloat16,
     param_dtype: Any = None,
+    embedding_bits: int | None = None,
     trainable_base: bool = False,
     remat: str = "full",
     stream_weights: bool = False,
@@ -71,6 +75,8 @@ def load_model(
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`, or
             float32 for a trainable base.
+        embedding_bits: 8 or 4 keeps embedding and head packed, quantized from the checkpoint's
+            numbers a piece of their rows at a time; None keeps them dense. Not of classifiers.
         trainable_base: trains the dense base weights too (see `models.unfreeze`).
         remat: what the backward pass finds saved, one of `models.REMAT`.
         stream_weights: puts the layers' frozen weights into pinned host memory, as they are read,
@@ -97,6 +103,11 @@ def load_model(
             f"trainable_base is set together with quant={quant}, but codes cannot be trained: give "
             "quant=None."
         )
+    if trainable_base and embedding_bits is not None:
+        raise ValueError(
+            f"trainable_base is set together with embedding_bits={embedding_bits}, but codes "
+            "cannot be trained: leave embedding_bits out."
+        )
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     family = family_of(checkpoint.config)
     config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
@@ -114,7 +125,14 @@ def load_model(
             f"stream_weights is set, but {checkpoint.source} is a {family.build.__name__}, and the "
             "layers of a Decoder alone stream: leave it out."
         )
-    streamed = {"stream_weights": True} if stream_weights else {}
+    if embedding_bits is not None and family.build is EncoderClassifier:
+        raise ValueError(
+            f"embedding_bits is {embedding_bits}, but {checkpoint.source} is an EncoderClassifier, "
+            "which has no head over the vocabulary and keeps its embedding dense: leave it out."
+        )
+    own: dict[str, Any] = {"stream_weights": True} if stream_weights else {}
+    if embedding_bits is not None:
+        own["embedding_bits"] = embedding_bits
     if attention is None:
         softcap = getattr(config, "attn_logit_softcapping", None)
         backend = jax.default_backend()
@@ -127,6 +145,7 @@ def load_model(
             bias=biased,
             packed=packed,
             longest=longest if family.build is Decoder else None,
+            compute_capability=capability_here(),
         )
 
     def build(key: Key[Array, ""]) -> Any:
@@ -139,7 +158,7 @@ def load_model(
             attention=attention,
             matmul=matmul,
             rngs=nnx.Rngs(params=key),
-            **streamed,
+            **own,
         )
 
     key = jax.random.key(seed)
@@ -272,7 +291,9 @@ def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, S
                 f"{source}: {name!r} is stored as {info.quant}, but other weights as "
                 f"{checkpoint.quant}: quantize the 16-bit checkpoint instead."
             )
-        if quantized and checkpoint.quant is not None and info.quant is None:
+        # Files keep the vocabulary dense, whatever becomes of it here.
+        packed = quantized and not is_vocabulary(model, names[name])
+        if packed and checkpoint.quant is not None and info.quant is None:
             raise ValueError(
                 f"{source}: {name!r} has no quant_state, but other weights are quantized in 4 "
                 "bits: fetch the whole checkpoint again."
@@ -290,6 +311,11 @@ def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, S
                 f"for {list(expected)}: check that both are of one checkpoint."
             )
     return {name: names[name] for name in read}
+
+
+def is_vocabulary(model: nnx.Module, slot: Slot) -> bool:
+    """Whether a tensor is an embedding or a head: rows for ids."""
+    return isinstance(node_at(model, slot.path[:-1]), Embedding)
 
 
 def node_at(model: nnx.Module, path: tuple[str, ...]) -> Any:
@@ -333,6 +359,12 @@ def _fill(
             if path not in filled:
                 hosted = stream_weights and bool(slot.stack_index)
                 filled[path] = jax.tree.map(functools.partial(_empty, hosted=hosted), struct)
+            if isinstance(struct, QuantizedTensor) and is_vocabulary(model, slot):
+                filled[path] = _put_vocabulary(
+                    filled[path], cast(np.ndarray, checkpoint.read(name))
+                )
+                bar.advance(task, sizes[name])
+                continue
             # The tensor has no name here: it would outlive its turn and lie beside the next one.
             filled[path] = put(
                 filled[path],
@@ -373,6 +405,25 @@ def _empty(leaf: Any, *, hosted: bool) -> Array:
         # Made on the host: zeros from the device would need room for the whole stack there.
         return streaming.to_host(np.zeros(leaf.shape, leaf.dtype))
     return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def _put_vocabulary(codes: QuantizedTensor, matrix: np.ndarray) -> QuantizedTensor:
+    """The packed matrix, which is used up, filled from a dense one on the host, a piece of its rows
+    on the device at a time."""
+    config = QuantConfig(codes.quant_type, codes.blocksize, codes.double_quant)
+    size = rows_at_once(codes.shape[1])
+    for start in range(0, codes.shape[0], size):
+        piece = jnp.asarray(matrix[start : start + size])
+        codes = put_piece(codes, quantize(piece, config), jnp.int32(start))
+        jax.block_until_ready(codes)
+    return codes
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put_piece(codes: QuantizedTensor, rows: QuantizedTensor, start: Array) -> QuantizedTensor:
+    """The packed matrix, which is used up, with rows from `start` on in their place."""
+    # The tree's static part is the matrix's: its dtype is what the model computes in.
+    return put_rows(codes, start + jnp.arange(rows.shape[0]), rows)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)

@@ -18,7 +18,7 @@ from flax import nnx
 from qlora_jax.checkpoints.bitsandbytes import QUANT_TYPES, packed_tensors, quantization_config
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, cast, dtype_name
 from qlora_jax.checkpoints.dense_modules import skip_modules, with_kept_dense
-from qlora_jax.checkpoints.load import node_at
+from qlora_jax.checkpoints.load import is_vocabulary, node_at
 from qlora_jax.checkpoints.safetensors_writer import ShardedWriter, parse_size
 from qlora_jax.checkpoints.staging import new_folder
 from qlora_jax.models import FAMILIES
@@ -88,6 +88,9 @@ def save_model(
 def model_checkpoint(model: Any) -> Checkpoint:
     """A model in memory as a checkpoint: its base weights, by their Hugging Face names.
 
+    No file format keeps the vocabulary as `embedding_bits` does: packed embeddings and heads are
+    decoded as they are read, so what is written computes what the model computes.
+
     Raises:
         ValueError: the model has adapters: merge them, or save them with `save_adapter`.
     """
@@ -105,7 +108,7 @@ def model_checkpoint(model: Any) -> Checkpoint:
         value = node_at(model, path).get_value()
         quant = None
         shape = value.shape
-        if isinstance(value, QuantizedTensor):
+        if isinstance(value, QuantizedTensor) and not is_vocabulary(model, slot):
             quant = QuantConfig(value.quant_type, value.blocksize, value.double_quant)
         else:
             shape = shape[len(slot.stack_index) :]
@@ -114,6 +117,8 @@ def model_checkpoint(model: Any) -> Checkpoint:
     def read(name: str) -> np.ndarray | QuantizedTensor:
         slot = slots[name]
         value = node_at(model, slot.path).get_value()
+        if isinstance(value, QuantizedTensor) and tensors[name].quant is None:
+            return np.asarray(value.dequantize())
         return jax.tree.map(lambda x: np.asarray(x[slot.stack_index]), value)
 
     stored = {DTYPES[info.dtype].name for info in tensors.values()}

@@ -157,7 +157,7 @@ def test_llama_3s_frequencies_are_divided_by_llama_cpps_factors():
     np.testing.assert_allclose(tensors["rope_freqs.weight"], factors, rtol=2e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([(), (3,)]))
 def test_swapped_rows_swap_back(heads, pairs, rest):
     weight = np.random.default_rng(0).standard_normal((heads * pairs * 2, *rest))
@@ -195,7 +195,7 @@ def pair(request):
     return _tokenizers(request.param)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=TEXTS)
 def test_a_tokenizer_cuts_every_text_as_before(pair, text):
     before, after = pair
@@ -248,7 +248,7 @@ def whole(tmp_path_factory):
     return path.read_bytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_one_clear_sentence(whole, tmp_path_factory, share):
     path = tmp_path_factory.mktemp("cut") / "model.gguf"

@@ -20,7 +20,7 @@ TENSORS = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TENSORS, st.integers(1, 300))
 def test_any_tensors_come_back_aligned_and_in_shards_of_the_size(tmp_path_factory, given, limit):
     folder = tmp_path_factory.mktemp("out")

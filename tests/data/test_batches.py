@@ -44,7 +44,7 @@ def build(case: tuple[list[int], dict]) -> tuple[Examples, Batches]:
     return examples, Batches(examples, **case[1])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(cases(), st.integers(0, 5))
 def test_every_example_exactly_once_per_epoch(case, epoch):
     examples, source = build(case)
@@ -63,7 +63,7 @@ def test_every_example_exactly_once_per_epoch(case, epoch):
         assert [len(step) for step in order] == [size] * full + [rest]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(cases(), st.integers(0, 3))
 def test_batches_hold_their_examples_padded_on_the_right(case, epoch):
     examples, source = build(case)
@@ -95,7 +95,7 @@ def test_batches_hold_their_examples_padded_on_the_right(case, epoch):
         assert trained == examples.trained_tokens
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(cases(), st.lists(st.integers(0, 200), min_size=1, max_size=8))
 def test_any_step_is_a_pure_function_of_seed_and_step(case, steps):
     _, source = build(case)
@@ -106,7 +106,7 @@ def test_any_step_is_a_pure_function_of_seed_and_step(case, steps):
             assert (left == right).all()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(cases())
 def test_the_announced_shapes_can_occur(case):
     _, source = build(case)

@@ -102,7 +102,7 @@ CHARACTERS = st.characters(exclude_characters="\ufdd0\ufdd1\ufdd2\ufdd3")
 TURN = st.tuples(st.sampled_from(["user", "assistant"]), st.text(CHARACTERS, max_size=12))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(TURN, min_size=1, max_size=5))
 def test_both_ways_to_find_the_answers_agree(turns):
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}

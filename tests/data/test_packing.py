@@ -34,7 +34,7 @@ def examples(count: int = 9, seed: int = 0):
     return made
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.integers(0, 20), st.sampled_from([1, 2]))
 def test_a_step_is_a_function_of_seed_and_step(seed, step, accumulation):
     made = examples()

@@ -148,7 +148,7 @@ def test_hh_rlhf_conversations():
 TURN = st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text(max_size=20))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(TURN, min_size=1, max_size=6), st.sampled_from(["messages", "messages-chatml"]))
 def test_conversations_keep_every_content(turns, name):
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
@@ -165,7 +165,7 @@ def test_conversations_keep_every_content(turns, name):
     assert spoken.replace(" ", "") == answers.replace(" ", "")
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.sampled_from(["### Human:", "### Assistant:", " ", "a", "\n", "###"]), max_size=12

@@ -193,7 +193,7 @@ CHARACTERS = st.characters(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(pieces=st.lists(st.text(CHARACTERS, min_size=1, max_size=12), max_size=4))
 def test_pieces_encoded_one_by_one_decode_to_their_text(lossless, pieces):
     for tokenizer in lossless:

@@ -12,7 +12,7 @@ from qlora_jax.evaluate import perplexity, text_batches
 from qlora_jax.models import Decoder, DecoderConfig
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_every_token_but_the_first_is_scored_once(data):
     length = data.draw(st.integers(2, 60))

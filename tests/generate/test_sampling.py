@@ -60,7 +60,7 @@ def test_equally_likely_tokens_enter_the_nucleus_in_their_order():
     np.testing.assert_array_equal(np.isfinite(kept), [[True, True, False, False]])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     # XLA compares subnormals as zeros, NumPy does not.
     st.lists(st.floats(-30, 30, width=32, allow_subnormal=False), min_size=6, max_size=6),

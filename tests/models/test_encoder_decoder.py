@@ -78,7 +78,7 @@ def exact_bucket(steps: int, buckets: int, longest: int) -> int:
     return min(exact + j, buckets - 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=st.integers(0, 3000), shape=st.sampled_from([(32, 128), (8, 16), (16, 64)]))
 def test_buckets_by_whole_numbers(steps, shape):
     buckets, longest = shape

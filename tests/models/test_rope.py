@@ -99,7 +99,7 @@ def test_dynamic_frequencies_grow_with_the_length_read():
         np.testing.assert_allclose(sin[0, -1], jnp.sin(angle), atol=5e-4)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 400), st.integers(0, 400), st.integers(0, 100), st.sampled_from([2, 8, 16]))
 def test_a_product_depends_on_the_distance_alone(first, second, shift, dim):
     rng = np.random.default_rng(first + 1000 * second)

@@ -90,7 +90,7 @@ def _round_trip(x, signed):
     return dequantize_dynamic(*quantize_dynamic(x, signed=signed), signed=signed)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     size=st.sampled_from([1, 255, 256, 700]),
     signed=st.booleans(),

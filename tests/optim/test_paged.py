@@ -72,7 +72,7 @@ def test_paged_equals_unpaged_bit_for_bit(name):
     _assert_same_bits(found, expected)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     shapes=st.lists(
         st.lists(st.integers(1, 40), min_size=0, max_size=3).map(tuple), min_size=1, max_size=5

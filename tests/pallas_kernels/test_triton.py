@@ -23,7 +23,7 @@ GEMV = TritonConfig(1, 8, 128, num_warps=1)
 MATMUL = TritonConfig(16, 16, 64, num_warps=1)
 SPLIT = TritonConfig(16, 16, 64, num_warps=1, split_k=2)
 UNFUSED = TritonConfig(1, 1, 256, num_warps=1, fused=False)
-FEW = settings(deadline=None, max_examples=8)
+FEW = settings(max_examples=8)
 
 
 @FEW

@@ -13,7 +13,7 @@ from tests.pallas_kernels.base import activations, assert_product, cases, dtypes
 ALL_TYPES = ("nf4", "fp4", "fp4_e3m0", "int4", "int8")
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(case=cases(whole_rows=False, types=ALL_TYPES), dtype=dtypes)
 def test_dequantize_is_exact(case, dtype):
     out = nf4_dequantize(*case.arrays, dtype=dtype, **case.keywords)
@@ -21,7 +21,7 @@ def test_dequantize_is_exact(case, dtype):
     np.testing.assert_array_equal(np.asarray(out).astype(np.float64), case.weight_as(dtype))
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(
     case=cases(whole_rows=False, types=ALL_TYPES),
     dtype=dtypes,
@@ -36,7 +36,7 @@ def test_matmul(case, dtype, rows, biased):
     assert_product(out, x, case.weight, wanted_bias)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(case=cases(whole_rows=False, types=ALL_TYPES), dtype=dtypes, rows=st.integers(1, 40))
 def test_matmul_transposed(case, dtype, rows):
     dy = activations(1, rows, case.n, dtype)

@@ -29,7 +29,7 @@ def _one_step(batch: ToyBatch, *, dropout: float = 0.0, seed: int = 0):
     return gradient, metrics, state
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(step=st.integers(0, 10_000), cut=st.sampled_from([2, 4]))
 def test_accumulation_equals_the_large_batch(step, cut):
     whole = ToyBatches(1, 8).at(step)
