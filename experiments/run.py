@@ -177,6 +177,7 @@ def execute(
         param_dtype=param_dtype,
         remat=run.model.remat,
         stream_weights=run.model.stream_weights,
+        mlp_tile=run.model.mlp_tile,
         attention=run.model.attention,
         packed=run.data.packing,
         longest=_row_length(run.data, checked.train),

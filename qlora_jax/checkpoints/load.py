@@ -52,6 +52,7 @@ def load_model(
     trainable_base: bool = False,
     remat: str = "full",
     stream_weights: bool = False,
+    mlp_tile: int | None = None,
     attention: AttentionName | None = None,
     packed: bool = False,
     longest: int | None = None,
@@ -75,6 +76,7 @@ def load_model(
         remat: what the backward pass finds saved, one of `models.REMAT`.
         stream_weights: puts the layers' frozen weights into pinned host memory, as they are read,
             and lets them come in layer by layer (`models.streaming`). Decoders only.
+        mlp_tile: tokens that an MLP reads at once (`models.tile`); None for all. Decoders only.
         attention: implementation of attention; None asks for cuDNN where this process's default
             device is a CUDA card and the case allows it, else see `models.attention_for`, which is
             told:
@@ -109,12 +111,13 @@ def load_model(
         )
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
-    if stream_weights and family.build is not Decoder:
+    switches: dict[str, Any] = {"stream_weights": stream_weights, "mlp_tile": mlp_tile}
+    switches = {name: value for name, value in switches.items() if value}
+    if switches and family.build is not Decoder:
         raise ValueError(
-            f"stream_weights is set, but {checkpoint.source} is a {family.build.__name__}, and the "
-            "layers of a Decoder alone stream: leave it out."
+            f"{' and '.join(switches)} is set, but {checkpoint.source} is a "
+            f"{family.build.__name__}, and a Decoder alone has that switch: leave it out."
         )
-    streamed = {"stream_weights": True} if stream_weights else {}
     if attention is None:
         softcap = getattr(config, "attn_logit_softcapping", None)
         backend = jax.default_backend()
@@ -126,7 +129,7 @@ def load_model(
             softcap=softcap,
             bias=biased,
             packed=packed,
-            longest=longest if family.build is Decoder else None,
+            longest=longest,
         )
 
     def build(key: Key[Array, ""]) -> Any:
@@ -139,7 +142,7 @@ def load_model(
             attention=attention,
             matmul=matmul,
             rngs=nnx.Rngs(params=key),
-            **streamed,
+            **switches,
         )
 
     key = jax.random.key(seed)

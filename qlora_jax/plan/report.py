@@ -60,6 +60,7 @@ class Report:
             "attention": made.work.attention,
             "matmul": made.work.matmul,
             "remat": made.work.remat,
+            "mlp_tile": made.work.mlp_tile,
             "paged": made.work.train.paged,
             "unit": "bytes",
             "memory": made.memory,
@@ -203,9 +204,10 @@ def _title(item: Report) -> str:
     accumulation = work.train.gradient_accumulation_steps
     times = f"{accumulation} × " if accumulation > 1 else ""
     state = "paged AdamW" if work.train.paged else "AdamW"
+    tiled = f", MLP in tiles of {work.mlp_tile}" if work.mlp_tile else ""
     return (
         f"{item.name} on {made.card or 'this device'}: {base}, r={work.lora.r} "
         f"({jnp.dtype(work.lora.dtype).name}), {state}, batch {times}"
         f"{work.train.micro_batch_size} × {work.sequence}, remat {work.remat}, "
-        f"attention {work.attention}"
+        f"attention {work.attention}{tiled}"
     )
