@@ -63,7 +63,7 @@ def by_tile(
     tiles = jnp.moveaxis(padded.reshape(batch, pieces, width, embed), 1, 0)
     parts: tuple[Any, ...] = nnx.split(module, nnx.LoRAParam, ...)
     graphdef, trained, frozen = parts
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, trained)
+    # The values stay those of a narrower dtype; their gradients are summed as they are.
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -72,8 +72,7 @@ def by_tile(
             name: None if key is None else jax.random.fold_in(key, index)
             for name, key in dropout_keys.items()
         }
-        narrow = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), wide, dtypes)
-        return nnx.merge(graphdef, narrow, frozen)(part, dropout_keys=own)
+        return nnx.merge(graphdef, wide, frozen)(part, dropout_keys=own)
 
     def step(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
         return None, one(*given)
