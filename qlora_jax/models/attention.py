@@ -224,6 +224,15 @@ class Attention(nnx.Module):
         return query, key, value
 
 
+def capability_here() -> tuple[int, int] | None:
+    """The CUDA compute capability of this process's default device; None where it has none."""
+    told = getattr(jax.devices()[0], "compute_capability", None)
+    if not isinstance(told, str):
+        return None
+    major, minor = told.split(".")
+    return int(major), int(minor)
+
+
 def attention_for(
     platform: str,
     compute_dtype: Any,

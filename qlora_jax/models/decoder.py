@@ -49,6 +49,8 @@ class Decoder(nnx.Module):
         lora: adapters on the layers' linear weights; None for none.
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`.
+        embedding_bits: 8 or 4 keeps embedding and head packed (`Embedding`); None keeps them dense.
+            Learned positions stay dense.
         remat: one of `REMAT`: what the backward pass finds saved instead of recomputing it.
         stream_weights: the layers' frozen weights lie in pinned host memory and come in one layer
             at a time (`streaming.py`). `load_model` puts them there, `move_to_host` a model's.
@@ -69,6 +71,7 @@ class Decoder(nnx.Module):
         lora: LoraConfig | None = None,
         compute_dtype: Any = jnp.float32,
         param_dtype: Any = None,
+        embedding_bits: int | None = None,
         remat: str = "full",
         stream_weights: bool = False,
         mlp_tile: int | None = None,
@@ -85,18 +88,16 @@ class Decoder(nnx.Module):
         self.mlp_tile = mlp_tile
         self.attention = attention
         stored = param_dtype or compute_dtype
-        storage = Storage(quant, lora, compute_dtype, stored, matmul)
+        storage = Storage(quant, lora, compute_dtype, stored, matmul, embedding_bits)
         vocab, embed = config.vocab_size, config.hidden_size
         narrow = config.word_embed_proj_dim or embed
-        self.embed_tokens = Embedding(vocab, narrow, dtype=stored, rngs=rngs)
+        self.embed_tokens = storage.vocabulary(vocab, narrow, rngs)
         self.layers = stack_layers(
             lambda rngs: DecoderLayer(config, storage, rngs), config.num_hidden_layers, rngs
         )
         self.norm = nnx.data(norm_for(config, embed) if config.final_norm else None)
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Embedding(vocab, narrow, dtype=stored, rngs=rngs)
+            None if config.tie_word_embeddings else storage.vocabulary(vocab, narrow, rngs)
         )
         if config.rope is None:
             rows = config.max_position_embeddings + config.position_offset

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.cards import Card
-from qlora_jax.models import MLP_TILE
+from qlora_jax.models import MLP_TILE, DecoderConfig
 from qlora_jax.plan.memory import Plan, plan
 from qlora_jax.plan.workload import Workload
 
@@ -114,7 +114,7 @@ def _host_sums(work: Workload) -> Workload | None:
 
 def _tiled(work: Workload) -> Workload | None:
     tokens = work.train.micro_batch_size * work.sequence
-    if work.mlp_tile is not None or tokens <= MLP_TILE:
+    if work.mlp_tile is not None or tokens <= MLP_TILE or not _decoder(work):
         return None
     return dataclasses.replace(work, mlp_tile=MLP_TILE)
 
@@ -123,8 +123,25 @@ def _offloaded(work: Workload) -> Workload | None:
     return dataclasses.replace(work, remat="offload") if work.remat == "full" else None
 
 
+def _packed_vocabulary(bits: int) -> Callable[[Workload], Workload | None]:
+    def apply(work: Workload) -> Workload | None:
+        # A 16-bit base stays one: packing its vocabulary would be another experiment.
+        if work.quant is None or (work.embedding_bits or 16) <= bits:
+            return None
+        return dataclasses.replace(work, embedding_bits=bits)
+
+    return apply
+
+
 def _streamed(work: Workload) -> Workload | None:
-    return None if work.stream_weights else dataclasses.replace(work, stream_weights=True)
+    if work.stream_weights or not _decoder(work):
+        return None
+    return dataclasses.replace(work, stream_weights=True)
+
+
+def _decoder(work: Workload) -> bool:
+    """Whether the switches that a `Decoder` alone has apply."""
+    return isinstance(work.config, DecoderConfig)
 
 
 SWITCHES = (
@@ -155,8 +172,18 @@ SWITCHES = (
         "weights are decoded once a tile; LoRA dropout drops other units",
         _tiled,
     ),
+    Switch(
+        "embedding_bits: 8",
+        "perplexity, by less than a thousandth where it was measured (docs/memory_switches.md)",
+        _packed_vocabulary(8),
+    ),
     Switch("LoRA dtype: bfloat16", "adapters rounded to 8 bits of precision", _narrow_adapters),
     Switch("remat: offload", "each layer's input crosses PCIe twice per micro-batch", _offloaded),
+    Switch(
+        "embedding_bits: 4",
+        "perplexity, by PLACEHOLDER where it was measured (docs/memory_switches.md)",
+        _packed_vocabulary(4),
+    ),
     Switch(
         "stream_weights: true",
         "the base crosses PCIe twice per micro-batch: slow below some thousand tokens",
