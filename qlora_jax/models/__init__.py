@@ -24,6 +24,7 @@ from qlora_jax.models.loss import (
 from qlora_jax.models.remat import REMAT
 from qlora_jax.models.rope import RopeConfig
 from qlora_jax.models.seq2seq_loss import seq2seq_loss, shift_right
+from qlora_jax.models.tile import MLP_TILE
 from qlora_jax.models.tokens import (
     add_tokens,
     resize_token_embeddings,
@@ -36,6 +37,7 @@ from qlora_jax.models.unfreeze import unfreeze
 __all__ = [
     "FAMILIES",
     "LOSS_CHUNK",
+    "MLP_TILE",
     "REMAT",
     "AttentionName",
     "Cache",

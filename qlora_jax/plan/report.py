@@ -119,6 +119,7 @@ class Report:
             "attention": made.work.attention,
             "matmul": made.work.matmul,
             "remat": made.work.remat,
+            "mlp_tile": made.work.mlp_tile,
             "paged": made.work.train.paged,
             "unit": "bytes",
             "memory": made.memory,
@@ -303,9 +304,10 @@ def _title(item: Report) -> str:
     tokens = f"{work.sequence}"
     if work.target_length is not None:
         tokens += f" → {work.target_length}"
+    tiled = f", MLP in tiles of {work.mlp_tile}" if work.mlp_tile else ""
     return (
         f"{item.name} on {made.card or 'this device'}: {base}, r={work.lora.r} "
         f"({jnp.dtype(work.lora.dtype).name}), {state}, batch {times}"
         f"{work.train.micro_batch_size} × {tokens}, remat {work.remat}"
-        f"{', weights streamed' if work.stream_weights else ''}, attention {work.attention}"
+        f"{', weights streamed' if work.stream_weights else ''}, attention {work.attention}{tiled}"
     )
