@@ -31,6 +31,40 @@ def sources(jaxpr: jex_core.Jaxpr) -> list[frozenset[int]]:
     return [of(var) for var in jaxpr.outvars]
 
 
+def is_elementwise(jaxpr: jex_core.Jaxpr, watched: list[bool]) -> bool:
+    """Whether all that is computed from the watched inputs keeps their shape on the way.
+
+    A reduction does not, so this finds clipping by norms, trust ratios, factored moments. (What
+    mixes numbers of an array and keeps its shape, such as a cumulative sum, is not found.)
+    """
+    return _touched(jaxpr, watched) is not None
+
+
+def _touched(jaxpr: jex_core.Jaxpr, watched: list[bool]) -> list[bool] | None:
+    """Which outputs derive from watched inputs; None where a shape changes on the way."""
+    touched = {var for var, is_watched in zip(jaxpr.invars, watched, strict=True) if is_watched}
+
+    def is_touched(var: Any) -> bool:
+        return not isinstance(var, jex_core.Literal) and var in touched
+
+    for eqn in jaxpr.eqns:
+        into = [is_touched(var) for var in eqn.invars]
+        if not any(into):
+            continue
+        body = _called(eqn)
+        if body is None:
+            shapes = {var.aval.shape for var in eqn.invars if is_touched(var)}
+            if len(shapes | {var.aval.shape for var in eqn.outvars}) > 1:
+                return None
+            touched.update(eqn.outvars)
+        else:
+            inner = _touched(body.jaxpr, into)
+            if inner is None:
+                return None
+            touched.update(var for var, yes in zip(eqn.outvars, inner, strict=True) if yes)
+    return [is_touched(var) for var in jaxpr.outvars]
+
+
 class LazyOutputs:
     """A traced function whose outputs are computed one at a time, each equation at most once.
 

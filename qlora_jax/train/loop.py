@@ -187,6 +187,7 @@ class _Run:
             loss_fn,
             learning_rate=config.learning_rates(),
             host_gradients=config.host_gradients,
+            update_in_backward=config.update_in_backward,
             state=self.state,
             compiler_options=options,
         )
