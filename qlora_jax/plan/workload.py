@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 from qlora_jax.checkpoints.load import put
 from qlora_jax.data.batches import Batch
 from qlora_jax.evaluate import causal_lm_loss, split_adapters
-from qlora_jax.models import AttentionName, Decoder, DecoderConfig
+from qlora_jax.models import AttentionName, Decoder, DecoderConfig, is_stacked
 from qlora_jax.models.streaming import compiler_options, streams
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor
@@ -109,27 +109,32 @@ def training_step(work: Workload) -> Step:
     graphdef, lora, frozen = split_adapters(model_shapes(work))
     tx = work.train.optimizer()
     state = jax.eval_shape(lambda lora: init_state(lora, tx, seed=0), lora)
-    step = make_train_step(graphdef, tx, causal_lm_loss, host_gradients=work.train.host_gradients)
+    step = make_train_step(
+        graphdef,
+        tx,
+        causal_lm_loss,
+        host_gradients=work.train.host_gradients,
+        update_in_backward=work.train.update_in_backward,
+    )
     shape = (work.train.gradient_accumulation_steps, work.train.micro_batch_size, work.sequence)
     dtypes: tuple[Any, ...] = (jnp.int32, jnp.int32, jnp.bool_)
     batch = Batch(*(cast(Any, jax.ShapeDtypeStruct(shape, dtype)) for dtype in dtypes))
     micro = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
     saved = _saved_bytes(graphdef, lora, frozen, micro)
     program = Program(step, (state, frozen, batch))
+    if work.stream_weights or work.train.update_in_backward:
+        program = program._replace(kinds=_kinds(work, state, frozen))
     if work.stream_weights:
-        program = program._replace(
-            kinds=_streamed_kinds(work, state, frozen),
-            options=tuple(compiler_options("gpu").items()),
-        )
+        program = program._replace(options=tuple(compiler_options("gpu").items()))
     return Step(program, lora, frozen, state.opt_state, saved)
 
 
-def _streamed_kinds(work: Workload, state: Any, frozen: PyTree) -> tuple[Any, Any]:
-    """Memory kinds of a step's arguments and results where weights stream."""
+def _kinds(work: Workload, state: Any, frozen: PyTree) -> tuple[Any, Any]:
+    """Memory kinds of a step's arguments and results."""
 
     def weight(path: tuple, leaf: Any) -> str:
-        layers = "'layers'" in jax.tree_util.keystr(path)
-        return "pinned_host" if layers and streams(leaf) else "device"
+        streamed = work.stream_weights and is_stacked(path) and streams(leaf)
+        return "pinned_host" if streamed else "device"
 
     def moment(leaf: Any) -> str:
         paged = work.train.paged and leaf.size >= work.train.page_min_size
