@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 _DEVICE = jax.memory.Space.Device
 
@@ -49,17 +49,20 @@ class Learner:
     """A trained parameter of stacked layers, and what its update needs.
 
     Attributes:
-        value: the parameter.
-        state: the optimizer's state that belongs to it, of its shape; in any memory.
-        squares: zero before a step; after it, the sum of squares of the parameter's gradient.
-        shared: what is the same for all layers: step counts, the number of tokens.
+        value: the parameter, [layers, ...].
+        state: a tuple of the optimizer's state arrays that belong to it, each of its shape, in any
+            memory.
+        squares: a float32 scalar, zero before a step; after it, the sum of squares of the
+            parameter's gradient.
+        shared: a tuple of what is the same for all layers: step counts, the number of tokens.
         rule: the update.
     """
 
-    value: Float[Array, "layers ..."]
-    state: tuple[Float[Array, "layers ..."], ...]
-    squares: Float[Array, ""]
-    shared: tuple[Array, ...]
+    # Any, since JAX's transformations put markers and None in the place of arrays.
+    value: Any
+    state: Any
+    squares: Any
+    shared: Any
     rule: Rule = dataclasses.field(metadata={"static": True})
 
     def at(self, index: Int[Array, ""]) -> Array:

@@ -45,7 +45,12 @@ def measure(work: Workload, *, steps: int = 4) -> Measured:
     tx = work.train.optimizer()
     state = init_state(lora, tx, seed=0)
     step = make_train_step(
-        graphdef, tx, causal_lm_loss, host_gradients=work.train.host_gradients, state=state
+        graphdef,
+        tx,
+        causal_lm_loss,
+        host_gradients=work.train.host_gradients,
+        update_in_backward=work.train.update_in_backward,
+        state=state,
     )
     batch = jax.device_put(random_batch(work))
     losses, times = [], []

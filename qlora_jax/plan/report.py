@@ -61,6 +61,7 @@ class Report:
             "matmul": made.work.matmul,
             "remat": made.work.remat,
             "paged": made.work.train.paged,
+            "update_in_backward": made.work.train.update_in_backward,
             "unit": "bytes",
             "memory": made.memory,
             "usable": made.usable,
@@ -203,6 +204,8 @@ def _title(item: Report) -> str:
     accumulation = work.train.gradient_accumulation_steps
     times = f"{accumulation} × " if accumulation > 1 else ""
     state = "paged AdamW" if work.train.paged else "AdamW"
+    if work.train.update_in_backward:
+        state += " in the backward pass"
     return (
         f"{item.name} on {made.card or 'this device'}: {base}, r={work.lora.r} "
         f"({jnp.dtype(work.lora.dtype).name}), {state}, batch {times}"
