@@ -5,6 +5,7 @@ uses it twice: to make sure that no parameter's update looks at another paramete
 the update of one parameter at a time with exactly the equations of the whole.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +30,55 @@ def sources(jaxpr: jex_core.Jaxpr) -> list[frozenset[int]]:
             ]
         reach.update(zip(eqn.outvars, outs, strict=True))
     return [of(var) for var in jaxpr.outvars]
+
+
+def split_early(
+    traced: jex_core.ClosedJaxpr, early: list[bool]
+) -> tuple[Callable[[list[Any]], list[Any]], Callable[[list[Any], list[Any]], list[Any]]]:
+    """A traced function in two: what its early inputs decide alone, and the rest.
+
+    Args:
+        traced: the function.
+        early: of each input, whether it is known early.
+
+    Returns:
+        (before, after), where `after(before(early inputs), late inputs)` is what `traced` returns.
+    """
+    jaxpr = traced.jaxpr
+    consts = dict(zip(jaxpr.constvars, traced.consts, strict=True))
+    first = [var for var, yes in zip(jaxpr.invars, early, strict=True) if yes]
+    last = [var for var, yes in zip(jaxpr.invars, early, strict=True) if not yes]
+    known: set[Any] = {*consts, *first}
+    sooner, later = [], []
+    for eqn in jaxpr.eqns:
+        if all(isinstance(var, jex_core.Literal) or var in known for var in eqn.invars):
+            known.update(eqn.outvars)
+            sooner.append(eqn)
+        else:
+            later.append(eqn)
+    read = [var for eqn in later for var in eqn.invars] + list(jaxpr.outvars)
+    kept = [
+        var for var in dict.fromkeys(v for v in read if not isinstance(v, jex_core.Literal))
+        if var in known and var not in consts
+    ]
+
+    def run(eqns: list[Any], values: dict[Any, Any], wanted: list[Any]) -> list[Any]:
+        def value(var: Any) -> Any:
+            return var.val if isinstance(var, jex_core.Literal) else values[var]
+
+        for eqn in eqns:
+            outs = _evaluate(eqn, [value(var) for var in eqn.invars])
+            values.update(zip(eqn.outvars, outs, strict=True))
+        return [value(var) for var in wanted]
+
+    def before(given: list[Any]) -> list[Any]:
+        return run(sooner, consts | dict(zip(first, given, strict=True)), kept)
+
+    def after(decided: list[Any], given: list[Any]) -> list[Any]:
+        values = consts | dict(zip(kept, decided, strict=True))
+        return run(later, values | dict(zip(last, given, strict=True)), list(jaxpr.outvars))
+
+    return before, after
 
 
 def is_elementwise(jaxpr: jex_core.Jaxpr, watched: list[bool]) -> bool:

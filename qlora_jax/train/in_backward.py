@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from qlora_jax.models import is_stacked
 from qlora_jax.optim import Learner, Rule
-from qlora_jax.optim.dataflow import LazyOutputs, is_elementwise, sources
+from qlora_jax.optim.dataflow import LazyOutputs, is_elementwise, sources, split_early
 from qlora_jax.optim.per_parameter import by_path, only, owners, shapes
 from qlora_jax.train.accumulate import mean_gradient
 
@@ -73,15 +73,16 @@ def update_in_backward(
         )
     parts = _Parts(tx, params, opt_state)
     parts.refuse_unfit(inside)
-    shared = (tokens, *parts.state_of(None))
-    rules = {index: Rule(parts.rule(index)) for index in inside}
+    shared, rules = {}, {}
+    for index in inside:
+        shared[index], rules[index] = parts.learner(index, tokens)
 
     def total(learning: dict[int, tuple[Any, ...]], others: list[Array]) -> Float[Array, ""]:
         given: list[Any] = list(leaves)
         for index, leaf in zip(outside, others, strict=True):
             given[index] = leaf
         for index, part in learning.items():
-            given[index] = Learner(*part, shared, rules[index])
+            given[index] = Learner(*part, shared[index], rules[index])
         return loss(jax.tree.unflatten(treedef, given))
 
     learning = {i: (leaves[i], parts.resting_state_of(i), jnp.zeros(())) for i in inside}
@@ -200,24 +201,39 @@ class _Parts:
         mine = [self.owner[path] is not None for path, _ in by_path(state)]
         return is_elementwise(traced.jaxpr, [True, *mine, True])
 
-    def rule(self, index: int) -> Any:
-        """`optim.learner.Update` of one parameter: `tx`'s own, for a slice of that one alone."""
+    def learner(self, index: int, tokens: Int[Array, ""]) -> tuple[tuple[Array, ...], Rule]:
+        """(shared values, rule) of one parameter's `Learner`.
+
+        The rule is `tx`'s own update, given a layer's slice of this parameter alone. What it
+        computes from step counts and the number of tokens, such as Adam's bias corrections, is the
+        same for all layers and is computed here, before the pass.
+        """
         mine, common = self.paths_of(index), self.paths_of(None)
 
-        def update(
-            gradient: Array, value: Array, state: tuple[Array, ...], shared: tuple[Array, ...]
-        ) -> tuple[Array, tuple[Array, ...], Array]:
+        def update(gradient: Array, value: Array, state: Any, shared: Any) -> Any:
             tokens, *counters = shared
             mean = mean_gradient(gradient, tokens, value.dtype)
             held = dict(zip(mine, state, strict=True)) | dict(zip(common, counters, strict=True))
             new, after = self.updated([index], [mean], [value], held)
-            return (
-                new[index],
-                tuple(after[path] for path in mine),
-                jnp.sum(jnp.square(mean.astype(jnp.float32))),
-            )
+            squares = jnp.sum(jnp.square(mean.astype(jnp.float32)))
+            return new[index], tuple(after[path] for path in mine), squares
 
-        return update
+        def slice_of(stack: Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
+
+        value = slice_of(jax.tree.leaves(self.params)[index])
+        state = tuple(slice_of(stack) for stack in self.state_of(index))
+        shared = (tokens, *self.state_of(None))
+        traced, out = jax.make_jaxpr(update, return_shape=True)(
+            value, value, state, shapes(shared)
+        )
+        before, after = split_early(traced, [False] * (2 + len(state)) + [True] * len(shared))
+
+        def rest(gradient: Array, value: Array, state: Any, shared: Any) -> Any:
+            found = after(list(shared), [gradient, value, *state])
+            return jax.tree.unflatten(jax.tree.structure(out), found)
+
+        return tuple(before(list(shared))), Rule(rest)
 
     def updated(
         self,
