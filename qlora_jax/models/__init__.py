@@ -22,9 +22,9 @@ from qlora_jax.models.loss import (
     next_tokens,
 )
 from qlora_jax.models.remat import REMAT, check_remat
-from qlora_jax.models.stack import is_stacked
 from qlora_jax.models.rope import RopeConfig
 from qlora_jax.models.seq2seq_loss import seq2seq_loss, shift_right
+from qlora_jax.models.stack import is_stacked
 from qlora_jax.models.tokens import (
     add_tokens,
     resize_token_embeddings,

@@ -80,7 +80,7 @@ def is_stacked(path: tuple) -> bool:
     Args:
         path: of `jax.tree_util.tree_flatten_with_path`. Every model calls its stack `layers`.
     """
-    return any("layers" == getattr(key, "key", getattr(key, "name", None)) for key in path)
+    return any(getattr(key, "key", getattr(key, "name", None)) == "layers" for key in path)
 
 
 def scan_layers(

@@ -58,7 +58,8 @@ def split_early(
             later.append(eqn)
     read = [var for eqn in later for var in eqn.invars] + list(jaxpr.outvars)
     kept = [
-        var for var in dict.fromkeys(v for v in read if not isinstance(v, jex_core.Literal))
+        var
+        for var in dict.fromkeys(v for v in read if not isinstance(v, jex_core.Literal))
         if var in known and var not in consts
     ]
 

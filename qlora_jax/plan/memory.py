@@ -2,9 +2,10 @@
 
 The totals are XLA's own: arguments, outputs and temporaries of the compiled step. They are split
 by what JAX knows of the program: the arguments by which part of the training state they are, the
-temporaries into gradients (one array for each trained parameter, or one layer's where they
-are updated in the backward pass; float32 sums beside them where micro-batches accumulate), activations (what the forward pass saves for the backward pass)
-and the rest, which is what a layer needs while it runs. The split always adds up to XLA's total.
+temporaries into gradients (one array for each trained parameter, or one layer's where layers are
+updated in the backward pass; float32 sums beside them where micro-batches accumulate), activations
+(what the forward pass saves for the backward pass) and the rest, which is what a layer needs while
+it runs. The split always adds up to XLA's total.
 """
 
 import dataclasses
@@ -150,7 +151,7 @@ def _head(work: Workload) -> int:
 
 
 def _gradients(work: Workload, lora: PyTree) -> int:
-    """Bytes of the gradients that are there at once: all, or one layer's and what is in no layer."""
+    """Bytes of the gradients that are there at once: of all layers, or of one."""
     if not work.train.update_in_backward:
         return tree_bytes(lora)
     leaves = jax.tree_util.tree_flatten_with_path(lora)[0]

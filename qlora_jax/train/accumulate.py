@@ -65,7 +65,10 @@ def accumulated(
     start = (jnp.float32(0), jnp.int32(0), zeros)
     (total, tokens, sums), _ = jax.lax.scan(add, start, (jnp.arange(count), batch))
     means = _in_turn(
-        lambda i, acc: mean_gradient(acc, tokens, parameters[i].dtype), sums, moves, return_to_host=False
+        lambda i, acc: mean_gradient(acc, tokens, parameters[i].dtype),
+        sums,
+        moves,
+        return_to_host=False,
     )
     return total, tokens, jax.tree.unflatten(treedef, means)
 

@@ -96,9 +96,7 @@ def update_in_backward(
             f"the given one runs some {max(r for r, _ in runs)} times or without a gradient: "
             f"leave {NAME} out for this loss."
         )
-    means = [
-        mean_gradient(g, tokens, leaves[i].dtype) for i, g in zip(outside, grads, strict=True)
-    ]
+    means = [mean_gradient(g, tokens, leaves[i].dtype) for i, g in zip(outside, grads, strict=True)]
     new, state = parts.updated(outside, means, [leaves[index] for index in outside])
     for index, (value, held, _) in learned.items():
         new[index] = value
@@ -224,9 +222,7 @@ class _Parts:
         value = slice_of(jax.tree.leaves(self.params)[index])
         state = tuple(slice_of(stack) for stack in self.state_of(index))
         shared = (tokens, *self.state_of(None))
-        traced, out = jax.make_jaxpr(update, return_shape=True)(
-            value, value, state, shapes(shared)
-        )
+        traced, out = jax.make_jaxpr(update, return_shape=True)(value, value, state, shapes(shared))
         before, after = split_early(traced, [False] * (2 + len(state)) + [True] * len(shared))
 
         def rest(gradient: Array, value: Array, state: Any, shared: Any) -> Any:
