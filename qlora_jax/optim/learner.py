@@ -73,11 +73,12 @@ class Learner:
         """The learner after the update of one layer, in place where XLA can."""
         self.rule.updates += 1
         old = tuple(jax.device_put(_at(stack, index), _DEVICE) for stack in self.state)
-        value, state, squares = self.rule.update(gradient, self.at(index), old, self.shared)
+        value, new, squares = self.rule.update(gradient, self.at(index), old, self.shared)
+        state = zip(self.state, new, strict=True)
         return dataclasses.replace(
             self,
             value=_put(self.value, value, index),
-            state=tuple(_put(stack, new, index) for stack, new in zip(self.state, state)),
+            state=tuple(_put(stack, layer, index) for stack, layer in state),
             squares=self.squares + squares,
         )
 
