@@ -24,12 +24,13 @@ from experiments.config import RunConfig
 from experiments.embedded import DATASETS, MODELS
 from experiments.estimate import flops_per_token, hours, memory
 from experiments.presets import SHAPES
+from experiments.room import workload
 from experiments.rows import context_length, examples_of, model_config
 from experiments.run import is_finished
 from pallas_kernels.cards import Card
 from qlora_jax.data import INSTRUCT, Pairs
 from qlora_jax.models import DecoderConfig
-from qlora_jax.plan import USABLE, Workload, find_config, plan
+from qlora_jax.plan import USABLE, find_config, plan
 
 CARDS = ("rtx-4090", "a6000", "a100-80", "h100")
 
@@ -95,7 +96,10 @@ def _shape(run: RunConfig, folder: Path | None) -> DecoderConfig | None:
     if folder is not None and (folder / "config.json").is_file():
         config = model_config(folder)
         return config if isinstance(config, DecoderConfig) else None
-    return find_config(SHAPES[run.model.source]) if run.model.source in SHAPES else None
+    if run.model.source not in SHAPES:
+        return None
+    known = find_config(SHAPES[run.model.source])
+    return known if isinstance(known, DecoderConfig) else None
 
 
 def _lengths(run: RunConfig, folder: Path | None) -> tuple[int | None, float | None, int | None]:
@@ -115,16 +119,7 @@ def _lengths(run: RunConfig, folder: Path | None) -> tuple[int | None, float | N
 
 
 def _compiled(run: RunConfig, config: DecoderConfig, length: int, card: Card) -> tuple[int, int]:
-    work = Workload(
-        config,
-        sequence=length,
-        train=run.train,
-        lora=run.lora,
-        quant=run.quant,
-        compute_dtype=run.model.compute_dtype,
-        remat=run.model.remat,
-    )
-    found = plan(work, card)
+    found = plan(workload(run, config, length), card)
     return found.device.total, found.host
 
 

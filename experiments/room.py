@@ -1,24 +1,81 @@
-"""Is there room for the run? Asked before any weight is loaded (`qlora_jax.plan.check_fits`)."""
+"""Is there room for the run? Asked before any weight is loaded (`qlora_jax.plan.check_fits`).
+
+What is planned is the run's own step: its TrainConfig, its adapters, its way of storing, attending
+and recomputing, and the longest rows that its data will be batched to.
+"""
 
 import os
 from pathlib import Path
 
-from experiments.config import RunConfig
-from qlora_jax.data import length_buckets
-from qlora_jax.models import DecoderConfig
+from experiments.config import DataConfig, RunConfig
+from qlora_jax.data import Examples, Pairs, length_buckets
+from qlora_jax.models import DecoderConfig, EncoderDecoderConfig
 from qlora_jax.plan import Workload, check_fits, find_config
 
 OVERRIDE = "QLORA_JAX_NO_MEMORY_CHECK"
 """Environment variable; set to anything, a run that does not fit is tried all the same."""
 
 
-def check_room(run: RunConfig, folder: Path, longest: int, *, memory: int | None = None) -> None:
+def row_lengths(data: DataConfig, examples: Examples | Pairs) -> tuple[int, int | None]:
+    """Tokens of the longest row that training reads, padding included, and of its target where
+    source and target are two rows (an encoder–decoder's)."""
+    if isinstance(examples, Pairs):
+        source = max(len(pair.source) for pair in examples)
+        target = max(len(pair.target) for pair in examples)
+        # As `Seq2SeqBatches` chooses them.
+        longest = length_buckets(target, smallest=32)[-1]
+        return max(data.buckets or length_buckets(source)), longest
+    longest = int(examples.lengths.max())
+    if data.packing:
+        return data.packed_length or -(-longest // 64) * 64, None
+    return max(data.buckets or length_buckets(longest)), None
+
+
+def workload(
+    run: RunConfig,
+    config: DecoderConfig | EncoderDecoderConfig,
+    sequence: int,
+    target: int | None = None,
+) -> Workload:
+    """The run's training step, for `qlora_jax.plan`.
+
+    Args:
+        run: what is to be trained.
+        config: the shape of its base model.
+        sequence, target: of the longest rows, as `row_lengths` gives them.
+    """
+    return Workload(
+        config,
+        sequence=sequence,
+        target=target,
+        train=run.train,
+        lora=run.lora,
+        quant=run.quant,
+        compute_dtype=run.model.compute_dtype,
+        param_dtype=run.model.param_dtype,
+        embedding_bits=run.model.embedding_bits,
+        remat=run.model.remat,
+        stream_weights=run.model.stream_weights,
+        attention=run.model.attention,
+        packed=run.data.packing,
+        loss_chunk=run.model.loss_chunk,
+    )
+
+
+def check_room(
+    run: RunConfig,
+    folder: Path,
+    sequence: int,
+    target: int | None = None,
+    *,
+    memory: int | None = None,
+) -> None:
     """Raise where the device's memory is known and the run's longest step does not fit it.
 
     Args:
         run: what is to be trained.
         folder: its base model.
-        longest: tokens of the longest example.
+        sequence, target: of the longest rows, as `row_lengths` gives them.
         memory: bytes; None asks the device (a CPU does not tell, and nothing is checked).
 
     Raises:
@@ -26,19 +83,7 @@ def check_room(run: RunConfig, folder: Path, longest: int, *, memory: int | None
     """
     if os.environ.get(OVERRIDE):
         return
-    config = find_config(folder)
-    if not isinstance(config, DecoderConfig):
-        return
-    work = Workload(
-        config,
-        sequence=max(run.data.buckets or length_buckets(longest)),
-        train=run.train,
-        lora=run.lora,
-        quant=run.quant,
-        compute_dtype=run.model.compute_dtype,
-        remat=run.model.remat,
-    )
     try:
-        check_fits(work, memory=memory)
+        check_fits(workload(run, find_config(folder), sequence, target), memory=memory)
     except ValueError as error:
         raise ValueError(f"{error} ({OVERRIDE}=1 in the environment.)") from error

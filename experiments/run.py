@@ -29,11 +29,11 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from experiments.config import DataConfig, RunConfig, build_run
+from experiments.config import RunConfig, build_run
 from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
-from experiments.room import check_room
+from experiments.room import check_room, row_lengths
 from experiments.rows import context_length, examples_of, model_config
 from experiments.tree import differences, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
@@ -167,8 +167,8 @@ def execute(
     """
     began = time.perf_counter()
     checked = check(run)
-    if isinstance(checked.train, Examples):
-        check_room(run, checked.folder, int(checked.train.lengths.max()))
+    length, target = row_lengths(run.data, checked.train)
+    check_room(run, checked.folder, length, target)
     train = run.train
     # Read by the examination alone, which `check` refused where there is no limit.
     context = context_length(checked.folder) or 0
@@ -180,11 +180,12 @@ def execute(
         lora=run.lora,
         compute_dtype=dtype,
         param_dtype=param_dtype,
+        embedding_bits=run.model.embedding_bits,
         remat=run.model.remat,
         stream_weights=run.model.stream_weights,
         attention=run.model.attention,
         packed=run.data.packing,
-        longest=_row_length(run.data, checked.train),
+        longest=length,
         seed=train.seed,
     )
 
@@ -204,8 +205,7 @@ def execute(
 
     def training_batches() -> Batches | PackedBatches | Seq2SeqBatches:
         accumulation = train.gradient_accumulation_steps
-        length = _row_length(run.data, checked.train)
-        if not run.data.packing or length is None:
+        if not run.data.packing or isinstance(checked.train, Pairs):
             grouped = run.data.group_by_length
             return batches(checked.train, group_by_length=grouped, accumulation=accumulation)
         return PackedBatches(
@@ -239,14 +239,6 @@ def execute(
     }
     write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
     return result
-
-
-def _row_length(data: DataConfig, examples: Examples | Pairs) -> int | None:
-    """Tokens of the longest row of a batch, padded or packed; None of an encoder–decoder's."""
-    if isinstance(examples, Pairs):
-        return None
-    longest = -(-int(examples.lengths.max()) // 64) * 64
-    return (data.packed_length or longest) if data.packing else longest
 
 
 def identity(run: RunConfig) -> dict[str, Any]:

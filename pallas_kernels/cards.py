@@ -10,9 +10,11 @@ measurement (benchmarks/gpu_kernels.py) takes its ceilings from the card itself.
 
 Sources. Processor counts, clocks, shared memory, L2 and memory sizes of A100, A6000, H100, H200,
 B200: the device descriptions published with XLA (xla/backends/gpu/target_config/specs). T4, RTX
-3090: CUDA's deviceQuery. L40, RTX 4090: shared/facts/jax.md. RTX 5090: NVIDIA's Blackwell
-whitepaper; its memory as PyTorch reports it (31.36 GiB). Tensor-core rates: NVIDIA's datasheets
-and whitepapers, dense, with float32 accumulation.
+3090: CUDA's deviceQuery. RTX 3060 (12 GB): clock and bandwidth from memory of NVIDIA's product
+page; its memory as PyTorch reports it (11.75 GiB), its tensor cores by the RTX 3090's rate per
+processor and clock. L40, RTX 4090: shared/facts/jax.md. RTX 5090: NVIDIA's Blackwell whitepaper;
+its memory as PyTorch reports it (31.36 GiB). Tensor-core rates: NVIDIA's datasheets and
+whitepapers, dense, with float32 accumulation.
 """
 
 import dataclasses
@@ -182,6 +184,18 @@ _TABLE = (
         memory=51_041_271_808,
         l2=100_663_296,
         matmul_flops=181.05e12,
+    ),
+    Card(
+        name="rtx-3060",
+        description="NVIDIA GeForce RTX 3060",
+        pallas_kind="NVIDIA A10",
+        compute_capability=(8, 6),
+        cores=28,
+        clock_ghz=1.777,
+        bandwidth=360_000_000_000,
+        memory=12_616_466_432,
+        l2=3_145_728,
+        matmul_flops=25.5e12,
     ),
     Card(
         name="rtx-3090",

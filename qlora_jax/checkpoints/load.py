@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +30,19 @@ from qlora_jax.checkpoints.open import open_checkpoint
 from qlora_jax.models import (
     AttentionName,
     Decoder,
+    EncoderClassifier,
     Family,
     Slot,
     attention_for,
+    capability_here,
     family_of,
     module_names,
     streaming,
     unfreeze,
 )
+from qlora_jax.models.embedding import Embedding
 from qlora_jax.nn import LoraConfig, add_lora, start_from_weight
-from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
+from qlora_jax.quant import QuantConfig, QuantizedTensor, put_rows, quantize, rows_at_once
 
 
 def load_model(
@@ -49,6 +52,7 @@ def load_model(
     lora: LoraConfig | None = LoraConfig(),
     compute_dtype: Any = jnp.bfloat16,
     param_dtype: Any = None,
+    embedding_bits: int | None = None,
     trainable_base: bool = False,
     remat: str = "full",
     stream_weights: bool = False,
@@ -64,13 +68,15 @@ def load_model(
 
     Args:
         source: a path that `open_checkpoint` takes, or what it gave. 4-bit weights are taken over
-            byte for byte.
+            byte for byte, and what such a checkpoint holds dense stays dense.
         quant: how the layers' linear weights are stored; None keeps them dense. Of a checkpoint
             in 4 bits it has to be what that holds.
         lora: adapters on them, as new; None for none.
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`, or
             float32 for a trainable base.
+        embedding_bits: 8 or 4 keeps embedding and head packed, quantized from the checkpoint's
+            numbers a piece of their rows at a time; None keeps them dense. Not of classifiers.
         trainable_base: trains the dense base weights too (see `models.unfreeze`).
         remat: what the backward pass finds saved, one of `models.REMAT`.
         stream_weights: puts the layers' frozen weights into pinned host memory, as they are read,
@@ -97,6 +103,11 @@ def load_model(
             f"trainable_base is set together with quant={quant}, but codes cannot be trained: give "
             "quant=None."
         )
+    if trainable_base and embedding_bits is not None:
+        raise ValueError(
+            f"trainable_base is set together with embedding_bits={embedding_bits}, but codes "
+            "cannot be trained: leave embedding_bits out."
+        )
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     family = family_of(checkpoint.config)
     config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
@@ -114,7 +125,14 @@ def load_model(
             f"stream_weights is set, but {checkpoint.source} is a {family.build.__name__}, and the "
             "layers of a Decoder alone stream: leave it out."
         )
-    streamed = {"stream_weights": True} if stream_weights else {}
+    if embedding_bits is not None and family.build is EncoderClassifier:
+        raise ValueError(
+            f"embedding_bits is {embedding_bits}, but {checkpoint.source} is an EncoderClassifier, "
+            "which has no head over the vocabulary and keeps its embedding dense: leave it out."
+        )
+    own: dict[str, Any] = {"stream_weights": True} if stream_weights else {}
+    if embedding_bits is not None:
+        own["embedding_bits"] = embedding_bits
     if attention is None:
         softcap = getattr(config, "attn_logit_softcapping", None)
         backend = jax.default_backend()
@@ -127,6 +145,7 @@ def load_model(
             bias=biased,
             packed=packed,
             longest=longest if family.build is Decoder else None,
+            compute_capability=capability_here(),
         )
 
     def build(key: Key[Array, ""]) -> Any:
@@ -139,11 +158,12 @@ def load_model(
             attention=attention,
             matmul=matmul,
             rngs=nnx.Rngs(params=key),
-            **streamed,
+            **own,
         )
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
+    _keep_dense(model, checkpoint, family.weight_names(config), param_dtype)
     if stream_weights:
         streaming.check_host_memory_limit(streaming.host_bytes(model.layers), jax.default_backend())
     slots = _matching(checkpoint, family, model)
@@ -153,8 +173,8 @@ def load_model(
         trained = jax.jit(lambda key: nnx.state(build(key), nnx.LoRAParam))
         nnx.update(model, trained(key))
     starts: dict[str, tuple[Array, Array]] = {}
-    prepare = _preparation(lora, quant, starts)
     quantized_here = None if stored is not None else quant
+    prepare = _preparation(lora, quantized_here, starts)
     _fill(model, checkpoint, slots, quantized_here, prepare, progress, stream_weights)
     if lora is not None:
         # Adapters come last: some are made from the weights.
@@ -192,7 +212,49 @@ def _abstract(checkpoint: Checkpoint, quant: QuantConfig | None) -> tuple[Family
     """The checkpoint's family, and its model in shapes alone."""
     family = family_of(checkpoint.config)
     config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
-    return family, nnx.eval_shape(lambda: family.build(config, quant=quant, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: family.build(config, quant=quant, rngs=nnx.Rngs(0)))
+    _keep_dense(model, checkpoint, family.weight_names(config), jnp.float32)
+    return family, model
+
+
+def _keep_dense(
+    model: nnx.Module, checkpoint: Checkpoint, names: Mapping[str, Slot], dtype: Any
+) -> None:
+    """Makes room for dense numbers where a checkpoint in 4 bits holds dense ones, in place.
+
+    transformers leaves some linear layers out (`llm_int8_skip_modules`, T5's `wo`). What the
+    checkpoint holds decides, as config.json does not say all of it.
+
+    Args:
+        model: abstract, with every linear layer of its stacks quantized.
+        checkpoint: what will be read; nothing changes if it is not in 4 bits.
+        names: of the model's tensors.
+        dtype: of dense weights.
+
+    Raises:
+        ValueError: only some layers of a stack are dense.
+    """
+    if checkpoint.quant is None:
+        return
+    dense: dict[tuple[str, ...], str] = {}
+    packed: dict[tuple[str, ...], str] = {}
+    for name, slot in names.items():
+        info = checkpoint.tensors.get(name)
+        # Codes that have lost their quant_state are refused where all tensors are.
+        if info is not None and (info.quant is not None or info.dtype in DTYPES):
+            (packed if info.quant else dense)[slot.path] = name
+    for path, name in dense.items():
+        variable = node_at(model, path)
+        value = variable.get_value()
+        if not isinstance(value, QuantizedTensor):
+            continue
+        if path in packed:
+            raise ValueError(
+                f"{checkpoint.source}: {name!r} is dense, but {packed[path]!r} is in 4 bits, and "
+                "the layers of a stack are stored alike here: quantize the 16-bit checkpoint "
+                "instead."
+            )
+        variable.set_value(jax.ShapeDtypeStruct((*value.stack_shape, *value.shape), dtype))
 
 
 def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Slot]:
@@ -224,18 +286,19 @@ def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, S
         value = node_at(model, names[name].path).get_value()
         info = tensors[name]
         quantized = isinstance(value, QuantizedTensor)
-        if quantized and checkpoint.quant is not None:
-            if info.quant is None:
-                raise ValueError(
-                    f"{source}: {name!r} has no quant_state, but config.json says that the layers "
-                    "are quantized in 4 bits: fetch the whole checkpoint again."
-                )
-            if info.quant != checkpoint.quant:
-                raise ValueError(
-                    f"{source}: {name!r} is stored as {info.quant}, but other weights as "
-                    f"{checkpoint.quant}: quantize the 16-bit checkpoint instead."
-                )
-        elif info.dtype not in DTYPES:
+        if info.quant is not None and info.quant != checkpoint.quant:
+            raise ValueError(
+                f"{source}: {name!r} is stored as {info.quant}, but other weights as "
+                f"{checkpoint.quant}: quantize the 16-bit checkpoint instead."
+            )
+        # Files keep the vocabulary dense, whatever becomes of it here.
+        packed = quantized and not is_vocabulary(model, names[name])
+        if packed and checkpoint.quant is not None and info.quant is None:
+            raise ValueError(
+                f"{source}: {name!r} has no quant_state, but other weights are quantized in 4 "
+                "bits: fetch the whole checkpoint again."
+            )
+        if info.dtype not in DTYPES:
             raise ValueError(
                 f"{source}: tensor {name!r} is stored as {info.dtype}, but weights of "
                 f"{', '.join(DTYPES)} are read: take a 16- or 32-bit checkpoint."
@@ -248,6 +311,11 @@ def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, S
                 f"for {list(expected)}: check that both are of one checkpoint."
             )
     return {name: names[name] for name in read}
+
+
+def is_vocabulary(model: nnx.Module, slot: Slot) -> bool:
+    """Whether a tensor is an embedding or a head: rows for ids."""
+    return isinstance(node_at(model, slot.path[:-1]), Embedding)
 
 
 def node_at(model: nnx.Module, path: tuple[str, ...]) -> Any:
@@ -291,6 +359,12 @@ def _fill(
             if path not in filled:
                 hosted = stream_weights and bool(slot.stack_index)
                 filled[path] = jax.tree.map(functools.partial(_empty, hosted=hosted), struct)
+            if isinstance(struct, QuantizedTensor) and is_vocabulary(model, slot):
+                filled[path] = _put_vocabulary(
+                    filled[path], cast(np.ndarray, checkpoint.read(name))
+                )
+                bar.advance(task, sizes[name])
+                continue
             # The tensor has no name here: it would outlive its turn and lie beside the next one.
             filled[path] = put(
                 filled[path],
@@ -333,6 +407,25 @@ def _empty(leaf: Any, *, hosted: bool) -> Array:
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
+def _put_vocabulary(codes: QuantizedTensor, matrix: np.ndarray) -> QuantizedTensor:
+    """The packed matrix, which is used up, filled from a dense one on the host, a piece of its rows
+    on the device at a time."""
+    config = QuantConfig(codes.quant_type, codes.blocksize, codes.double_quant)
+    size = rows_at_once(codes.shape[1])
+    for start in range(0, codes.shape[0], size):
+        piece = jnp.asarray(matrix[start : start + size])
+        codes = put_piece(codes, quantize(piece, config), jnp.int32(start))
+        jax.block_until_ready(codes)
+    return codes
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put_piece(codes: QuantizedTensor, rows: QuantizedTensor, start: Array) -> QuantizedTensor:
+    """The packed matrix, which is used up, with rows from `start` on in their place."""
+    # The tree's static part is the matrix's: its dtype is what the model computes in.
+    return put_rows(codes, start + jnp.arange(rows.shape[0]), rows)
+
+
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
 def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
     """The stack, which is used up, with one tensor in its place.
@@ -340,13 +433,17 @@ def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | 
     Args:
         stack: arrays, or a `QuantizedTensor`, with leading axes for layers (and experts); in
             device memory, or in pinned host memory, where they are updated in place too.
-        tensor: one of them, from a file: dense, or packed like the stack.
+        tensor: one of them, from a file: dense, or packed. What the file packs and the model does
+            not (a router, a classifier's head) is dequantized.
         index: where, along the leading axes.
         quant: how a dense tensor is quantized, from the file's own numbers; None where it is not.
     """
     packed = isinstance(tensor, QuantizedTensor)
-    if isinstance(stack, QuantizedTensor) and not packed and quant is not None:
-        tensor = quantize(tensor, quant)
+    if isinstance(stack, QuantizedTensor):
+        if not packed and quant is not None:
+            tensor = quantize(tensor, quant)
+    elif packed:
+        tensor = tensor.dequantize(stack.dtype)
     wholes, treedef = jax.tree.flatten(stack)
     # The tree's static part is the stack's: its dtype is what the model computes in.
     filled = []

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.cards import CARDS, find_card
 from pallas_kernels.compile_for import PLUGIN_HINT, gpu_compiler_available
 from qlora_jax.cli import SUBCOMMANDS
-from qlora_jax.models import REMAT
+from qlora_jax.models import REMAT, EncoderDecoderConfig
 from qlora_jax.nn import LoraConfig
 from qlora_jax.plan import SHAPES, Report, Workload, find_config, measure, plot, report, text
 from qlora_jax.plan.report import gib
@@ -35,6 +35,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch", type=int, default=1, help="examples held at once (1)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per update (1)")
     parser.add_argument("--sequence", type=int, default=512, help="tokens of an example (512)")
+    parser.add_argument(
+        "--target", type=int, default=None, help="tokens of an encoder–decoder's target (as many)"
+    )
+    parser.add_argument("--packed", action="store_true", help="rows of several examples")
     parser.add_argument("--rank", type=int, default=64, help="of the adapters (64)")
     parser.add_argument(
         "--lora-dtype",
@@ -46,6 +50,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--quant", default="nf4", help="nf4, fp4, int4, int8, or none (nf4)")
     parser.add_argument("--no-double-quant", action="store_true")
+    parser.add_argument(
+        "--embedding-bits", type=int, choices=[8, 4], help="embedding and head packed (16 bits)"
+    )
     parser.add_argument("--no-paged", action="store_true", help="Adam's moments on the device")
     parser.add_argument("--no-clip", action="store_true", help="no clipping by the global norm")
     parser.add_argument("--remat", default="full", choices=sorted(REMAT))
@@ -117,9 +124,14 @@ def _workload(model: str, args: argparse.Namespace) -> Workload:
     quant = None
     if args.quant != "none":
         quant = QuantConfig(args.quant, double_quant=not args.no_double_quant)
+    config = find_config(model)
+    # Of several models on one command line, those that have a target take it.
+    target = args.target if isinstance(config, EncoderDecoderConfig) else None
     return Workload(
-        find_config(model),
+        config,
         sequence=args.sequence,
+        target=target,
+        packed=args.packed,
         train=TrainConfig(
             micro_batch_size=args.batch,
             gradient_accumulation_steps=args.accumulation,
@@ -134,6 +146,7 @@ def _workload(model: str, args: argparse.Namespace) -> Workload:
             r=args.rank, lora_dropout=args.lora_dropout, dtype=jnp.dtype(args.lora_dtype)
         ),
         quant=quant,
+        embedding_bits=args.embedding_bits,
         remat=args.remat,
         stream_weights=args.stream_weights,
         attention=args.attention,

@@ -1,7 +1,7 @@
 """Floor 3: which architectures? A decoder, an encoder–decoder, an encoder, and their losses."""
 
 from qlora_jax.models import streaming
-from qlora_jax.models.attention import AttentionName, attend, attention_for
+from qlora_jax.models.attention import AttentionName, attend, attention_for, capability_here
 from qlora_jax.models.cache import Cache
 from qlora_jax.models.chunked_attention import chunked_attention
 from qlora_jax.models.classification_loss import ExampleLoss, classification_loss
@@ -55,6 +55,7 @@ __all__ = [
     "add_tokens",
     "attend",
     "attention_for",
+    "capability_here",
     "check_remat",
     "chunked_attention",
     "chunked_cross_entropy",

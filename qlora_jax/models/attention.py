@@ -205,6 +205,15 @@ class Attention(nnx.Module):
         return query, key, value
 
 
+def capability_here() -> tuple[int, int] | None:
+    """The CUDA compute capability of this process's default device; None where it has none."""
+    told = getattr(jax.devices()[0], "compute_capability", None)
+    if not isinstance(told, str):
+        return None
+    major, minor = told.split(".")
+    return int(major), int(minor)
+
+
 def attention_for(
     platform: str,
     compute_dtype: Any,
@@ -214,6 +223,7 @@ def attention_for(
     bias: bool = False,
     packed: bool = False,
     longest: int | None = None,
+    compute_capability: tuple[int, int] | None = None,
 ) -> AttentionName:
     """The attention to ask for: the fastest that is linear in memory where that matters.
 
@@ -229,9 +239,11 @@ def attention_for(
         bias: whether scores get one, which cuDNN's backward pass does not take.
         packed: whether rows hold segments, of which cuDNN would need a mask of all pairs.
         longest: tokens of the longest sequence; None where it is short or unknown.
+        compute_capability: of the CUDA target; None where it is new enough: cuDNN's needs 8.0.
     """
     narrow = jnp.dtype(compute_dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     fits = head_dim % 8 == 0 and head_dim <= 128 and softcap is None and not (bias or packed)
+    fits &= compute_capability is None or compute_capability >= (8, 0)
     if platform in ("cuda", "gpu") and narrow and fits:
         return "cudnn"
     return "chunked" if longest is not None and longest > LONG else "xla"

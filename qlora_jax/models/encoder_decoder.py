@@ -24,7 +24,6 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from qlora_jax.models.attention import AttentionName
 from qlora_jax.models.dropped_attention import dropped_attention
-from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.encoder_config import EncoderDecoderConfig
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.relative_bias import RelativeBias
@@ -264,7 +263,8 @@ class EncoderDecoder(nnx.Module):
 
     Args:
         config: the model's shape.
-        quant, lora, compute_dtype, param_dtype, remat, matmul, rngs: as in `Decoder`.
+        quant, lora, compute_dtype, param_dtype, embedding_bits, remat, matmul, rngs: as in
+            `Decoder`.
         attention: implementation of `attend`, not "cudnn": its backward pass takes no bias.
 
     Raises:
@@ -279,6 +279,7 @@ class EncoderDecoder(nnx.Module):
         lora: LoraConfig | None = None,
         compute_dtype: Any = jnp.float32,
         param_dtype: Any = None,
+        embedding_bits: int | None = None,
         remat: str = "full",
         attention: AttentionName = "xla",
         matmul: str | None = None,
@@ -294,14 +295,14 @@ class EncoderDecoder(nnx.Module):
         self.remat = remat
         self.attention = attention
         stored = param_dtype or compute_dtype
-        storage = Storage(quant, lora, compute_dtype, stored, matmul)
-        self.shared = Embedding(config.vocab_size, config.d_model, dtype=stored, rngs=rngs)
+        storage = Storage(quant, lora, compute_dtype, stored, matmul, embedding_bits)
+        self.shared = storage.vocabulary(config.vocab_size, config.d_model, rngs)
         self.encoder = Stack(config, EncoderLayer, storage, rngs)
         self.decoder = Stack(config, DecoderLayer, storage, rngs)
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else Embedding(config.vocab_size, config.d_model, dtype=stored, rngs=rngs)
+            else storage.vocabulary(config.vocab_size, config.d_model, rngs)
         )
         gated = config.feed_forward_proj.startswith("gated-")
         inner = ("wi_0", "wi_1") if gated else ("wi",)

@@ -41,6 +41,9 @@ _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 MIN_STREAM_BYTES = 2**16
 """Smaller parts of a layer (norms, offsets) stay on the card: a transfer costs more than room."""
 
+STREAMED_WEIGHTS = "streamed_weights"
+"""The name (`jax.named_scope`) of their copies, for whoever counts or profiles them."""
+
 HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 """The environment variable with the size of JAX's pinned host pool on a GPU, in GiB."""
 
@@ -94,6 +97,13 @@ def host_bytes(layers: nnx.Module) -> int:
     return sum(stack.size * stack.dtype.itemsize for stack in stacks if streams(stack))
 
 
+def host_limit_for(needed: int) -> int | None:
+    """The size in GiB that JAX's pinned host pool has to be given for so many bytes; None where the
+    one it has now is enough. It is HOST_LIMIT in the environment, and by default 64."""
+    limit = int(os.environ.get(HOST_LIMIT, _DEFAULT_HOST_LIMIT))
+    return None if needed <= limit * 2**30 else -(-needed // 2**30) + 8
+
+
 def check_host_memory_limit(needed: int, platform: str) -> None:
     """Refuses what JAX's pinned host pool would not hold, before anything is loaded.
 
@@ -104,12 +114,11 @@ def check_host_memory_limit(needed: int, platform: str) -> None:
     Raises:
         ValueError: naming the environment variable and a value that is enough.
     """
-    limit = int(os.environ.get(HOST_LIMIT, _DEFAULT_HOST_LIMIT))
-    if platform in ("gpu", "cuda") and needed > limit * 2**30:
-        enough = -(-needed // 2**30) + 8
+    enough = host_limit_for(needed)
+    if platform in ("gpu", "cuda") and enough is not None:
         raise ValueError(
-            f"{needed / 2**30:.1f} GiB are to rest in pinned host memory, but JAX's pool holds "
-            f"{limit}: set {HOST_LIMIT}={enough} in the environment before JAX starts."
+            f"{needed / 2**30:.1f} GiB are to rest in pinned host memory, more than JAX's pool "
+            f"holds: set {HOST_LIMIT}={enough} in the environment before JAX starts."
         )
 
 
@@ -213,6 +222,11 @@ def _fetch(stacks: list[Array], index: Array) -> list[Array]:
     ]
 
 
+def _fetch_weights(stacks: list[Array], index: Array) -> list[Array]:
+    with jax.named_scope(STREAMED_WEIGHTS):
+        return _fetch(stacks, index)
+
+
 def _on_host(stacks: list[Array]) -> list[Array]:
     return [jax.device_put(stack, _HOST) for stack in stacks]
 
@@ -234,14 +248,14 @@ def _run(
         x, here = carry
         index, stays, learns = layer
         # The last layer is fetched once more, for want of a next one.
-        following = _fetch(moving, jnp.minimum(index + 1, loop.depth - 1))
+        following = _fetch_weights(moving, jnp.minimum(index + 1, loop.depth - 1))
         y, output = loop.step(x, loop.layer(here, stays, learns), *closure)
         kept = None
         if keep:
             kept = jax.device_put(x, _HOST) if loop.offload else x
         return (y, following), (kept, output)
 
-    start = (x, _fetch(moving, jnp.int32(0)))
+    start = (x, _fetch_weights(moving, jnp.int32(0)))
     values = [learner.value for learner in learning]
     layers = (jnp.arange(loop.depth, dtype=jnp.int32), staying, values)
     (y, last), (kept, outputs) = jax.lax.scan(step, start, layers)
@@ -302,7 +316,9 @@ def _backward(loop: _Loop, residuals: tuple, gradients: tuple[Any, Any]) -> tupl
     def step(carry: tuple[Any, ...], layer: tuple[Any, ...]) -> tuple[Any, list[Array]]:
         to_y, here, learning, sums = carry
         index, stays, kept, to_output = layer
-        following = _fetch(stacks, jnp.maximum(index - 1, 0))
+        before = jnp.maximum(index - 1, 0)
+        following = _fetch_weights(stacks[: len(moving)], before)
+        following += _fetch(stacks[len(moving) :], before)
         here = here if loop.offload else [*here, *kept]
         weights, x = here[: len(moving)], jax.tree.unflatten(structure, here[len(moving) :])
 

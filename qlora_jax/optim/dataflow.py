@@ -104,8 +104,8 @@ def _touched(jaxpr: jex_core.Jaxpr, watched: list[bool]) -> list[bool] | None:
             continue
         body = _called(eqn)
         if body is None:
-            shapes = {var.aval.shape for var in eqn.invars if is_touched(var)}
-            if len(shapes | {var.aval.shape for var in eqn.outvars}) > 1:
+            kept = [var for var in eqn.invars if is_touched(var)]
+            if len({_shape(var) for var in (*kept, *eqn.outvars)}) > 1:
                 return None
             touched.update(eqn.outvars)
         else:
@@ -168,6 +168,10 @@ class _Thunk:
 
     def __call__(self) -> Any:
         return self._outer._value(self._var)
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return var.aval.shape
 
 
 def _called(eqn: jex_core.JaxprEqn) -> jex_core.ClosedJaxpr | None:

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
+from qlora_jax.optim.paged import PAGED_STATE
+
 _DEVICE = jax.memory.Space.Device
 
 Update = Callable[
@@ -43,7 +45,6 @@ class Rule:
         self.runs = self.updates = 0
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Learner:
     """A trained parameter of stacked layers, and what its update needs.
@@ -63,7 +64,7 @@ class Learner:
     state: Any
     squares: Any
     shared: Any
-    rule: Rule = dataclasses.field(metadata={"static": True})
+    rule: Rule
 
     def at(self, index: Int[Array, ""]) -> Array:
         """One layer's value."""
@@ -72,15 +73,19 @@ class Learner:
     def updated(self, index: Int[Array, ""], gradient: Array) -> "Learner":
         """The learner after the update of one layer, in place where XLA can."""
         self.rule.updates += 1
-        old = tuple(jax.device_put(_at(stack, index), _DEVICE) for stack in self.state)
-        value, new, squares = self.rule.update(gradient, self.at(index), old, self.shared)
-        state = zip(self.state, new, strict=True)
-        return dataclasses.replace(
-            self,
-            value=_put(self.value, value, index),
-            state=tuple(_put(stack, layer, index) for stack, layer in state),
-            squares=self.squares + squares,
-        )
+        with jax.named_scope(PAGED_STATE):
+            old = tuple(jax.device_put(_at(stack, index), _DEVICE) for stack in self.state)
+            value, new, squares = self.rule.update(gradient, self.at(index), old, self.shared)
+            state = zip(self.state, new, strict=True)
+            return dataclasses.replace(
+                self,
+                value=_put(self.value, value, index),
+                state=tuple(_put(stack, layer, index) for stack, layer in state),
+                squares=self.squares + squares,
+            )
+
+
+jax.tree_util.register_dataclass(Learner, ["value", "state", "squares", "shared"], ["rule"])
 
 
 def is_learner(node: Any) -> bool:

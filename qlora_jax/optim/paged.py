@@ -11,8 +11,9 @@ moments) and some to none (the step count). The wrapped `update` is traced as it
 parameters, and its equations are then carried out parameter by parameter: fetch this parameter's
 state, compute what its update needs, return the state. The arithmetic is therefore the unpaged
 one, equation by equation; what is shared, such as Adam's bias corrections, is computed once. The
-fetch of leaf i is tied to the return of leaf i - 2, so that the compiler may fetch one leaf while
-another computes, but never more than that.
+fetch of a leaf is tied to the return of the one before last, so that the compiler may fetch one
+leaf while another computes, but never more than that. Small ones come first, since every gradient
+that is used up leaves room, and one that is much larger than the others comes alone.
 
 This needs a transformation that treats every parameter alone: Adam, AdamW, Lion, SGD, schedules,
 weight decay with masks. One that looks across parameters, such as clipping by the global norm,
@@ -32,6 +33,9 @@ from qlora_jax.optim.per_parameter import by_path, only, owners, shapes
 
 _HOST = jax.memory.Space.Host
 _DEVICE = jax.memory.Space.Device
+
+PAGED_STATE = "paged_state"
+"""The name (`jax.named_scope`) of the copies, for whoever counts or profiles them."""
 
 
 def paged(
@@ -61,7 +65,8 @@ def paged(
     inner = optax.with_extra_args_support(inner)
 
     def moved(leaf: jax.Array, space: jax.memory.Space) -> jax.Array:
-        return jax.device_put(leaf, space) if leaf.size >= min_size else leaf
+        with jax.named_scope(PAGED_STATE):
+            return jax.device_put(leaf, space) if leaf.size >= min_size else leaf
 
     def init(params: PyTree) -> PyTree:
         whole = jax.eval_shape(inner.init, params)
@@ -95,13 +100,16 @@ def paged(
 
         lazy = LazyOutputs(traced, [*gradients, *stored, *jax.tree.leaves(params)])
         results: list[Any] = [None] * len(owner_out)
-        for index in range(count):
+        sizes = [gradient.size for gradient in gradients]
+        turns = sorted(range(count), key=sizes.__getitem__)
+        waits_for = _waits_for([sizes[index] for index in turns])
+        for turn, index in enumerate(turns):
             mine = [count + i for i, who in enumerate(owner) if who == index]
             held = [stored[i - count] for i in mine]
-            if index >= 2:
-                # This state is fetched once the one before last is back. (A barrier on the update
-                # would keep XLA from fusing it with the parameter's addition: other last bits.)
-                done = [i for i, who in enumerate(owner_out) if who == index - 2][1:]
+            if waits_for[turn] >= 0:
+                # A barrier on the state alone: one on the update would keep XLA from fusing it with
+                # the parameter's addition, which gives other last bits.
+                done = [i for i, who in enumerate(owner_out) if who == turns[waits_for[turn]]][1:]
                 held, back = jax.lax.optimization_barrier((held, [results[i] for i in done]))
                 for i, leaf in zip(done, back, strict=True):
                     results[i] = leaf
@@ -145,6 +153,23 @@ def resting_shardings(tree: PyTree) -> PyTree:
         return sharding if elsewhere else None
 
     return jax.tree.map(rest, tree)
+
+
+def _waits_for(sizes: list[int]) -> list[int]:
+    """For each turn, the one whose state has to be back on the host before this one's is fetched
+    (negative: none): the one before last; or the last, where the two together would be more than
+    the largest parameter, or than two of middling size.
+
+    A Llama's largest matrices are near three times the others, and XLA holds what came in and what
+    goes out beside each other: two at once would set the peak of a 65B step.
+    """
+    if not sizes:
+        return []
+    room = max(*sizes, 2 * sorted(sizes)[len(sizes) // 2])
+    return [
+        turn - 1 if turn and size + sizes[turn - 1] > room else turn - 2
+        for turn, size in enumerate(sizes)
+    ]
 
 
 def _refuse_mixing(

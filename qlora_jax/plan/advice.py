@@ -124,6 +124,16 @@ def _offloaded(work: Workload) -> Workload | None:
     return dataclasses.replace(work, remat="offload") if work.remat == "full" else None
 
 
+def _packed_vocabulary(bits: int) -> Callable[[Workload], Workload | None]:
+    def apply(work: Workload) -> Workload | None:
+        # A 16-bit base stays one: packing its vocabulary would be another experiment.
+        if work.quant is None or (work.embedding_bits or 16) <= bits:
+            return None
+        return dataclasses.replace(work, embedding_bits=bits)
+
+    return apply
+
+
 def _streamed(work: Workload) -> Workload | None:
     return None if work.stream_weights else dataclasses.replace(work, stream_weights=True)
 
@@ -151,6 +161,11 @@ SWITCHES = (
         "gradient sums cross PCIe twice per micro-batch",
         _host_sums,
     ),
+    Switch(
+        "embedding_bits: 8",
+        "perplexity, by less than a thousandth where it was measured (docs/memory_switches.md)",
+        _packed_vocabulary(8),
+    ),
     Switch("LoRA dtype: bfloat16", "adapters rounded to 8 bits of precision", _narrow_adapters),
     Switch(
         "update_in_backward: true, max_grad_norm: null",
@@ -158,6 +173,11 @@ SWITCHES = (
         _in_backward,
     ),
     Switch("remat: offload", "each layer's input crosses PCIe twice per micro-batch", _offloaded),
+    Switch(
+        "embedding_bits: 4",
+        "perplexity, by PLACEHOLDER where it was measured (docs/memory_switches.md)",
+        _packed_vocabulary(4),
+    ),
     Switch(
         "stream_weights: true",
         "the base crosses PCIe twice per micro-batch: slow below some thousand tokens",

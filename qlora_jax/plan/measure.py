@@ -6,18 +6,18 @@ the bytes are those of the real run. The allocator's peak is the other opinion o
 
 import statistics
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from qlora_jax.data.batches import Batch
-from qlora_jax.evaluate import causal_lm_loss, split_adapters
-from qlora_jax.models.streaming import streams, to_host
-from qlora_jax.plan.workload import Workload, model_shapes
-from qlora_jax.train import init_state, make_train_step
+from qlora_jax.data import IGNORE
+from qlora_jax.evaluate import loss_for, split_adapters
+from qlora_jax.models.streaming import compiler_options, streams, to_host
+from qlora_jax.plan.workload import Workload, batch_shapes, model_shapes
+from qlora_jax.train import host_traffic, init_state, make_train_step
 
 
 class Measured(NamedTuple):
@@ -29,6 +29,8 @@ class Measured(NamedTuple):
     seconds: float
     """Median of the steps after the first two."""
     tokens_per_second: float
+    host_bytes: int
+    """Between device and pinned host memory in a step, both ways."""
     first_loss: float
     last_loss: float
 
@@ -38,21 +40,26 @@ def measure(work: Workload, *, steps: int = 4) -> Measured:
 
     The peak is the process's, which never falls: measure in a process of its own.
     """
-    graphdef, lora, frozen = split_adapters(model_shapes(work))
+    model = model_shapes(work)
+    graphdef, lora, frozen = split_adapters(model)
     lora, frozen = random_weights(lora), random_weights(frozen)
+    options = None
     if work.stream_weights:
         frozen = jax.tree_util.tree_map_with_path(_on_host, frozen)
+        options = compiler_options(jax.default_backend())
     tx = work.train.optimizer()
     state = init_state(lora, tx, seed=0)
     step = make_train_step(
         graphdef,
         tx,
-        causal_lm_loss,
+        loss_for(model, loss_chunk=work.loss_chunk),
         host_gradients=work.train.host_gradients,
         update_in_backward=work.train.update_in_backward,
         state=state,
+        compiler_options=options,
     )
     batch = jax.device_put(random_batch(work))
+    traffic = host_traffic(step, state, frozen, batch)
     losses, times = [], []
     for _ in range(steps + 2):
         began = time.perf_counter()
@@ -60,14 +67,13 @@ def measure(work: Workload, *, steps: int = 4) -> Measured:
         losses.append(float(metrics.loss))
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times[2:])
-    train = work.train
-    tokens = train.gradient_accumulation_steps * train.micro_batch_size * work.sequence
     stats = jax.devices()[0].memory_stats() or {}
     return Measured(
         device=jax.devices()[0].device_kind,
         peak=stats.get("peak_bytes_in_use"),
         seconds=seconds,
-        tokens_per_second=tokens / seconds,
+        tokens_per_second=work.tokens / seconds,
+        host_bytes=traffic.total,
         first_loss=losses[0],
         last_loss=losses[-1],
     )
@@ -83,14 +89,24 @@ def random_weights(tree: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(_random_leaf, tree)
 
 
-def random_batch(work: Workload, seed: int = 0) -> Batch:
-    """Random tokens, every one of them trained on."""
-    train = work.train
-    shape = (train.gradient_accumulation_steps, train.micro_batch_size, work.sequence)
-    ids = np.random.default_rng(seed).integers(0, work.config.vocab_size, shape).astype(np.int32)
-    labels = ids.copy()
-    labels[..., 0] = -100
-    return Batch(ids, labels, np.ones(shape, bool))
+def random_batch(work: Workload, seed: int = 0) -> Any:
+    """Random tokens, every one of them trained on; packed rows hold one example."""
+    draw = np.random.default_rng(seed)
+
+    def fill(name: str, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        if name in ("segments", "attention_mask"):
+            return np.ones(shape.shape, shape.dtype)
+        if name == "positions":
+            return np.broadcast_to(np.arange(shape.shape[-1], dtype=np.int32), shape.shape)
+        return draw.integers(0, work.config.vocab_size, shape.shape).astype(np.int32)
+
+    shapes = batch_shapes(work)
+    batch = type(shapes)(*(fill(n, s) for n, s in zip(shapes._fields, shapes, strict=True)))
+    if work.target_length is not None:
+        return batch
+    labels = batch.input_ids.copy()
+    labels[..., 0] = IGNORE
+    return batch._replace(labels=labels)
 
 
 def _random_leaf(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:

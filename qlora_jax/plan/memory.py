@@ -9,14 +9,18 @@ it runs. The split always adds up to XLA's total.
 """
 
 import dataclasses
+from pathlib import Path
 
 import jax
 from jaxtyping import PyTree
 
 from pallas_kernels.cards import Card, find_card
-from qlora_jax.models import attention_for, is_stacked
+from qlora_jax.models import AttentionName, attention_for, capability_here, is_stacked
+from qlora_jax.models.streaming import HOST_LIMIT, host_limit_for
 from qlora_jax.plan.compiled import ProgramBytes, cudnn_available, program_bytes
-from qlora_jax.plan.workload import Step, Workload, paged_bytes, training_step, tree_bytes
+from qlora_jax.plan.shapes import find_config
+from qlora_jax.plan.workload import Step, Workload, host_bytes, training_step, tree_bytes
+from qlora_jax.train import HostTraffic, host_traffic
 
 USABLE = 0.95
 """Part of a card's memory that a program can have: what XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives
@@ -59,6 +63,8 @@ class Plan:
     device: Components
     host: int
     """In pinned host memory."""
+    traffic: HostTraffic
+    """What crosses the bus in one step."""
     notes: tuple[str, ...]
     """What was planned otherwise than it might run, and why."""
 
@@ -78,21 +84,26 @@ class Plan:
         return None if self.usable is None else self.usable - self.device.total
 
 
-def plan(work: Workload, card: str | Card | None = None, *, memory: int | None = None) -> Plan:
-    """Compile the workload's training step for a card, which need not be here, and add it up.
+def plan(
+    work: Workload | str | Path, card: str | Card | None = None, *, memory: int | None = None
+) -> Plan:
+    """Compile a training step for a card, which need not be here, and add it up.
 
     Args:
-        work: what is trained.
+        work: what is trained; of a model's name or folder alone (`find_config`), the paper's way of
+            finetuning it: NF4, r=64 on all linear layers, paged AdamW, one example of 512 tokens.
         card: a name of CARDS; None for this process's default device.
         memory: bytes of device memory; None takes the card's own, or what the present device says.
 
     Raises:
         RuntimeError: XLA's GPU compiler is not installed; says how to get it.
-        ValueError: an unknown card.
+        ValueError: an unknown card or model.
     """
     target = find_card(card) if isinstance(card, str) else card
+    if not isinstance(work, Workload):
+        work = Workload(find_config(work))
     work, notes = _for_target(work, target)
-    step = training_step(work)
+    step = training_step(work, present=target is None)
     found = program_bytes(step.program, target)
     if memory is None:
         memory = device_memory() if target is None else target.memory
@@ -102,7 +113,8 @@ def plan(work: Workload, card: str | Card | None = None, *, memory: int | None =
         memory=memory,
         device=_components(work, step, found),
         host=found.host,
-        notes=notes,
+        traffic=host_traffic(step.program.fn, *step.placed),
+        notes=(*notes, *_about_the_host(found.host)),
     )
 
 
@@ -112,42 +124,66 @@ def device_memory() -> int | None:
     return stats.get("bytes_limit")
 
 
+def _about_the_host(needed: int) -> list[str]:
+    enough = host_limit_for(needed)
+    if enough is None:
+        return []
+    return [
+        f"pinned host: {needed / 2**30:.0f} GiB is more than JAX's pool holds: set "
+        f"{HOST_LIMIT}={enough} in the environment before JAX starts, on a machine with that much."
+    ]
+
+
 def _for_target(work: Workload, card: Card | None) -> tuple[Workload, tuple[str, ...]]:
     """The workload with attention and matmul named for the card, and what there is to say."""
+    if card is None:
+        here = work.attention or _attention(work, jax.default_backend(), capability_here())
+        return dataclasses.replace(work, attention=here), ()
     notes = []
     attention, matmul = work.attention, work.matmul
-    if card is None:
-        if attention is None:
-            attention = attention_for(jax.default_backend(), work.compute_dtype, _head(work))
-        return dataclasses.replace(work, attention=attention), ()
     if attention is None:
-        attention = "chunked"
-        if card.compute_capability < (8, 0):
+        attention = _attention(work, "cuda", card.compute_capability)
+        newer = _attention(work, "cuda", None)
+        if attention != newer:
             notes.append(
-                f"attention: chunked, since cuDNN's flash attention does not run on {card.arch}."
+                f"attention: {attention}, since cuDNN's does not run on {card.arch}, older than sm_80."
             )
-        elif attention_for("cuda", work.compute_dtype, _head(work)) != "cudnn":
-            notes.append("attention: chunked, since cuDNN's does not take this model.")
-        elif cudnn_available():
-            attention = "cudnn"
-        else:
+        elif attention == "cudnn" and not cudnn_available():
+            attention = "chunked"
             notes.append(
                 "attention: chunked; training takes cuDNN's, which needs a little less. To plan "
                 "that: pip install --no-deps nvidia-cudnn-cu13 (0.9 GB)."
             )
-    if matmul is None and work.quant is not None and card.pallas_kind != card.description:
-        matmul = "xla"
-        notes.append(
-            f"matmul: xla, since Pallas does not know {card.description!r} by name: --matmul "
-            "triton plans the kernels of its sibling."
-        )
+        elif attention != "cudnn":
+            notes.append(f"attention: {attention}, since cuDNN's does not take this model.")
+    if matmul is None and work.quant is not None:
+        if not card.supports_triton:
+            matmul = "xla"
+            notes.append(f"matmul: xla, since no kernel runs on {card.arch}, older than sm_80.")
+        elif card.pallas_kind != card.description:
+            matmul = "xla"
+            notes.append(
+                f"matmul: xla, since Pallas does not know {card.description!r} by name: --matmul "
+                "triton plans the kernels of its sibling."
+            )
     if card.compute_capability < (8, 0) and work.compute_dtype == "bfloat16":
         notes.append(f"{card.description} computes bfloat16 in software: slow.")
     return dataclasses.replace(work, attention=attention, matmul=matmul), tuple(notes)
 
 
-def _head(work: Workload) -> int:
-    return work.config.head_dim
+def _attention(work: Workload, platform: str, capability: tuple[int, int] | None) -> AttentionName:
+    """What `load_model` asks for on such a target."""
+    config = work.config
+    return attention_for(
+        platform,
+        work.compute_dtype,
+        config.head_dim,
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        bias=getattr(config, "score_bias", False),
+        packed=work.packed,
+        longest=work.sequence if work.target_length is None else None,
+        compute_capability=capability,
+    )
 
 
 def _gradients(work: Workload, lora: PyTree) -> int:
@@ -162,7 +198,7 @@ def _gradients(work: Workload, lora: PyTree) -> int:
 
 def _components(work: Workload, step: Step, found: ProgramBytes) -> Components:
     embeddings = tree_bytes(
-        [step.frozen[name] for name in ("embed_tokens", "lm_head") if name in step.frozen]
+        [step.frozen[name] for name in ("embed_tokens", "shared", "lm_head") if name in step.frozen]
     )
     adapters = tree_bytes(step.lora)
     gradients = _gradients(work, step.lora)
@@ -174,8 +210,9 @@ def _components(work: Workload, step: Step, found: ProgramBytes) -> Components:
             if host_from is None or leaf.size < host_from
         )
     # On the host lie paged optimizer state and, where weights stream, the layers' weights.
-    moments = paged_bytes(work, step.opt_state)
-    base = tree_bytes(step.frozen) - embeddings - (found.host_arguments - moments)
+    state_kinds, frozen_kinds = step.kinds
+    moments = host_bytes(step.opt_state, state_kinds.opt_state)
+    base = tree_bytes(step.frozen) - embeddings - host_bytes(step.frozen, frozen_kinds)
     temporaries = found.device - base - embeddings - adapters - gradients - step.saved
     optimizer = tree_bytes(step.opt_state) - moments
     return Components(

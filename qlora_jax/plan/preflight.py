@@ -6,6 +6,9 @@ shapes alone and its bytes are compared with that. The program is the one that t
 moment later, compiled for the device that is here.
 """
 
+import jax
+
+from qlora_jax.models.streaming import check_host_memory_limit
 from qlora_jax.plan.advice import advise
 from qlora_jax.plan.memory import Plan, device_memory, plan
 from qlora_jax.plan.report import gib
@@ -23,7 +26,8 @@ def check_fits(work: Workload, *, memory: int | None = None) -> Plan | None:
         The plan; None where the device does not tell its memory, and so nothing was checked.
 
     Raises:
-        ValueError: the step does not fit; says by how much, and what would make it fit.
+        ValueError: the step does not fit; says by how much, and what would make it fit. Or it needs
+            more of the host than JAX's pinned pool holds; says how to raise that.
     """
     memory = device_memory() if memory is None else memory
     if memory is None:
@@ -32,6 +36,7 @@ def check_fits(work: Workload, *, memory: int | None = None) -> Plan | None:
     # The device's own limit is what its allocator gives out: all of it is usable.
     missing = made.device.total - memory
     if missing <= 0:
+        check_host_memory_limit(made.host, jax.default_backend())
         return made
     helpful = advise(made, None)
     ways = "; ".join(f"{item.switch.name} (-{gib(item.saves)} GiB)" for item in helpful)

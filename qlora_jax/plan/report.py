@@ -1,16 +1,24 @@
 """Everything that a plan tells about one model on one card, and how it reads on paper."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from pallas_kernels.cards import Card, find_card
+from qlora_jax.models import Decoder
+from qlora_jax.models.stream_cost import PCIE, StreamCost, stream_cost
 from qlora_jax.plan.advice import Advice, advise
 from qlora_jax.plan.compiled import program_bytes
 from qlora_jax.plan.memory import Components, Plan, plan
 from qlora_jax.plan.search import largest_that_fits
-from qlora_jax.plan.workload import Workload, decoding_step, largest_load, tree_bytes
+from qlora_jax.plan.workload import (
+    Workload,
+    decoding_step,
+    largest_load,
+    model_shapes,
+    tree_bytes,
+)
 
 SEQUENCE_STEP = 256
 """Sequences are searched in multiples of this many tokens."""
@@ -25,6 +33,53 @@ LABELS = {
     "temporaries": "temporaries",
 }
 """Field of `Components` -> its name in tables and plots."""
+
+
+class Streaming(NamedTuple):
+    """What it takes to hide streamed weights behind arithmetic (`models.stream_cost`)."""
+
+    cost: StreamCost
+    card: Card
+    tokens: int
+    """Of a micro-batch."""
+
+    @property
+    def compute_seconds(self) -> float:
+        """Of a micro-batch, at the card's full rate."""
+        return self.cost.seconds_of_compute(self.tokens, self.card)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; by generation of PCIe."""
+        return {
+            "transfer_bytes": self.cost.transfer,
+            "flops": self.tokens * self.cost.flops_per_token,
+            "flops_per_second": self.card.matmul_flops,
+            "compute_seconds": self.compute_seconds,
+            "tokens": self.tokens,
+            "pcie": {
+                str(generation): {
+                    "bytes_per_second": rate,
+                    "transfer_seconds": self.cost.seconds_of_transfer(rate),
+                    "tokens_to_hide": self.cost.tokens_to_hide(self.card, rate),
+                }
+                for generation, rate in PCIE.items()
+            },
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        rates = " / ".join(f"{rate / 1e9:.0f}" for rate in PCIE.values())
+        times = " / ".join(f"{self.cost.seconds_of_transfer(rate):.1f}" for rate in PCIE.values())
+        hidden = " / ".join(
+            f"{self.cost.tokens_to_hide(self.card, rate):,}" for rate in PCIE.values()
+        )
+        return [
+            f"  streaming, a micro-batch of {self.tokens:,} tokens: {gib(self.cost.transfer)} GiB "
+            f"come in, {times} s at PCIe 3 / 4 / 5 ({rates} GB/s);",
+            f"    {self.tokens * self.cost.flops_per_token:.2e} FLOP are "
+            f"{self.compute_seconds:.1f} s at {self.card.matmul_flops / 1e12:.0f} TFLOP/s; "
+            f"copies hide from {hidden} tokens on",
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +99,8 @@ class Report:
     largest_sequence: int | None
     """Longest sequence that fits at a micro-batch of 1, in steps of SEQUENCE_STEP."""
     advice: tuple[Advice, ...]
+    streaming: Streaming | None = None
+    """Where weights stream, on a card of the table."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -52,11 +109,13 @@ class Report:
             "model": self.name,
             "card": made.card,
             "sequence": made.work.sequence,
+            "target": made.work.target_length,
             "batch": made.work.train.micro_batch_size,
             "accumulation": made.work.train.gradient_accumulation_steps,
             "rank": made.work.lora.r,
             "adapter_dtype": jnp.dtype(made.work.lora.dtype).name,
             "quant": None if made.work.quant is None else dataclasses.asdict(made.work.quant),
+            "embedding_bits": made.work.embedding_bits,
             "attention": made.work.attention,
             "matmul": made.work.matmul,
             "remat": made.work.remat,
@@ -68,6 +127,8 @@ class Report:
             "fits": made.fits,
             "device": dataclasses.asdict(made.device) | {"total": made.device.total},
             "host": made.host,
+            "traffic": made.traffic.as_dict(),
+            "streaming": None if self.streaming is None else self.streaming.as_dict(),
             "decode": {
                 "batch": self.decode_batch,
                 "length": self.decode_length,
@@ -116,17 +177,7 @@ def report(
     work = made.work
     batch = sequence = None
     if search and made.usable is not None:
-
-        def with_batch(rows: int) -> int:
-            return plan(work.at(rows), target, memory=made.memory).device.total
-
-        def with_sequence(tokens: int) -> int:
-            return plan(work.at(1, tokens), target, memory=made.memory).device.total
-
-        batch = largest_that_fits(with_batch, made.usable, most=4096)
-        sequence = largest_that_fits(
-            with_sequence, made.usable, start=SEQUENCE_STEP, step=SEQUENCE_STEP
-        )
+        batch, sequence = _largest(made, target)
     load = largest_load(work)
     written = program_bytes(load, target)
     # Where weights stream, loading puts them on the host one by one.
@@ -145,7 +196,48 @@ def report(
         largest_batch=batch,
         largest_sequence=sequence,
         advice=advise(made, target) if search and made.fits is False else (),
+        streaming=_stream_cost(made, target),
     )
+
+
+def _largest(made: Plan, card: Card | None) -> tuple[int | None, int | None]:
+    """The largest micro-batch at the plan's sequence, and the longest sequence at one example."""
+    work, total, usable = made.work, made.device.total, made.usable
+    assert usable is not None
+
+    def with_batch(rows: int) -> int:
+        return plan(work.at(rows), card, memory=made.memory).device.total
+
+    def with_sequence(tokens: int) -> int:
+        return plan(work.at(1, tokens), card, memory=made.memory).device.total
+
+    # What is kept for the backward pass grows with the tokens for certain, what a layer needs
+    # perhaps: half of the room by that alone lies near the answer.
+    rows = work.train.micro_batch_size
+    growth = 1 + (usable - total) / (2 * max(made.device.activations, 1))
+    batch = largest_that_fits(
+        with_batch, usable, most=4096, known={rows: total}, second=int(growth * rows)
+    )
+    alone = work.sequence % SEQUENCE_STEP == 0 and rows == 1
+    sequence = largest_that_fits(
+        with_sequence,
+        usable,
+        start=SEQUENCE_STEP,
+        step=SEQUENCE_STEP,
+        known={work.sequence: total} if alone else None,
+        second=int(growth * work.sequence * rows),
+    )
+    return batch, sequence
+
+
+def _stream_cost(made: Plan, card: Card | None) -> Streaming | None:
+    """Where weights stream through a card whose rates are known."""
+    model = model_shapes(made.work)
+    if not made.work.stream_weights or card is None or not isinstance(model, Decoder):
+        return None
+    cost = stream_cost(model, sequence=made.work.sequence)
+    tokens = made.work.train.micro_batch_size * made.work.sequence
+    return Streaming(cost, card, tokens)
 
 
 def text(reports: list[Report]) -> str:
@@ -166,6 +258,9 @@ def _one(item: Report) -> str:
     total = made.device.total
     lines.append(f"  {'device':<20}{gib(total):>8} GiB  ({total / 1e9:.2f} GB)")
     lines.append(f"  {'pinned host':<20}{gib(made.host):>8} GiB")
+    lines.append(f"  host traffic a step: {made.traffic}")
+    if item.streaming is not None:
+        lines += item.streaming.lines()
     lines.append("")
     if made.fits is not None:
         verdict = "fits" if made.fits else f"does not fit: {gib(-(made.spare or 0))} GiB too much"
@@ -201,14 +296,19 @@ def _title(item: Report) -> str:
     base = "16-bit base" if work.quant is None else work.quant.quant_type.upper()
     if work.quant is not None and work.quant.double_quant:
         base += " + double quantization"
+    if work.embedding_bits is not None:
+        base += f", vocabulary in {work.embedding_bits} bits"
     accumulation = work.train.gradient_accumulation_steps
     times = f"{accumulation} × " if accumulation > 1 else ""
-    state = "paged AdamW" if work.train.paged else "AdamW"
+    state = ("paged " if work.train.paged else "") + work.train.optim
     if work.train.update_in_backward:
         state += " in the backward pass"
+    tokens = f"{work.sequence}"
+    if work.target_length is not None:
+        tokens += f" → {work.target_length}"
     return (
         f"{item.name} on {made.card or 'this device'}: {base}, r={work.lora.r} "
         f"({jnp.dtype(work.lora.dtype).name}), {state}, batch {times}"
-        f"{work.train.micro_batch_size} × {work.sequence}, remat {work.remat}, "
-        f"attention {work.attention}"
+        f"{work.train.micro_batch_size} × {tokens}, remat {work.remat}"
+        f"{', weights streamed' if work.stream_weights else ''}, attention {work.attention}"
     )

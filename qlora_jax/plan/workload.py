@@ -8,22 +8,33 @@ tensor into the model while it loads.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.extend import core as jex_core
 from jaxtyping import PyTree
 
 from qlora_jax.checkpoints.load import put
-from qlora_jax.data.batches import Batch
-from qlora_jax.evaluate import causal_lm_loss, split_adapters
-from qlora_jax.models import AttentionName, Decoder, DecoderConfig, is_stacked
+from qlora_jax.data import Batch, PackedBatch, Seq2SeqBatch
+from qlora_jax.evaluate import LossFn, loss_for, split_adapters
+from qlora_jax.models import (
+    LOSS_CHUNK,
+    AttentionName,
+    Decoder,
+    DecoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    is_stacked,
+)
 from qlora_jax.models.streaming import compiler_options, streams
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from qlora_jax.train import TrainConfig, init_state, make_train_step
+
+HOST = "pinned_host"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,31 +43,71 @@ class Workload:
 
     Attributes:
         config: the model's shape (`find_config`).
-        sequence: tokens of every example.
+        sequence: tokens of every example; of an encoder–decoder, of the source.
+        target: tokens of an encoder–decoder's target; None for as many as `sequence`.
         train: micro-batch, accumulation, optimizer, paging, clipping.
         lora: the adapters.
         quant: how the layers' weights are stored; None for a 16-bit base.
-        compute_dtype: of activations and matmuls, and of embedding and head.
+        compute_dtype: of activations and matmuls.
+        param_dtype: of embedding, head and dense weights; None for `compute_dtype`.
+        embedding_bits: 8 or 4 where embedding and head are packed; None for `param_dtype`.
         remat: one of `models.REMAT`.
         stream_weights: the layers' weights rest in pinned host memory (`models.streaming`).
+        mlp_tile: tokens that an MLP reads at once (`models.tile`); None for all.
         attention: of `models.attend`; None takes the best that the target can run.
         matmul: of `pallas_kernels`; None takes what its dispatch would.
+        packed: rows of several examples (`data.PackedBatches`), apart in attention.
+        loss_chunk: tokens whose logits are held at once; None holds all.
     """
 
-    config: DecoderConfig
+    config: DecoderConfig | EncoderDecoderConfig
     sequence: int = 512
+    target: int | None = None
     train: TrainConfig = dataclasses.field(default_factory=lambda: TrainConfig(micro_batch_size=1))
     lora: LoraConfig = LoraConfig()
     quant: QuantConfig | None = QuantConfig()
     compute_dtype: str = "bfloat16"
+    param_dtype: str | None = None
+    embedding_bits: int | None = None
     remat: str = "full"
     stream_weights: bool = False
+    mlp_tile: int | None = None
     attention: AttentionName | None = None
     matmul: str | None = None
+    packed: bool = False
+    loss_chunk: int | None = LOSS_CHUNK
 
     def __post_init__(self) -> None:
-        if self.sequence < 1:
-            raise ValueError(f"sequence is {self.sequence}, but 1 token or more is needed.")
+        for name in ("sequence", "target"):
+            tokens = getattr(self, name)
+            if tokens is not None and tokens < 1:
+                raise ValueError(f"{name} is {tokens}, but 1 token or more is needed.")
+        decoder_alone = {
+            "stream_weights": self.stream_weights,
+            "mlp_tile": self.mlp_tile is not None,
+            "packed": self.packed,
+        }
+        seq2seq = isinstance(self.config, EncoderDecoderConfig)
+        for name, given in decoder_alone.items():
+            if seq2seq and given:
+                raise ValueError(f"{name} is set, but an encoder–decoder has no such way to train.")
+        if self.target is not None and not seq2seq:
+            raise ValueError(
+                f"target is {self.target}, but a {type(self.config).__name__} reads one sequence: "
+                "leave it out."
+            )
+
+    @property
+    def target_length(self) -> int | None:
+        """Tokens of an encoder–decoder's target; None of a decoder."""
+        if not isinstance(self.config, EncoderDecoderConfig):
+            return None
+        return self.target or self.sequence
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one optimizer update, source and target together."""
+        return self.train.batch_size * (self.sequence + (self.target_length or 0))
 
     def at(self, batch: int, sequence: int | None = None) -> "Workload":
         """The same with another micro-batch (and sequence)."""
@@ -80,77 +131,120 @@ class Step(NamedTuple):
     """A training step and the shapes that it works on."""
 
     program: Program
+    placed: tuple[Any, ...]
+    """The step's arguments, those on the host saying so by a sharding of the present device."""
     lora: PyTree
     frozen: PyTree
     opt_state: PyTree
+    kinds: tuple[Any, Any]
+    """Memory kinds of (state, frozen): "device", or HOST."""
     saved: int
     """Bytes on the device that the forward pass keeps for the backward pass."""
 
 
-def model_shapes(work: Workload) -> Decoder:
+def model_shapes(work: Workload) -> Decoder | EncoderDecoder:
     """The model as training builds it, its Variables holding shapes."""
-    return nnx.eval_shape(
-        lambda: Decoder(
-            work.config,
-            quant=work.quant,
-            lora=work.lora,
-            compute_dtype=jnp.dtype(work.compute_dtype),
-            remat=work.remat,
-            stream_weights=work.stream_weights,
-            attention=work.attention or "xla",
-            matmul=work.matmul,
-            rngs=nnx.Rngs(0),
-        )
-    )
+    options: dict[str, Any] = {
+        "quant": work.quant,
+        "lora": work.lora,
+        "compute_dtype": jnp.dtype(work.compute_dtype),
+        "param_dtype": jnp.dtype(work.param_dtype or work.compute_dtype),
+        "embedding_bits": work.embedding_bits,
+        "remat": work.remat,
+        "attention": work.attention or "xla",
+        "matmul": work.matmul,
+    }
+    config = work.config
+    if isinstance(config, EncoderDecoderConfig):
+        return nnx.eval_shape(lambda: EncoderDecoder(config, **options, rngs=nnx.Rngs(0)))
+    options |= {"stream_weights": work.stream_weights, "mlp_tile": work.mlp_tile}
+    return nnx.eval_shape(lambda: Decoder(config, **options, rngs=nnx.Rngs(0)))
 
 
-def training_step(work: Workload) -> Step:
-    """The training step of the workload, traced for shapes."""
-    graphdef, lora, frozen = split_adapters(model_shapes(work))
+def batch_shapes(work: Workload) -> Any:
+    """What the step reads: a `Batch`, a `PackedBatch` or a `Seq2SeqBatch` of shapes."""
+    rows = (work.train.gradient_accumulation_steps, work.train.micro_batch_size)
+
+    def tokens(length: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((*rows, length), dtype)
+
+    ids = tokens(work.sequence)
+    mask = tokens(work.sequence, jnp.bool_)
+    if work.target_length is not None:
+        return Seq2SeqBatch(ids, mask, tokens(work.target_length))
+    return PackedBatch(ids, ids, ids, ids) if work.packed else Batch(ids, ids, mask)
+
+
+def training_step(work: Workload, *, present: bool = False) -> Step:
+    """The training step of the workload, traced for shapes.
+
+    Args:
+        work: what is trained.
+        present: for this process's default device, whose memories JAX can name; else for a card
+            that is only described (`pallas_kernels.compile_for`).
+    """
+    model = model_shapes(work)
+    graphdef, lora, frozen = split_adapters(model)
+    loss = loss_for(model, loss_chunk=work.loss_chunk)
     tx = work.train.optimizer()
     state = jax.eval_shape(lambda lora: init_state(lora, tx, seed=0), lora)
+    batch = batch_shapes(work)
+    kinds = _resting_kinds(work, state, frozen)
+    placed = (*jax.tree.map(_placed, (state, frozen), kinds), batch)
+    micro = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
+    options = compiler_options(jax.default_backend() if present else "gpu")
     step = make_train_step(
         graphdef,
         tx,
-        causal_lm_loss,
+        loss,
+        learning_rate=work.train.learning_rates(),
         host_gradients=work.train.host_gradients,
         update_in_backward=work.train.update_in_backward,
+        state=placed[0] if present else None,
+        compiler_options=options if present and work.stream_weights else None,
     )
-    shape = (work.train.gradient_accumulation_steps, work.train.micro_batch_size, work.sequence)
-    dtypes: tuple[Any, ...] = (jnp.int32, jnp.int32, jnp.bool_)
-    batch = Batch(*(cast(Any, jax.ShapeDtypeStruct(shape, dtype)) for dtype in dtypes))
-    micro = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
-    saved = _saved_bytes(graphdef, lora, frozen, micro)
-    program = Program(step, (state, frozen, batch))
-    if work.stream_weights or work.train.update_in_backward:
-        program = program._replace(kinds=_kinds(work, state, frozen))
-    if work.stream_weights:
-        program = program._replace(options=tuple(compiler_options("gpu").items()))
-    return Step(program, lora, frozen, state.opt_state, saved)
+    program = Program(step, placed if present else (state, frozen, batch))
+    if not present:
+        program = program._replace(kinds=((*kinds, "device"), (kinds[0], "device")))
+        if work.stream_weights:
+            program = program._replace(options=tuple(options.items()))
+    saved = _saved_bytes(graphdef, loss, lora, frozen, micro)
+    return Step(program, placed, lora, frozen, state.opt_state, kinds, saved)
 
 
-def _kinds(work: Workload, state: Any, frozen: PyTree) -> tuple[Any, Any]:
-    """Memory kinds of a step's arguments and results."""
+def _resting_kinds(work: Workload, state: Any, frozen: PyTree) -> tuple[Any, Any]:
+    """The memory that every leaf of (state, frozen weights) rests in between steps."""
 
     def weight(path: tuple, leaf: Any) -> str:
         streamed = work.stream_weights and is_stacked(path) and streams(leaf)
-        return "pinned_host" if streamed else "device"
+        return HOST if streamed else "device"
 
     def moment(leaf: Any) -> str:
-        paged = work.train.paged and leaf.size >= work.train.page_min_size
-        return "pinned_host" if paged else "device"
+        # Step counters belong to no parameter and stay on the device.
+        paged = work.train.paged and leaf.ndim and leaf.size >= work.train.page_min_size
+        return HOST if paged else "device"
 
     kept = jax.tree.map(lambda _: "device", state)._replace(
         opt_state=jax.tree.map(moment, state.opt_state)
     )
-    weights = jax.tree_util.tree_map_with_path(weight, frozen)
-    return (kept, weights, "device"), (kept, "device")
+    return kept, jax.tree_util.tree_map_with_path(weight, frozen)
+
+
+def _placed(leaf: Any, kind: str) -> Any:
+    """A shape that says that it rests on the host, where it does. A sharding's memory kind reaches
+    the types of a traced program only from one that names a mesh."""
+    if kind == "device":
+        return leaf
+    mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]), ("device",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(), memory_kind=kind)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def decoding_step(work: Workload, *, batch: int, length: int) -> Program:
     """One token more for `batch` texts, with a key-value cache of `length` slots a text.
 
-    The cache is donated; adapters are applied beside the frozen weights, as after training.
+    The cache is donated; adapters are applied beside the frozen weights, as after training. An
+    encoder–decoder keeps `work.sequence` keys and values of the source beside them.
     """
     graphdef, lora, frozen = split_adapters(model_shapes(work))
 
@@ -160,7 +254,8 @@ def decoding_step(work: Workload, *, batch: int, length: int) -> Program:
     def step(lora: PyTree, frozen: PyTree, tokens: jax.Array, cache: Any) -> Any:
         return nnx.merge(graphdef, lora, frozen).decode_step(tokens, cache)
 
-    prompt = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    read = 1 if work.target_length is None else work.sequence
+    prompt = jax.ShapeDtypeStruct((batch, read), jnp.int32)
     cache = jax.eval_shape(first, lora, frozen, prompt)
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
     return Program(jax.jit(step, donate_argnums=3), (lora, frozen, tokens, cache))
@@ -168,10 +263,11 @@ def decoding_step(work: Workload, *, batch: int, length: int) -> Program:
 
 def largest_load(work: Workload) -> Program:
     """The write of the largest weight into its stack, as `checkpoints.load_model` does it."""
-    frozen = nnx.state(model_shapes(work).layers, FrozenParam)
+    model = model_shapes(work)
+    sides = [model] if isinstance(model, Decoder) else [model.encoder, model.decoder]
+    frozen = [nnx.to_pure_dict(nnx.state(side.layers, FrozenParam)) for side in sides]
     is_tensor = lambda leaf: isinstance(leaf, QuantizedTensor)  # noqa: E731
-    stacks = jax.tree.leaves(nnx.to_pure_dict(frozen), is_leaf=is_tensor)
-    stack = max(stacks, key=tree_bytes)
+    stack = max(jax.tree.leaves(frozen, is_leaf=is_tensor), key=tree_bytes)
     shape = stack.shape if is_tensor(stack) else stack.shape[1:]
     axes = len(stack.stack_shape) if is_tensor(stack) else 1
     tensor = jax.ShapeDtypeStruct(shape, jnp.dtype(work.compute_dtype))
@@ -183,7 +279,9 @@ def largest_load(work: Workload) -> Program:
     return Program(jax.jit(write, donate_argnums=0), (stack, tensor, index))
 
 
-def _saved_bytes(graphdef: nnx.GraphDef, lora: PyTree, frozen: PyTree, batch: Any) -> int:
+def _saved_bytes(
+    graphdef: nnx.GraphDef, loss_fn: LossFn, lora: PyTree, frozen: PyTree, batch: Any
+) -> int:
     """Bytes that the forward pass of a micro-batch leaves on the device for the backward pass.
 
     They are the leaves of the pullback that `jax.vjp` returns, less those that are arguments.
@@ -191,7 +289,7 @@ def _saved_bytes(graphdef: nnx.GraphDef, lora: PyTree, frozen: PyTree, batch: An
 
     def residuals(lora: PyTree, frozen: PyTree, batch: Any, key: jax.Array) -> list[Any]:
         def loss(lora: PyTree) -> jax.Array:
-            return causal_lm_loss(nnx.merge(graphdef, lora, frozen), batch, key)[0]
+            return loss_fn(nnx.merge(graphdef, lora, frozen), batch, key)[0]
 
         return jax.tree.leaves(jax.vjp(loss, lora)[1])
 
@@ -204,12 +302,10 @@ def _saved_bytes(graphdef: nnx.GraphDef, lora: PyTree, frozen: PyTree, batch: An
     )
 
 
-def paged_bytes(work: Workload, opt_state: PyTree) -> int:
-    """Bytes of optimizer state that rest in pinned host memory."""
-    if not work.train.paged:
-        return 0
-    least = work.train.page_min_size
-    return tree_bytes([leaf for leaf in jax.tree.leaves(opt_state) if leaf.size >= least])
+def host_bytes(tree: PyTree, kinds: PyTree) -> int:
+    """Bytes of the leaves that rest in pinned host memory, by `Step.kinds`."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(kinds), strict=True)
+    return tree_bytes([leaf for leaf, kind in leaves if kind == HOST])
 
 
 def tree_bytes(tree: PyTree) -> int:

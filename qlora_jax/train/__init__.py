@@ -5,12 +5,15 @@ from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.config import OPTIMIZERS, TrainConfig
 from qlora_jax.train.loop import FitResult, fit
 from qlora_jax.train.step import StepMetrics, TrainState, init_state, make_train_step
+from qlora_jax.train.traffic import Crossing, HostTraffic, host_traffic
 
 __all__ = [
     "OPTIMIZERS",
     "Callback",
     "Checkpoints",
+    "Crossing",
     "FitResult",
+    "HostTraffic",
     "MetricsFile",
     "Probe",
     "StepMetrics",
@@ -19,6 +22,7 @@ __all__ = [
     "TrainState",
     "WandB",
     "fit",
+    "host_traffic",
     "init_state",
     "make_train_step",
 ]

@@ -19,6 +19,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
+GRADIENT_SUMS = "gradient_sums"
+"""The name (`jax.named_scope`) of their copies, for whoever counts or profiles them."""
+
 Gradient = Callable[[Any, Int[Array, ""]], tuple[tuple[Array, Array], PyTree]]
 """(micro-batch, its number) -> ((sum of losses, trained tokens), gradients of the sum)."""
 
@@ -57,7 +60,7 @@ def accumulated(
         return (carry[0] + total, carry[1] + tokens, sums), None
 
     zeros = [
-        jax.device_put(zero, _HOST) if moved else zero
+        _copied(zero, _HOST) if moved else zero
         for zero, moved in zip(
             (jnp.zeros(leaf.shape, jnp.float32) for leaf in parameters), moves, strict=True
         )
@@ -97,8 +100,13 @@ def _in_turn(
             if len(before) >= 2:
                 last = before[-2]
                 leaf, results[last] = jax.lax.optimization_barrier((leaf, results[last]))
-            leaf = jax.device_put(leaf, _DEVICE)
+            leaf = _copied(leaf, _DEVICE)
             before.append(index)
         result = function(index, leaf)
-        results.append(jax.device_put(result, _HOST) if moved and return_to_host else result)
+        results.append(_copied(result, _HOST) if moved and return_to_host else result)
     return results
+
+
+def _copied(leaf: Array, space: jax.memory.Space) -> Array:
+    with jax.named_scope(GRADIENT_SUMS):
+        return jax.device_put(leaf, space)

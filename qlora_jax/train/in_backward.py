@@ -81,8 +81,8 @@ def update_in_backward(
         given: list[Any] = list(leaves)
         for index, leaf in zip(outside, others, strict=True):
             given[index] = leaf
-        for index, part in learning.items():
-            given[index] = Learner(*part, shared[index], rules[index])
+        for index, (value, held, squares) in learning.items():
+            given[index] = Learner(value, held, squares, shared[index], rules[index])
         return loss(jax.tree.unflatten(treedef, given))
 
     learning = {i: (leaves[i], parts.resting_state_of(i), jnp.zeros(())) for i in inside}
@@ -243,7 +243,8 @@ class _Parts:
 
         def placed(leaves: list[Array]) -> PyTree:
             at = dict(zip(indices, leaves, strict=True))
-            every = [at.get(i, optax.MaskedNode()) for i in range(self.treedef.num_leaves)]
+            count = len(jax.tree.leaves(self.params))
+            every = [at.get(i, optax.MaskedNode()) for i in range(count)]
             return jax.tree.unflatten(self.treedef, every)
 
         alone = jax.eval_shape(self.tx.init, only(shapes(self.params), indices))

@@ -40,6 +40,7 @@ from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.progress import ProgressDisplay, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.run_folder import check_or_write_config, describe_run, locked_run_folder
 from qlora_jax.train.step import StepMetrics, init_state, make_train_step
+from qlora_jax.train.traffic import HostTraffic, host_traffic
 
 
 @runtime_checkable
@@ -71,6 +72,8 @@ class FitResult:
         too few steps ran to tell.
       peak_host_bytes: resident set of this process at its largest, so far.
       peak_device_bytes: device memory at its largest; None where the backend does not tell.
+      host_traffic: bytes that the last step moved between device and pinned host memory; None where
+        this call made none. metrics.jsonl has the sum of every step as `host_bytes`.
     """
 
     step: int
@@ -80,6 +83,7 @@ class FitResult:
     tokens_per_second: float | None
     peak_host_bytes: int
     peak_device_bytes: int | None
+    host_traffic: HostTraffic | None
 
 
 def fit(
@@ -136,16 +140,14 @@ def fit(
         started = checkpoints.latest_step() is not None
         check_or_write_config(folder, describe_run(config, identity or {}), started=started)
         console = console or Console()
-        outlets: list[Callback] = [
-            MetricsFile(folder / "metrics.jsonl"),
-            ProgressDisplay(config.steps, console=console, log_every=config.log_every),
-            *callbacks,
-        ]
+        display = ProgressDisplay(config.steps, console=console, log_every=config.log_every)
+        outlets: list[Callback] = [MetricsFile(folder / "metrics.jsonl"), display, *callbacks]
         if TensorBoard.available():
             outlets.append(TensorBoard(folder / "tensorboard"))
         for outlet in outlets:
             stack.callback(outlet.close)
-        run = _Run(model, config, loss_fn, tx or config.optimizer(), checkpoints, outlets, probes)
+        tx = tx or config.optimizer()
+        run = _Run(model, config, loss_fn, tx, checkpoints, outlets, probes, display.say)
         # The step uses up the model's own arrays, so it is given the trained ones however it ends.
         stack.callback(lambda: nnx.update(model, run.state.lora))
         result = run.train(batches, eval_batches)
@@ -168,6 +170,7 @@ class _Run:
         checkpoints: Checkpoints,
         outlets: Sequence[Callback],
         probes: Sequence[Probe],
+        say: Callable[[str], None],
     ) -> None:
         graphdef, lora, self.frozen = split_adapters(model)
         if not jax.tree.leaves(lora):
@@ -194,11 +197,13 @@ class _Run:
             compiler_options=options,
         )
         self.eval_step = make_eval_step(graphdef, loss_fn, compiler_options=options)
-        self.graphdef, self.probes = graphdef, probes
+        self.graphdef, self.probes, self.say = graphdef, probes, say
         self.clock = _Clock()
-        self.compiled: set[Any] = set()
-        # A dispatched step whose metrics were not read yet: (step, metrics, real tokens).
-        self.pending: tuple[int, StepMetrics, int] | None = None
+        # What the program of each shape of batches moves over the bus; a new shape compiles one.
+        self.compiled: dict[Any, HostTraffic] = {}
+        self.traffic: HostTraffic | None = None
+        # A dispatched step whose metrics were not read yet: (step, metrics, real tokens, traffic).
+        self.pending: tuple[int, StepMetrics, int, HostTraffic] | None = None
         self.train_loss: float | None = None
 
     def train(
@@ -232,28 +237,33 @@ class _Run:
             tokens_per_second=self.clock.tokens_per_second,
             peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=peak_device_bytes(),
+            host_traffic=self.traffic,
         )
 
     def dispatch(self, step: int, batch: Any) -> None:
         """Start one step, then read the metrics of the one before."""
         shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
         if shape in self.compiled:
+            self.traffic = self.compiled[shape]
             self.state, metrics = self.train_step(self.state, self.frozen, batch)
             self.report()
-            self.pending = (step, metrics, _real_tokens(batch))
+            self.pending = (step, metrics, _real_tokens(batch), self.traffic)
             return
         # A step that compiles is waited for and not timed.
         self.report()
+        traffic = host_traffic(self.train_step, self.state, self.frozen, batch)
+        if traffic.total and not self.compiled:
+            self.say(f"host traffic a step: {traffic}")
+        self.compiled[shape] = self.traffic = traffic
         self.state, metrics = self.train_step(self.state, self.frozen, batch)
-        self.compiled.add(shape)
-        self.pending = (step, metrics, 0)
+        self.pending = (step, metrics, 0, traffic)
         self.report()
 
     def report(self) -> None:
         """Read, check and log the metrics of the pending step; waits until it is done."""
         if self.pending is None:
             return
-        (step, metrics, tokens), self.pending = self.pending, None
+        (step, metrics, tokens, traffic), self.pending = self.pending, None
         values = {name: float(x) for name, x in jax.device_get(metrics)._asdict().items()}
         values["tokens"] = int(values["tokens"])
         self.clock.step_done(tokens)
@@ -266,6 +276,8 @@ class _Run:
         if self.clock.tokens_per_second is not None:
             values["tokens_per_second"] = round(self.clock.tokens_per_second, 1)
             values["seconds_per_step"] = round(self.clock.seconds_per_step, 6)
+        if traffic.total:
+            values["host_bytes"] = traffic.total
         self.log(step, values)
 
     def evaluate(self, batches: EpochBatches | Sequence[Any], step: int) -> Evaluation:
@@ -393,4 +405,6 @@ def _summary(result: FitResult) -> str:
     parts.append(f"peak host memory {result.peak_host_bytes / 2**30:.2f} GiB")
     if result.peak_device_bytes is not None:
         parts.append(f"peak device memory {result.peak_device_bytes / 2**30:.2f} GiB")
+    if result.host_traffic is not None and result.host_traffic.total:
+        parts.append(f"host traffic a step {result.host_traffic.total / 2**30:.2f} GiB")
     return ", ".join(parts)

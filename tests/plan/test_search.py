@@ -28,16 +28,28 @@ def test_the_answer_fits_and_the_next_does_not(slope, curve, base, limit, step):
         assert found + step > 10**6 or bytes_at(found + step) > limit
 
 
-def test_a_line_takes_four_compiles():
+def test_a_line_takes_three_compiles_beside_the_plan_at_hand():
     asked = []
 
     def bytes_at(n):
         asked.append(n)
         return 1000 + 7 * n
 
-    assert largest_that_fits(bytes_at, 2000) == 142
-    # The first two, the answer, and one more that shows that the next does not fit.
-    assert asked == [1, 2, 142, 143]
+    assert largest_that_fits(bytes_at, 2000, known={1: 1007}) == 142
+    # A second, the answer, and one more that shows that the next does not fit.
+    assert asked == [2, 142, 143]
+
+
+def test_a_step_that_does_not_fit_is_searched_downward():
+    assert largest_that_fits(lambda n: 10 * n, 75, known={32: 320}, compiles=9) == 7
+
+
+def test_a_look_near_the_answer_finds_it_behind_a_bend():
+    def bytes_at(n):
+        return max(500, 10 * n)  # flat at first: another part of the step has the peak
+
+    asked = {1: 500}
+    assert largest_that_fits(bytes_at, 900, known=asked, second=70, compiles=2) == 90
 
 
 def test_what_was_compiled_last_is_kept_where_the_budget_ends():
