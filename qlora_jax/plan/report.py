@@ -121,6 +121,7 @@ class Report:
             "remat": made.work.remat,
             "mlp_tile": made.work.mlp_tile,
             "paged": made.work.train.paged,
+            "update_in_backward": made.work.train.update_in_backward,
             "unit": "bytes",
             "memory": made.memory,
             "usable": made.usable,
@@ -301,6 +302,8 @@ def _title(item: Report) -> str:
     accumulation = work.train.gradient_accumulation_steps
     times = f"{accumulation} × " if accumulation > 1 else ""
     state = ("paged " if work.train.paged else "") + work.train.optim
+    if work.train.update_in_backward:
+        state += " in the backward pass"
     tokens = f"{work.sequence}"
     if work.target_length is not None:
         tokens += f" → {work.target_length}"
