@@ -273,8 +273,10 @@ def _one(item: Report) -> str:
         lines.append(f"  largest batch at {made.work.sequence} tokens: {item.largest_batch}")
     if item.largest_sequence is not None:
         lines.append(f"  longest sequence at batch 1: {item.largest_sequence:,} tokens")
+    resident = ", weights on the card" if made.work.stream_weights else ""
     lines.append(
-        f"  decoding {item.decode_batch} × {item.decode_length} tokens: {gib(item.decode)} GiB; "
+        f"  decoding {item.decode_batch} × {item.decode_length} tokens{resident}: "
+        f"{gib(item.decode)} GiB; "
         f"loading: at most {gib(item.load)} GiB"
     )
     lines += [f"  note: {note}" for note in made.notes]
