@@ -54,6 +54,7 @@ def load_model(
     trainable_base: bool = False,
     remat: str = "full",
     stream_weights: bool = False,
+    mlp_tile: int | None = None,
     attention: AttentionName | None = None,
     packed: bool = False,
     longest: int | None = None,
@@ -79,6 +80,7 @@ def load_model(
         remat: what the backward pass finds saved, one of `models.REMAT`.
         stream_weights: puts the layers' frozen weights into pinned host memory, as they are read,
             and lets them come in layer by layer (`models.streaming`). Decoders only.
+        mlp_tile: tokens that an MLP reads at once (`models.tile`); None for all. Decoders only.
         attention: implementation of attention; None asks for cuDNN where this process's default
             device is a CUDA card and the case allows it, else see `models.attention_for`, which is
             told:
@@ -118,19 +120,20 @@ def load_model(
         )
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
-    if stream_weights and family.build is not Decoder:
+    switches: dict[str, Any] = {"stream_weights": stream_weights, "mlp_tile": mlp_tile}
+    switches = {name: value for name, value in switches.items() if value}
+    if switches and family.build is not Decoder:
         raise ValueError(
-            f"stream_weights is set, but {checkpoint.source} is a {family.build.__name__}, and the "
-            "layers of a Decoder alone stream: leave it out."
+            f"{' and '.join(switches)} is set, but {checkpoint.source} is a "
+            f"{family.build.__name__}, and a Decoder alone has that switch: leave it out."
         )
     if embedding_bits is not None and family.build is EncoderClassifier:
         raise ValueError(
             f"embedding_bits is {embedding_bits}, but {checkpoint.source} is an EncoderClassifier, "
             "which has no head over the vocabulary and keeps its embedding dense: leave it out."
         )
-    own: dict[str, Any] = {"stream_weights": True} if stream_weights else {}
     if embedding_bits is not None:
-        own["embedding_bits"] = embedding_bits
+        switches["embedding_bits"] = embedding_bits
     if attention is None:
         softcap = getattr(config, "attn_logit_softcapping", None)
         backend = jax.default_backend()
@@ -142,7 +145,7 @@ def load_model(
             softcap=softcap,
             bias=biased,
             packed=packed,
-            longest=longest if family.build is Decoder else None,
+            longest=longest,
             compute_capability=capability_here(),
         )
 
@@ -156,7 +159,7 @@ def load_model(
             attention=attention,
             matmul=matmul,
             rngs=nnx.Rngs(params=key),
-            **own,
+            **switches,
         )
 
     key = jax.random.key(seed)
