@@ -141,7 +141,10 @@ def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
         others -= math.floor(vocabulary_parameters(config) * narrower)
     trained = adapter_parameters(config, run.lora)
     # Values, gradients, and where micro-batches are added up their sum.
-    copies = 3 if run.train.gradient_accumulation_steps > 1 else 2
+    copies = 3.0 if run.train.gradient_accumulation_steps > 1 else 2.0
+    if run.train.update_in_backward:
+        # One layer's gradients.
+        copies = 1 + 1 / config.num_hidden_layers
     moments = 8 * trained
     tokens = run.train.micro_batch_size * length
     widest = max(config.intermediate_size, config.hidden_size)
@@ -159,7 +162,7 @@ def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
     logits = 2 * tokens * config.vocab_size * 4
     return Memory(
         base=math.ceil(base) + others,
-        adapters=copies * 4 * trained,
+        adapters=math.ceil(copies * 4 * trained),
         optimizer=0 if run.train.paged else moments,
         activations=saved + max(layer, logits),
         host=moments if run.train.paged else 0,

@@ -65,6 +65,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--gradients-on-host", action="store_true", help="sums of accumulation on the host"
     )
+    parser.add_argument(
+        "--update-in-backward",
+        action="store_true",
+        help="each layer's update in the backward pass, without clipping by the global norm",
+    )
     parser.add_argument("--attention", default=None, help="xla, cudnn, chunked (the card's best)")
     parser.add_argument("--matmul", default=None, help="xla, triton, mosaic_gpu (by dispatch)")
     parser.add_argument("--decode-batch", type=int, default=1, help="texts decoded at once (1)")
@@ -137,7 +142,8 @@ def _workload(model: str, args: argparse.Namespace) -> Workload:
             gradients_on_host=args.gradients_on_host,
             optim=args.optim,
             master_weights=args.lora_dtype != "float32",
-            max_grad_norm=None if args.no_clip else 0.3,
+            update_in_backward=args.update_in_backward,
+            max_grad_norm=None if args.no_clip or args.update_in_backward else 0.3,
         ),
         lora=LoraConfig(
             r=args.rank, lora_dropout=args.lora_dropout, dtype=jnp.dtype(args.lora_dtype)

@@ -21,9 +21,10 @@ from qlora_jax.models.loss import (
     next_token_loss,
     next_tokens,
 )
-from qlora_jax.models.remat import REMAT, STREAMABLE
+from qlora_jax.models.remat import REMAT, STREAMABLE, check_remat
 from qlora_jax.models.rope import RopeConfig
 from qlora_jax.models.seq2seq_loss import seq2seq_loss, shift_right
+from qlora_jax.models.stack import is_stacked
 from qlora_jax.models.tile import MLP_TILE
 from qlora_jax.models.tokens import (
     add_tokens,
@@ -58,11 +59,13 @@ __all__ = [
     "attend",
     "attention_for",
     "capability_here",
+    "check_remat",
     "chunked_attention",
     "chunked_cross_entropy",
     "classification_loss",
     "cross_entropy",
     "family_of",
+    "is_stacked",
     "module_names",
     "next_token_loss",
     "next_tokens",

@@ -81,6 +81,15 @@ def stack_layers(
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make_layer(nnx.Rngs(key))))(keys))
 
 
+def is_stacked(path: tuple) -> bool:
+    """Whether a path of a model's state leads into a stack, whose arrays carry the layers' axis.
+
+    Args:
+        path: of `jax.tree_util.tree_flatten_with_path`. Every model calls its stack `layers`.
+    """
+    return any(getattr(key, "key", getattr(key, "name", None)) == "layers" for key in path)
+
+
 def scan_layers(
     layers: nnx.Module,
     apply: Callable[[Any, Any, Any], tuple[Any, Any]],

@@ -121,6 +121,7 @@ class Report:
             "remat": made.work.remat,
             "mlp_tile": made.work.mlp_tile,
             "paged": made.work.train.paged,
+            "update_in_backward": made.work.train.update_in_backward,
             "unit": "bytes",
             "memory": made.memory,
             "usable": made.usable,
@@ -272,8 +273,10 @@ def _one(item: Report) -> str:
         lines.append(f"  largest batch at {made.work.sequence} tokens: {item.largest_batch}")
     if item.largest_sequence is not None:
         lines.append(f"  longest sequence at batch 1: {item.largest_sequence:,} tokens")
+    resident = ", weights on the card" if made.work.stream_weights else ""
     lines.append(
-        f"  decoding {item.decode_batch} × {item.decode_length} tokens: {gib(item.decode)} GiB; "
+        f"  decoding {item.decode_batch} × {item.decode_length} tokens{resident}: "
+        f"{gib(item.decode)} GiB; "
         f"loading: at most {gib(item.load)} GiB"
     )
     lines += [f"  note: {note}" for note in made.notes]
@@ -301,6 +304,8 @@ def _title(item: Report) -> str:
     accumulation = work.train.gradient_accumulation_steps
     times = f"{accumulation} × " if accumulation > 1 else ""
     state = ("paged " if work.train.paged else "") + work.train.optim
+    if work.train.update_in_backward:
+        state += " in the backward pass"
     tokens = f"{work.sequence}"
     if work.target_length is not None:
         tokens += f" → {work.target_length}"

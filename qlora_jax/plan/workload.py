@@ -27,6 +27,7 @@ from qlora_jax.models import (
     DecoderConfig,
     EncoderDecoder,
     EncoderDecoderConfig,
+    is_stacked,
 )
 from qlora_jax.models.streaming import compiler_options, streams
 from qlora_jax.nn import FrozenParam, LoraConfig
@@ -198,6 +199,7 @@ def training_step(work: Workload, *, present: bool = False) -> Step:
         loss,
         learning_rate=work.train.learning_rates(),
         host_gradients=work.train.host_gradients,
+        update_in_backward=work.train.update_in_backward,
         state=placed[0] if present else None,
         compiler_options=options if present and work.stream_weights else None,
     )
@@ -214,8 +216,8 @@ def _resting_kinds(work: Workload, state: Any, frozen: PyTree) -> tuple[Any, Any
     """The memory that every leaf of (state, frozen weights) rests in between steps."""
 
     def weight(path: tuple, leaf: Any) -> str:
-        layers = "'layers'" in jax.tree_util.keystr(path)
-        return HOST if work.stream_weights and layers and streams(leaf) else "device"
+        streamed = work.stream_weights and is_stacked(path) and streams(leaf)
+        return HOST if streamed else "device"
 
     def moment(leaf: Any) -> str:
         # Step counters belong to no parameter and stay on the device.
