@@ -5,8 +5,8 @@
 
 The fraction is of the card's memory: 0.6 of 80 GB is 48 GB. One variant per process, because an
 allocator's peak never falls. Reported: the plan (compiled for the device that is here), the peak
-that the allocator saw and the plan's error against it, tokens per second. `--toy` runs anywhere; a
-CPU counts no peak.
+that the allocator saw and the plan's error against it, tokens per second, and the bytes that cross
+the bus in a step. `--toy` runs anywhere; a CPU counts no peak.
 """
 
 import argparse
@@ -26,10 +26,11 @@ from qlora_jax.train import TrainConfig
 TOY = {
     "model_type": "llama",
     "vocab_size": 256,
-    "hidden_size": 128,
-    "intermediate_size": 256,
+    # A layer's codes are just large enough to stream.
+    "hidden_size": 512,
+    "intermediate_size": 512,
     "num_hidden_layers": 2,
-    "num_attention_heads": 2,
+    "num_attention_heads": 4,
 }
 
 
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "streamed": options.stream,
         "batch": [options.accumulation, options.batch, options.sequence],
         "limit": planned.memory,
-        "planned": dataclasses.asdict(planned.device) | {"total": total, "host": planned.host},
+        "planned": dataclasses.asdict(planned.device)
+        | {"total": total, "host": planned.host, "traffic": planned.traffic.total},
         "measured": found._asdict(),
         "plan_error": None if not found.peak else total / found.peak - 1,
     }

@@ -36,6 +36,7 @@ class ModelConfig:
         remat: what the backward pass recomputes: "full" (least memory on the card but "offload",
             which keeps layers' inputs on the host), "attention", "dots" or "none" (fastest).
         stream_weights: the layers' frozen weights rest in host memory and come in layer by layer.
+        mlp_tile: tokens that an MLP reads at once (4096 is usual for long sequences); None for all.
         attention: "xla", "cudnn" or "chunked"; None for the best that the card and model allow.
         loss_chunk: tokens whose logits are held at once; None holds all.
     """
@@ -47,6 +48,7 @@ class ModelConfig:
     embedding_bits: Literal[8, 4] | None = None
     remat: Literal["full", "offload", "attention", "dots", "none"] = "full"
     stream_weights: bool = False
+    mlp_tile: int | None = None
     attention: Literal["xla", "cudnn", "chunked"] | None = None
     loss_chunk: int | None = LOSS_CHUNK
 

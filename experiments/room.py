@@ -56,6 +56,7 @@ def workload(
         embedding_bits=run.model.embedding_bits,
         remat=run.model.remat,
         stream_weights=run.model.stream_weights,
+        mlp_tile=run.model.mlp_tile,
         attention=run.model.attention,
         packed=run.data.packing,
         loss_chunk=run.model.loss_chunk,

@@ -183,6 +183,7 @@ def execute(
         embedding_bits=run.model.embedding_bits,
         remat=run.model.remat,
         stream_weights=run.model.stream_weights,
+        mlp_tile=run.model.mlp_tile,
         attention=run.model.attention,
         packed=run.data.packing,
         longest=length,

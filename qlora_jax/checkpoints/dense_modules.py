@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
-from qlora_jax.checkpoints.load import linear_weights
+from qlora_jax.checkpoints.matching import linear_weights
 from qlora_jax.models import family_of
 from qlora_jax.quant import QuantizedTensor
 

@@ -13,9 +13,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +24,13 @@ from jaxtyping import Array, Key
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
+from qlora_jax.checkpoints.checkpoint import Checkpoint
+from qlora_jax.checkpoints.matching import is_vocabulary, keep_dense, matching, node_at
 from qlora_jax.checkpoints.open import open_checkpoint
 from qlora_jax.models import (
     AttentionName,
     Decoder,
     EncoderClassifier,
-    Family,
     Slot,
     attention_for,
     capability_here,
@@ -40,7 +39,6 @@ from qlora_jax.models import (
     streaming,
     unfreeze,
 )
-from qlora_jax.models.embedding import Embedding
 from qlora_jax.nn import LoraConfig, add_lora, start_from_weight
 from qlora_jax.quant import QuantConfig, QuantizedTensor, put_rows, quantize, rows_at_once
 
@@ -56,6 +54,7 @@ def load_model(
     trainable_base: bool = False,
     remat: str = "full",
     stream_weights: bool = False,
+    mlp_tile: int | None = None,
     attention: AttentionName | None = None,
     packed: bool = False,
     longest: int | None = None,
@@ -81,6 +80,7 @@ def load_model(
         remat: what the backward pass finds saved, one of `models.REMAT`.
         stream_weights: puts the layers' frozen weights into pinned host memory, as they are read,
             and lets them come in layer by layer (`models.streaming`). Decoders only.
+        mlp_tile: tokens that an MLP reads at once (`models.tile`); None for all. Decoders only.
         attention: implementation of attention; None asks for cuDNN where this process's default
             device is a CUDA card and the case allows it, else see `models.attention_for`, which is
             told:
@@ -120,19 +120,20 @@ def load_model(
         )
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
-    if stream_weights and family.build is not Decoder:
+    switches: dict[str, Any] = {"stream_weights": stream_weights, "mlp_tile": mlp_tile}
+    switches = {name: value for name, value in switches.items() if value}
+    if switches and family.build is not Decoder:
         raise ValueError(
-            f"stream_weights is set, but {checkpoint.source} is a {family.build.__name__}, and the "
-            "layers of a Decoder alone stream: leave it out."
+            f"{' and '.join(switches)} is set, but {checkpoint.source} is a "
+            f"{family.build.__name__}, and a Decoder alone has that switch: leave it out."
         )
     if embedding_bits is not None and family.build is EncoderClassifier:
         raise ValueError(
             f"embedding_bits is {embedding_bits}, but {checkpoint.source} is an EncoderClassifier, "
             "which has no head over the vocabulary and keeps its embedding dense: leave it out."
         )
-    own: dict[str, Any] = {"stream_weights": True} if stream_weights else {}
     if embedding_bits is not None:
-        own["embedding_bits"] = embedding_bits
+        switches["embedding_bits"] = embedding_bits
     if attention is None:
         softcap = getattr(config, "attn_logit_softcapping", None)
         backend = jax.default_backend()
@@ -144,7 +145,7 @@ def load_model(
             softcap=softcap,
             bias=biased,
             packed=packed,
-            longest=longest if family.build is Decoder else None,
+            longest=longest,
             compute_capability=capability_here(),
         )
 
@@ -158,15 +159,15 @@ def load_model(
             attention=attention,
             matmul=matmul,
             rngs=nnx.Rngs(params=key),
-            **own,
+            **switches,
         )
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
-    _keep_dense(model, checkpoint, family.weight_names(config), param_dtype)
+    keep_dense(model, checkpoint, family.weight_names(config), param_dtype)
     if stream_weights:
         streaming.check_host_memory_limit(streaming.host_bytes(model.layers), jax.default_backend())
-    slots = _matching(checkpoint, family, model)
+    slots = matching(checkpoint, family, model)
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
         # Only what is trained is asked for, so the compiler drops the random base. A head that the
         # checkpoint has is then read over it.
@@ -183,144 +184,6 @@ def load_model(
     if trainable_base:
         unfreeze(model)
     return model
-
-
-def linear_weights(checkpoint: Checkpoint) -> frozenset[str]:
-    """The tensors that `load_model` quantizes: the layers' linear weights.
-
-    Raises:
-        ValueError: an unknown architecture.
-    """
-    family, model = _abstract(checkpoint, checkpoint.quant or QuantConfig())
-    return frozenset(
-        name
-        for name, slot in family.weight_names(model.config).items()
-        if isinstance(node_at(model, slot.path).get_value(), QuantizedTensor)
-    )
-
-
-def check_shapes(checkpoint: Checkpoint) -> None:
-    """Compares every name, shape and dtype with config.json, as `load_model` does; reads nothing.
-
-    Raises:
-        ValueError: an unknown architecture, or tensors that contradict the config.
-    """
-    _matching(checkpoint, *_abstract(checkpoint, checkpoint.quant))
-
-
-def _abstract(checkpoint: Checkpoint, quant: QuantConfig | None) -> tuple[Family, Any]:
-    """The checkpoint's family, and its model in shapes alone."""
-    family = family_of(checkpoint.config)
-    config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
-    model = nnx.eval_shape(lambda: family.build(config, quant=quant, rngs=nnx.Rngs(0)))
-    _keep_dense(model, checkpoint, family.weight_names(config), jnp.float32)
-    return family, model
-
-
-def _keep_dense(
-    model: nnx.Module, checkpoint: Checkpoint, names: Mapping[str, Slot], dtype: Any
-) -> None:
-    """Makes room for dense numbers where a checkpoint in 4 bits holds dense ones, in place.
-
-    transformers leaves some linear layers out (`llm_int8_skip_modules`, T5's `wo`). What the
-    checkpoint holds decides, as config.json does not say all of it.
-
-    Args:
-        model: abstract, with every linear layer of its stacks quantized.
-        checkpoint: what will be read; nothing changes if it is not in 4 bits.
-        names: of the model's tensors.
-        dtype: of dense weights.
-
-    Raises:
-        ValueError: only some layers of a stack are dense.
-    """
-    if checkpoint.quant is None:
-        return
-    dense: dict[tuple[str, ...], str] = {}
-    packed: dict[tuple[str, ...], str] = {}
-    for name, slot in names.items():
-        info = checkpoint.tensors.get(name)
-        # Codes that have lost their quant_state are refused where all tensors are.
-        if info is not None and (info.quant is not None or info.dtype in DTYPES):
-            (packed if info.quant else dense)[slot.path] = name
-    for path, name in dense.items():
-        variable = node_at(model, path)
-        value = variable.get_value()
-        if not isinstance(value, QuantizedTensor):
-            continue
-        if path in packed:
-            raise ValueError(
-                f"{checkpoint.source}: {name!r} is dense, but {packed[path]!r} is in 4 bits, and "
-                "the layers of a stack are stored alike here: quantize the 16-bit checkpoint "
-                "instead."
-            )
-        variable.set_value(jax.ShapeDtypeStruct((*value.stack_shape, *value.shape), dtype))
-
-
-def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Slot]:
-    """The tensors to read, in reading order, once every name and shape fits the model."""
-    source, tensors = checkpoint.source, checkpoint.tensors
-    names = family.weight_names(model.config)
-    read = [name for name in tensors if name in names]
-    strange = [
-        name
-        for name in tensors
-        if name not in names and not any(fnmatchcase(name, pattern) for pattern in family.ignored)
-    ]
-    if strange:
-        raise ValueError(
-            f"{source} holds the tensor {strange[0]!r} (and {len(strange) - 1} more) that a "
-            "model with its config.json has no place for: check that both are of one checkpoint."
-        )
-    absent = [
-        name
-        for name in names
-        if name not in tensors and not any(fnmatchcase(name, fresh) for fresh in family.fresh)
-    ]
-    if absent:
-        raise ValueError(
-            f"{source} lacks the tensor {absent[0]!r} (and {len(absent) - 1} more) that its "
-            "config.json calls for: check that both are of one checkpoint, and whole."
-        )
-    for name in read:
-        value = node_at(model, names[name].path).get_value()
-        info = tensors[name]
-        quantized = isinstance(value, QuantizedTensor)
-        if info.quant is not None and info.quant != checkpoint.quant:
-            raise ValueError(
-                f"{source}: {name!r} is stored as {info.quant}, but other weights as "
-                f"{checkpoint.quant}: quantize the 16-bit checkpoint instead."
-            )
-        # Files keep the vocabulary dense, whatever becomes of it here.
-        packed = quantized and not is_vocabulary(model, names[name])
-        if packed and checkpoint.quant is not None and info.quant is None:
-            raise ValueError(
-                f"{source}: {name!r} has no quant_state, but other weights are quantized in 4 "
-                "bits: fetch the whole checkpoint again."
-            )
-        if info.dtype not in DTYPES:
-            raise ValueError(
-                f"{source}: tensor {name!r} is stored as {info.dtype}, but weights of "
-                f"{', '.join(DTYPES)} are read: take a 16- or 32-bit checkpoint."
-            )
-        stacked = 0 if quantized else len(names[name].stack_index)
-        expected = value.shape[stacked:]
-        if tuple(info.shape) != tuple(expected):
-            raise ValueError(
-                f"{source}: tensor {name!r} has shape {list(info.shape)}, but config.json calls "
-                f"for {list(expected)}: check that both are of one checkpoint."
-            )
-    return {name: names[name] for name in read}
-
-
-def is_vocabulary(model: nnx.Module, slot: Slot) -> bool:
-    """Whether a tensor is an embedding or a head: rows for ids."""
-    return isinstance(node_at(model, slot.path[:-1]), Embedding)
-
-
-def node_at(model: nnx.Module, path: tuple[str, ...]) -> Any:
-    """The Variable or module at a path of attribute names."""
-    return functools.reduce(getattr, path, model)
 
 
 def _fill(
@@ -360,9 +223,7 @@ def _fill(
                 hosted = stream_weights and bool(slot.stack_index)
                 filled[path] = jax.tree.map(functools.partial(_empty, hosted=hosted), struct)
             if isinstance(struct, QuantizedTensor) and is_vocabulary(model, slot):
-                filled[path] = _put_vocabulary(
-                    filled[path], cast(np.ndarray, checkpoint.read(name))
-                )
+                filled[path] = _put_vocabulary(filled[path], _dense(checkpoint.read(name)))
                 bar.advance(task, sizes[name])
                 continue
             # The tensor has no name here: it would outlive its turn and lie beside the next one.
@@ -405,6 +266,13 @@ def _empty(leaf: Any, *, hosted: bool) -> Array:
         # Made on the host: zeros from the device would need room for the whole stack there.
         return streaming.to_host(np.zeros(leaf.shape, leaf.dtype))
     return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def _dense(tensor: np.ndarray | QuantizedTensor) -> np.ndarray:
+    """A file's tensor in the host's memory, its codes, if it has such, as their numbers."""
+    if isinstance(tensor, QuantizedTensor):
+        return np.asarray(jax.tree.map(jnp.asarray, tensor).dequantize(jnp.float32))
+    return tensor
 
 
 def _put_vocabulary(codes: QuantizedTensor, matrix: np.ndarray) -> QuantizedTensor:

@@ -18,7 +18,7 @@ from flax import nnx
 from qlora_jax.checkpoints.bitsandbytes import QUANT_TYPES, packed_tensors, quantization_config
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, cast, dtype_name
 from qlora_jax.checkpoints.dense_modules import skip_modules, with_kept_dense
-from qlora_jax.checkpoints.load import is_vocabulary, node_at
+from qlora_jax.checkpoints.matching import is_vocabulary, node_at
 from qlora_jax.checkpoints.safetensors_writer import ShardedWriter, parse_size
 from qlora_jax.checkpoints.staging import new_folder
 from qlora_jax.models import FAMILIES

@@ -57,6 +57,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--no-clip", action="store_true", help="no clipping by the global norm")
     parser.add_argument("--remat", default="full", choices=sorted(REMAT))
     parser.add_argument(
+        "--mlp-tile", type=int, default=None, help="tokens that an MLP reads at once (all)"
+    )
+    parser.add_argument(
         "--stream-weights", action="store_true", help="layers' weights on the host, one at a time"
     )
     parser.add_argument(
@@ -149,6 +152,7 @@ def _workload(model: str, args: argparse.Namespace) -> Workload:
         embedding_bits=args.embedding_bits,
         remat=args.remat,
         stream_weights=args.stream_weights,
+        mlp_tile=args.mlp_tile,
         attention=args.attention,
         matmul=args.matmul,
     )

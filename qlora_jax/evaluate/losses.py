@@ -49,7 +49,8 @@ def loss_for(model: Any, *, loss_chunk: int | None = LOSS_CHUNK) -> LossFn:
 
     Args:
         model: decides which loss.
-        loss_chunk: of a model that writes text: tokens whose logits are held at once; None holds all.
+        loss_chunk: where there is a head over the vocabulary: tokens whose logits are held at once;
+            None holds all.
     """
     if isinstance(model, EncoderDecoder):
         return functools.partial(seq2seq_lm_loss, loss_chunk=loss_chunk)

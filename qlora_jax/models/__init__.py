@@ -25,6 +25,7 @@ from qlora_jax.models.remat import REMAT, check_remat
 from qlora_jax.models.rope import RopeConfig
 from qlora_jax.models.seq2seq_loss import seq2seq_loss, shift_right
 from qlora_jax.models.stack import is_stacked
+from qlora_jax.models.tile import MLP_TILE
 from qlora_jax.models.tokens import (
     add_tokens,
     resize_token_embeddings,
@@ -37,6 +38,7 @@ from qlora_jax.models.unfreeze import unfreeze
 __all__ = [
     "FAMILIES",
     "LOSS_CHUNK",
+    "MLP_TILE",
     "REMAT",
     "AttentionName",
     "Cache",

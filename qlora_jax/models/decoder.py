@@ -20,14 +20,14 @@ holds all logits at once calls them apart.
 """
 
 import functools
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from qlora_jax.models.attention import AttentionName, attend
+from qlora_jax.models.attention import AttentionName, attend, check_attention
 from qlora_jax.models.cache import Cache, advance, start, store, visible
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_layer import DecoderLayer
@@ -80,11 +80,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check_remat(remat, stream_weights=stream_weights)
-        if attention not in get_args(AttentionName):
-            raise ValueError(
-                f"attention is {attention!r}, but one of {', '.join(get_args(AttentionName))} is "
-                "needed."
-            )
+        check_attention(attention)
         self.config = config
         self.compute_dtype = compute_dtype
         self.remat = remat

@@ -1,10 +1,10 @@
-"""Tiles of tokens: an MLP reads each token by itself, so it need not see the whole sequence at once.
+"""Tiles of tokens: an MLP reads each token by itself, so it need not see all of them at once.
 
-A layer's MLP is several times as wide as the layer, and on the way back its gate, its up-projection,
-their product, the gradients of all three and the masks of dropout are there together: at 32k tokens
-of Llama 3 8B each is 0.9 GiB. Cut into tiles of tokens under one `lax.scan`, and each tile computed
-again in its own backward pass, they are as large as a tile, for any sequence (Arctic's Ulysses
-Sequence Parallelism, arXiv 2506.13996, calls this TiledMLP).
+A layer's MLP is several times as wide as the layer. On the way back its gate, its up-projection,
+their product, the gradients of all three and the masks of dropout are there together, each of them
+0.9 GiB at 32k tokens of Llama 3 8B. Cut into tiles under one `lax.scan`, each computed again in its
+own backward pass, they are as large as a tile, for any sequence (Arctic Long Sequence Training,
+arXiv 2506.13996, calls this TiledMLP).
 
     x [32,768 tokens] → 8 tiles of 4,096: gate, up, down → joined
 
@@ -12,8 +12,9 @@ Cost: under `remat` "full" or "offload" no product, since what a tile computes a
 have computed again; a weight that is decoded before its product is decoded once a tile.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +61,9 @@ def by_tile(
     width = -(-length // pieces)
     padded = jnp.pad(x, ((0, 0), (0, pieces * width - length), (0, 0)))
     tiles = jnp.moveaxis(padded.reshape(batch, pieces, width, embed), 1, 0)
-    graphdef, trained, frozen = nnx.split(module, nnx.LoRAParam, ...)
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, trained)
+    parts: tuple[Any, ...] = nnx.split(module, nnx.LoRAParam, ...)
+    graphdef, trained, frozen = parts
+    # The values stay those of a narrower dtype; their gradients are summed as they are.
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -70,8 +72,7 @@ def by_tile(
             name: None if key is None else jax.random.fold_in(key, index)
             for name, key in dropout_keys.items()
         }
-        narrow = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), wide, dtypes)
-        return nnx.merge(graphdef, narrow, frozen)(part, dropout_keys=own)
+        return nnx.merge(graphdef, wide, frozen)(part, dropout_keys=own)
 
     def step(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
         return None, one(*given)

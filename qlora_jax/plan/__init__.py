@@ -1,8 +1,11 @@
 """Floor 5: will it fit? A training step's bytes on a card that need not be here.
 
-import qlora_jax.plan as planning
-work = planning.Workload(planning.find_config("llama-65b"), sequence=512)
-planning.plan(work, "l40").device.total          # bytes, from the compiler
+    from qlora_jax.plan import Workload, find_config, plan
+
+    plan("llama-65b", "l40").device.total               # bytes, from the compiler: the paper's step
+    plan(Workload(find_config("t5-11b"), sequence=512, target=128), "rtx-4090").fits
+
+`qlora_jax.plan` is this package (`ql.plan.plan(...)`); from a shell, `qlora-jax plan`.
 """
 
 from qlora_jax.plan.advice import Advice, Switch, advise

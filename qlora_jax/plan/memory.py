@@ -146,7 +146,7 @@ def _for_target(work: Workload, card: Card | None) -> tuple[Workload, tuple[str,
         newer = _attention(work, "cuda", None)
         if attention != newer:
             notes.append(
-                f"attention: {attention}, since cuDNN's does not run on {card.arch}, older than sm_80."
+                f"attention: {attention}, since cuDNN's needs sm_80 and this card is {card.arch}."
             )
         elif attention == "cudnn" and not cudnn_available():
             attention = "chunked"
@@ -159,7 +159,7 @@ def _for_target(work: Workload, card: Card | None) -> tuple[Workload, tuple[str,
     if matmul is None and work.quant is not None:
         if not card.supports_triton:
             matmul = "xla"
-            notes.append(f"matmul: xla, since no kernel runs on {card.arch}, older than sm_80.")
+            notes.append(f"matmul: xla, since the kernels need sm_80 and this card is {card.arch}.")
         elif card.pallas_kind != card.description:
             matmul = "xla"
             notes.append(

@@ -119,6 +119,7 @@ class Report:
             "attention": made.work.attention,
             "matmul": made.work.matmul,
             "remat": made.work.remat,
+            "mlp_tile": made.work.mlp_tile,
             "paged": made.work.train.paged,
             "update_in_backward": made.work.train.update_in_backward,
             "unit": "bytes",
@@ -272,8 +273,10 @@ def _one(item: Report) -> str:
         lines.append(f"  largest batch at {made.work.sequence} tokens: {item.largest_batch}")
     if item.largest_sequence is not None:
         lines.append(f"  longest sequence at batch 1: {item.largest_sequence:,} tokens")
+    resident = ", weights on the card" if made.work.stream_weights else ""
     lines.append(
-        f"  decoding {item.decode_batch} × {item.decode_length} tokens: {gib(item.decode)} GiB; "
+        f"  decoding {item.decode_batch} × {item.decode_length} tokens{resident}: "
+        f"{gib(item.decode)} GiB; "
         f"loading: at most {gib(item.load)} GiB"
     )
     lines += [f"  note: {note}" for note in made.notes]
@@ -306,9 +309,10 @@ def _title(item: Report) -> str:
     tokens = f"{work.sequence}"
     if work.target_length is not None:
         tokens += f" → {work.target_length}"
+    tiled = f", MLP in tiles of {work.mlp_tile}" if work.mlp_tile else ""
     return (
         f"{item.name} on {made.card or 'this device'}: {base}, r={work.lora.r} "
         f"({jnp.dtype(work.lora.dtype).name}), {state}, batch {times}"
         f"{work.train.micro_batch_size} × {tokens}, remat {work.remat}"
-        f"{', weights streamed' if work.stream_weights else ''}, attention {work.attention}"
+        f"{', weights streamed' if work.stream_weights else ''}, attention {work.attention}{tiled}"
     )

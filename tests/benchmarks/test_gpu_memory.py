@@ -17,4 +17,11 @@ def test_a_toy_step_is_planned_and_measured(tmp_path, monkeypatch):
     resident, streamed = results
     assert resident["planned"]["total"] > resident["planned"]["base"] > 0
     assert resident["measured"]["tokens_per_second"] > 0
+    assert streamed["measured"]["tokens_per_second"] > 0
+    # The plan's count of what crosses the bus is that of the step that ran.
+    for found in results:
+        assert found["planned"]["traffic"] == found["measured"]["host_bytes"]
+    assert streamed["measured"]["host_bytes"] > resident["measured"]["host_bytes"]
+    # A CPU counts no peak to compare with.
+    assert all(found["plan_error"] is None for found in results)
     assert resident["measured"]["first_loss"] == streamed["measured"]["first_loss"]

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 import qlora_jax as ql
 from qlora_jax.checkpoints import load, load_model, open_checkpoint, quantized, save_model
-from qlora_jax.checkpoints.load import linear_weights
+from qlora_jax.checkpoints.matching import linear_weights
 from qlora_jax.checkpoints.save import save_checkpoint
 from qlora_jax.models import FAMILIES, EncoderClassifier
 from qlora_jax.quant import QuantizedTensor, quantize, row_config
@@ -55,6 +55,7 @@ def test_a_4_bit_folder_keeps_its_vocabulary_dense(folder, tmp_path) -> None:
     quant = ql.QuantConfig()
     save_checkpoint(tmp_path / "nf4", quantized(checkpoint, linear_weights(checkpoint), quant))
     model = load_model(tmp_path / "nf4", embedding_bits=8, **OPTIONS)
+    assert isinstance(model.embed_tokens.weight.get_value(), QuantizedTensor)
     save_model(tmp_path / "again", model)
     written = open_checkpoint(tmp_path / "again")
     assert written.quant == quant

@@ -23,9 +23,9 @@ from qlora_jax.checkpoints import (
     save_model,
 )
 from qlora_jax.checkpoints.dense_modules import skip_modules
-from qlora_jax.checkpoints.load import node_at
+from qlora_jax.checkpoints.matching import node_at
 from qlora_jax.models import FAMILIES, family_of
-from qlora_jax.quant import QuantConfig, QuantizedTensor
+from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize, row_config
 from tests.checkpoints.tiny import CONFIG as LLAMA
 from tests.checkpoints.tiny import change_tensors
 from tests.models.test_encoder import CONFIG as ROBERTA
@@ -183,3 +183,21 @@ def test_a_dense_weight_of_another_shape(dense, tmp_path):
     change_tensors(tmp_path / "packed", lambda t: t.update({name: t[name][:-1].copy()}))
     with pytest.raises(ValueError, match=r"wo.weight.*has shape .* config.json calls"):
         load_model(tmp_path / "packed")
+
+
+def test_a_head_in_codes_is_packed_anew_if_asked(dense, tmp_path):
+    """From the numbers of the folder's codes; the embedding from the folder's own."""
+    checkpoint = in_4_bits(dense["llama"], more=("lm_head.weight",))
+    model = load_model(checkpoint, embedding_bits=8, **F32)
+    packed = jax.tree.map(jnp.asarray, checkpoint.read("lm_head.weight"))
+    numbers = {
+        "lm_head": packed.dequantize(jnp.float32),
+        "embed_tokens": dense["llama"].read("model.embed_tokens.weight"),
+    }
+    for name, expected in numbers.items():
+        found = getattr(model, name).weight.get_value()
+        assert found.quant_type != "nf4"
+        np.testing.assert_array_equal(
+            found.dequantize(jnp.float32),
+            quantize(expected, row_config(8, expected.shape[1])).dequantize(jnp.float32),
+        )

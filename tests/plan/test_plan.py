@@ -1,16 +1,28 @@
 """Plans of a tiny model: on this machine's CPU, and for cards that are not here."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import qlora_jax as ql
+from pallas_kernels.cards import CARDS
 from qlora_jax.cli import main
+from qlora_jax.evaluate import loss_for, split_adapters
+from qlora_jax.models.stream_cost import stream_cost
+from qlora_jax.models.streaming import HOST_LIMIT, host_limit_for
 from qlora_jax.nn import LoraConfig
 from qlora_jax.plan import Workload, check_fits, find_config, measure, plan
+from qlora_jax.plan.advice import SWITCHES
 from qlora_jax.plan.compiled import CACHE_VARIABLE, cache_folder
-from qlora_jax.train import TrainConfig
+from qlora_jax.plan.measure import random_batch, random_weights
+from qlora_jax.plan.report import Streaming
+from qlora_jax.plan.workload import model_shapes, training_step
+from qlora_jax.train import TrainConfig, host_traffic
 from tests.memory.goals import needs_compiler
 
 TINY = {
@@ -21,14 +33,35 @@ TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
+TINY_T5 = {
+    "model_type": "t5",
+    "vocab_size": 256,
+    "d_model": 64,
+    "d_kv": 32,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 2,
+}
+ROBERTA = {
+    "model_type": "roberta",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 34,
+}
 WORK = Workload(
     find_config(TINY), sequence=32, train=TrainConfig(micro_batch_size=1), lora=LoraConfig(r=4)
 )
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory):
+    """One for all tests here, so that each program is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("plans")))
+        yield
 
 
 def test_components_add_up_to_the_compilers_total():
@@ -42,7 +75,8 @@ def test_components_add_up_to_the_compilers_total():
     assert made.fits is None
 
 
-def test_the_answer_is_kept_and_a_damaged_one_is_asked_anew():
+def test_the_answer_is_kept_and_a_damaged_one_is_asked_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     first = plan(WORK)
     (file,) = cache_folder().iterdir()
     kept = json.loads(file.read_text())
@@ -59,15 +93,140 @@ def test_a_run_that_does_not_fit_is_refused():
         check_fits(WORK, memory=2**16)
 
 
+def test_the_vocabulary_is_packed_further_and_never_back():
+    eight, four = (s for s in SWITCHES if s.name.startswith("embedding_bits"))
+    assert eight.apply(WORK).embedding_bits == 8
+    assert four.apply(eight.apply(WORK)).embedding_bits == 4
+    assert eight.apply(four.apply(WORK)) is None
+    # A 16-bit base is an experiment of its own.
+    assert eight.apply(dataclasses.replace(WORK, quant=None)) is None
+
+
 def test_the_planned_step_runs():
     found = measure(WORK, steps=1)
     assert np.isfinite(found.first_loss)
     assert found.tokens_per_second > 0
 
 
+def test_an_encoder_decoder_is_planned():
+    work = dataclasses.replace(WORK, config=find_config(TINY_T5))
+    assert work.tokens == 32 + 32
+    work = dataclasses.replace(work, target=8)
+    assert work.tokens == 32 + 8
+    made = plan(work)
+    # Four projections of the encoder, eight of the decoder; two matrices of either's other half.
+    parameters = 4 * 2 * (12 * (64 + 2 * 32) + 2 * 2 * (64 + 128))
+    assert made.device.adapters == 4 * parameters
+    assert made.device.embeddings == 2 * 256 * 64
+    # What is planned can be run: the loss of random weights on a random batch.
+    graphdef, lora, frozen = split_adapters(model_shapes(work))
+    model = nnx.merge(graphdef, random_weights(lora), random_weights(frozen))
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), random_batch(work))
+    total, tokens = loss_for(model)(model, batch, None)
+    assert tokens == 8
+    assert np.isfinite(total)
+
+
+def test_named_shapes_have_the_weights_that_their_names_say():
+    """Billions of weights, as published."""
+    published = {
+        "llama-65b": 65.3,
+        "llama-3-8b": 8.03,
+        "llama-3-405b": 405.9,
+        "llama-3.2-1b": 1.24,
+        "mistral-7b": 7.25,
+        "mistral-nemo-12b": 12.2,
+        "mistral-small-24b": 23.6,
+        "mistral-large-123b": 122.6,
+        "mixtral-8x7b": 46.7,
+        "qwen2.5-72b": 72.7,
+        "qwen3-0.6b": 0.6,
+        "qwen3-32b": 32.8,
+        "t5-3b": 2.85,
+        "t5-11b": 11.3,
+        "flan-t5-xxl": 11.1,
+    }
+    for name, billions in published.items():
+        work = Workload(find_config(name), quant=None, lora=LoraConfig(r=1))
+        _, _, frozen = split_adapters(model_shapes(work))
+        weights = sum(leaf.size for leaf in jax.tree.leaves(frozen))
+        assert weights / 1e9 == pytest.approx(billions, rel=0.02), name
+
+
 def test_unknown_models_are_refused():
     with pytest.raises(ValueError, match="llama-65b"):
         find_config("llama-66b")
+    with pytest.raises(ValueError, match="'roberta', but plans are made of"):
+        find_config(ROBERTA)
+    with pytest.raises(ValueError, match="reads one sequence"):
+        dataclasses.replace(WORK, target=8)
+    with pytest.raises(ValueError, match="stream_weights is set, but an encoder–decoder"):
+        Workload(find_config(TINY_T5), stream_weights=True)
+
+
+def test_streaming_tells_when_copies_hide():
+    wide = TINY | {"hidden_size": 512, "intermediate_size": 512}
+    made = dataclasses.replace(
+        WORK, config=find_config(wide), stream_weights=True, remat="full", attention="xla"
+    )
+    cost = stream_cost(model_shapes(made), sequence=made.sequence)
+    step = training_step(made)
+    # The number that is printed is the one that the traced step moves.
+    assert cost.transfer == host_traffic(step.program.fn, *step.placed).streamed_weights.to_device
+    found = Streaming(cost, CARDS["rtx-4090"], tokens=32)
+    told = found.as_dict()
+    assert told["flops"] / told["compute_seconds"] == pytest.approx(told["flops_per_second"])
+    pcie = told["pcie"]
+    assert [pcie[g]["bytes_per_second"] for g in ("3", "4", "5")] == [12e9, 25e9, 50e9]
+    for generation in pcie.values():
+        hidden = generation["tokens_to_hide"] / 32 * told["compute_seconds"]
+        assert hidden >= generation["transfer_seconds"]
+    assert f"{pcie['4']['tokens_to_hide']:,}" in "\n".join(found.lines())
+
+
+def test_more_than_jaxs_pinned_pool_is_told_and_refused(monkeypatch):
+    monkeypatch.delenv(HOST_LIMIT, raising=False)
+    assert host_limit_for(64 * 2**30) is None
+    assert host_limit_for(195 * 2**30) == 203
+    monkeypatch.setenv(HOST_LIMIT, "203")
+    assert host_limit_for(195 * 2**30) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("card", "note"),
+    [
+        ("t4", "the kernels need sm_80"),
+        ("rtx-5090", "does not know 'NVIDIA GeForce RTX 5090'"),
+        *(
+            pytest.param(card, None, marks=pytest.mark.slow)
+            for card in ("a100-40", "a100-80", "l40", "rtx-4090", "h100", "h200", "b200")
+        ),
+        *(
+            pytest.param(card, "does not know 'NVIDIA", marks=pytest.mark.slow)
+            for card in ("rtx-3060", "rtx-3090")
+        ),
+    ],
+)
+def test_the_step_is_compiled_for_every_card(card, note):
+    """Of those named in the issue, the A6000 is in `test_the_command`."""
+    made = plan(WORK, card)
+    assert made.fits
+    assert made.work.matmul == ("xla" if note else None)
+    assert note is None or any(note in told for told in made.notes)
+
+
+def test_a_models_name_is_the_papers_way_of_finetuning_it(monkeypatch):
+    seen = []
+
+    def keep(work, card):
+        seen.append(work)
+        raise LookupError
+
+    monkeypatch.setattr("qlora_jax.plan.memory._for_target", keep)
+    with pytest.raises(LookupError):
+        ql.plan.plan("llama-65b", "l40")
+    assert seen == [Workload(find_config("llama-65b"))]
 
 
 @needs_compiler
@@ -77,7 +236,8 @@ def test_the_command(tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps(TINY))
     out, figure = tmp_path / "plan.json", tmp_path / "plan.png"
     arguments = ["plan", str(folder), "--card", "a6000", "--no-search", "--sequence", "32"]
-    arguments += ["--rank", "4", "--decode-length", "16", "--json", str(out), "--plot", str(figure)]
+    arguments += ["--embedding-bits", "8", "--rank", "4", "--decode-length", "16"]
+    arguments += ["--json", str(out), "--plot", str(figure)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "matmul: xla, since Pallas does not know" in printed
@@ -86,6 +246,9 @@ def test_the_command(tmp_path, capsys):
     assert sum(parts[name] for name in parts if name != "total") == parts["total"]
     assert found["fits"]
     assert found["load"] > parts["base"]
+    # INT8 with a float32 for each 64 of them.
+    assert "vocabulary in 8 bits" in printed
+    assert (found["embedding_bits"], parts["embeddings"]) == (8, 2 * 256 * 128 * 8.5 / 8)
     assert figure.stat().st_size > 1000
 
 

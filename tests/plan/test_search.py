@@ -48,8 +48,7 @@ def test_a_look_near_the_answer_finds_it_behind_a_bend():
     def bytes_at(n):
         return max(500, 10 * n)  # flat at first: another part of the step has the peak
 
-    asked = {1: 500}
-    assert largest_that_fits(bytes_at, 900, known=asked, second=70, compiles=2) == 90
+    assert largest_that_fits(bytes_at, 900, known={1: 500}, second=70) == 90
 
 
 def test_what_was_compiled_last_is_kept_where_the_budget_ends():

@@ -71,6 +71,18 @@ def test_a_run_learns_looks_saves_and_tells(tmp_path):
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
+def test_host_traffic_is_told_once_and_with_every_step(tmp_path):
+    config = TrainConfig(steps=2, micro_batch_size=4, page_min_size=1)
+    model, result, text = _fit(tmp_path, config=config)
+    # Both moments of every adapter, in float32, in and out.
+    expected = 2 * sum(2 * 4 * x.size for x in adapters(model))
+    assert result.host_traffic.total == result.host_traffic.paged_state.to_host * 2 == expected
+    assert text.count("host traffic a step: ") == 1
+    assert "paged state" in text
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["host_bytes"] for line in lines if "loss" in line] == [expected] * 2
+
+
 def test_probes_see_the_model_as_it_trains(tmp_path):
     seen = []
 
