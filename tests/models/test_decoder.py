@@ -243,6 +243,9 @@ def test_attention_is_chosen_for_the_target():
     assert attention_for("cuda", jnp.float32, 128) == "xla"
     assert attention_for("cuda", jnp.bfloat16, 256) == "xla"
     assert attention_for("cpu", jnp.bfloat16, 128) == "xla"
+    # A T4 has neither cuDNN's nor the product that "xla" asks for.
+    assert attention_for("cuda", jnp.bfloat16, 128, compute_capability=(7, 5)) == "chunked"
+    assert attention_for("cuda", jnp.bfloat16, 128, compute_capability=(8, 0)) == "cudnn"
 
 
 def test_attention_that_is_not_there():
