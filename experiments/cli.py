@@ -1,10 +1,11 @@
-"""What the two commands share: how a mistake is told, where compiled programs are kept."""
+"""What the commands share: how a mistake is told, where compiled programs are kept."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,25 @@ def refuse(error: Exception) -> int:
         text = f"{error.filename}: {text}"
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return 2
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace, Console], int],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Runs a command whose mistakes are told in one sentence; returns its exit status, 2: refused.
+
+    Args:
+        parser: the command line.
+        run: does the work, given the options and standard output; returns the exit status.
+        arguments: the command line's words; None: the process' own.
+    """
+    options = parser.parse_args(arguments)
+    try:
+        return run(options, make_console())
+    except (ValueError, OSError, TypeError, ModuleNotFoundError) as error:
+        return refuse(error)
 
 
 def read_settings(texts: Iterable[str]) -> dict[str, Any]:

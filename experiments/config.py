@@ -31,9 +31,12 @@ class ModelConfig:
         compute_dtype: of activations and matmuls.
         param_dtype: of the frozen weights that are not quantized: embeddings, head, and with
             `quant: null` all; None for `compute_dtype`.
+        embedding_bits: 8 or 4 keeps embedding and head packed, for a small loss of accuracy; None
+            keeps them in `param_dtype`.
         remat: what the backward pass recomputes: "full" (least memory on the card but "offload",
             which keeps layers' inputs on the host), "attention", "dots" or "none" (fastest).
         stream_weights: the layers' frozen weights rest in host memory and come in layer by layer.
+        mlp_tile: tokens that an MLP reads at once (4096 is usual for long sequences); None for all.
         attention: "xla", "cudnn" or "chunked"; None for the best that the card and model allow.
         loss_chunk: tokens whose logits are held at once; None holds all.
     """
@@ -42,8 +45,10 @@ class ModelConfig:
     revision: str | None = None
     compute_dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     param_dtype: Literal["bfloat16", "float32", "float16"] | None = None
+    embedding_bits: Literal[8, 4] | None = None
     remat: Literal["full", "offload", "attention", "dots", "none"] = "full"
     stream_weights: bool = False
+    mlp_tile: int | None = None
     attention: Literal["xla", "cudnn", "chunked"] | None = None
     loss_chunk: int | None = LOSS_CHUNK
 

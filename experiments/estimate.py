@@ -21,7 +21,7 @@ from pallas_kernels.cards import Card
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 from qlora_jax.models import DecoderConfig
 from qlora_jax.nn import LoraConfig
-from qlora_jax.quant import QuantConfig
+from qlora_jax.quant import QuantConfig, row_config
 
 UTILISATION = 0.4
 """Of a card's dense rate: the 7B steps measured on an H200 reach 0.20 at 1 × 512, 0.50 at 4 × 1024
@@ -50,14 +50,18 @@ def linear_parameters(config: DecoderConfig) -> int:
     return config.num_hidden_layers * one
 
 
+def vocabulary_parameters(config: DecoderConfig) -> int:
+    """Parameters of embedding and head."""
+    return (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+
+
 def other_parameters(config: DecoderConfig) -> int:
     """Parameters of embedding, head and the norms over the residual stream: what stays in 16 bits.
 
     Biases, routers and the norms of heads are left out: they are too few to matter.
     """
-    tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
     norms = len(config.layer_norms) * config.num_hidden_layers + 1
-    return tables + norms * config.hidden_size
+    return vocabulary_parameters(config) + norms * config.hidden_size
 
 
 def adapter_parameters(config: DecoderConfig, lora: LoraConfig) -> int:
@@ -130,9 +134,17 @@ def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
     stored = _BYTES[run.model.param_dtype or run.model.compute_dtype]
     linear = linear_parameters(config)
     base = linear * stored if run.quant is None else linear * bits_per_weight(run.quant) / 8
+    others = other_parameters(config) * stored
+    if run.model.embedding_bits is not None:
+        rows = row_config(run.model.embedding_bits, config.hidden_size)
+        narrower = stored - bits_per_weight(rows) / 8
+        others -= math.floor(vocabulary_parameters(config) * narrower)
     trained = adapter_parameters(config, run.lora)
     # Values, gradients, and where micro-batches are added up their sum.
-    copies = 3 if run.train.gradient_accumulation_steps > 1 else 2
+    copies = 3.0 if run.train.gradient_accumulation_steps > 1 else 2.0
+    if run.train.update_in_backward:
+        # One layer's gradients.
+        copies = 1 + 1 / config.num_hidden_layers
     moments = 8 * trained
     tokens = run.train.micro_batch_size * length
     widest = max(config.intermediate_size, config.hidden_size)
@@ -149,8 +161,8 @@ def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
     layer = 2 * tokens * per_token * compute + 2 * scores + widest * config.hidden_size * compute
     logits = 2 * tokens * config.vocab_size * 4
     return Memory(
-        base=math.ceil(base) + other_parameters(config) * stored,
-        adapters=copies * 4 * trained,
+        base=math.ceil(base) + others,
+        adapters=math.ceil(copies * 4 * trained),
         optimizer=0 if run.train.paged else moments,
         activations=saved + max(layer, logits),
         host=moments if run.train.paged else 0,

@@ -13,13 +13,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import keep_compiled_programs, make_console, refuse
+from experiments.cli import keep_compiled_programs, run_command
 from experiments.embedded import MODELS
 from experiments.report import write_atomically
 from experiments.rows import context_length
@@ -53,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(options: argparse.Namespace, console: Console) -> int:
     """Asks the tasks and writes OUT/harness.json."""
     try:
         import lm_eval
@@ -107,17 +106,12 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     told = {"model": options.model, "quant": options.quant, "results": results}
     write_atomically(out / "harness.json", json.dumps(told, indent=1, default=str) + "\n")
     console.print(str(out / "harness.json"), highlight=False)
-    return results
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 2 refused."""
-    options = make_parser().parse_args(arguments)
-    try:
-        run(options, make_console())
-    except (ValueError, OSError, TypeError) as error:
-        return refuse(error)
-    return 0
+    return run_command(make_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from qlora_jax.data import (
     load_tokenizer,
 )
 from qlora_jax.evaluate import answer_tokens, loss_for
-from qlora_jax.models import EncoderDecoderConfig, t5_lora
+from qlora_jax.models import EncoderDecoderConfig, check_remat, t5_lora
 from qlora_jax.nn import FrozenParam
 from qlora_jax.pretrained import find_folder, load_pretrained
 from qlora_jax.train import Callback, fit
@@ -73,6 +73,11 @@ def check(run: RunConfig) -> Checked:
     Raises:
         ValueError, OSError: what is wrong, in a sentence.
     """
+    check_remat(
+        run.model.remat,
+        stream_weights=run.model.stream_weights,
+        update_in_backward=run.train.update_in_backward,
+    )
     folder = model_folder(run)
     longest = run.data.max_len or context_length(folder)
     train, validation, pad = examples_of(run.data, folder, longest)
@@ -175,8 +180,10 @@ def execute(
         lora=run.lora,
         compute_dtype=dtype,
         param_dtype=param_dtype,
+        embedding_bits=run.model.embedding_bits,
         remat=run.model.remat,
         stream_weights=run.model.stream_weights,
+        mlp_tile=run.model.mlp_tile,
         attention=run.model.attention,
         packed=run.data.packing,
         longest=length,

@@ -5,7 +5,8 @@
 
 The linear weights of the model's layers are stored in each data type in turn, everything else in
 32 bits, and the same tokens are scored: so a difference between two lines is what the data type
-does. FP32 is the checkpoint itself, FP16 all of it rounded to 16 bits. TEXT is a .txt file (texts
+does. FP32 is the checkpoint itself, FP16 all of it rounded to 16 bits. --embedding-bits packs
+embedding and head as well, in every line. TEXT is a .txt file (texts
 in it may be separated by <|endoftext|>) or a .parquet, .json or .jsonl file with a column `text`,
 joined by blank lines.
 
@@ -33,7 +34,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import keep_compiled_programs, make_console, refuse
+from experiments.cli import keep_compiled_programs, run_command
 from experiments.embedded import MODELS
 from experiments.estimate import bits_per_weight
 from experiments.report import write_atomically
@@ -91,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--types", nargs="+", default=[*_FLOATS, *TYPES], metavar="TYPE",
         help=f"({' '.join([*_FLOATS, *TYPES])})")  # fmt: skip
     add("--blocksizes", nargs="+", type=int, default=[64], metavar="N", help="(64)")
+    add("--embedding-bits", type=int, choices=[8, 4], help="of embedding and head (32)")
     add("--window", type=int, default=512, metavar="N", help="tokens read at once (512)")
     add("--stride", type=int, metavar="N", help="tokens a window moves on by (the window)")
     add("--max-tokens", type=int, metavar="N", help="score only the first so many")
@@ -138,7 +140,13 @@ def cases_of(types: Sequence[str], blocksizes: Sequence[int]) -> list[Case]:
     return cases
 
 
-def measure(folder: Path, case: Case, batches: Sequence[Any], compute_dtype: Any) -> dict[str, Any]:
+def measure(
+    folder: Path,
+    case: Case,
+    batches: Sequence[Any],
+    compute_dtype: Any,
+    embedding_bits: int | None = None,
+) -> dict[str, Any]:
     """Loss and perplexity of a model whose linear weights are stored in one data type."""
     began = time.perf_counter()
     model, _ = load_pretrained(
@@ -147,6 +155,7 @@ def measure(folder: Path, case: Case, batches: Sequence[Any], compute_dtype: Any
         lora=None,
         compute_dtype=compute_dtype,
         param_dtype=jnp.dtype(_FLOATS.get(case.name, "float32")),
+        embedding_bits=embedding_bits,
         remat="none",
         progress=False,
     )
@@ -165,7 +174,7 @@ def measure(folder: Path, case: Case, batches: Sequence[Any], compute_dtype: Any
     }
 
 
-def run(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace, console: Console) -> int:
     """Measures every case and writes OUT."""
     cases = cases_of(options.types, options.blocksizes)
     folder = find_folder(MODELS.get(options.model, options.model))
@@ -188,6 +197,7 @@ def run(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
         "window": window,
         "stride": options.stride or window,
         "compute_dtype": options.compute_dtype,
+        "embedding_bits": options.embedding_bits,
     }
     out = options.out or Path("runs") / "datatypes" / Path(options.model).name
     out.mkdir(parents=True, exist_ok=True)
@@ -196,7 +206,8 @@ def run(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     results = []
     for case in cases:
         if case not in known:
-            known[case] = measure(folder, case, batches, jnp.dtype(options.compute_dtype))
+            dtype = jnp.dtype(options.compute_dtype)
+            known[case] = measure(folder, case, batches, dtype, options.embedding_bits)
         results.append(known[case])
         line = results[-1]
         block = "" if case.blocksize is None else f", blocks of {case.blocksize}"
@@ -213,7 +224,7 @@ def run(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     else:
         plot(results, out / "datatypes.png", title=f"{Path(options.model).name}, {about['text']}")
     console.print(str(out), highlight=False)
-    return results
+    return 0
 
 
 def _known(path: Path, about: dict[str, Any]) -> dict[Case, dict[str, Any]]:
@@ -296,12 +307,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 2 refused."""
-    options = make_parser().parse_args(arguments)
-    try:
-        run(options, make_console())
-    except (ValueError, OSError, TypeError) as error:
-        return refuse(error)
-    return 0
+    return run_command(make_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ from typing import Any, get_args
 import numpy as np
 from rich.console import Console
 
-from experiments.cli import make_console, refuse
+from experiments.cli import run_command
 from experiments.paper.figures import can_draw, elo_figure, win_figure
 from experiments.paper.judged import (
-    SHARED,
     TABLE_1,
     TABLE_7,
+    make_rating_parser,
     own_files,
     rating_files,
     system_label,
@@ -53,24 +53,11 @@ BENCHMARKS = {
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.paper.elo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data", type=Path, default=SHARED, metavar="FOLDER")
-    parser.add_argument(
-        "--ratings",
-        type=Path,
-        metavar="FOLDER",
-        help="own rating files, not the paper's",
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/paper/elo"), metavar="FOLDER")
+    parser = make_rating_parser("elo", __doc__)
     parser.add_argument("--orders", type=int, default=10_000, help="random orders to play")
     parser.add_argument("--length", type=int, help="matches to play of each order (all)")
     parser.add_argument("--k", type=float, default=32.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reread", action="store_true", help="read texts whose score is -1 again")
     return parser
 
 
@@ -178,44 +165,44 @@ def judged_twice(ratings: Ratings) -> bool:
     return any((question, second, first) in seen for question, first, second in seen)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 finished, 2 refused."""
-    options = make_parser().parse_args(arguments)
-    console = make_console()
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Plays the matches, prints the tables and writes OUT."""
     result: dict[str, Any] = {}
     tables: list[Table] = []
     rankings: list[dict[str, float]] = []
     chosen: dict[str, tuple[str, list[Path], dict[str, int]]] = {}
-    try:
-        if options.ratings is not None:
-            chosen["own"] = ("Elo", own_files(options.ratings), {})
-        else:
-            chosen = {
-                name: (title, rating_files(options.data, folder), published)
-                for name, (folder, title, published) in BENCHMARKS.items()
-                if name == "vicuna" or (options.data / "ratings-gpt4" / folder).is_dir()
-            }
-            if "oa" not in chosen:
-                console.print(f"{options.data} has no OA ratings: Table 7 is left out.")
-        for name, (title, files, published) in chosen.items():
-            result[name], made, ranking = benchmark(name, title, files, published, options, console)
-            tables += made
-            rankings.append(ranking)
-        if len(rankings) == 2:
-            agreement = rank_agreement(*rankings)
-            result["benchmarks_agree"] = agreement._asdict()
-            console.print(
-                f"the two benchmarks rank {agreement.systems} systems with Kendall's τ "
-                f"{agreement.kendall_tau:.2f}, Spearman's ρ {agreement.spearman_rho:.2f}",
-                highlight=False,
-            )
-        write_results(options.out, result, tables)
-    except (ValueError, OSError) as error:
-        return refuse(error)
+    if options.ratings is not None:
+        chosen["own"] = ("Elo", own_files(options.ratings), {})
+    else:
+        chosen = {
+            name: (title, rating_files(options.data, folder), published)
+            for name, (folder, title, published) in BENCHMARKS.items()
+            if name == "vicuna" or (options.data / "ratings-gpt4" / folder).is_dir()
+        }
+        if "oa" not in chosen:
+            console.print(f"{options.data} has no OA ratings: Table 7 is left out.")
+    for name, (title, files, published) in chosen.items():
+        result[name], made, ranking = benchmark(name, title, files, published, options, console)
+        tables += made
+        rankings.append(ranking)
+    if len(rankings) == 2:
+        agreement = rank_agreement(*rankings)
+        result["benchmarks_agree"] = agreement._asdict()
+        console.print(
+            f"the two benchmarks rank {agreement.systems} systems with Kendall's τ "
+            f"{agreement.kendall_tau:.2f}, Spearman's ρ {agreement.spearman_rho:.2f}",
+            highlight=False,
+        )
+    write_results(options.out, result, tables)
     if not can_draw():
         console.print("no figures: they need pip install 'qlora-jax[plots]'", markup=False)
     console.print(f"written to {options.out}", highlight=False)
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 finished, 2 refused."""
+    return run_command(make_parser(), run, arguments)
 
 
 if __name__ == "__main__":

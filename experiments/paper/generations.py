@@ -26,7 +26,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from experiments.cli import keep_compiled_programs, make_console, refuse
+from experiments.cli import keep_compiled_programs, run_command
 from experiments.embedded import MODELS
 from experiments.paper.judged import SHARED
 from qlora_jax.checkpoints import load_adapter, read_adapter_config
@@ -136,65 +136,63 @@ def answered(out: Path, model: str) -> set[str]:
     return {str(row.get("question_id", row.get("message_id"))) for row in rows}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 finished, 2 refused."""
-    options = make_parser().parse_args(arguments)
-    console = make_console()
-    try:
-        questions = read_questions(options.questions)[: options.limit]
-        folder = find_folder(MODELS.get(options.model, options.model))
-        out = options.out or Path("runs/paper/answers") / f"{Path(options.model).name}.jsonl"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        config = sampling(options, folder)
-        model_name = model_id(options, config)
-        done = answered(out, model_name)
-        todo = [question for question in questions if question.id not in done]
-        if not todo:
-            console.print(f"{out} holds all {len(questions)} answers.", highlight=False)
-            return 0
-        write = prompt_writer(options.format, folder)
-        keep_compiled_programs(out.parent / ".jax-cache")
-        model, tokenizer = load_pretrained(
-            folder,
-            quant=None if options.quant == "none" else QuantConfig(options.quant),
-            lora=None if options.adapter is None else read_adapter_config(options.adapter),
-            compute_dtype=jnp.dtype(options.compute_dtype),
-        )
-        if options.adapter is not None:
-            load_adapter(options.adapter, model)
-        with out.open("a", encoding="utf-8") as stream:
-            for begin in range(0, len(todo), options.batch_size):
-                batch = todo[begin : begin + options.batch_size]
-                prompts = [write(question) for question in batch]
-                answers = generate_text(
-                    model,
-                    tokenizer,
-                    prompts,
-                    config,
-                    key=jax.random.key(options.seed),
-                    batch_size=options.batch_size,
-                    special=options.format == "chat",
-                    bos=False if options.format == "chat" else None,
-                )
-                for question, prompt, answer in zip(batch, prompts, answers, strict=True):
-                    text = answer.text.strip()
-                    row = {
-                        **question.row,
-                        "model_id": model_name,
-                        "prompt": prompt,
-                        "generation": text,
-                        "generation_truncated": text,
-                    }
-                    stream.write(json.dumps(row) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-                console.print(
-                    f"{len(done) + begin + len(batch)} of {len(questions)}", highlight=False
-                )
-    except (ValueError, OSError, TypeError) as error:
-        return refuse(error)
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Answers the questions and writes OUT, batch by batch."""
+    questions = read_questions(options.questions)[: options.limit]
+    folder = find_folder(MODELS.get(options.model, options.model))
+    out = options.out or Path("runs/paper/answers") / f"{Path(options.model).name}.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    config = sampling(options, folder)
+    model_name = model_id(options, config)
+    done = answered(out, model_name)
+    todo = [question for question in questions if question.id not in done]
+    if not todo:
+        console.print(f"{out} holds all {len(questions)} answers.", highlight=False)
+        return 0
+    write = prompt_writer(options.format, folder)
+    keep_compiled_programs(out.parent / ".jax-cache")
+    model, tokenizer = load_pretrained(
+        folder,
+        quant=None if options.quant == "none" else QuantConfig(options.quant),
+        lora=None if options.adapter is None else read_adapter_config(options.adapter),
+        compute_dtype=jnp.dtype(options.compute_dtype),
+    )
+    if options.adapter is not None:
+        load_adapter(options.adapter, model)
+    with out.open("a", encoding="utf-8") as stream:
+        for begin in range(0, len(todo), options.batch_size):
+            batch = todo[begin : begin + options.batch_size]
+            prompts = [write(question) for question in batch]
+            answers = generate_text(
+                model,
+                tokenizer,
+                prompts,
+                config,
+                key=jax.random.key(options.seed),
+                batch_size=options.batch_size,
+                special=options.format == "chat",
+                bos=False if options.format == "chat" else None,
+            )
+            for question, prompt, answer in zip(batch, prompts, answers, strict=True):
+                text = answer.text.strip()
+                row = {
+                    **question.row,
+                    "model_id": model_name,
+                    "prompt": prompt,
+                    "generation": text,
+                    "generation_truncated": text,
+                }
+                stream.write(json.dumps(row) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+            console.print(f"{len(done) + begin + len(batch)} of {len(questions)}", highlight=False)
     console.print(f"written to {out}", highlight=False)
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 finished, 2 refused."""
+    return run_command(make_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from experiments.cli import keep_compiled_programs, make_console, refuse
+from experiments.cli import keep_compiled_programs, run_command
 from experiments.embedded import ROOT
 from experiments.paper.glue_tasks import TASKS, Row, Task, load_split
 from experiments.paper.table3 import (
@@ -211,43 +211,38 @@ def _cells(options: argparse.Namespace) -> Iterator[Cell]:
                 yield Cell(task, method, seed)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 all finished, 1 some cell is not, 2 refused."""
-    options = make_parser().parse_args(arguments)
-    console = make_console()
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Trains and scores every cell, prints the table and writes OUT."""
     out = options.out or Path("runs") / "paper-glue"
     if options.scale == "tiny":
         for name, value in TINY.items():
             if getattr(options, name) is None:
                 setattr(options, name, value)
-    try:
-        recipe = read_recipe(RECIPE, options)
-        if options.model is None and options.scale == "tiny":
-            base = tiny_roberta(out / "tiny-roberta")
-        else:
-            base = find_folder(options.model or "FacebookAI/roberta-large")
-        for task in options.tasks:  # before anything is computed
-            for split in ("train", *TASKS[task].validation):
-                load_split(task, options.data, split, 1)
-        settings = {
-            "model": str(base),
-            "data": options.data,
-            "max_len": options.max_len,
-            "train_rows": options.train_rows,
-            "eval_rows": options.eval_rows,
-            "recipe": asdict(recipe),
-        }
-        keep_compiled_programs(out.parent / ".jax-cache")
-        cells = list(_cells(options))
-        results = run_cells(
-            cells,
-            out,
-            lambda cell: settings,
-            lambda cell, folder: run_cell(cell, folder, base, recipe, options, console),
-            console,
-        )
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        return refuse(error)
+    recipe = read_recipe(RECIPE, options)
+    if options.model is None and options.scale == "tiny":
+        base = tiny_roberta(out / "tiny-roberta")
+    else:
+        base = find_folder(options.model or "FacebookAI/roberta-large")
+    for task in options.tasks:  # before anything is computed
+        for split in ("train", *TASKS[task].validation):
+            load_split(task, options.data, split, 1)
+    settings = {
+        "model": str(base),
+        "data": options.data,
+        "max_len": options.max_len,
+        "train_rows": options.train_rows,
+        "eval_rows": options.eval_rows,
+        "recipe": asdict(recipe),
+    }
+    keep_compiled_programs(out.parent / ".jax-cache")
+    cells = list(_cells(options))
+    results = run_cells(
+        cells,
+        out,
+        lambda cell: settings,
+        lambda cell, folder: run_cell(cell, folder, base, recipe, options, console),
+        console,
+    )
     text = table(results, options.tasks)
     notes = about(
         f"Validation scores in percent of {base.name}; MNLI is the mean of its two sets",
@@ -258,6 +253,11 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(text, highlight=False, markup=False)
     console.print(f"{out / 'results.json'}\n{out / 'table.md'}", highlight=False)
     return 0 if len(results) == len(cells) else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 all finished, 1 some cell is not, 2 refused."""
+    return run_command(make_parser(), run, arguments)
 
 
 if __name__ == "__main__":

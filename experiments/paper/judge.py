@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from experiments.cli import make_console, refuse
+from experiments.cli import run_command
 from experiments.paper.judged import SHARED
 from qlora_jax.evaluate import (
     Budget,
@@ -66,47 +66,40 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 all asked, 1 the budget is spent, 2 refused."""
-    options = make_parser().parse_args(arguments)
-    console = make_console()
-    try:
-        budget = Budget(
-            options.max_calls,
-            options.max_tokens,
-            options.max_cost,
-            options.prompt_price,
-            options.completion_price,
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Asks the judge and writes its ratings into OUT."""
+    budget = Budget(
+        options.max_calls,
+        options.max_tokens,
+        options.max_cost,
+        options.prompt_price,
+        options.completion_price,
+    )
+    endpoint = Endpoint(options.url, options.judge, options.key_variable, timeout=options.timeout)
+    answers = {system_name(file.stem): read_answers(file) for file in options.answers}
+    if len(answers) < len(options.answers):
+        raise ValueError(
+            f"--answers names {len(options.answers)} files of {len(answers)} systems "
+            f"({', '.join(answers)}): a system's name is its file's, so give each its own."
         )
-        endpoint = Endpoint(
-            options.url, options.judge, options.key_variable, timeout=options.timeout
+    pairs = pairings(
+        read_questions(options.questions)[: options.limit],
+        answers,
+        reference=options.reference,
+    )
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("judging", total=len(pairs))
+        report = judge(
+            pairs,
+            endpoint,
+            options.out,
+            form=options.form,
+            budget=budget,
+            attempts=options.attempts,
+            concurrency=options.concurrency,
+            retry_missing=options.retry_missing,
+            on_progress=lambda done, todo: progress.update(task, completed=done, total=todo),
         )
-        answers = {system_name(file.stem): read_answers(file) for file in options.answers}
-        if len(answers) < len(options.answers):
-            raise ValueError(
-                f"--answers names {len(options.answers)} files of {len(answers)} systems "
-                f"({', '.join(answers)}): a system's name is its file's, so give each its own."
-            )
-        pairs = pairings(
-            read_questions(options.questions)[: options.limit],
-            answers,
-            reference=options.reference,
-        )
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("judging", total=len(pairs))
-            report = judge(
-                pairs,
-                endpoint,
-                options.out,
-                form=options.form,
-                budget=budget,
-                attempts=options.attempts,
-                concurrency=options.concurrency,
-                retry_missing=options.retry_missing,
-                on_progress=lambda done, todo: progress.update(task, completed=done, total=todo),
-            )
-    except (ValueError, OSError) as error:
-        return refuse(error)
     spent = report.spent
     cost = f", {spent.cost(budget):.2f} spent" if budget.prompt_price else ""
     console.print(
@@ -117,6 +110,11 @@ def main(arguments: list[str] | None = None) -> int:
         highlight=False,
     )
     return 1 if report.unasked else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 all asked, 1 the budget is spent, 2 refused."""
+    return run_command(make_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ github.com/artidoro/qlora, or any folder laid out like it (`ratings-gpt4/vicuna/
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -77,6 +78,21 @@ _NAMES = {
     "unnatural-instructions": "Unnatural Instructions",
     "vicuna": "Vicuna",
 }
+
+
+def make_rating_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of a table made of ratings: which ones, and where the table goes."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments.paper.{command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, default=SHARED, metavar="FOLDER")
+    add("--ratings", type=Path, metavar="FOLDER", help="own rating files, not the paper's")
+    add("--out", type=Path, default=Path("runs/paper") / command, metavar="FOLDER")
+    add("--reread", action="store_true", help="read texts whose score is -1 again")
+    return parser
 
 
 def system_label(name: str) -> str:

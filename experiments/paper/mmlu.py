@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import keep_compiled_programs, make_console, refuse
+from experiments.cli import keep_compiled_programs, run_command
 from experiments.config import MmluConfig
 from experiments.embedded import MODELS
 from experiments.examination import ask, check_questions
@@ -73,7 +73,7 @@ def table(result: MmluResult, title: str) -> Table:
     return shown
 
 
-def run(options: argparse.Namespace, console: Console) -> MmluResult:
+def run(options: argparse.Namespace, console: Console) -> int:
     """Asks the questions and writes OUT."""
     config = MmluConfig(
         source=options.data,
@@ -121,17 +121,12 @@ def run(options: argparse.Namespace, console: Console) -> MmluResult:
             highlight=False,
         )
     console.print(str(out / "mmlu.json"), highlight=False)
-    return result
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 2 refused."""
-    options = make_parser().parse_args(arguments)
-    try:
-        run(options, make_console())
-    except (ValueError, OSError, TypeError) as error:
-        return refuse(error)
-    return 0
+    return run_command(make_parser(), run, arguments)
 
 
 if __name__ == "__main__":

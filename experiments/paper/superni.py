@@ -35,7 +35,7 @@ from typing import Any
 from flax import nnx
 from rich.console import Console
 
-from experiments.cli import keep_compiled_programs, make_console, refuse
+from experiments.cli import keep_compiled_programs, run_command
 from experiments.embedded import ROOT
 from experiments.paper.superni_rows import Instance, as_pairs, by_task, load_split
 from experiments.paper.table3 import (
@@ -227,46 +227,41 @@ def _bases(options: argparse.Namespace, out: Path) -> dict[str, Path]:
     return {Path(name).name: find_folder(name) for name in options.models or MODELS}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 all finished, 1 some cell is not, 2 refused."""
-    options = make_parser().parse_args(arguments)
-    console = make_console()
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Trains and scores every cell, prints the table and writes OUT."""
     out = options.out or Path("runs") / "paper-superni"
     for name, value in (TINY if options.scale == "tiny" else FULL).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    try:
-        recipe = read_recipe(RECIPE, options)
-        train, held_out = load_split(
-            options.data, per_task=options.per_task, held_out_tasks=options.held_out_tasks
-        )
-        rows = (train[: options.train_rows], held_out[: options.eval_rows])
-        bases = _bases(options, out)
-        recipes = {name: _ranked(recipe, base, options) for name, base in bases.items()}
-        named = ("data", "per_task", "held_out_tasks", "source_max_len", "target_max_len")
-        settings = {name: getattr(options, name) for name in (*named, "train_rows", "eval_rows")}
-        keep_compiled_programs(out.parent / ".jax-cache")
-        cells = [
-            Cell(column, method, seed)
-            for column in bases
-            for method in options.methods
-            for seed in options.seeds
-        ]
-        results = run_cells(
-            cells,
-            out,
-            lambda cell: {
-                **settings,
-                "model": str(bases[cell.column]),
-                "recipe": asdict(recipes[cell.column]),
-            },
-            lambda cell, folder: run_cell(
-                cell, folder, bases[cell.column], rows, recipes[cell.column], options, console
-            ),
-            console,
-        )
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        return refuse(error)
+    recipe = read_recipe(RECIPE, options)
+    train, held_out = load_split(
+        options.data, per_task=options.per_task, held_out_tasks=options.held_out_tasks
+    )
+    rows = (train[: options.train_rows], held_out[: options.eval_rows])
+    bases = _bases(options, out)
+    recipes = {name: _ranked(recipe, base, options) for name, base in bases.items()}
+    named = ("data", "per_task", "held_out_tasks", "source_max_len", "target_max_len")
+    settings = {name: getattr(options, name) for name in (*named, "train_rows", "eval_rows")}
+    keep_compiled_programs(out.parent / ".jax-cache")
+    cells = [
+        Cell(column, method, seed)
+        for column in bases
+        for method in options.methods
+        for seed in options.seeds
+    ]
+    results = run_cells(
+        cells,
+        out,
+        lambda cell: {
+            **settings,
+            "model": str(bases[cell.column]),
+            "recipe": asdict(recipes[cell.column]),
+        },
+        lambda cell, folder: run_cell(
+            cell, folder, bases[cell.column], rows, recipes[cell.column], options, console
+        ),
+        console,
+    )
     text = table(results, list(bases))
     notes = about(
         "RougeL in percent of greedy answers to tasks that were held out", options, results
@@ -283,6 +278,11 @@ def _ranked(recipe: Recipe, base: Path, options: argparse.Namespace) -> Recipe:
     if options.r is not None:
         return recipe
     return replace(recipe, lora=replace(recipe.lora, r=t5_lora(config).r))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 all finished, 1 some cell is not, 2 refused."""
+    return run_command(make_parser(), run, arguments)
 
 
 if __name__ == "__main__":

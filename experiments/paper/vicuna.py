@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from experiments.cli import make_console, refuse
+from experiments.cli import run_command
 from experiments.paper.figures import can_draw, percent_figure
 from experiments.paper.judged import (
     REFERENCE,
-    SHARED,
     TABLE_6,
+    make_rating_parser,
     own_files,
     rating_files,
     system_label,
@@ -31,21 +30,8 @@ TITLE = "Table 6: percent of ChatGPT's score, Vicuna questions"
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.paper.vicuna",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data", type=Path, default=SHARED, metavar="FOLDER")
-    parser.add_argument(
-        "--ratings",
-        type=Path,
-        metavar="FOLDER",
-        help="own rating files, not the paper's",
-    )
+    parser = make_rating_parser("vicuna", __doc__)
     parser.add_argument("--reference", help="whose score is 100 (ChatGPT's)")
-    parser.add_argument("--out", type=Path, default=Path("runs/paper/vicuna"), metavar="FOLDER")
-    parser.add_argument("--reread", action="store_true", help="read texts whose score is -1 again")
     return parser
 
 
@@ -89,27 +75,22 @@ def percent_table(found: dict[str, Percent]) -> Table:
     return Table("percent-of-chatgpt", TITLE, columns, tuple(rows))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 finished, 2 refused."""
-    options = make_parser().parse_args(arguments)
-    console = make_console()
-    try:
-        if options.ratings is None:
-            files = rating_files(options.data, "vicuna/relative-gpt-3.5")
-        else:
-            files = own_files(options.ratings)
-        ratings = read_ratings(files, reread=options.reread)
-        found = percents(ratings, options.reference)
-        table = percent_table(found)
-        result = {
-            "percent": {system_label(name): percent._asdict() for name, percent in found.items()},
-            "paper": TABLE_6,
-            "judgements": len(ratings.ratings),
-            "unreadable": ratings.unreadable,
-        }
-        write_results(options.out, result, [table])
-    except (ValueError, OSError) as error:
-        return refuse(error)
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Sums the scores, prints the table and writes OUT."""
+    if options.ratings is None:
+        files = rating_files(options.data, "vicuna/relative-gpt-3.5")
+    else:
+        files = own_files(options.ratings)
+    ratings = read_ratings(files, reread=options.reread)
+    found = percents(ratings, options.reference)
+    table = percent_table(found)
+    result = {
+        "percent": {system_label(name): percent._asdict() for name, percent in found.items()},
+        "paper": TABLE_6,
+        "judgements": len(ratings.ratings),
+        "unreadable": ratings.unreadable,
+    }
+    write_results(options.out, result, [table])
     console.print(table.rich())
     console.print(
         f"{len(ratings.ratings)} judgements, {sum(ratings.unreadable.values())} more without "
@@ -122,6 +103,11 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("no figure: it needs pip install 'qlora-jax[plots]'", markup=False)
     console.print(f"written to {options.out}", highlight=False)
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 finished, 2 refused."""
+    return run_command(make_parser(), run, arguments)
 
 
 if __name__ == "__main__":

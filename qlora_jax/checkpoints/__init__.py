@@ -6,10 +6,12 @@ from qlora_jax.checkpoints.adapter_config import read_adapter_config
 from qlora_jax.checkpoints.adapter_file import PeftAdapter, read_adapter
 from qlora_jax.checkpoints.card import model_card
 from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, cast, dequantized, quantized
+from qlora_jax.checkpoints.dense_modules import packable_weights
 from qlora_jax.checkpoints.folder import WeightFolder
 from qlora_jax.checkpoints.gguf import open_gguf, save_gguf
 from qlora_jax.checkpoints.hub import push
-from qlora_jax.checkpoints.load import check_shapes, linear_weights, load_model
+from qlora_jax.checkpoints.load import load_model
+from qlora_jax.checkpoints.matching import check_shapes, linear_weights
 from qlora_jax.checkpoints.merge import MODES, merge, merged
 from qlora_jax.checkpoints.open import open_checkpoint
 from qlora_jax.checkpoints.save import model_checkpoint, save_checkpoint, save_model
@@ -34,6 +36,7 @@ __all__ = [
     "model_checkpoint",
     "open_checkpoint",
     "open_gguf",
+    "packable_weights",
     "push",
     "quantized",
     "read_adapter",

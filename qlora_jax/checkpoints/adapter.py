@@ -26,7 +26,7 @@ from qlora_jax.checkpoints.adapter_file import (
     read_adapter,
 )
 from qlora_jax.checkpoints.folder import replace_file
-from qlora_jax.checkpoints.load import node_at
+from qlora_jax.checkpoints.matching import node_at
 from qlora_jax.data import Tokenizer
 from qlora_jax.models import (
     FAMILIES,

@@ -163,12 +163,15 @@ def packed_tensors(name: str, weight: QuantizedTensor) -> dict[str, np.ndarray]:
     return tensors | {f"{name}{_STATE}{weight.quant_type}": blob}
 
 
-def quantization_config(quant: QuantConfig, compute_dtype: str) -> dict[str, Any]:
+def quantization_config(
+    quant: QuantConfig, compute_dtype: str, skip_modules: list[str] | None = None
+) -> dict[str, Any]:
     """What config.json says of a folder in 4 bits, as transformers writes it.
 
     Args:
         quant: of its weights.
         compute_dtype: what transformers multiplies in, such as "bfloat16".
+        skip_modules: the linear layers that are dense (`dense_modules.skip_modules`).
     """
     return {
         "_load_in_4bit": True,
@@ -179,7 +182,7 @@ def quantization_config(quant: QuantConfig, compute_dtype: str) -> dict[str, Any
         "bnb_4bit_use_double_quant": quant.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None,
+        "llm_int8_skip_modules": skip_modules,
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

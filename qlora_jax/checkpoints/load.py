@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,13 @@ from jaxtyping import Array, Key
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
+from qlora_jax.checkpoints.checkpoint import Checkpoint
+from qlora_jax.checkpoints.matching import is_vocabulary, keep_dense, matching, node_at
 from qlora_jax.checkpoints.open import open_checkpoint
 from qlora_jax.models import (
     AttentionName,
     Decoder,
-    Family,
+    EncoderClassifier,
     Slot,
     attention_for,
     capability_here,
@@ -40,7 +40,7 @@ from qlora_jax.models import (
     unfreeze,
 )
 from qlora_jax.nn import LoraConfig, add_lora, start_from_weight
-from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
+from qlora_jax.quant import QuantConfig, QuantizedTensor, put_rows, quantize, rows_at_once
 
 
 def load_model(
@@ -50,9 +50,11 @@ def load_model(
     lora: LoraConfig | None = LoraConfig(),
     compute_dtype: Any = jnp.bfloat16,
     param_dtype: Any = None,
+    embedding_bits: int | None = None,
     trainable_base: bool = False,
     remat: str = "full",
     stream_weights: bool = False,
+    mlp_tile: int | None = None,
     attention: AttentionName | None = None,
     packed: bool = False,
     longest: int | None = None,
@@ -65,17 +67,20 @@ def load_model(
 
     Args:
         source: a path that `open_checkpoint` takes, or what it gave. 4-bit weights are taken over
-            byte for byte.
+            byte for byte, and what such a checkpoint holds dense stays dense.
         quant: how the layers' linear weights are stored; None keeps them dense. Of a checkpoint
             in 4 bits it has to be what that holds.
         lora: adapters on them, as new; None for none.
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`, or
             float32 for a trainable base.
+        embedding_bits: 8 or 4 keeps embedding and head packed, quantized from the checkpoint's
+            numbers a piece of their rows at a time; None keeps them dense. Not of classifiers.
         trainable_base: trains the dense base weights too (see `models.unfreeze`).
         remat: what the backward pass finds saved, one of `models.REMAT`.
         stream_weights: puts the layers' frozen weights into pinned host memory, as they are read,
             and lets them come in layer by layer (`models.streaming`). Decoders only.
+        mlp_tile: tokens that an MLP reads at once (`models.tile`); None for all. Decoders only.
         attention: implementation of attention; None asks for cuDNN where this process's default
             device is a CUDA card and the case allows it, else see `models.attention_for`, which is
             told:
@@ -98,6 +103,11 @@ def load_model(
             f"trainable_base is set together with quant={quant}, but codes cannot be trained: give "
             "quant=None."
         )
+    if trainable_base and embedding_bits is not None:
+        raise ValueError(
+            f"trainable_base is set together with embedding_bits={embedding_bits}, but codes "
+            "cannot be trained: leave embedding_bits out."
+        )
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     family = family_of(checkpoint.config)
     config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
@@ -110,12 +120,20 @@ def load_model(
         )
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
-    if stream_weights and family.build is not Decoder:
+    switches: dict[str, Any] = {"stream_weights": stream_weights, "mlp_tile": mlp_tile}
+    switches = {name: value for name, value in switches.items() if value}
+    if switches and family.build is not Decoder:
         raise ValueError(
-            f"stream_weights is set, but {checkpoint.source} is a {family.build.__name__}, and the "
-            "layers of a Decoder alone stream: leave it out."
+            f"{' and '.join(switches)} is set, but {checkpoint.source} is a "
+            f"{family.build.__name__}, and a Decoder alone has that switch: leave it out."
         )
-    streamed = {"stream_weights": True} if stream_weights else {}
+    if embedding_bits is not None and family.build is EncoderClassifier:
+        raise ValueError(
+            f"embedding_bits is {embedding_bits}, but {checkpoint.source} is an EncoderClassifier, "
+            "which has no head over the vocabulary and keeps its embedding dense: leave it out."
+        )
+    if embedding_bits is not None:
+        switches["embedding_bits"] = embedding_bits
     if attention is None:
         softcap = getattr(config, "attn_logit_softcapping", None)
         backend = jax.default_backend()
@@ -127,7 +145,7 @@ def load_model(
             softcap=softcap,
             bias=biased,
             packed=packed,
-            longest=longest if family.build is Decoder else None,
+            longest=longest,
             compute_capability=capability_here(),
         )
 
@@ -141,22 +159,23 @@ def load_model(
             attention=attention,
             matmul=matmul,
             rngs=nnx.Rngs(params=key),
-            **streamed,
+            **switches,
         )
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
+    keep_dense(model, checkpoint, family.weight_names(config), param_dtype)
     if stream_weights:
         streaming.check_host_memory_limit(streaming.host_bytes(model.layers), jax.default_backend())
-    slots = _matching(checkpoint, family, model)
+    slots = matching(checkpoint, family, model)
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
         # Only what is trained is asked for, so the compiler drops the random base. A head that the
         # checkpoint has is then read over it.
         trained = jax.jit(lambda key: nnx.state(build(key), nnx.LoRAParam))
         nnx.update(model, trained(key))
     starts: dict[str, tuple[Array, Array]] = {}
-    prepare = _preparation(lora, quant, starts)
     quantized_here = None if stored is not None else quant
+    prepare = _preparation(lora, quantized_here, starts)
     _fill(model, checkpoint, slots, quantized_here, prepare, progress, stream_weights)
     if lora is not None:
         # Adapters come last: some are made from the weights.
@@ -165,96 +184,6 @@ def load_model(
     if trainable_base:
         unfreeze(model)
     return model
-
-
-def linear_weights(checkpoint: Checkpoint) -> frozenset[str]:
-    """The tensors that `load_model` quantizes: the layers' linear weights.
-
-    Raises:
-        ValueError: an unknown architecture.
-    """
-    family, model = _abstract(checkpoint, checkpoint.quant or QuantConfig())
-    return frozenset(
-        name
-        for name, slot in family.weight_names(model.config).items()
-        if isinstance(node_at(model, slot.path).get_value(), QuantizedTensor)
-    )
-
-
-def check_shapes(checkpoint: Checkpoint) -> None:
-    """Compares every name, shape and dtype with config.json, as `load_model` does; reads nothing.
-
-    Raises:
-        ValueError: an unknown architecture, or tensors that contradict the config.
-    """
-    _matching(checkpoint, *_abstract(checkpoint, checkpoint.quant))
-
-
-def _abstract(checkpoint: Checkpoint, quant: QuantConfig | None) -> tuple[Family, Any]:
-    """The checkpoint's family, and its model in shapes alone."""
-    family = family_of(checkpoint.config)
-    config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
-    return family, nnx.eval_shape(lambda: family.build(config, quant=quant, rngs=nnx.Rngs(0)))
-
-
-def _matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Slot]:
-    """The tensors to read, in reading order, once every name and shape fits the model."""
-    source, tensors = checkpoint.source, checkpoint.tensors
-    names = family.weight_names(model.config)
-    read = [name for name in tensors if name in names]
-    strange = [
-        name
-        for name in tensors
-        if name not in names and not any(fnmatchcase(name, pattern) for pattern in family.ignored)
-    ]
-    if strange:
-        raise ValueError(
-            f"{source} holds the tensor {strange[0]!r} (and {len(strange) - 1} more) that a "
-            "model with its config.json has no place for: check that both are of one checkpoint."
-        )
-    absent = [
-        name
-        for name in names
-        if name not in tensors and not any(fnmatchcase(name, fresh) for fresh in family.fresh)
-    ]
-    if absent:
-        raise ValueError(
-            f"{source} lacks the tensor {absent[0]!r} (and {len(absent) - 1} more) that its "
-            "config.json calls for: check that both are of one checkpoint, and whole."
-        )
-    for name in read:
-        value = node_at(model, names[name].path).get_value()
-        info = tensors[name]
-        quantized = isinstance(value, QuantizedTensor)
-        if quantized and checkpoint.quant is not None:
-            if info.quant is None:
-                raise ValueError(
-                    f"{source}: {name!r} has no quant_state, but config.json says that the layers "
-                    "are quantized in 4 bits: fetch the whole checkpoint again."
-                )
-            if info.quant != checkpoint.quant:
-                raise ValueError(
-                    f"{source}: {name!r} is stored as {info.quant}, but other weights as "
-                    f"{checkpoint.quant}: quantize the 16-bit checkpoint instead."
-                )
-        elif info.dtype not in DTYPES:
-            raise ValueError(
-                f"{source}: tensor {name!r} is stored as {info.dtype}, but weights of "
-                f"{', '.join(DTYPES)} are read: take a 16- or 32-bit checkpoint."
-            )
-        stacked = 0 if quantized else len(names[name].stack_index)
-        expected = value.shape[stacked:]
-        if tuple(info.shape) != tuple(expected):
-            raise ValueError(
-                f"{source}: tensor {name!r} has shape {list(info.shape)}, but config.json calls "
-                f"for {list(expected)}: check that both are of one checkpoint."
-            )
-    return {name: names[name] for name in read}
-
-
-def node_at(model: nnx.Module, path: tuple[str, ...]) -> Any:
-    """The Variable or module at a path of attribute names."""
-    return functools.reduce(getattr, path, model)
 
 
 def _fill(
@@ -293,6 +222,10 @@ def _fill(
             if path not in filled:
                 hosted = stream_weights and bool(slot.stack_index)
                 filled[path] = jax.tree.map(functools.partial(_empty, hosted=hosted), struct)
+            if isinstance(struct, QuantizedTensor) and is_vocabulary(model, slot):
+                filled[path] = _put_vocabulary(filled[path], _dense(checkpoint.read(name)))
+                bar.advance(task, sizes[name])
+                continue
             # The tensor has no name here: it would outlive its turn and lie beside the next one.
             filled[path] = put(
                 filled[path],
@@ -335,6 +268,32 @@ def _empty(leaf: Any, *, hosted: bool) -> Array:
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
+def _dense(tensor: np.ndarray | QuantizedTensor) -> np.ndarray:
+    """A file's tensor in the host's memory, its codes, if it has such, as their numbers."""
+    if isinstance(tensor, QuantizedTensor):
+        return np.asarray(jax.tree.map(jnp.asarray, tensor).dequantize(jnp.float32))
+    return tensor
+
+
+def _put_vocabulary(codes: QuantizedTensor, matrix: np.ndarray) -> QuantizedTensor:
+    """The packed matrix, which is used up, filled from a dense one on the host, a piece of its rows
+    on the device at a time."""
+    config = QuantConfig(codes.quant_type, codes.blocksize, codes.double_quant)
+    size = rows_at_once(codes.shape[1])
+    for start in range(0, codes.shape[0], size):
+        piece = jnp.asarray(matrix[start : start + size])
+        codes = put_piece(codes, quantize(piece, config), jnp.int32(start))
+        jax.block_until_ready(codes)
+    return codes
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put_piece(codes: QuantizedTensor, rows: QuantizedTensor, start: Array) -> QuantizedTensor:
+    """The packed matrix, which is used up, with rows from `start` on in their place."""
+    # The tree's static part is the matrix's: its dtype is what the model computes in.
+    return put_rows(codes, start + jnp.arange(rows.shape[0]), rows)
+
+
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
 def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
     """The stack, which is used up, with one tensor in its place.
@@ -342,13 +301,17 @@ def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | 
     Args:
         stack: arrays, or a `QuantizedTensor`, with leading axes for layers (and experts); in
             device memory, or in pinned host memory, where they are updated in place too.
-        tensor: one of them, from a file: dense, or packed like the stack.
+        tensor: one of them, from a file: dense, or packed. What the file packs and the model does
+            not (a router, a classifier's head) is dequantized.
         index: where, along the leading axes.
         quant: how a dense tensor is quantized, from the file's own numbers; None where it is not.
     """
     packed = isinstance(tensor, QuantizedTensor)
-    if isinstance(stack, QuantizedTensor) and not packed and quant is not None:
-        tensor = quantize(tensor, quant)
+    if isinstance(stack, QuantizedTensor):
+        if not packed and quant is not None:
+            tensor = quantize(tensor, quant)
+    elif packed:
+        tensor = tensor.dequantize(stack.dtype)
     wholes, treedef = jax.tree.flatten(stack)
     # The tree's static part is the stack's: its dtype is what the model computes in.
     filled = []

@@ -31,7 +31,7 @@ from qlora_jax.checkpoints.checkpoint import (
     quantized,
 )
 from qlora_jax.checkpoints.folder import read_json
-from qlora_jax.checkpoints.load import linear_weights
+from qlora_jax.checkpoints.matching import linear_weights
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 
 MODES = ("original", "dequantized", "requantized")

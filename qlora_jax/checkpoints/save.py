@@ -2,7 +2,8 @@
 
 Dense weights are written as they are, quantized ones in bitsandbytes' 4-bit format: a folder holds
 what its checkpoint holds. What it should hold is said before, by `quantized`, `dequantized` and
-`cast`.
+`cast`. There is one exception: what transformers never reads in 4 bits (T5's `wo`) is written as
+the numbers that its codes stand for.
 """
 
 import json
@@ -16,7 +17,8 @@ from flax import nnx
 
 from qlora_jax.checkpoints.bitsandbytes import QUANT_TYPES, packed_tensors, quantization_config
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, cast, dtype_name
-from qlora_jax.checkpoints.load import node_at
+from qlora_jax.checkpoints.dense_modules import skip_modules, with_kept_dense
+from qlora_jax.checkpoints.matching import is_vocabulary, node_at
 from qlora_jax.checkpoints.safetensors_writer import ShardedWriter, parse_size
 from qlora_jax.checkpoints.staging import new_folder
 from qlora_jax.models import FAMILIES
@@ -42,6 +44,7 @@ def save_checkpoint(
         ValueError: a quantization that bitsandbytes has no format for.
     """
     parse_size(max_shard_size)
+    checkpoint = with_kept_dense(checkpoint)
     _refuse_unwritable(checkpoint)
     with new_folder(folder) as partial:
         _write(partial, checkpoint, max_shard_size)
@@ -71,6 +74,7 @@ def save_model(
     checkpoint = model_checkpoint(model)
     if dtype is not None:
         checkpoint = cast(checkpoint, dtype)
+    checkpoint = with_kept_dense(checkpoint)
     _refuse_unwritable(checkpoint)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,6 +87,9 @@ def save_model(
 
 def model_checkpoint(model: Any) -> Checkpoint:
     """A model in memory as a checkpoint: its base weights, by their Hugging Face names.
+
+    No file format keeps the vocabulary as `embedding_bits` does: packed embeddings and heads are
+    decoded as they are read, so what is written computes what the model computes.
 
     Raises:
         ValueError: the model has adapters: merge them, or save them with `save_adapter`.
@@ -101,7 +108,7 @@ def model_checkpoint(model: Any) -> Checkpoint:
         value = node_at(model, path).get_value()
         quant = None
         shape = value.shape
-        if isinstance(value, QuantizedTensor):
+        if isinstance(value, QuantizedTensor) and not is_vocabulary(model, slot):
             quant = QuantConfig(value.quant_type, value.blocksize, value.double_quant)
         else:
             shape = shape[len(slot.stack_index) :]
@@ -110,6 +117,8 @@ def model_checkpoint(model: Any) -> Checkpoint:
     def read(name: str) -> np.ndarray | QuantizedTensor:
         slot = slots[name]
         value = node_at(model, slot.path).get_value()
+        if isinstance(value, QuantizedTensor) and tensors[name].quant is None:
+            return np.asarray(value.dequantize())
         return jax.tree.map(lambda x: np.asarray(x[slot.stack_index]), value)
 
     stored = {DTYPES[info.dtype].name for info in tensors.values()}
@@ -146,5 +155,7 @@ def _write(folder: Path, checkpoint: Checkpoint, max_shard_size: int | str) -> N
     config = dict(checkpoint.config)
     if checkpoint.quant is not None:
         dtype = next(info.dtype for info in checkpoint.tensors.values() if info.quant)
-        config["quantization_config"] = quantization_config(checkpoint.quant, DTYPES[dtype].name)
+        config["quantization_config"] = quantization_config(
+            checkpoint.quant, DTYPES[dtype].name, skip_modules(checkpoint)
+        )
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -50,14 +50,25 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--quant", default="nf4", help="nf4, fp4, int4, int8, or none (nf4)")
     parser.add_argument("--no-double-quant", action="store_true")
+    parser.add_argument(
+        "--embedding-bits", type=int, choices=[8, 4], help="embedding and head packed (16 bits)"
+    )
     parser.add_argument("--no-paged", action="store_true", help="Adam's moments on the device")
     parser.add_argument("--no-clip", action="store_true", help="no clipping by the global norm")
     parser.add_argument("--remat", default="full", choices=sorted(REMAT))
+    parser.add_argument(
+        "--mlp-tile", type=int, default=None, help="tokens that an MLP reads at once (all)"
+    )
     parser.add_argument(
         "--stream-weights", action="store_true", help="layers' weights on the host, one at a time"
     )
     parser.add_argument(
         "--gradients-on-host", action="store_true", help="sums of accumulation on the host"
+    )
+    parser.add_argument(
+        "--update-in-backward",
+        action="store_true",
+        help="each layer's update in the backward pass, without clipping by the global norm",
     )
     parser.add_argument("--attention", default=None, help="xla, cudnn, chunked (the card's best)")
     parser.add_argument("--matmul", default=None, help="xla, triton, mosaic_gpu (by dispatch)")
@@ -131,14 +142,17 @@ def _workload(model: str, args: argparse.Namespace) -> Workload:
             gradients_on_host=args.gradients_on_host,
             optim=args.optim,
             master_weights=args.lora_dtype != "float32",
-            max_grad_norm=None if args.no_clip else 0.3,
+            update_in_backward=args.update_in_backward,
+            max_grad_norm=None if args.no_clip or args.update_in_backward else 0.3,
         ),
         lora=LoraConfig(
             r=args.rank, lora_dropout=args.lora_dropout, dtype=jnp.dtype(args.lora_dtype)
         ),
         quant=quant,
+        embedding_bits=args.embedding_bits,
         remat=args.remat,
         stream_weights=args.stream_weights,
+        mlp_tile=args.mlp_tile,
         attention=args.attention,
         matmul=args.matmul,
     )

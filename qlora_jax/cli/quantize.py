@@ -2,7 +2,7 @@
 
 import argparse
 
-from qlora_jax.checkpoints import cast, linear_weights, quantized, save_checkpoint
+from qlora_jax.checkpoints import cast, packable_weights, quantized, save_checkpoint
 from qlora_jax.cli import SUBCOMMANDS
 from qlora_jax.cli.arguments import (
     add_quant,
@@ -22,7 +22,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help=SUBCOMMANDS["quantize"],
         description="Quantizes the linear weights of a model's layers into a new folder that "
         "transformers with bitsandbytes loads, and `load_pretrained` too, without a conversion. "
-        "Embeddings, head and norms keep their dtype. One tensor is in memory at a time.",
+        "Embeddings, head, norms and a T5's wo keep their dtype. One tensor is in memory at a "
+        "time.",
         epilog="example: qlora-jax quantize meta-llama/Llama-3.1-8B llama-3.1-8b-nf4",
     )
     add_source(parser)
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Writes the folder."""
     quant = quant_config(args)
     checkpoint = open_source(args.source, args.revision)
-    result = quantized(checkpoint, linear_weights(checkpoint), quant, dtype=args.dtype)
+    result = quantized(checkpoint, packable_weights(checkpoint), quant, dtype=args.dtype)
     if args.dtype is not None:
         result = cast(result, args.dtype)
     save_checkpoint(args.out, result, max_shard_size=args.max_shard_size)

@@ -32,6 +32,9 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
         "--16-bit", dest="dense", action="store_true", help="do not quantize the base"
     )
     add_quant(parser, "how the base is quantized")
+    parser.add_argument(
+        "--embedding-bits", type=int, choices=[8, 4], help="embedding and head packed (16 bits)"
+    )
 
 
 def load_writer(
@@ -51,6 +54,7 @@ def load_writer(
         quant=None if args.dense else quant_config(args),
         lora=None if args.adapter is None else read_adapter_config(args.adapter),
         compute_dtype=jnp.dtype(args.dtype),
+        embedding_bits=args.embedding_bits,
     )
     if args.adapter is not None:
         load_adapter(args.adapter, model)

@@ -130,9 +130,14 @@ class SentencePieceBackend:
 
     begins_with_bos: bool
 
-    def __init__(self, file: Path, proto: bytes | None = None):
-        """Reads a file, or takes what it would hold from `proto`."""
+    def __init__(self, file: Path, proto: bytes | None = None, *, sentinels: int = 0):
+        """Reads a file, or takes what it would hold from `proto`.
+
+        `sentinels` says how many ids behind the last piece are taken, though the file does not hold
+        them: T5's `<extra_id_0>` and so on, which transformers adds itself.
+        """
         self._file = file
+        self._sentinels = sentinels
         self._proto = file.read_bytes() if proto is None else proto
         self._start = _processor(self._proto, file)
         self._continuation: sentencepiece.SentencePieceProcessor | None = None
@@ -150,7 +155,19 @@ class SentencePieceBackend:
         return found if self._start.id_to_piece(found) == token else None
 
     def with_tokens(self, tokens: Sequence[str]) -> "SentencePieceBackend":
-        """The same with more control pieces behind the last id."""
+        """The same with more control pieces behind the last id.
+
+        Raises:
+            ValueError: the ids behind the last piece are T5's sentinels.
+        """
+        if self._sentinels:
+            raise ValueError(
+                f"{self._file} is a T5's, whose {self._sentinels} sentinels (<extra_id_0>, ...) "
+                "follow its last piece without standing in the file, so a token added there would "
+                "take the id of one of them: make a tokenizer.json beside it, once where "
+                "transformers is installed, with `AutoTokenizer.from_pretrained(folder)"
+                ".save_pretrained(folder)`."
+            )
         return SentencePieceBackend(self._file, self._proto + b"".join(map(_control, tokens)))
 
     def files(self) -> dict[str, bytes]:

@@ -58,7 +58,8 @@ class Tokenizer:
         New ids follow the largest one, in the order given. (The model's rows: `models.add_tokens`.)
 
         Raises:
-            ValueError: a token is empty.
+            ValueError: a token is empty, or the tokenizer is a T5's SentencePiece model, behind
+                which transformers puts tokens of its own.
         """
         new = [t for t in dict.fromkeys(tokens) if self.token_id(t) is None]
         if not all(tokens):
@@ -147,11 +148,14 @@ def load_tokenizer(
     """
     path = Path(path)
     file = _find(path)
-    backend = JsonBackend(file) if file.suffix == ".json" else SentencePieceBackend(file)
     folder = file.parent
     config = read_json(folder / "tokenizer_config.json")
     token_map = read_json(folder / "special_tokens_map.json")
     model_config = read_json(folder / "config.json")
+    if file.suffix == ".json":
+        backend: JsonBackend | SentencePieceBackend = JsonBackend(file)
+    else:
+        backend = SentencePieceBackend(file, sentinels=_sentinels(config, model_config))
     given = {"bos": bos_token, "eos": eos_token, "pad": pad_token}
 
     def special_id(kind: str) -> int | None:
@@ -189,6 +193,13 @@ def load_tokenizer(
             name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()
         },
     )
+
+
+def _sentinels(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> int:
+    """How many tokens transformers puts behind the pieces of a T5's SentencePiece model."""
+    named = str(config.get("tokenizer_class", "")).startswith("T5Tokenizer")
+    ours = named or model_config.get("model_type") == "t5"
+    return int(config.get("extra_ids", 100 if ours else 0))
 
 
 def _find(path: Path) -> Path:

@@ -14,11 +14,22 @@ from qlora_jax.models.seq2seq_loss import seq2seq_loss
 
 
 def seq2seq_lm_loss(
-    model: Any, batch: Any, dropout_key: Key[Array, ""] | None, /
+    model: Any,
+    batch: Any,
+    dropout_key: Key[Array, ""] | None,
+    /,
+    *,
+    loss_chunk: int | None = LOSS_CHUNK,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The loss of an encoder–decoder on a `data.Seq2SeqBatch`, as sum and count of tokens."""
+    """The loss of an encoder–decoder on a `data.Seq2SeqBatch`, as sum and count of tokens;
+    `loss_chunk` as in `seq2seq_loss`."""
     loss = seq2seq_loss(
-        model, batch.input_ids, batch.labels, batch.attention_mask, dropout_key=dropout_key
+        model,
+        batch.input_ids,
+        batch.labels,
+        batch.attention_mask,
+        loss_chunk=loss_chunk,
+        dropout_key=dropout_key,
     )
     return loss.total, loss.tokens
 
@@ -38,10 +49,11 @@ def loss_for(model: Any, *, loss_chunk: int | None = LOSS_CHUNK) -> LossFn:
 
     Args:
         model: decides which loss.
-        loss_chunk: of a decoder: tokens whose logits are held at once; None holds all.
+        loss_chunk: where there is a head over the vocabulary: tokens whose logits are held at once;
+            None holds all.
     """
     if isinstance(model, EncoderDecoder):
-        return seq2seq_lm_loss
+        return functools.partial(seq2seq_lm_loss, loss_chunk=loss_chunk)
     if isinstance(model, EncoderClassifier):
         return classifier_loss
     return functools.partial(causal_lm_loss, loss_chunk=loss_chunk)

@@ -21,9 +21,11 @@ from qlora_jax.models.loss import (
     next_token_loss,
     next_tokens,
 )
-from qlora_jax.models.remat import REMAT
+from qlora_jax.models.remat import REMAT, check_remat
 from qlora_jax.models.rope import RopeConfig
 from qlora_jax.models.seq2seq_loss import seq2seq_loss, shift_right
+from qlora_jax.models.stack import is_stacked
+from qlora_jax.models.tile import MLP_TILE
 from qlora_jax.models.tokens import (
     add_tokens,
     resize_token_embeddings,
@@ -36,6 +38,7 @@ from qlora_jax.models.unfreeze import unfreeze
 __all__ = [
     "FAMILIES",
     "LOSS_CHUNK",
+    "MLP_TILE",
     "REMAT",
     "AttentionName",
     "Cache",
@@ -55,11 +58,13 @@ __all__ = [
     "attend",
     "attention_for",
     "capability_here",
+    "check_remat",
     "chunked_attention",
     "chunked_cross_entropy",
     "classification_loss",
     "cross_entropy",
     "family_of",
+    "is_stacked",
     "module_names",
     "next_token_loss",
     "next_tokens",

@@ -5,7 +5,7 @@ windows, soft caps, biases, packed segments) is an argument, and so is the imple
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,25 @@ AttentionName = Literal["xla", "cudnn", "chunked"]
 LONG = 2 * BLOCK
 """Sequences above this take "chunked" rather than "xla": what they would hold are scores of 4 MiB
 and more a head."""
+
+
+def check_attention(attention: str, *, biased: bool = False) -> None:
+    """Refuses an implementation of attention that is not there.
+
+    Args:
+        attention: what was asked for.
+        biased: whether scores get a bias, which cuDNN's backward pass does not take.
+
+    Raises:
+        ValueError: saying what there is to choose from.
+    """
+    known = [name for name in get_args(AttentionName) if not (biased and name == "cudnn")]
+    if attention not in known:
+        why = ": cuDNN's backward pass takes no position biases" if attention == "cudnn" else ""
+        raise ValueError(
+            f"attention is {attention!r}, but one of {', '.join(known)} is needed{why}."
+        )
+
 
 # Query, key and value of a layer in; their mixture out, and whatever the caller keeps of them.
 Mix = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -227,24 +246,37 @@ def attention_for(
 ) -> AttentionName:
     """The attention to ask for: the fastest that is linear in memory where that matters.
 
-    "cudnn" on a CUDA target where cuDNN takes the case; else "chunked" for sequences that are long,
-    and "xla", which holds all scores at once and is fastest for short ones.
+    | the target | and the case | asks for | because |
+    |---|---|---|---|
+    | CUDA of 8.0 or newer | one that cuDNN takes | cudnn | linear in memory, and the fastest |
+    | any other | with a bias on the scores | xla | the bias is as large as they are |
+    | | up to `LONG` tokens | xla | all scores are few, and one product is faster than a loop |
+    | | more tokens than that | chunked | linear in memory, and takes every case |
+    | CUDA, TPU | of unknown length | chunked | a card's memory ends before its user expects it |
+    | CPU | of unknown length | xla | as for short ones: memory is what a CPU has most of |
 
     Args:
         platform: of the *target*, "cpu", "cuda" (or "gpu"), "tpu"; never guessed from this machine,
             which may only be compiling for another.
         compute_dtype: cuDNN takes bfloat16 and float16 only.
         head_dim: cuDNN takes multiples of 8 up to 128.
-        softcap: cuDNN takes none.
-        bias: whether scores get one, which cuDNN's backward pass does not take.
+        softcap: cuDNN takes none (Gemma 2).
+        bias: whether scores get one, which cuDNN's backward pass does not take (T5).
         packed: whether rows hold segments, of which cuDNN would need a mask of all pairs.
-        longest: tokens of the longest sequence; None where it is short or unknown.
+        longest: tokens of the longest sequence; None where it is unknown.
         compute_capability: of the CUDA target; None where it is new enough. Below 8.0 there is
             neither cuDNN's nor the bfloat16 product that "xla" asks for.
     """
+    cuda = platform in ("cuda", "gpu")
     narrow = jnp.dtype(compute_dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     fits = head_dim % 8 == 0 and head_dim <= 128 and softcap is None and not (bias or packed)
     old = compute_capability is not None and compute_capability < (8, 0)
-    if platform in ("cuda", "gpu") and narrow and fits and not old:
+    if cuda and narrow and fits and not old:
         return "cudnn"
-    return "chunked" if old or (longest is not None and longest > LONG) else "xla"
+    if old:
+        return "chunked"
+    if bias:
+        return "xla"
+    if longest is None:
+        return "xla" if platform == "cpu" else "chunked"
+    return "chunked" if longest > LONG else "xla"

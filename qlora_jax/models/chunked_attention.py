@@ -1,6 +1,6 @@
 """Attention whose memory is linear in the sequence, in plain XLA: any card, any option.
 
-FlashAttention's algorithm (arXiv 2205.14135, 2307.08691) as one `lax.scan` over pairs of blocks. A
+FlashAttention's algorithm (arXiv 2205.14135, 2307.08691) as one loop over pairs of blocks. A
 block of queries meets one block of keys at a time and keeps a running maximum, a running sum and a
 running output (the online softmax); scores exist for one pair of blocks only. For the backward pass
 the output and each row's log-sum-exp are kept, and the scores are computed once more.
@@ -16,6 +16,7 @@ Cost beside attention that holds all scores: the product of queries and keys onc
 backward pass, under remat too. Padding and segments are computed and masked, not skipped.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -150,8 +151,10 @@ def _block(length: int, block: int) -> int:
     return -(-length // (pieces * multiple)) * multiple
 
 
-def _pairs(options: _Options, query_blocks: int, key_blocks: int) -> tuple[Array, Array, Array]:
+def _pairs(options: _Options, query: Array, key: Array) -> tuple[Array, Array, Array]:
     """Numbers of query and key blocks that can see each other, and whether a query block is new."""
+    query_blocks = query.shape[1] // options.query_block
+    key_blocks = key.shape[1] // options.key_block
     first_query = np.arange(query_blocks)[:, None] * options.query_block
     first_key = np.arange(key_blocks)[None, :] * options.key_block
     last_query = first_query + options.query_block - 1
@@ -166,6 +169,24 @@ def _pairs(options: _Options, query_blocks: int, key_blocks: int) -> tuple[Array
     i, j = np.nonzero(seen)
     new = np.diff(i, prepend=-1) != 0
     return jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32), jnp.asarray(new)
+
+
+def _over(
+    pairs: tuple[Array, Array, Array], step: Callable[..., tuple[Any, ...]], start: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """What `step(carry, pair)` leaves of `start` after all pairs.
+
+    Not a scan: `jax.checkpoint` looks into a scan's body, and keeps for all pairs at once whatever
+    needs no argument (the masks, 32 GiB of them at 32k tokens of Llama 3 8B) or what its policy
+    names (every product, under "dots"). A while loop it computes again as a whole.
+    """
+
+    def body(state: tuple[Array, tuple[Any, ...]]) -> tuple[Array, tuple[Any, ...]]:
+        index, carry = state
+        return index + 1, step(carry, *(each[index] for each in pairs))
+
+    count = pairs[0].size
+    return jax.lax.while_loop(lambda state: state[0] < count, body, (jnp.int32(0), start))[1]
 
 
 def _cut(x: Array, index: Array, size: int, axis: int = 1) -> Array:
@@ -251,11 +272,10 @@ def _forward(
 ) -> tuple[Array, tuple]:
     batch, queries, *groups, _ = query.shape
     rows = (batch, *groups, options.query_block)
-    i, j, new = _pairs(options, queries // options.query_block, key.shape[1] // options.key_block)
+    pairs = _pairs(options, query, key)
 
-    def step(carry: tuple[Array, ...], pair: tuple[Array, Array, Array]) -> tuple[Any, None]:
+    def step(carry: tuple[Array, ...], i: Array, j: Array, new: Array) -> tuple[Array, ...]:
         largest, total, mixed, out, normaliser = carry
-        i, j, new = pair
         largest = jnp.where(new, _HIDDEN, largest)
         total, mixed = jnp.where(new, 0.0, total), jnp.where(new, 0.0, mixed)
         scores, allowed, _ = _scores(
@@ -281,7 +301,7 @@ def _forward(
         out = _put(out, block, i, options.query_block)
         logs = jnp.where(total > 0, larger + jnp.log(some), 0.0)
         normaliser = _put(normaliser, logs, i, options.query_block, axis=3)
-        return (larger, total, mixed, out, normaliser), None
+        return larger, total, mixed, out, normaliser
 
     start = (
         jnp.zeros(rows, jnp.float32),
@@ -290,22 +310,20 @@ def _forward(
         jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype),
         jnp.zeros((batch, *groups, queries), jnp.float32),
     )
-    (*_, out, normaliser), _ = jax.lax.scan(step, start, (i, j, new))
+    *_, out, normaliser = _over(pairs, step, start)
     out, normaliser = checkpoint_name((out, normaliser), ATTENTION)
     return out, (query, key, value, bias, extras, out, normaliser)
 
 
 def _backward(options: _Options, residuals: tuple, gradient: Array) -> tuple:
     query, key, value, bias, extras, out, normaliser = residuals
-    batch, queries = query.shape[:2]
-    i, j, new = _pairs(options, queries // options.query_block, key.shape[1] // options.key_block)
+    pairs = _pairs(options, query, key)
     # What the softmax takes off every score's gradient: a row's gradient · output.
     offset = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     offset = jnp.moveaxis(offset, 1, -1)
 
-    def step(carry: tuple[Any, ...], pair: tuple[Array, Array, Array]) -> tuple[Any, None]:
+    def step(carry: tuple[Any, ...], i: Array, j: Array, new: Array) -> tuple[Any, ...]:
         to_block, to_query, to_key, to_value, to_bias = carry
-        i, j, new = pair
         queries, keys = _cut(query, i, options.query_block), _cut(key, j, options.key_block)
         values, pulled = _cut(value, j, options.key_block), _cut(gradient, i, options.query_block)
         scores, allowed, slope = _scores(options, queries, keys, bias, extras, i, j)
@@ -329,17 +347,16 @@ def _backward(options: _Options, residuals: tuple, gradient: Array) -> tuple:
             _add(to_key, to_keys, j, options.key_block),
             to_value,
             to_bias,
-        ), None
+        )
 
     start: tuple[Any, ...] = (
-        jnp.zeros((batch, options.query_block, *query.shape[2:]), jnp.float32),
+        jnp.zeros((query.shape[0], options.query_block, *query.shape[2:]), jnp.float32),
         jnp.zeros_like(query),
         jnp.zeros(key.shape, jnp.float32),
         jnp.zeros(value.shape, jnp.float32),
         None if bias is None else jnp.zeros(bias.shape, jnp.float32),
     )
-    done, _ = jax.lax.scan(step, start, (i, j, new))
-    _, to_query, to_key, to_value, to_bias = done
+    _, to_query, to_key, to_value, to_bias = _over(pairs, step, start)
     return (
         to_query,
         to_key.astype(key.dtype),

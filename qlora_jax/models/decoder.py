@@ -20,14 +20,14 @@ holds all logits at once calls them apart.
 """
 
 import functools
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from qlora_jax.models.attention import AttentionName, attend
+from qlora_jax.models.attention import AttentionName, attend, check_attention
 from qlora_jax.models.cache import Cache, advance, start, store, visible
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_layer import DecoderLayer
@@ -49,15 +49,18 @@ class Decoder(nnx.Module):
         lora: adapters on the layers' linear weights; None for none.
         compute_dtype: dtype of activations and matmuls.
         param_dtype: dtype of embedding, head and dense weights; None means `compute_dtype`.
+        embedding_bits: 8 or 4 keeps embedding and head packed (`Embedding`); None keeps them dense.
+            Learned positions stay dense.
         remat: one of `REMAT`: what the backward pass finds saved instead of recomputing it.
         stream_weights: the layers' frozen weights lie in pinned host memory and come in one layer
             at a time (`streaming.py`). `load_model` puts them there, `move_to_host` a model's.
+        mlp_tile: tokens that an MLP reads at once (`tile.py`); None for all.
         attention: implementation of `attend`; see `attention_for`.
         matmul: implementation of the 4-bit matmul (`pallas_kernels`); None lets the op choose.
         rngs: stream `params`. Base weights start random.
 
-    `model.remat`, `model.stream_weights` and `model.attention` may be set again later; none changes
-    results beyond rounding.
+    `model.remat`, `model.stream_weights`, `model.mlp_tile` and `model.attention` may be set again
+    later; none changes results beyond rounding (but `mlp_tile` which units LoRA dropout drops).
     """
 
     def __init__(
@@ -68,36 +71,33 @@ class Decoder(nnx.Module):
         lora: LoraConfig | None = None,
         compute_dtype: Any = jnp.float32,
         param_dtype: Any = None,
+        embedding_bits: int | None = None,
         remat: str = "full",
         stream_weights: bool = False,
+        mlp_tile: int | None = None,
         attention: AttentionName = "xla",
         matmul: str | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         check_remat(remat, stream_weights=stream_weights)
-        if attention not in get_args(AttentionName):
-            raise ValueError(
-                f"attention is {attention!r}, but one of {', '.join(get_args(AttentionName))} is "
-                "needed."
-            )
+        check_attention(attention)
         self.config = config
         self.compute_dtype = compute_dtype
         self.remat = remat
         self.stream_weights = stream_weights
+        self.mlp_tile = mlp_tile
         self.attention = attention
         stored = param_dtype or compute_dtype
-        storage = Storage(quant, lora, compute_dtype, stored, matmul)
+        storage = Storage(quant, lora, compute_dtype, stored, matmul, embedding_bits)
         vocab, embed = config.vocab_size, config.hidden_size
         narrow = config.word_embed_proj_dim or embed
-        self.embed_tokens = Embedding(vocab, narrow, dtype=stored, rngs=rngs)
+        self.embed_tokens = storage.vocabulary(vocab, narrow, rngs)
         self.layers = stack_layers(
             lambda rngs: DecoderLayer(config, storage, rngs), config.num_hidden_layers, rngs
         )
         self.norm = nnx.data(norm_for(config, embed) if config.final_norm else None)
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Embedding(vocab, narrow, dtype=stored, rngs=rngs)
+            None if config.tie_word_embeddings else storage.vocabulary(vocab, narrow, rngs)
         )
         if config.rope is None:
             rows = config.max_position_embeddings + config.position_offset
@@ -296,6 +296,7 @@ class Decoder(nnx.Module):
                 _chosen(sliding, local_turns, turns),
                 functools.partial(mix, sliding),
                 dropout_key=key,
+                mlp_tile=self.mlp_tile,
             )
 
         keys = split_key(dropout_key, config.num_hidden_layers)

@@ -12,6 +12,7 @@ from qlora_jax.models.mlp import MLP
 from qlora_jax.models.moe import MixtureOfExperts
 from qlora_jax.models.norm import norm_for
 from qlora_jax.models.stack import Storage
+from qlora_jax.models.tile import by_tile
 
 
 class DecoderLayer(nnx.Module):
@@ -41,8 +42,17 @@ class DecoderLayer(nnx.Module):
         mix: Mix,
         *,
         dropout_key: Key[Array, ""] | None,
+        mlp_tile: int | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Any]:
-        """The same shape and dtype as x, and what `mix` kept; `dropout_key` is this layer's own."""
+        """The same shape and dtype as x, and what `mix` kept.
+
+        Args:
+            x: what flows past.
+            turns, mix: as `Attention` takes them.
+            dropout_key: this layer's own.
+            mlp_tile: tokens that the MLP reads at once (`tile.py`); None for all. Experts read
+                theirs in blocks of their own.
+        """
         config = self.config
         linears = (*config.attention_linears, *config.mlp_linears)
         keys: dict[str, Array | None] = dict.fromkeys(linears)
@@ -54,7 +64,11 @@ class DecoderLayer(nnx.Module):
             return getattr(self, config.names.attention)(x, turns, mix, dropout_keys=keys)
 
         def mlp(x: Array) -> Array:
-            return getattr(self, config.names.mlp)(x, dropout_keys=keys)
+            module = getattr(self, config.names.mlp)
+            if mlp_tile is None or config.num_local_experts:
+                return module(x, dropout_keys=keys)
+            own = {name: keys[name] for name in config.mlp_linears}
+            return by_tile(module, x, dropout_keys=own, tile=mlp_tile)
 
         first, second = self.input_layernorm, self.post_attention_layernorm
         if config.residual == "parallel":

@@ -1,11 +1,52 @@
-"""Attention whose probabilities are dropped out in training, as T5's and RoBERTa's are."""
+"""Attention of the encoders and of T5's decoder: how queries look at keys.
+
+It differs from a decoder-only model's in that positions may come in as a bias on the scores, that
+heads are not grouped, and that in training the probabilities themselves are dropped out.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from qlora_jax.models.attention import AttentionName, attend
+from qlora_jax.nn import QuantDense
 from qlora_jax.nn.lora import dropout
+
+
+class View(NamedTuple):
+    """How queries look at keys.
+
+    Attributes:
+        bias: added to the scores; None where positions do not matter.
+        mask: true where a key may be seen; None where all may.
+        causal: whether a query sees no later keys.
+        implementation: of `attend`.
+    """
+
+    bias: Float[Array, "1 heads q k"] | None
+    mask: Bool[Array, "#batch 1 1 k"] | None
+    causal: bool
+    implementation: AttentionName
+
+
+def key_mask(
+    real: Bool[Array, "batch k"] | Int[Array, "batch k"] | None,
+) -> Bool[Array, "batch 1 1 k"] | None:
+    """Which keys may be seen: those that are nonzero; None where all are."""
+    return None if real is None else real.astype(bool)[:, None, None, :]
+
+
+def project_heads(
+    projection: QuantDense,
+    x: Float[Array, "batch seq embed"],
+    heads: int,
+    key: Key[Array, ""] | None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """A projection's output, head by head; `key` is of its LoRA dropout."""
+    y = projection(x, dropout_key=key)
+    return y.reshape(*y.shape[:2], heads, -1)
 
 
 def dropped_attention(

@@ -9,15 +9,15 @@ with the adapters in float32 and saved whole beside them, as PEFT does for seque
 (`modules_to_save`). Names are Hugging Face's (`attention.self.query`, `classifier.out_proj`).
 """
 
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from qlora_jax.models.attention import AttentionName
-from qlora_jax.models.dropped_attention import dropped_attention
+from qlora_jax.models.attention import AttentionName, check_attention
+from qlora_jax.models.dropped_attention import View, dropped_attention, key_mask, project_heads
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.encoder_config import EncoderConfig
 from qlora_jax.models.norm import LayerNorm
@@ -30,7 +30,7 @@ from qlora_jax.models.stack import (
     split_key,
     stack_layers,
 )
-from qlora_jax.nn import LoraConfig, QuantDense, TrainedParam
+from qlora_jax.nn import LoraConfig, TrainedParam
 from qlora_jax.nn.lora import dropout
 from qlora_jax.quant import QuantConfig
 
@@ -78,25 +78,23 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        mask: Bool[Array, "batch 1 1 seq"] | None,
-        implementation: AttentionName,
+        view: View,
         keys: Keys,
     ) -> Float[Array, "batch seq embed"]:
         """What each token finds among all, before the output projection."""
 
-        def heads(projection: QuantDense) -> Array:
-            return projection(x, dropout_key=next(keys)).reshape(*x.shape[:2], self.num_heads, -1)
-
-        query, key, value = heads(self.query), heads(self.key), heads(self.value)
+        query, key, value = (
+            project_heads(projection, x, self.num_heads, next(keys))
+            for projection in (self.query, self.key, self.value)
+        )
         mixed = dropped_attention(
             query,
             key,
             value,
-            mask=mask,
+            **view._asdict(),
             scale=query.shape[-1] ** -0.5,
             rate=self.rate,
             dropout_key=next(keys),
-            implementation=implementation,
         )
         return mixed.reshape(x.shape)
 
@@ -133,12 +131,11 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        mask: Bool[Array, "batch 1 1 seq"] | None,
-        implementation: AttentionName,
+        view: View,
         keys: Keys,
     ) -> Float[Array, "batch seq embed"]:
         """The same shape and dtype as x."""
-        return self.output(self.self(x, mask, implementation, keys), x, keys)
+        return self.output(self.self(x, view, keys), x, keys)
 
 
 class Intermediate(nnx.Module):
@@ -166,12 +163,11 @@ class EncoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        mask: Bool[Array, "batch 1 1 seq"] | None,
-        implementation: AttentionName,
+        view: View,
         keys: Keys,
     ) -> Float[Array, "batch seq embed"]:
         """The same shape and dtype as x."""
-        x = self.attention(x, mask, implementation, keys)
+        x = self.attention(x, view, keys)
         return self.output(self.intermediate(x, keys), x, keys)
 
 
@@ -229,9 +225,7 @@ class EncoderClassifier(nnx.Module):
         matmul: str | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        if attention not in get_args(AttentionName):
-            known = ", ".join(get_args(AttentionName))
-            raise ValueError(f"attention is {attention!r}, but one of {known} is needed.")
+        check_attention(attention)
         self.config = config
         self.compute_dtype = compute_dtype
         self.remat = remat
@@ -279,12 +273,12 @@ class EncoderClassifier(nnx.Module):
                 f"input_ids have {input_ids.shape[1]} tokens, but the model has positions for "
                 f"{self.config.max_length}: cut the text."
             )
-        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
+        view = View(None, key_mask(attention_mask), False, self.attention)
         keys = draw(dropout_key, 2)
         x = dropout(self.embeddings(input_ids), self.config.hidden_dropout_prob, next(keys))
 
         def apply(layer: EncoderLayer, x: Array, key: Array | None) -> tuple[Array, None]:
-            return layer(x, mask, self.attention, draw(key, _LAYER_KEYS)), None
+            return layer(x, view, draw(key, _LAYER_KEYS)), None
 
         layer_keys = split_key(next(keys), self.config.num_hidden_layers)
         return scan_layers(self.layers, apply, x, layer_keys, remat=self.remat)[0]

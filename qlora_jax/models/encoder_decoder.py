@@ -15,21 +15,19 @@ Layers are stacked under `lax.scan` and named as Hugging Face names them (`q`, `
 are computed in `prefill` and kept in the cache.
 """
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from qlora_jax.models.attention import AttentionName
-from qlora_jax.models.dropped_attention import dropped_attention
-from qlora_jax.models.embedding import Embedding
+from qlora_jax.models.attention import AttentionName, check_attention
+from qlora_jax.models.dropped_attention import View, key_mask
 from qlora_jax.models.encoder_config import EncoderDecoderConfig
+from qlora_jax.models.encoder_decoder_layer import LAYER_KEYS, DecoderLayer, EncoderLayer
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.relative_bias import RelativeBias
 from qlora_jax.models.stack import (
-    Keys,
     Storage,
     check_options,
     draw,
@@ -37,11 +35,9 @@ from qlora_jax.models.stack import (
     split_key,
     stack_layers,
 )
-from qlora_jax.nn import LoraConfig, QuantDense
+from qlora_jax.nn import LoraConfig
 from qlora_jax.nn.lora import dropout
 from qlora_jax.quant import QuantConfig
-
-_LAYER_KEYS = 20
 
 
 class EncoderDecoderCache(NamedTuple):
@@ -60,178 +56,6 @@ class EncoderDecoderCache(NamedTuple):
     source_value: Float[Array, "layers batch source heads d_kv"]
     source_mask: Bool[Array, "batch source"]
     filled: Int[Array, ""]
-
-
-class View(NamedTuple):
-    """How queries look at keys.
-
-    Attributes:
-        bias: added to the scores; None where positions do not matter.
-        mask: true where a key may be seen; None where all may.
-        causal: whether a query sees no later keys.
-        implementation: of `attend`.
-    """
-
-    bias: Float[Array, "1 heads q k"] | None
-    mask: Bool[Array, "#batch 1 1 k"] | None
-    causal: bool
-    implementation: AttentionName
-
-
-class Attention(nnx.Module):
-    """Multi-head attention without bias and without a scale; positions come in as a bias."""
-
-    def __init__(
-        self, config: EncoderDecoderConfig, path: str, storage: Storage, rngs: nnx.Rngs
-    ) -> None:
-        inner = config.num_heads * config.d_kv
-        dense = storage.dense(path, rngs)
-        # T5's initial queries make up for the scale that is not there.
-        narrow = nnx.initializers.normal((config.d_model * config.d_kv) ** -0.5)
-        self.q = dense("q", config.d_model, inner, kernel_init=narrow)
-        self.k = dense("k", config.d_model, inner)
-        self.v = dense("v", config.d_model, inner)
-        self.o = dense("o", inner, config.d_model)
-        self.num_heads, self.rate = config.num_heads, config.dropout_rate
-
-    def _heads(self, projection: QuantDense, x: Array, key: Array | None) -> Array:
-        y = projection(x, dropout_key=key)
-        return y.reshape(*y.shape[:2], self.num_heads, -1)
-
-    def sources(
-        self, x: Float[Array, "batch k embed"], keys: Keys
-    ) -> tuple[Float[Array, "batch k heads d_kv"], Float[Array, "batch k heads d_kv"]]:
-        """Keys and values of what is looked at."""
-        return self._heads(self.k, x, next(keys)), self._heads(self.v, x, next(keys))
-
-    def __call__(
-        self,
-        x: Float[Array, "batch q embed"],
-        key: Float[Array, "batch k heads d_kv"],
-        value: Float[Array, "batch k heads d_kv"],
-        view: View,
-        keys: Keys,
-    ) -> Float[Array, "batch q embed"]:
-        """What the queries of x find among keys and values."""
-        mixed = dropped_attention(
-            self._heads(self.q, x, next(keys)),
-            key,
-            value,
-            **view._asdict(),
-            scale=1.0,
-            rate=self.rate,
-            dropout_key=next(keys),
-        )
-        return self.o(mixed.reshape(*x.shape[:2], -1), dropout_key=next(keys))
-
-
-class FeedForward(nnx.Module):
-    """wo(act(wi(x))), or wo(act(wi_0(x)) · wi_1(x)) where the activation is gated."""
-
-    def __init__(
-        self, config: EncoderDecoderConfig, path: str, storage: Storage, rngs: nnx.Rngs
-    ) -> None:
-        dense = storage.dense(path, rngs)
-        self.activation, self.rate = config.feed_forward_proj, config.dropout_rate
-        if self.activation.startswith("gated-"):
-            self.wi_0 = dense("wi_0", config.d_model, config.d_ff)
-            self.wi_1 = dense("wi_1", config.d_model, config.d_ff)
-        else:
-            self.wi = dense("wi", config.d_model, config.d_ff)
-        self.wo = dense("wo", config.d_ff, config.d_model)
-
-    def __call__(
-        self, x: Float[Array, "batch seq embed"], keys: Keys
-    ) -> Float[Array, "batch seq embed"]:
-        """The same shape and dtype as x."""
-        match self.activation:
-            case "gated-gelu":
-                gate = jax.nn.gelu(self.wi_0(x, dropout_key=next(keys)), approximate=True)
-                inner = gate * self.wi_1(x, dropout_key=next(keys))
-            case "gated-silu":
-                gate = jax.nn.silu(self.wi_0(x, dropout_key=next(keys)))
-                inner = gate * self.wi_1(x, dropout_key=next(keys))
-            case "gelu":
-                inner = jax.nn.gelu(self.wi(x, dropout_key=next(keys)), approximate=False)
-            case _:
-                inner = jax.nn.relu(self.wi(x, dropout_key=next(keys)))
-        inner = dropout(inner, self.rate, next(keys))
-        return self.wo(inner, dropout_key=next(keys))
-
-
-class EncoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(self, config: EncoderDecoderConfig, storage: Storage, rngs: nnx.Rngs) -> None:
-        eps = config.layer_norm_epsilon
-        self.layer_norm_0 = RMSNorm(config.d_model, eps=eps)
-        self.SelfAttention = Attention(config, "encoder.layers.SelfAttention", storage, rngs)
-        self.layer_norm_1 = RMSNorm(config.d_model, eps=eps)
-        self.DenseReluDense = FeedForward(config, "encoder.layers.DenseReluDense", storage, rngs)
-        self.rate = config.dropout_rate
-
-    def __call__(
-        self, x: Float[Array, "batch seq embed"], view: View, keys: Keys
-    ) -> Float[Array, "batch seq embed"]:
-        """The same shape and dtype as x."""
-        y = self.layer_norm_0(x)
-        y = self.SelfAttention(y, *self.SelfAttention.sources(y, keys), view, keys)
-        x = x + dropout(y, self.rate, next(keys))
-        y = self.DenseReluDense(self.layer_norm_1(x), keys)
-        return x + dropout(y, self.rate, next(keys))
-
-
-class DecoderLayer(nnx.Module):
-    """x + self-attention, x + attention to the source, x + feed-forward; each after a norm."""
-
-    def __init__(self, config: EncoderDecoderConfig, storage: Storage, rngs: nnx.Rngs) -> None:
-        eps = config.layer_norm_epsilon
-        self.layer_norm_0 = RMSNorm(config.d_model, eps=eps)
-        self.SelfAttention = Attention(config, "decoder.layers.SelfAttention", storage, rngs)
-        self.layer_norm_1 = RMSNorm(config.d_model, eps=eps)
-        self.EncDecAttention = Attention(config, "decoder.layers.EncDecAttention", storage, rngs)
-        self.layer_norm_2 = RMSNorm(config.d_model, eps=eps)
-        self.DenseReluDense = FeedForward(config, "decoder.layers.DenseReluDense", storage, rngs)
-        self.rate = config.dropout_rate
-
-    def __call__(
-        self,
-        x: Float[Array, "batch seq embed"],
-        source: Float[Array, "batch source embed"],
-        view: View,
-        source_view: View,
-        keys: Keys,
-    ) -> Float[Array, "batch seq embed"]:
-        """The same shape and dtype as x, which looks at itself, then at the encoder's output."""
-        y = self.layer_norm_0(x)
-        y = self.SelfAttention(y, *self.SelfAttention.sources(y, keys), view, keys)
-        x = x + dropout(y, self.rate, next(keys))
-        return self._rest(x, *self.EncDecAttention.sources(source, keys), source_view, keys)
-
-    def step(
-        self,
-        x: Float[Array, "batch 1 embed"],
-        cached: tuple[Array, Array, Array, Array],
-        index: Int[Array, ""],
-        view: View,
-        source_view: View,
-    ) -> tuple[Float[Array, "batch 1 embed"], tuple[Array, Array]]:
-        """One word at `index`, with this layer's keys and values (own, then the source's); returns
-        what comes out and its own, the word's included."""
-        key, value, source_key, source_value = cached
-        y = self.layer_norm_0(x)
-        new_key, new_value = self.SelfAttention.sources(y, draw(None, 2))
-        key = jax.lax.dynamic_update_slice_in_dim(key, new_key.astype(key.dtype), index, 1)
-        value = jax.lax.dynamic_update_slice_in_dim(value, new_value.astype(key.dtype), index, 1)
-        x = x + self.SelfAttention(y, key, value, view, draw(None, _LAYER_KEYS))
-        x = self._rest(x, source_key, source_value, source_view, draw(None, _LAYER_KEYS))
-        return x, (key, value)
-
-    def _rest(self, x: Array, key: Array, value: Array, source_view: View, keys: Keys) -> Array:
-        y = self.EncDecAttention(self.layer_norm_1(x), key, value, source_view, keys)
-        x = x + dropout(y, self.rate, next(keys))
-        y = self.DenseReluDense(self.layer_norm_2(x), keys)
-        return x + dropout(y, self.rate, next(keys))
 
 
 class Stack(nnx.Module):
@@ -264,7 +88,8 @@ class EncoderDecoder(nnx.Module):
 
     Args:
         config: the model's shape.
-        quant, lora, compute_dtype, param_dtype, remat, matmul, rngs: as in `Decoder`.
+        quant, lora, compute_dtype, param_dtype, embedding_bits, remat, matmul, rngs: as in
+            `Decoder`.
         attention: implementation of `attend`, not "cudnn": its backward pass takes no bias.
 
     Raises:
@@ -279,29 +104,26 @@ class EncoderDecoder(nnx.Module):
         lora: LoraConfig | None = None,
         compute_dtype: Any = jnp.float32,
         param_dtype: Any = None,
+        embedding_bits: int | None = None,
         remat: str = "full",
         attention: AttentionName = "xla",
         matmul: str | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        if attention not in get_args(AttentionName) or attention == "cudnn":
-            raise ValueError(
-                f"attention is {attention!r}, but T5's position biases need 'xla': cuDNN's "
-                "backward pass takes no bias."
-            )
+        check_attention(attention, biased=True)
         self.config = config
         self.compute_dtype = compute_dtype
         self.remat = remat
         self.attention = attention
         stored = param_dtype or compute_dtype
-        storage = Storage(quant, lora, compute_dtype, stored, matmul)
-        self.shared = Embedding(config.vocab_size, config.d_model, dtype=stored, rngs=rngs)
+        storage = Storage(quant, lora, compute_dtype, stored, matmul, embedding_bits)
+        self.shared = storage.vocabulary(config.vocab_size, config.d_model, rngs)
         self.encoder = Stack(config, EncoderLayer, storage, rngs)
         self.decoder = Stack(config, DecoderLayer, storage, rngs)
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else Embedding(config.vocab_size, config.d_model, dtype=stored, rngs=rngs)
+            else storage.vocabulary(config.vocab_size, config.d_model, rngs)
         )
         gated = config.feed_forward_proj.startswith("gated-")
         inner = ("wi_0", "wi_1") if gated else ("wi",)
@@ -352,11 +174,11 @@ class EncoderDecoder(nnx.Module):
         x = dropout(self._embed(decoder_input_ids), rate, next(keys))
         positions = jnp.arange(x.shape[1])
         bias = self.decoder.bias(positions, positions, longest=x.shape[1])
-        view = View(bias, _key_mask(decoder_attention_mask), True, self.attention)
-        source_view = View(None, _key_mask(attention_mask), False, self.attention)
+        view = View(bias, key_mask(decoder_attention_mask), True, self.attention)
+        source_view = View(None, key_mask(attention_mask), False, self.attention)
 
         def apply(layer: DecoderLayer, x: Array, key: Array | None) -> tuple[Array, None]:
-            return layer(x, source, view, source_view, draw(key, _LAYER_KEYS)), None
+            return layer(x, source, view, source_view, draw(key, LAYER_KEYS)), None
 
         layer_keys = split_key(next(keys), depth)
         x, _ = scan_layers(self.decoder.layers, apply, x, layer_keys, remat=self.remat)
@@ -375,10 +197,10 @@ class EncoderDecoder(nnx.Module):
         x = dropout(self._embed(input_ids), rate, next(keys))
         positions = jnp.arange(x.shape[1])
         bias = self.encoder.bias(positions, positions, longest=x.shape[1])
-        view = View(bias, _key_mask(attention_mask), False, self.attention)
+        view = View(bias, key_mask(attention_mask), False, self.attention)
 
         def apply(layer: EncoderLayer, x: Array, key: Array | None) -> tuple[Array, None]:
-            return layer(x, view, draw(key, _LAYER_KEYS)), None
+            return layer(x, view, draw(key, LAYER_KEYS)), None
 
         layer_keys = split_key(next(keys), depth)
         x, _ = scan_layers(self.encoder.layers, apply, x, layer_keys, remat=self.remat)
@@ -430,7 +252,7 @@ class EncoderDecoder(nnx.Module):
         bias = self.decoder.bias(cache.filled[None], slots, longest=length)
         # One query: there is nothing for another implementation to save.
         view = View(bias, (slots <= cache.filled)[None, None, None], False, "xla")
-        source_view = View(None, _key_mask(cache.source_mask), False, "xla")
+        source_view = View(None, key_mask(cache.source_mask), False, "xla")
 
         def apply(layer: DecoderLayer, x: Array, cached: Any) -> tuple[Array, tuple[Array, Array]]:
             return layer.step(x, cached, cache.filled, view, source_view)
@@ -443,7 +265,3 @@ class EncoderDecoder(nnx.Module):
 
     def _embed(self, ids: Array) -> Array:
         return self.shared(ids).astype(self.compute_dtype)
-
-
-def _key_mask(mask: Array | None) -> Array | None:
-    return None if mask is None else mask.astype(bool)[:, None, None, :]

@@ -49,6 +49,10 @@ class Family:
             they start random.
         for_weights: (configuration, tensor names of a checkpoint) → the configuration of that
             checkpoint, where config.json alone does not tell it.
+        output: what transformers calls the linear layer that gives logits over the vocabulary; it
+            quantizes that one only when told to. None where there is none.
+        linears: patterns of further modules that are linear layers there and no `QuantDense` here.
+        kept_dense: patterns of linear layers that transformers never reads in 4 bits.
     """
 
     model_type: str
@@ -63,6 +67,9 @@ class Family:
     )
     fresh: tuple[str, ...] = ()
     for_weights: Callable[[Any, Collection[str]], Any] = lambda config, names: config
+    output: str | None = "lm_head"
+    linears: tuple[str, ...] = ()
+    kept_dense: tuple[str, ...] = ()
 
 
 def module_names(tensors: Mapping[str, Slot]) -> dict[str, list[str]]:

@@ -27,6 +27,7 @@ from jaxtyping import PyTree
 
 from qlora_jax.models.chunked_attention import ATTENTION
 from qlora_jax.models.streaming import stream_layers
+from qlora_jax.optim import learners
 
 LAYER_INPUT = "layer_input"
 """The name (`jax.ad_checkpoint.checkpoint_name`) of what enters a layer."""
@@ -48,8 +49,10 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """(x, a layer's frozen weights, what else is the layer's own) -> (x, output)."""
 
 
-def check_remat(remat: str, *, stream_weights: bool = False) -> None:
-    """Refuses an unknown policy, or one that does not go with weights that stream.
+def check_remat(
+    remat: str, *, stream_weights: bool = False, update_in_backward: bool = False
+) -> None:
+    """Refuses an unknown policy, or one that the loop written out (`streaming.py`) does not have.
 
     Raises:
         ValueError: saying what there is to choose from.
@@ -60,6 +63,11 @@ def check_remat(remat: str, *, stream_weights: bool = False) -> None:
         raise ValueError(
             f"remat is {remat!r}, but where weights stream a layer is computed again as they come "
             "in the second time: give remat='full' or 'offload'."
+        )
+    if update_in_backward and remat not in ("full", "offload"):
+        raise ValueError(
+            f"remat is {remat!r}, but where a layer is updated in the backward pass it is computed "
+            "again there: give remat='full' or 'offload', or leave update_in_backward out."
         )
 
 
@@ -72,7 +80,8 @@ def run_layers(
         step: one layer.
         x: what goes through, an array or several.
         frozen: weights that take no gradient; every leaf carries the layers' axis.
-        own: adapters, dropout keys, flags: anything else with that axis.
+        own: adapters, dropout keys, flags: anything else with that axis. An `optim.Learner` among
+            them is updated layer by layer in the backward pass.
         remat: a key of `REMAT`.
         stream_weights: whether the large leaves of `frozen` lie in pinned host memory and come in
             one layer at a time (`streaming.py`).
@@ -83,9 +92,12 @@ def run_layers(
     Raises:
         ValueError: as `check_remat`.
     """
-    check_remat(remat, stream_weights=stream_weights)
-    if stream_weights:
-        return stream_layers(step, x, frozen, own, offload=remat == "offload")
+    learns = bool(learners(own))
+    check_remat(remat, stream_weights=stream_weights, update_in_backward=learns)
+    if stream_weights or learns:
+        return stream_layers(
+            step, x, frozen, own, offload=remat == "offload", stay=not stream_weights
+        )
 
     def named(x: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
         return step(checkpoint_name(x, LAYER_INPUT), *layer)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from qlora_jax.data import IGNORE
 from qlora_jax.models.encoder_decoder import EncoderDecoder
-from qlora_jax.models.loss import TokenLoss, cross_entropy
+from qlora_jax.models.loss import LOSS_CHUNK, TokenLoss, chunked_cross_entropy, cross_entropy
 
 
 def shift_right(
@@ -28,6 +28,7 @@ def seq2seq_loss(
     labels: Int[Array, "batch seq"],
     attention_mask: Bool[Array, "batch source"] | Int[Array, "batch source"] | None = None,
     *,
+    loss_chunk: int | None = LOSS_CHUNK,
     dropout_key: Key[Array, ""] | None = None,
 ) -> TokenLoss:
     """The model's loss on a batch.
@@ -37,10 +38,14 @@ def seq2seq_loss(
         input_ids: of the sources.
         labels: ids of the targets, eos included, padded on the right with -100.
         attention_mask: nonzero where a source is real.
+        loss_chunk: tokens whose logits are held at once (`chunked_cross_entropy`); None holds all.
         dropout_key: as in `EncoderDecoder.hidden`.
     """
     config = model.config
     read = shift_right(labels, start=config.decoder_start_token_id, pad=config.pad_token_id)
     hidden = model.hidden(input_ids, read, attention_mask, dropout_key=dropout_key)
-    losses = cross_entropy(model.head(hidden), labels)
-    return TokenLoss(losses.sum(), (labels != IGNORE).sum(dtype=jnp.int32))
+    if loss_chunk is None:
+        total = cross_entropy(model.head(hidden), labels).sum()
+    else:
+        total = chunked_cross_entropy(model.head, hidden, labels, chunk=loss_chunk)
+    return TokenLoss(total, (labels != IGNORE).sum(dtype=jnp.int32))

@@ -14,6 +14,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
+from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.remat import check_remat, run_layers
 from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense
 from qlora_jax.quant import QuantConfig
@@ -24,7 +25,7 @@ Keys = Iterator[Key[Array, ""] | None]
 
 @dataclass(frozen=True)
 class Storage:
-    """How a model's linear layers are stored, adapted and multiplied.
+    """How a model's weights are stored, adapted and multiplied.
 
     Attributes:
         quant: of the weights; None keeps them dense in `param_dtype`.
@@ -32,6 +33,7 @@ class Storage:
         compute_dtype: of activations and products.
         param_dtype: of dense weights, biases and embeddings.
         matmul: implementation of the 4-bit matmul; None lets the op choose.
+        embedding_bits: of the embedding and the head, 8 or 4; None keeps them in `param_dtype`.
     """
 
     quant: QuantConfig | None
@@ -39,6 +41,11 @@ class Storage:
     compute_dtype: Any
     param_dtype: Any
     matmul: str | None
+    embedding_bits: int | None = None
+
+    def vocabulary(self, vocab: int, embed: int, rngs: nnx.Rngs) -> Embedding:
+        """The embedding, or a head of its own: a matrix [vocab, embed]."""
+        return Embedding(vocab, embed, dtype=self.param_dtype, bits=self.embedding_bits, rngs=rngs)
 
     def dense(self, prefix: str, rngs: nnx.Rngs) -> Callable[..., QuantDense]:
         """(name, inputs, outputs, **options) → the linear layer at `prefix.name`."""
@@ -72,6 +79,15 @@ def stack_layers(
     keys = jax.random.split(rngs.params(), count)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_layer(nnx.Rngs(keys[0]))))
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make_layer(nnx.Rngs(key))))(keys))
+
+
+def is_stacked(path: tuple) -> bool:
+    """Whether a path of a model's state leads into a stack, whose arrays carry the layers' axis.
+
+    Args:
+        path: of `jax.tree_util.tree_flatten_with_path`. Every model calls its stack `layers`.
+    """
+    return any(getattr(key, "key", getattr(key, "name", None)) == "layers" for key in path)
 
 
 def scan_layers(

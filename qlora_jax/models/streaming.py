@@ -22,6 +22,7 @@ second option it has two, and the schedule waits between them). JAX's pinned hos
 at 64 GB: for more, set `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB` before JAX starts.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -33,6 +34,7 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 
 from qlora_jax.nn import FrozenParam
+from qlora_jax.optim import Learner, is_learner
 
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
@@ -126,16 +128,21 @@ class _Loop(NamedTuple):
     step: Callable[..., tuple[Any, Any]]
     treedef: Any
     """Of (frozen, own)."""
-    moves: tuple[bool, ...]
-    """Which of its leaves stream."""
+    roles: tuple[int, ...]
+    """What each of its leaves does: one of the three below."""
     depth: int
     offload: bool
 
-    def layer(self, here: Sequence[Array], staying: Sequence[Array]) -> tuple[Any, Any]:
-        """(frozen, own) of one layer, from its leaves that streamed and those that stayed."""
-        moved, stayed = iter(here), iter(staying)
-        leaves = [next(moved) if moves else next(stayed) for moves in self.moves]
-        return jax.tree.unflatten(self.treedef, leaves)
+    def layer(
+        self, here: Sequence[Array], staying: Sequence[Array], learning: Sequence[Array]
+    ) -> tuple[Any, Any]:
+        """(frozen, own) of one layer, from its leaves that stream, those that stay, and those that
+        learn."""
+        by_role = (iter(here), iter(staying), iter(learning))
+        return jax.tree.unflatten(self.treedef, [next(by_role[role]) for role in self.roles])
+
+
+_STREAMS, _STAYS, _LEARNS = range(3)
 
 
 def stream_layers(
@@ -145,8 +152,12 @@ def stream_layers(
     own: PyTree,
     *,
     offload: bool = False,
+    stay: bool = False,
 ) -> tuple[Any, Any]:
     """`jax.lax.scan(step, x, (frozen, own))` with the large leaves of `frozen` on the host.
+
+    An `optim.Learner` in `own` gives its value to the layers, and is updated layer by layer by the
+    backward loop: its "gradient" is itself after that.
 
     Args:
         step: (x, a layer's frozen weights, what else is its own) -> (x, output). It may close over
@@ -156,13 +167,21 @@ def stream_layers(
             or are put there. No gradient is taken of any of those.
         own: everything else with that axis, differentiated where asked.
         offload: keeps the layers' inputs in host memory too, for the backward pass.
+        stay: leaves `frozen` where it is, on the device.
 
     Returns:
         What came through, and the outputs stacked.
     """
-    leaves, treedef = jax.tree.flatten((frozen, own))
-    count = len(jax.tree.leaves(frozen))
-    moves = tuple(index < count and streams(leaf) for index, leaf in enumerate(leaves))
+    nodes, treedef = jax.tree.flatten((frozen, own), is_leaf=is_learner)
+    count = 0 if stay else len(jax.tree.leaves(frozen))
+
+    def role(index: int, node: Any) -> int:
+        if is_learner(node):
+            return _LEARNS
+        return _STREAMS if index < count and streams(node) else _STAYS
+
+    roles = tuple(role(index, node) for index, node in enumerate(nodes))
+    leaves = [node.value if is_learner(node) else node for node in nodes]
 
     def shape(leaf: Any, axes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype)
@@ -172,17 +191,26 @@ def stream_layers(
         jax.tree.map(lambda leaf: shape(leaf, 0), x),
         jax.tree.unflatten(treedef, [shape(leaf, 1) for leaf in leaves]),
     )
-    loop = _Loop(closed, treedef, moves, leaves[0].shape[0], offload)
-    moving = [leaf for leaf, moved in zip(leaves, moves, strict=True) if moved]
-    staying = [leaf for leaf, moved in zip(leaves, moves, strict=True) if not moved]
-    return _stream(loop, x, moving, staying, closure)
+    loop = _Loop(closed, treedef, roles, leaves[0].shape[0], offload)
+    moving, staying, learning = (
+        [node for node, role in zip(nodes, roles, strict=True) if role == wanted]
+        for wanted in (_STREAMS, _STAYS, _LEARNS)
+    )
+    for learner in learning:
+        learner.rule.runs += 1
+    return _stream(loop, x, moving, staying, learning, closure)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _stream(
-    loop: _Loop, x: PyTree, moving: list[Array], staying: list[Array], closure: list[Array]
+    loop: _Loop,
+    x: PyTree,
+    moving: list[Array],
+    staying: list[Array],
+    learning: list[Learner],
+    closure: list[Array],
 ) -> tuple[Any, Any]:
-    y, _, _, outputs = _run(loop, x, moving, staying, closure, keep=False)
+    y, _, _, outputs = _run(loop, x, moving, staying, learning, closure, keep=False)
     return y, outputs
 
 
@@ -208,6 +236,7 @@ def _run(
     x: PyTree,
     moving: list[Array],
     staying: list[Array],
+    learning: list[Learner],
     closure: list[Array],
     *,
     keep: bool,
@@ -215,19 +244,20 @@ def _run(
     """What came through, the last layer's weights, every layer's input, every layer's output."""
     moving = _on_host(moving)
 
-    def step(carry: tuple[Any, list[Array]], layer: tuple[Array, list[Array]]) -> tuple[Any, Any]:
+    def step(carry: tuple[Any, list[Array]], layer: tuple[Array, Any, Any]) -> tuple[Any, Any]:
         x, here = carry
-        index, stays = layer
+        index, stays, learns = layer
         # The last layer is fetched once more, for want of a next one.
         following = _fetch_weights(moving, jnp.minimum(index + 1, loop.depth - 1))
-        y, output = loop.step(x, loop.layer(here, stays), *closure)
+        y, output = loop.step(x, loop.layer(here, stays, learns), *closure)
         kept = None
         if keep:
             kept = jax.device_put(x, _HOST) if loop.offload else x
         return (y, following), (kept, output)
 
     start = (x, _fetch_weights(moving, jnp.int32(0)))
-    layers = (jnp.arange(loop.depth, dtype=jnp.int32), staying)
+    values = [learner.value for learner in learning]
+    layers = (jnp.arange(loop.depth, dtype=jnp.int32), staying, values)
     (y, last), (kept, outputs) = jax.lax.scan(step, start, layers)
     return y, last, kept, outputs
 
@@ -251,13 +281,18 @@ def _differentiated(arguments: list[Any]) -> tuple[_Indices, list[Array]]:
 
 
 def _forward(
-    loop: _Loop, x: Any, moving: list[Any], staying: list[Any], closure: list[Any]
+    loop: _Loop,
+    x: Any,
+    moving: list[Any],
+    staying: list[Any],
+    learning: list[Any],
+    closure: list[Any],
 ) -> tuple[tuple[Any, Any], tuple]:
-    stacks = _values(moving)
+    stacks, learning = _values(moving), _values(learning)
     trained, stays = _differentiated(staying)
     outside, around = _differentiated(closure)
-    y, last, kept, outputs = _run(loop, _values(x), stacks, stays, around, keep=True)
-    return (y, outputs), (stacks, stays, around, trained, outside, last, kept)
+    y, last, kept, outputs = _run(loop, _values(x), stacks, stays, learning, around, keep=True)
+    return (y, outputs), (stacks, stays, learning, around, trained, outside, last, kept)
 
 
 def _replaced(values: Sequence[Array], indices: _Indices, new: Sequence[Array]) -> list[Array]:
@@ -273,13 +308,13 @@ def _spread(indices: _Indices, values: Iterator[Array], count: int) -> list[Arra
 
 
 def _backward(loop: _Loop, residuals: tuple, gradients: tuple[Any, Any]) -> tuple:
-    moving, staying, closure, trained, outside, last, kept = residuals
+    moving, staying, learning, closure, trained, outside, last, kept = residuals
     inputs, structure = jax.tree.flatten(kept)
     stacks = _on_host([*moving, *inputs] if loop.offload else moving)
     to_y, to_outputs = gradients
 
     def step(carry: tuple[Any, ...], layer: tuple[Any, ...]) -> tuple[Any, list[Array]]:
-        to_y, here, sums = carry
+        to_y, here, learning, sums = carry
         index, stays, kept, to_output = layer
         before = jnp.maximum(index - 1, 0)
         following = _fetch_weights(stacks[: len(moving)], before)
@@ -287,15 +322,17 @@ def _backward(loop: _Loop, residuals: tuple, gradients: tuple[Any, Any]) -> tupl
         here = here if loop.offload else [*here, *kept]
         weights, x = here[: len(moving)], jax.tree.unflatten(structure, here[len(moving) :])
 
-        def again(x: Any, mine: list[Array], around: list[Array]) -> tuple[Any, Any]:
-            own = loop.layer(weights, _replaced(stays, trained, mine))
+        def again(x: Any, mine: list[Array], learns: list[Array], around: list[Array]) -> Any:
+            own = loop.layer(weights, _replaced(stays, trained, mine), learns)
             return loop.step(x, own, *_replaced(closure, outside, around))
 
         mine, around = [stays[i] for i in trained], [closure[i] for i in outside]
-        _, pull = jax.vjp(again, x, mine, around)
-        to_x, to_mine, to_around = pull((to_y, to_output))
+        learns = [learner.at(index) for learner in learning]
+        _, pull = jax.vjp(again, x, mine, learns, around)
+        to_x, to_mine, to_learns, to_around = pull((to_y, to_output))
+        learning = [a.updated(index, b) for a, b in zip(learning, to_learns, strict=True)]
         sums = [a + b.astype(a.dtype) for a, b in zip(sums, to_around, strict=True)]
-        return (to_x, following, sums), to_mine
+        return (to_x, following, learning, sums), to_mine
 
     # The last layer's weights are on the card still; its input, if offloaded, is not.
     here = [*last, *_fetch(stacks[len(last) :], jnp.int32(loop.depth - 1))]
@@ -306,12 +343,15 @@ def _backward(loop: _Loop, residuals: tuple, gradients: tuple[Any, Any]) -> tupl
         None if loop.offload else inputs,
         to_outputs,
     )
-    (to_x, _, sums), to_mine = jax.lax.scan(step, (to_y, here, zeros), layers, reverse=True)
+    (to_x, _, learning, sums), to_mine = jax.lax.scan(
+        step, (to_y, here, learning, zeros), layers, reverse=True
+    )
     to_around = (s.astype(closure[i].dtype) for i, s in zip(outside, sums, strict=True))
     return (
         to_x,
         [None] * len(moving),
         _spread(trained, iter(to_mine), len(staying)),
+        [dataclasses.replace(each, shared=(None,) * len(each.shared)) for each in learning],
         _spread(outside, to_around, len(closure)),
     )
 

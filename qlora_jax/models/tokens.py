@@ -41,12 +41,10 @@ def add_tokens(model: Any, tokenizer: Tokenizer, tokens: Sequence[str]) -> Token
     new = [id_ for id_ in ids if id_ >= tokenizer.vocab_size]
     for embedding in _growable(model).values():
         # Many models have rows to spare: those hold nothing, and count neither as old nor as new.
-        old = embedding.weight[...][: tokenizer.vocab_size]
-        mean = jnp.mean(old, axis=0, dtype=jnp.float32)
-        _grow(embedding, extended.vocab_size)
+        mean = embedding.mean(tokenizer.vocab_size)
+        embedding.grow(extended.vocab_size)
         if new:
-            weight = embedding.weight[...]
-            embedding.weight.set_value(weight.at[jnp.asarray(new)].set(mean.astype(weight.dtype)))
+            embedding.set_rows(jnp.asarray(new), mean)
     _update_config(model)
     train_tokens(model, ids)
     return extended
@@ -65,13 +63,13 @@ def resize_token_embeddings(model: Any, size: int) -> None:
         ValueError: the vocabulary is larger than that already; rows to spare do no harm.
     """
     for name, embedding in _growable(model).items():
-        rows = embedding.weight[...].shape[0]
+        rows = embedding.shape[0]
         if size < rows:
             raise ValueError(
                 f"size is {size}, but {name} has {rows} rows, and rows are never taken away here: "
                 f"give {rows} or more."
             )
-        _grow(embedding, size)
+        embedding.grow(size)
     _update_config(model)
 
 
@@ -86,7 +84,7 @@ def train_tokens(model: Any, ids: Sequence[int]) -> None:
         ValueError: an id outside of the vocabulary; embeddings that are trained whole.
     """
     for name, embedding in _growable(model).items():
-        rows = embedding.weight[...].shape[0]
+        rows = embedding.shape[0]
         if not all(0 <= id_ < rows for id_ in ids):
             wrong = next(id_ for id_ in ids if not 0 <= id_ < rows)
             raise ValueError(
@@ -133,15 +131,6 @@ def _growable(model: Any) -> dict[str, Embedding]:
     return found
 
 
-def _grow(embedding: Embedding, size: int) -> None:
-    weight = embedding.weight[...]
-    more = size - weight.shape[0]
-    if more > 0:
-        mean = jnp.mean(weight, axis=0, dtype=jnp.float32).astype(weight.dtype)
-        rows = jnp.broadcast_to(mean, (more, weight.shape[1]))
-        embedding.weight.set_value(jnp.concatenate([weight, rows]))
-
-
 def _update_config(model: Any) -> None:
-    size = next(iter(vocabularies(model).values())).weight[...].shape[0]
+    size = next(iter(vocabularies(model).values())).shape[0]
     model.config = replace(model.config, vocab_size=size)

@@ -25,6 +25,6 @@ def unfreeze(model: nnx.Module) -> None:
                     where = ".".join(map(str, (*path, name)))
                     raise ValueError(
                         f"{where} is quantized, and codes cannot be trained: build or load the "
-                        "model with quant=None to train its base weights."
+                        "model with quant=None and embedding_bits=None to train its base weights."
                     )
                 setattr(node, name, TrainedParam(weight))

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from qlora_jax.nn import targets
 
@@ -203,4 +203,22 @@ def dropout(
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+    return _only(x / (1 - rate), kept).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _only(x: Float[Array, "*shape"], kept: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+    # Not a `where`: its zeros, which no layer changes, would be made once for all layers and kept,
+    # as large as x. The rule keeps the mask in bytes, where autodiff would keep it in x's dtype.
+    return x * kept
+
+
+def _only_forward(x: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _only(x, kept), kept
+
+
+def _only_backward(kept: jax.Array, dy: jax.Array) -> tuple[jax.Array, None]:
+    return dy * kept, None
+
+
+_only.defvjp(_only_forward, _only_backward)

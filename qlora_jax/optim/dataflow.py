@@ -5,6 +5,7 @@ uses it twice: to make sure that no parameter's update looks at another paramete
 the update of one parameter at a time with exactly the equations of the whole.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +30,90 @@ def sources(jaxpr: jex_core.Jaxpr) -> list[frozenset[int]]:
             ]
         reach.update(zip(eqn.outvars, outs, strict=True))
     return [of(var) for var in jaxpr.outvars]
+
+
+def split_early(
+    traced: jex_core.ClosedJaxpr, early: list[bool]
+) -> tuple[Callable[[list[Any]], list[Any]], Callable[[list[Any], list[Any]], list[Any]]]:
+    """A traced function in two: what its early inputs decide alone, and the rest.
+
+    Args:
+        traced: the function.
+        early: of each input, whether it is known early.
+
+    Returns:
+        (before, after), where `after(before(early inputs), late inputs)` is what `traced` returns.
+    """
+    jaxpr = traced.jaxpr
+    consts = dict(zip(jaxpr.constvars, traced.consts, strict=True))
+    first = [var for var, yes in zip(jaxpr.invars, early, strict=True) if yes]
+    last = [var for var, yes in zip(jaxpr.invars, early, strict=True) if not yes]
+    known: set[Any] = {*consts, *first}
+    sooner, later = [], []
+    for eqn in jaxpr.eqns:
+        if all(isinstance(var, jex_core.Literal) or var in known for var in eqn.invars):
+            known.update(eqn.outvars)
+            sooner.append(eqn)
+        else:
+            later.append(eqn)
+    read = [var for eqn in later for var in eqn.invars] + list(jaxpr.outvars)
+    kept = [
+        var
+        for var in dict.fromkeys(v for v in read if not isinstance(v, jex_core.Literal))
+        if var in known and var not in consts
+    ]
+
+    def run(eqns: list[Any], values: dict[Any, Any], wanted: list[Any]) -> list[Any]:
+        def value(var: Any) -> Any:
+            return var.val if isinstance(var, jex_core.Literal) else values[var]
+
+        for eqn in eqns:
+            outs = _evaluate(eqn, [value(var) for var in eqn.invars])
+            values.update(zip(eqn.outvars, outs, strict=True))
+        return [value(var) for var in wanted]
+
+    def before(given: list[Any]) -> list[Any]:
+        return run(sooner, consts | dict(zip(first, given, strict=True)), kept)
+
+    def after(decided: list[Any], given: list[Any]) -> list[Any]:
+        values = consts | dict(zip(kept, decided, strict=True))
+        return run(later, values | dict(zip(last, given, strict=True)), list(jaxpr.outvars))
+
+    return before, after
+
+
+def is_elementwise(jaxpr: jex_core.Jaxpr, watched: list[bool]) -> bool:
+    """Whether all that is computed from the watched inputs keeps their shape on the way.
+
+    A reduction does not, so this finds clipping by norms, trust ratios, factored moments. (What
+    mixes numbers of an array and keeps its shape, such as a cumulative sum, is not found.)
+    """
+    return _touched(jaxpr, watched) is not None
+
+
+def _touched(jaxpr: jex_core.Jaxpr, watched: list[bool]) -> list[bool] | None:
+    """Which outputs derive from watched inputs; None where a shape changes on the way."""
+    touched = {var for var, is_watched in zip(jaxpr.invars, watched, strict=True) if is_watched}
+
+    def is_touched(var: Any) -> bool:
+        return not isinstance(var, jex_core.Literal) and var in touched
+
+    for eqn in jaxpr.eqns:
+        into = [is_touched(var) for var in eqn.invars]
+        if not any(into):
+            continue
+        body = _called(eqn)
+        if body is None:
+            kept = [var for var in eqn.invars if is_touched(var)]
+            if len({_shape(var) for var in (*kept, *eqn.outvars)}) > 1:
+                return None
+            touched.update(eqn.outvars)
+        else:
+            inner = _touched(body.jaxpr, into)
+            if inner is None:
+                return None
+            touched.update(var for var, yes in zip(eqn.outvars, inner, strict=True) if yes)
+    return [is_touched(var) for var in jaxpr.outvars]
 
 
 class LazyOutputs:
@@ -83,6 +168,10 @@ class _Thunk:
 
     def __call__(self) -> Any:
         return self._outer._value(self._var)
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return var.aval.shape
 
 
 def _called(eqn: jex_core.JaxprEqn) -> jex_core.ClosedJaxpr | None:

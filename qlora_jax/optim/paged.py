@@ -21,7 +21,6 @@ belongs outside: `optax.chain(optax.clip_by_global_norm(0.3), paged(optax.adamw(
 reads the data flow of the traced update and refuses what mixes parameters.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ import optax
 from jaxtyping import PyTree
 
 from qlora_jax.optim.dataflow import LazyOutputs, sources
+from qlora_jax.optim.per_parameter import by_path, only, owners, shapes
 
 _HOST = jax.memory.Space.Host
 _DEVICE = jax.memory.Space.Device
@@ -70,12 +70,12 @@ def paged(
 
     def init(params: PyTree) -> PyTree:
         whole = jax.eval_shape(inner.init, params)
-        owner = _owners(inner, params, whole)
+        owner = owners(inner, params, whole, needed_by="paged")
         # Leaf by leaf, so that the card never holds the whole state.
         count = len(jax.tree.leaves(params))
-        parts = [dict(_by_path(inner.init(_only(params, None))))]
+        parts = [dict(by_path(inner.init(only(params, ()))))]
         for index in range(count):
-            part = dict(_by_path(inner.init(_only(params, index))))
+            part = dict(by_path(inner.init(only(params, (index,)))))
             parts.append(
                 {p: moved(jnp.asarray(v), _HOST) for p, v in part.items() if owner[p] == index}
             )
@@ -87,13 +87,13 @@ def paged(
     ) -> tuple[PyTree, PyTree]:
         gradients, treedef = jax.tree.flatten(updates)
         stored, state_treedef = jax.tree.flatten(state)
-        owner = list(_owners(inner, updates, state).values())
+        owner = list(owners(inner, updates, state, needed_by="paged").values())
         count = len(gradients)
 
         def flat(updates: PyTree, state: PyTree, params: PyTree | None) -> list[Any]:
             return jax.tree.leaves(inner.update(updates, state, params, **extra))
 
-        traced = jax.make_jaxpr(flat)(_shapes(updates), _shapes(state), _shapes(params))
+        traced = jax.make_jaxpr(flat)(shapes(updates), shapes(state), shapes(params))
         owner_out = [*range(count), *owner]
         owner_in = [*owner_out, *(range(count) if params is not None else ())]
         _refuse_mixing(sources(traced.jaxpr), owner_in, owner_out)
@@ -170,53 +170,6 @@ def _waits_for(sizes: list[int]) -> list[int]:
         turn - 1 if turn and size + sizes[turn - 1] > room else turn - 2
         for turn, size in enumerate(sizes)
     ]
-
-
-def _by_path(tree: PyTree) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield jax.tree_util.keystr(path), leaf
-
-
-def _only(tree: PyTree, index: int | None) -> PyTree:
-    """`tree` with every leaf but the index-th (None: every leaf) replaced by an empty tree."""
-    leaves, treedef = jax.tree.flatten(tree)
-    kept = [leaf if i == index else optax.MaskedNode() for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(treedef, kept)
-
-
-def _shapes(tree: PyTree) -> PyTree:
-    """Shapes and dtypes alone: tracing must not see that a leaf lies in host memory."""
-
-    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-        aval = jax.typeof(leaf)
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
-
-    return jax.tree.map(shape, tree)
-
-
-def _owners(
-    inner: optax.GradientTransformation, params: PyTree, state: PyTree
-) -> dict[str, int | None]:
-    """Path of every state leaf -> the parameter it belongs to (None: to no single one).
-
-    What `inner.init` makes for no parameters at all is shared; what it makes for one parameter
-    beyond that belongs to this parameter.
-    """
-
-    def paths(index: int | None) -> list[str]:
-        return [path for path, _ in _by_path(jax.eval_shape(inner.init, _only(params, index)))]
-
-    found: dict[str, int | None] = {}
-    for index in reversed(range(len(jax.tree.leaves(params)))):
-        found |= dict.fromkeys(paths(index), index)
-    found |= dict.fromkeys(paths(None))
-    whole = [path for path, _ in _by_path(state)]
-    if set(whole) != set(found):
-        raise ValueError(
-            "paged needs a transformation whose state is one part per parameter, but the state of "
-            "the given one cannot be split so; put it outside: optax.chain(it, paged(...))."
-        )
-    return {path: found[path] for path in whole}
 
 
 def _refuse_mixing(

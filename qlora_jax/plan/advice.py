@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.cards import Card
+from qlora_jax.models import MLP_TILE, DecoderConfig
 from qlora_jax.plan.memory import Plan, plan
 from qlora_jax.plan.workload import Workload
 
@@ -111,12 +112,45 @@ def _host_sums(work: Workload) -> Workload | None:
     return _train(work, gradients_on_host=True)
 
 
+def _tiled(work: Workload) -> Workload | None:
+    tokens = work.train.micro_batch_size * work.sequence
+    if work.mlp_tile is not None or tokens <= MLP_TILE or not _decoder(work):
+        return None
+    return dataclasses.replace(work, mlp_tile=MLP_TILE)
+
+
+def _in_backward(work: Workload) -> Workload | None:
+    train = work.train
+    if train.update_in_backward or train.gradient_accumulation_steps > 1:
+        return None
+    if train.optim.endswith("_8bit") or work.remat not in ("full", "offload"):
+        return None
+    return _train(work, update_in_backward=True, max_grad_norm=None)
+
+
 def _offloaded(work: Workload) -> Workload | None:
     return dataclasses.replace(work, remat="offload") if work.remat == "full" else None
 
 
+def _packed_vocabulary(bits: int) -> Callable[[Workload], Workload | None]:
+    def apply(work: Workload) -> Workload | None:
+        # A 16-bit base stays one: packing its vocabulary would be another experiment.
+        if work.quant is None or (work.embedding_bits or 16) <= bits:
+            return None
+        return dataclasses.replace(work, embedding_bits=bits)
+
+    return apply
+
+
 def _streamed(work: Workload) -> Workload | None:
-    return None if work.stream_weights else dataclasses.replace(work, stream_weights=True)
+    if work.stream_weights or not _decoder(work):
+        return None
+    return dataclasses.replace(work, stream_weights=True)
+
+
+def _decoder(work: Workload) -> bool:
+    """Whether the switches that a `Decoder` alone has apply."""
+    return isinstance(work.config, DecoderConfig)
 
 
 SWITCHES = (
@@ -142,8 +176,28 @@ SWITCHES = (
         "gradient sums cross PCIe twice per micro-batch",
         _host_sums,
     ),
+    Switch(
+        f"mlp_tile: {MLP_TILE}",
+        "weights are decoded once a tile; LoRA dropout drops other units",
+        _tiled,
+    ),
+    Switch(
+        "embedding_bits: 8",
+        "embedding and head rounded to INT8: 0.00001 nats a token where it was measured",
+        _packed_vocabulary(8),
+    ),
     Switch("LoRA dtype: bfloat16", "adapters rounded to 8 bits of precision", _narrow_adapters),
+    Switch(
+        "update_in_backward: true, max_grad_norm: null",
+        "no clipping by the global norm",
+        _in_backward,
+    ),
     Switch("remat: offload", "each layer's input crosses PCIe twice per micro-batch", _offloaded),
+    Switch(
+        "embedding_bits: 4",
+        "embedding and head rounded to NF4: 0.05 to 0.15 nats a token in small tied models",
+        _packed_vocabulary(4),
+    ),
     Switch(
         "stream_weights: true",
         "the base crosses PCIe twice per micro-batch: slow below some thousand tokens",

@@ -54,6 +54,7 @@ def measure(work: Workload, *, steps: int = 4) -> Measured:
         tx,
         loss_for(model, loss_chunk=work.loss_chunk),
         host_gradients=work.train.host_gradients,
+        update_in_backward=work.train.update_in_backward,
         state=state,
         compiler_options=options,
     )

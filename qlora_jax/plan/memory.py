@@ -2,18 +2,20 @@
 
 The totals are XLA's own: arguments, outputs and temporaries of the compiled step. They are split
 by what JAX knows of the program: the arguments by which part of the training state they are, the
-temporaries into gradients (one array for each trained parameter, and float32 sums beside them
-where micro-batches accumulate), activations (what the forward pass saves for the backward pass)
-and the rest, which is what a layer needs while it runs. The split always adds up to XLA's total.
+temporaries into gradients (one array for each trained parameter, or one layer's where layers are
+updated in the backward pass; float32 sums beside them where micro-batches accumulate), activations
+(what the forward pass saves for the backward pass) and the rest, which is what a layer needs while
+it runs. The split always adds up to XLA's total.
 """
 
 import dataclasses
 from pathlib import Path
 
 import jax
+from jaxtyping import PyTree
 
 from pallas_kernels.cards import Card, find_card
-from qlora_jax.models import AttentionName, attention_for, capability_here
+from qlora_jax.models import AttentionName, attention_for, capability_here, is_stacked
 from qlora_jax.models.streaming import HOST_LIMIT, host_limit_for
 from qlora_jax.plan.compiled import ProgramBytes, cudnn_available, program_bytes
 from qlora_jax.plan.shapes import find_config
@@ -184,12 +186,22 @@ def _attention(work: Workload, platform: str, capability: tuple[int, int] | None
     )
 
 
+def _gradients(work: Workload, lora: PyTree) -> int:
+    """Bytes of the gradients that are there at once: of all layers, or of one."""
+    if not work.train.update_in_backward:
+        return tree_bytes(lora)
+    leaves = jax.tree_util.tree_flatten_with_path(lora)[0]
+    return sum(
+        tree_bytes(leaf) // (leaf.shape[0] if is_stacked(path) else 1) for path, leaf in leaves
+    )
+
+
 def _components(work: Workload, step: Step, found: ProgramBytes) -> Components:
     embeddings = tree_bytes(
         [step.frozen[name] for name in ("embed_tokens", "shared", "lm_head") if name in step.frozen]
     )
     adapters = tree_bytes(step.lora)
-    gradients = adapters
+    gradients = _gradients(work, step.lora)
     if work.train.gradient_accumulation_steps > 1:
         host_from = work.train.host_gradients
         gradients += sum(

@@ -115,10 +115,13 @@ class Report:
             "rank": made.work.lora.r,
             "adapter_dtype": jnp.dtype(made.work.lora.dtype).name,
             "quant": None if made.work.quant is None else dataclasses.asdict(made.work.quant),
+            "embedding_bits": made.work.embedding_bits,
             "attention": made.work.attention,
             "matmul": made.work.matmul,
             "remat": made.work.remat,
+            "mlp_tile": made.work.mlp_tile,
             "paged": made.work.train.paged,
+            "update_in_backward": made.work.train.update_in_backward,
             "unit": "bytes",
             "memory": made.memory,
             "usable": made.usable,
@@ -296,15 +299,20 @@ def _title(item: Report) -> str:
     base = "16-bit base" if work.quant is None else work.quant.quant_type.upper()
     if work.quant is not None and work.quant.double_quant:
         base += " + double quantization"
+    if work.embedding_bits is not None:
+        base += f", vocabulary in {work.embedding_bits} bits"
     accumulation = work.train.gradient_accumulation_steps
     times = f"{accumulation} × " if accumulation > 1 else ""
     state = ("paged " if work.train.paged else "") + work.train.optim
+    if work.train.update_in_backward:
+        state += " in the backward pass"
     tokens = f"{work.sequence}"
     if work.target_length is not None:
         tokens += f" → {work.target_length}"
+    tiled = f", MLP in tiles of {work.mlp_tile}" if work.mlp_tile else ""
     return (
         f"{item.name} on {made.card or 'this device'}: {base}, r={work.lora.r} "
         f"({jnp.dtype(work.lora.dtype).name}), {state}, batch {times}"
         f"{work.train.micro_batch_size} × {tokens}, remat {work.remat}"
-        f"{', weights streamed' if work.stream_weights else ''}, attention {work.attention}"
+        f"{', weights streamed' if work.stream_weights else ''}, attention {work.attention}{tiled}"
     )

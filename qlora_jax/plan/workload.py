@@ -27,6 +27,7 @@ from qlora_jax.models import (
     DecoderConfig,
     EncoderDecoder,
     EncoderDecoderConfig,
+    is_stacked,
 )
 from qlora_jax.models.streaming import compiler_options, streams
 from qlora_jax.nn import FrozenParam, LoraConfig
@@ -49,8 +50,10 @@ class Workload:
         quant: how the layers' weights are stored; None for a 16-bit base.
         compute_dtype: of activations and matmuls.
         param_dtype: of embedding, head and dense weights; None for `compute_dtype`.
+        embedding_bits: 8 or 4 where embedding and head are packed; None for `param_dtype`.
         remat: one of `models.REMAT`.
         stream_weights: the layers' weights rest in pinned host memory (`models.streaming`).
+        mlp_tile: tokens that an MLP reads at once (`models.tile`); None for all.
         attention: of `models.attend`; None takes the best that the target can run.
         matmul: of `pallas_kernels`; None takes what its dispatch would.
         packed: rows of several examples (`data.PackedBatches`), apart in attention.
@@ -65,8 +68,10 @@ class Workload:
     quant: QuantConfig | None = QuantConfig()
     compute_dtype: str = "bfloat16"
     param_dtype: str | None = None
+    embedding_bits: int | None = None
     remat: str = "full"
     stream_weights: bool = False
+    mlp_tile: int | None = None
     attention: AttentionName | None = None
     matmul: str | None = None
     packed: bool = False
@@ -79,6 +84,7 @@ class Workload:
                 raise ValueError(f"{name} is {tokens}, but 1 token or more is needed.")
         decoder_alone = {
             "stream_weights": self.stream_weights,
+            "mlp_tile": self.mlp_tile is not None,
             "packed": self.packed,
         }
         seq2seq = isinstance(self.config, EncoderDecoderConfig)
@@ -143,6 +149,7 @@ def model_shapes(work: Workload) -> Decoder | EncoderDecoder:
         "lora": work.lora,
         "compute_dtype": jnp.dtype(work.compute_dtype),
         "param_dtype": jnp.dtype(work.param_dtype or work.compute_dtype),
+        "embedding_bits": work.embedding_bits,
         "remat": work.remat,
         "attention": work.attention or "xla",
         "matmul": work.matmul,
@@ -150,7 +157,7 @@ def model_shapes(work: Workload) -> Decoder | EncoderDecoder:
     config = work.config
     if isinstance(config, EncoderDecoderConfig):
         return nnx.eval_shape(lambda: EncoderDecoder(config, **options, rngs=nnx.Rngs(0)))
-    options["stream_weights"] = work.stream_weights
+    options |= {"stream_weights": work.stream_weights, "mlp_tile": work.mlp_tile}
     return nnx.eval_shape(lambda: Decoder(config, **options, rngs=nnx.Rngs(0)))
 
 
@@ -192,6 +199,7 @@ def training_step(work: Workload, *, present: bool = False) -> Step:
         loss,
         learning_rate=work.train.learning_rates(),
         host_gradients=work.train.host_gradients,
+        update_in_backward=work.train.update_in_backward,
         state=placed[0] if present else None,
         compiler_options=options if present and work.stream_weights else None,
     )
@@ -208,8 +216,8 @@ def _resting_kinds(work: Workload, state: Any, frozen: PyTree) -> tuple[Any, Any
     """The memory that every leaf of (state, frozen weights) rests in between steps."""
 
     def weight(path: tuple, leaf: Any) -> str:
-        layers = "'layers'" in jax.tree_util.keystr(path)
-        return HOST if work.stream_weights and layers and streams(leaf) else "device"
+        streamed = work.stream_weights and is_stacked(path) and streams(leaf)
+        return HOST if streamed else "device"
 
     def moment(leaf: Any) -> str:
         # Step counters belong to no parameter and stay on the device.

@@ -5,13 +5,31 @@ from qlora_jax.quant.config import QuantConfig
 from qlora_jax.quant.dynamic import dequantize_dynamic, quantize_dynamic
 from qlora_jax.quant.matmul import quantized_matmul
 from qlora_jax.quant.quantize import quantize
+from qlora_jax.quant.rows import (
+    PIECE,
+    append_rows,
+    mean_row,
+    put_rows,
+    row_config,
+    rows_at_once,
+    take_rows,
+)
+from qlora_jax.quant.scores import row_scores
 from qlora_jax.quant.tensor import QuantizedTensor
 
 __all__ = [
+    "PIECE",
     "QuantConfig",
     "QuantizedTensor",
+    "append_rows",
     "dequantize_dynamic",
+    "mean_row",
+    "put_rows",
     "quantize",
     "quantize_dynamic",
     "quantized_matmul",
+    "row_config",
+    "row_scores",
+    "rows_at_once",
+    "take_rows",
 ]

@@ -119,12 +119,15 @@ class QuantizedTensor:
         """Storage per weight: 4.127 for NF4, blocksize 64, double-quantized in blocks of 256."""
         return 8 * self.nbytes / (self.size * math.prod(self.stack_shape))
 
-    def dequantize(self, dtype: Any = None) -> Shaped[Array, "..."]:
+    def dequantize(
+        self, dtype: Any = None, *, implementation: str | None = None
+    ) -> Shaped[Array, "..."]:
         """The numbers the codes stand for.
 
         Args:
             dtype: float32, bfloat16 or float16; None for the dtype the tensor had. The product
                 table · absmax is taken in float32 and rounded once.
+            implementation: of `pallas_kernels.nf4_dequantize`; None lets it choose.
 
         Returns:
             An array [*stack_shape, *shape].
@@ -138,6 +141,7 @@ class QuantizedTensor:
                 dtype=dtype,
                 quant_type=self.quant_type,
                 blocksize=self.blocksize,
+                implementation=implementation,
             )
 
         function: Callable = one

@@ -45,7 +45,7 @@ def accumulated(
     if count == 1:
         only = jax.tree.map(lambda leaf: leaf[0], batch)
         (total, tokens), grads = gradient(only, jnp.int32(0))
-        mean = jax.tree.map(lambda p, g: _mean(g, tokens, p.dtype), like, grads)
+        mean = jax.tree.map(lambda p, g: mean_gradient(g, tokens, p.dtype), like, grads)
         return total, tokens, mean
 
     parameters, treedef = jax.tree.flatten(like)
@@ -68,12 +68,16 @@ def accumulated(
     start = (jnp.float32(0), jnp.int32(0), zeros)
     (total, tokens, sums), _ = jax.lax.scan(add, start, (jnp.arange(count), batch))
     means = _in_turn(
-        lambda i, acc: _mean(acc, tokens, parameters[i].dtype), sums, moves, return_to_host=False
+        lambda i, acc: mean_gradient(acc, tokens, parameters[i].dtype),
+        sums,
+        moves,
+        return_to_host=False,
     )
     return total, tokens, jax.tree.unflatten(treedef, means)
 
 
-def _mean(total: Array, tokens: Int[Array, ""], dtype: Any) -> Array:
+def mean_gradient(total: Array, tokens: Int[Array, ""], dtype: Any) -> Array:
+    """A summed gradient over the trained tokens, of which there may be none."""
     return (total / jnp.maximum(tokens, 1).astype(jnp.float32)).astype(dtype)
 
 

@@ -20,8 +20,11 @@ from qlora_jax.optim import (
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "lion", "lion_8bit")
 
-# How often a run looks at itself changes nothing in what it computes: free to differ on resuming.
-CADENCE_FIELDS = frozenset({"eval_every", "save_every", "keep_checkpoints", "log_every"})
+# How often a run looks at itself, and when in a step it updates, changes nothing in what it
+# computes: free to differ on resuming.
+CADENCE_FIELDS = frozenset(
+    {"eval_every", "save_every", "keep_checkpoints", "log_every", "update_in_backward"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,9 @@ class TrainConfig:
       page_min_size: state arrays with fewer elements stay on the device.
       gradients_on_host: where micro-batches accumulate, keep the sums of their gradients in pinned
         host memory (those of `page_min_size` elements or more).
+      update_in_backward: update each layer's adapters in the backward pass, as their gradient
+        arrives, so that the gradients of all layers are never held at once. Needs
+        max_grad_norm=None, one micro-batch, and moments in 32 bits.
       seed: decides dropout, step by step (and, in the experiments, data order and adapters).
       eval_every: steps between evaluations; 0 evaluates only before and after the run.
       save_every: steps between checkpoints; 0 saves only at the end.
@@ -74,6 +80,7 @@ class TrainConfig:
     paged: bool = True
     page_min_size: int = 100_000
     gradients_on_host: bool = False
+    update_in_backward: bool = False
     seed: int = 0
     eval_every: int = 0
     save_every: int = 100
@@ -118,6 +125,28 @@ class TrainConfig:
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}."
+            )
+
+        self._check_update_in_backward()
+
+    def _check_update_in_backward(self) -> None:
+        """Refuses what needs the gradients of all layers before the first update."""
+        if not self.update_in_backward:
+            return
+        reasons = {
+            f"max_grad_norm={self.max_grad_norm} needs all gradients first: set it to None": (
+                self.max_grad_norm is not None
+            ),
+            f"gradient_accumulation_steps={self.gradient_accumulation_steps} needs several "
+            "backward passes: set it to 1": self.gradient_accumulation_steps > 1,
+            f"optim={self.optim!r} has 8-bit codes for state, which a backward pass cannot carry: "
+            f"set it to {self.optim.removesuffix('_8bit')!r}": self.optim.endswith("_8bit"),
+        }
+        refused = [reason for reason, applies in reasons.items() if applies]
+        if refused:
+            raise ValueError(
+                "update_in_backward=True updates each layer within the one backward pass, but "
+                f"{'; '.join(refused)}, or leave update_in_backward out."
             )
 
     @property

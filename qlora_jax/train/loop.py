@@ -33,7 +33,7 @@ from qlora_jax.evaluate import (
     make_eval_step,
     split_adapters,
 )
-from qlora_jax.models import streaming
+from qlora_jax.models import check_remat, streaming
 from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.config import TrainConfig
@@ -177,6 +177,8 @@ class _Run:
             raise ValueError(
                 "The model has no nnx.LoRAParam to train; build or load it with a LoraConfig."
             )
+        if config.update_in_backward and hasattr(model, "remat"):
+            check_remat(model.remat, update_in_backward=True)
         self.config, self.checkpoints, self.outlets = config, checkpoints, outlets
         self.state = init_state(lora, tx, seed=config.seed)
         self.resumed = checkpoints.latest_step() is not None
@@ -190,6 +192,7 @@ class _Run:
             loss_fn,
             learning_rate=config.learning_rates(),
             host_gradients=config.host_gradients,
+            update_in_backward=config.update_in_backward,
             state=self.state,
             compiler_options=options,
         )

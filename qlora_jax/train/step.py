@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from qlora_jax.evaluate import LossFn, causal_lm_loss
 from qlora_jax.optim import resting_shardings
+from qlora_jax.train import in_backward
 from qlora_jax.train.accumulate import accumulated
 
 
@@ -96,6 +97,7 @@ def make_train_step(
     *,
     learning_rate: optax.Schedule | float = 0.0,
     host_gradients: int | None = None,
+    update_in_backward: bool = False,
     state: TrainState | None = None,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, StepMetrics]]:
@@ -108,6 +110,9 @@ def make_train_step(
       learning_rate: of the optimizer, for the metrics alone.
       host_gradients: where micro-batches accumulate, sums of at least this many elements rest in
         pinned host memory between them; None keeps all on the device (`accumulate.py`).
+      update_in_backward: updates each layer's parameters in the backward pass, as their gradient
+        arrives (`in_backward.py`); takes one micro-batch, and an optimizer that treats every number
+        alone. The state is the same either way.
       state: a concrete initial state; where its arrays lie in pinned host memory (`paged`), the
         step returns them there. None leaves the memory to the compiler (for planning).
       compiler_options: XLA's, for this program alone, such as `models.streaming.compiler_options`.
@@ -125,6 +130,18 @@ def make_train_step(
 
     gradient_of_sum = jax.value_and_grad(summed_loss, has_aux=True)
 
+    def metrics(
+        state: TrainState, total: Array, count: Int[Array, ""], grad_norm: Array
+    ) -> StepMetrics:
+        return StepMetrics(
+            loss=total / jnp.maximum(count, 1).astype(jnp.float32),
+            grad_norm=grad_norm,
+            learning_rate=jnp.asarray(
+                learning_rate(state.step) if callable(learning_rate) else learning_rate, jnp.float32
+            ),
+            tokens=count,
+        )
+
     def step(state: TrainState, frozen: PyTree, batch: Any) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.rng, state.step)
 
@@ -132,19 +149,30 @@ def make_train_step(
             return gradient_of_sum(state.lora, frozen, micro, jax.random.fold_in(key, index))
 
         total, count, grads = accumulated(gradient, batch, state.lora, host_from=host_gradients)
-        tokens = jnp.maximum(count, 1).astype(jnp.float32)
-        metrics = StepMetrics(
-            loss=total / tokens,
-            grad_norm=optax.tree.norm(grads),
-            learning_rate=jnp.asarray(
-                learning_rate(state.step) if callable(learning_rate) else learning_rate, jnp.float32
-            ),
-            tokens=count,
-        )
+        told = metrics(state, total, count, optax.tree.norm(grads))
         updates, opt_state = tx.update(grads, state.opt_state, state.lora)
         lora = optax.apply_updates(state.lora, updates)
-        return TrainState(state.step + 1, lora, opt_state, state.rng), metrics
+        return TrainState(state.step + 1, lora, opt_state, state.rng), told
+
+    def fused(state: TrainState, frozen: PyTree, batch: Any) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), 0)
+        micro = in_backward.only_micro_batch(batch)
+
+        def both(weights: tuple[PyTree, PyTree], given: Any) -> tuple[Array, Array]:
+            return summed_loss(*weights, *given)
+
+        count = in_backward.tokens_of_batch(both, (state.lora, frozen), (micro, key))
+        done = in_backward.update_in_backward(
+            lambda lora: summed_loss(lora, frozen, micro, key)[0],
+            tx,
+            state.lora,
+            state.opt_state,
+            count,
+        )
+        told = metrics(state, done.total, count, done.grad_norm)
+        return TrainState(state.step + 1, done.params, done.opt_state, state.rng), told
 
     rest = None if state is None else (resting_shardings(state), None)
     options = dict(compiler_options) if compiler_options else None
-    return jax.jit(step, donate_argnums=0, out_shardings=rest, compiler_options=options)
+    program = fused if update_in_backward else step
+    return jax.jit(program, donate_argnums=0, out_shardings=rest, compiler_options=options)

@@ -167,6 +167,32 @@ def test_loftq_is_made_while_loading(rounds: int, base: Path, tmp_path: Path) ->
     np.testing.assert_array_equal(logits(again), logits(start))
 
 
+def test_pissa_is_made_while_loading(base: Path, tmp_path: Path) -> None:
+    """On a quantized base: the codes of what NumPy's SVD in float64 leaves, in every layer."""
+    lora = LoraConfig(r=4, alpha=2, init_lora_weights="pissa", target_modules=("up_proj",))
+    quant = ql.QuantConfig(double_quant=False)
+    start = load_model(base, lora=lora, quant=quant, compute_dtype=jnp.float32)
+    up = start.layers.mlp.up_proj
+    original = load_file(base / "model.safetensors")
+    for layer in range(CONFIG.num_hidden_layers):
+        weight = np.float64(original[f"model.layers.{layer}.mlp.up_proj.weight"])
+        left, values, right = np.linalg.svd(weight)
+        top = left[:, :4] * values[:4] @ right[:4]
+        low = lora.scaling * up.lora_B[...][layer] @ up.lora_A[...][layer]
+        rounding = 8 * np.finfo(np.float32).eps * values[0]  # of a float32 SVD
+        np.testing.assert_allclose(low, top, rtol=0, atol=rounding)
+        found = np.float64(up.kernel.get_value().dequantize()[layer])
+        rest = np.float64(ql.quantize(np.float32(weight - top), quant).dequantize())
+        # As near to what is left as its own codes are.
+        own = np.abs(rest - (weight - top))
+        assert (np.abs(found - (weight - top)) <= own + rounding).all()
+    save_adapter(tmp_path, start, lora, "base")
+    read = read_adapter_config(tmp_path)
+    again = load_model(base, lora=read, quant=quant, compute_dtype=jnp.float32)
+    load_adapter(tmp_path, again)
+    np.testing.assert_array_equal(logits(again), logits(start))
+
+
 def test_loftq_needs_the_original(base: Path) -> None:
     lora = LoraConfig(r=2, init_lora_weights="loftq")
     with pytest.raises(ValueError, match="nothing was lost"):

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -207,6 +208,64 @@ def test_pieces_encoded_one_by_one_decode_to_their_text(lossless, pieces):
 def test_nothing_encodes_to_what_the_family_begins_with(lossless):
     assert [tokenizer.encode("") for tokenizer in lossless] == [[1], [1], [], [1]]
     assert [tokenizer.encode_batch([]) for tokenizer in lossless] == [[]] * 4
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "tokenizers/llama2/tokenizer.json",
+        "tokenizers/llama2/tokenizer.model",
+        "tokenizers/mistral-v0.1/tokenizer.model",
+        "tokenizers/t5/spiece.model",
+        "models/stories260K/tokenizer.model",
+    ],
+)
+def test_added_tokens(file, tmp_path):
+    before = load(file)
+    # One that it has, and one twice.
+    added = before.with_tokens(["<|x|>", "</s>", "<|y|>", "<|x|>"])
+    x, y = before.vocab_size, before.vocab_size + 1
+    assert [added.token_id(token) for token in ("<|x|>", "<|y|>")] == [x, y]
+    assert added.token_id("</s>") == before.token_id("</s>")
+    assert (added.vocab_size, before.token_id("<|x|>")) == (y + 1, before.token_id("<unused>"))
+    added.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    twice = again.with_tokens(["<|z|>"])
+    assert twice.token_id("<|z|>") == y + 1
+    texts = ["Once upon a time, there was a girl.", "a<|x|>", " two\n lines ", "<|y|>", ""]
+    for tokenizer in (added, again, twice):
+        # What a text says is not read as a token.
+        for continues in (False, True):
+            options = {"continues": continues}
+            assert tokenizer.encode_batch(texts, **options) == before.encode_batch(texts, **options)
+        marked = tokenizer.encode("Once<|x|>upon a<|y|>", bos=False, special=True)
+        once, upon = (before.encode(text, bos=False) for text in ("Once", "upon a"))
+        assert marked == [*once, x, *upon, y]
+        assert "<|" not in tokenizer.decode(marked)
+        assert tokenizer.decode(marked, skip_special=False).count("<|x|>") == 1
+
+
+def test_sentencepiece_itself_reads_added_tokens(tmp_path):
+    load("tokenizers/llama2/tokenizer.model").with_tokens(["<|x|>", "é"]).save(tmp_path)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert processor.vocab_size() == 32001  # "é" is a piece of its own already
+    assert processor.id_to_piece(32000) == "<|x|>"
+    assert processor.is_control(32000)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"extra_ids": 100}),
+        ("tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"}),
+        ("config.json", {"model_type": "t5"}),
+    ],
+)
+def test_a_t5s_sentinels_keep_their_ids(name, content, tmp_path):
+    shutil.copy(shared_path("data/tokenizers/t5/spiece.model"), tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"100 sentinels .* make a tokenizer.json"):
+        load_tokenizer(tmp_path).with_tokens(["<|x|>"])
 
 
 def test_special_tokens_come_from_where_the_folder_says(tmp_path):

@@ -12,6 +12,13 @@ from tests.memory.goals import GIB, needs_compiler, planned
 
 pytestmark = needs_compiler
 
+CUDNN = pytest.param(
+    "cudnn",
+    marks=pytest.mark.skipif(
+        not cudnn_available(), reason="needs cuDNN: pip install nvidia-cudnn-cu13"
+    ),
+)
+
 
 def test_7b_needs_at_most_5_5_gib():
     made = planned("llama-7b", "l40")
@@ -67,13 +74,21 @@ def test_65b_streams_through_a_card_of_24_gb():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not cudnn_available(), reason="needs cuDNN: pip install nvidia-cudnn-cu13")
-def test_llama_3_8b_at_32k_tokens_fits_24_gb():
-    assert planned("llama-3-8b", "rtx-4090", sequence=32768, remat="offload").fits
+@pytest.mark.parametrize("attention", [CUDNN, "chunked"])
+def test_llama_3_8b_at_32k_tokens_fits_24_gb(attention):
+    made = planned("llama-3-8b", "rtx-4090", sequence=32768, remat="offload", attention=attention)
+    assert made.fits
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not cudnn_available(), reason="needs cuDNN: pip install nvidia-cudnn-cu13")
-def test_llama_3_70b_at_8k_tokens_fits_48_gb():
-    made = planned("llama-3-70b", "l40", lora_dtype=jnp.bfloat16, sequence=8192, remat="offload")
+@pytest.mark.parametrize("attention", [CUDNN, "chunked"])
+def test_llama_3_70b_at_8k_tokens_fits_48_gb(attention):
+    made = planned(
+        "llama-3-70b",
+        "l40",
+        lora_dtype=jnp.bfloat16,
+        sequence=8192,
+        remat="offload",
+        attention=attention,
+    )
     assert made.fits

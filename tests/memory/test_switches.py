@@ -56,6 +56,26 @@ def test_chunked_attention_is_linear_in_the_sequence():
     assert long < 2**30
 
 
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_recomputed_layers_keep_nothing_of_all_pairs(remat):
+    layers, length, heads, dim = 2, 4096, 2, 64
+
+    def total(x, weights):
+        def step(x, frozen, weight):
+            heads_of_x = (x * weight).reshape(1, length, heads, dim)
+            mixed = chunked_attention(heads_of_x, heads_of_x, heads_of_x, causal=True)
+            return x + mixed.reshape(x.shape), None
+
+        y, _ = run_layers(step, x, (), weights, remat=remat)
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    x = jax.ShapeDtypeStruct((1, length, heads * dim), jnp.bfloat16)
+    weights = jax.ShapeDtypeStruct((layers, heads * dim), jnp.bfloat16)
+    memory = compile_for(CARDS["l40"], jax.grad(total, 1), x, weights).memory_analysis()
+    # 36 pairs of blocks of 512, two heads: 18 MiB of masks, 72 MiB of scores.
+    assert memory.temp_size_in_bytes < 20 * 2**20
+
+
 def test_offloaded_layer_inputs_land_in_host_memory():
     layers, tokens, embed = 8, 2048, 1024
 

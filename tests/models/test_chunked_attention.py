@@ -1,5 +1,7 @@
 """Attention in blocks against softmax(query · keyᵀ) · value in float64, gradients included."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,9 +155,9 @@ def test_pairs_that_causality_hides_are_not_computed():
         def attend(x):
             return chunked_attention(x, x, x, causal=causal, window=window, block=8)
 
-        jaxpr = jax.make_jaxpr(attend)(query).jaxpr
-        text = str(jaxpr)
-        return int(text.split("length=")[1].split()[0])
+        # The loop's condition: its counter is less than the number of pairs (and never below 0).
+        bounds = re.findall(r"lt \w+ (\d+)", str(jax.make_jaxpr(attend)(query)))
+        return max(map(int, bounds))
 
     assert length(causal=False) == 64
     assert length(causal=True) == 36
@@ -184,4 +186,4 @@ def test_remat_may_keep_what_the_backward_pass_reads(remat, loops):
     step = jax.checkpoint(attend, policy=REMAT[remat])
     text = str(jax.make_jaxpr(jax.grad(step))(jnp.zeros((1, 16, 1, 8))))
     # Forward, backward, and forward again where its results were not kept.
-    assert text.count("scan[") == loops
+    assert text.count("while[") == loops

@@ -240,12 +240,32 @@ def test_16_bit_compute_keeps_logits_in_float32():
 def test_attention_is_chosen_for_the_target():
     assert attention_for("cuda", jnp.bfloat16, 128) == "cudnn"
     assert attention_for("gpu", jnp.float16, 64) == "cudnn"
-    assert attention_for("cuda", jnp.float32, 128) == "xla"
-    assert attention_for("cuda", jnp.bfloat16, 256) == "xla"
+    assert attention_for("cuda", jnp.bfloat16, 128, compute_capability=(8, 0)) == "cudnn"
     assert attention_for("cpu", jnp.bfloat16, 128) == "xla"
     # A T4 has neither cuDNN's nor the product that "xla" asks for.
     assert attention_for("cuda", jnp.bfloat16, 128, compute_capability=(7, 5)) == "chunked"
     assert attention_for("cuda", jnp.bfloat16, 128, compute_capability=(8, 0)) == "cudnn"
+
+
+@pytest.mark.parametrize(
+    "untaken",
+    [
+        {"compute_dtype": jnp.float32},
+        {"head_dim": 256},
+        {"softcap": 50.0},
+        {"packed": True},
+        {"compute_capability": (7, 5)},
+        {"platform": "tpu"},
+    ],
+)
+def test_what_cudnn_does_not_take_is_linear_in_memory_where_it_may_be_long(untaken):
+    case = {"platform": "cuda", "compute_dtype": jnp.bfloat16, "head_dim": 128} | untaken
+    lengths = (1024, 1025, None)
+    chosen = [attention_for(**case, longest=longest) for longest in lengths]
+    assert chosen == ["xla", "chunked", "chunked"]
+    # A bias of all pairs is quadratic itself; a CPU of which nothing is known is left alone.
+    assert attention_for(**case, bias=True, longest=8192) == "xla"
+    assert attention_for(**case | {"platform": "cpu"}) == "xla"
 
 
 def test_attention_that_is_not_there():

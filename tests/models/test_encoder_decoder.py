@@ -271,7 +271,7 @@ def test_configs_that_cannot_be(change, message):
 
 def test_cudnn_is_refused():
     assert family_of({"model_type": "t5"}).build is EncoderDecoder
-    with pytest.raises(ValueError, match="attention is 'cudnn', but T5's position biases"):
+    with pytest.raises(ValueError, match="one of xla, chunked is needed: cuDNN's backward"):
         t5(attention="cudnn")
 
 

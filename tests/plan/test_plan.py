@@ -17,6 +17,7 @@ from qlora_jax.models.stream_cost import stream_cost
 from qlora_jax.models.streaming import HOST_LIMIT, host_limit_for
 from qlora_jax.nn import LoraConfig
 from qlora_jax.plan import Workload, check_fits, find_config, measure, plan
+from qlora_jax.plan.advice import SWITCHES
 from qlora_jax.plan.compiled import CACHE_VARIABLE, cache_folder
 from qlora_jax.plan.measure import random_batch, random_weights
 from qlora_jax.plan.report import Streaming
@@ -90,6 +91,15 @@ def test_a_run_that_does_not_fit_is_refused():
     assert check_fits(WORK, memory=2**30).device.total < 2**30
     with pytest.raises(ValueError, match=r"too much.*switch the check off"):
         check_fits(WORK, memory=2**16)
+
+
+def test_the_vocabulary_is_packed_further_and_never_back():
+    eight, four = (s for s in SWITCHES if s.name.startswith("embedding_bits"))
+    assert eight.apply(WORK).embedding_bits == 8
+    assert four.apply(eight.apply(WORK)).embedding_bits == 4
+    assert eight.apply(four.apply(WORK)) is None
+    # A 16-bit base is an experiment of its own.
+    assert eight.apply(dataclasses.replace(WORK, quant=None)) is None
 
 
 def test_the_planned_step_runs():
@@ -226,7 +236,8 @@ def test_the_command(tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps(TINY))
     out, figure = tmp_path / "plan.json", tmp_path / "plan.png"
     arguments = ["plan", str(folder), "--card", "a6000", "--no-search", "--sequence", "32"]
-    arguments += ["--rank", "4", "--decode-length", "16", "--json", str(out), "--plot", str(figure)]
+    arguments += ["--embedding-bits", "8", "--rank", "4", "--decode-length", "16"]
+    arguments += ["--json", str(out), "--plot", str(figure)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "matmul: xla, since Pallas does not know" in printed
@@ -235,6 +246,9 @@ def test_the_command(tmp_path, capsys):
     assert sum(parts[name] for name in parts if name != "total") == parts["total"]
     assert found["fits"]
     assert found["load"] > parts["base"]
+    # INT8 with a float32 for each 64 of them.
+    assert "vocabulary in 8 bits" in printed
+    assert (found["embedding_bits"], parts["embeddings"]) == (8, 2 * 256 * 128 * 8.5 / 8)
     assert figure.stat().st_size > 1000
 
 

@@ -150,5 +150,7 @@ GEMMA3 = Family(
     seeing_weights,
     build=Decoder,
     ignored=("vision_tower.*", "multi_modal_projector.*", "language_model.lm_head.weight"),
+    output="language_model.lm_head",
+    linears=("vision_tower.*", "multi_modal_projector.*"),
 )
 GEMMA3_TEXT = Family("gemma3_text", read_gemma3, write_gemma3, decoder_weights, build=Decoder)

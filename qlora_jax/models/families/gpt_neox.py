@@ -100,4 +100,5 @@ GPT_NEOX = Family(
         "*.rotary_emb.inv_freq",
         "embed_out.weight",
     ),
+    output="embed_out",
 )

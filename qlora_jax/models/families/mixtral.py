@@ -51,4 +51,11 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-MIXTRAL = Family("mixtral", read_config, write_config, decoder_weights, build=Decoder)
+MIXTRAL = Family(
+    "mixtral",
+    read_config,
+    write_config,
+    decoder_weights,
+    build=Decoder,
+    linears=("*.block_sparse_moe.gate",),
+)

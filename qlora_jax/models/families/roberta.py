@@ -108,4 +108,6 @@ ROBERTA = Family(
     EncoderClassifier,
     ignored=("lm_head.*", "roberta.pooler.*", "roberta.embeddings.position_ids"),
     fresh=("classifier.*",),
+    output=None,
+    linears=("classifier.*", "lm_head.*", "roberta.pooler.*"),
 )

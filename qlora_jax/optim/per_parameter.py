@@ -1,0 +1,64 @@
+"""An optimizer's state as one part per parameter: what lets an update run for some of them alone.
+
+An optax state is a tree in which some leaves belong to one parameter (its moments) and some to none
+(the step count). Which is which is found by asking `init` for subsets of the parameters: what it
+makes for none at all is shared, what it makes for one parameter beyond that belongs to this one.
+A parameter is left out by an empty tree in its place (`optax.MaskedNode`), so that the paths of all
+others, which masks go by, stay what they are.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import PyTree
+
+
+def by_path(tree: PyTree) -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of every leaf."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield jax.tree_util.keystr(path), leaf
+
+
+def only(tree: PyTree, kept: Collection[int]) -> PyTree:
+    """`tree` with an empty tree in the place of every leaf whose index is not in `kept`."""
+    leaves, treedef = jax.tree.flatten(tree)
+    chosen = [leaf if i in kept else optax.MaskedNode() for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, chosen)
+
+
+def shapes(tree: PyTree) -> PyTree:
+    """Shapes and dtypes alone: tracing must not see that a leaf lies in host memory."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        aval = jax.typeof(leaf)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+    return jax.tree.map(shape, tree)
+
+
+def owners(
+    inner: optax.GradientTransformation, params: PyTree, state: PyTree, *, needed_by: str
+) -> dict[str, int | None]:
+    """Path of every state leaf -> the parameter it belongs to (None: to no single one).
+
+    Raises:
+        ValueError: the state is not one part per parameter; names `needed_by` as who needs that.
+    """
+
+    def paths(*kept: int) -> list[str]:
+        return [path for path, _ in by_path(jax.eval_shape(inner.init, only(params, kept)))]
+
+    found: dict[str, int | None] = {}
+    for index in reversed(range(len(jax.tree.leaves(params)))):
+        found |= dict.fromkeys(paths(index), index)
+    found |= dict.fromkeys(paths())
+    whole = [path for path, _ in by_path(state)]
+    if set(whole) != set(found):
+        raise ValueError(
+            f"{needed_by} needs a transformation whose state is one part per parameter, but the "
+            "state of the given one cannot be split so; put it outside: "
+            "optax.chain(it, paged(...))."
+        )
+    return {path: found[path] for path in whole}
