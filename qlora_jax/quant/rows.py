@@ -22,8 +22,8 @@ has less than two thirds of the error of the dynamic 8-bit map (root mean square
 numbers over many magnitudes and coarse where most weights are."""
 
 PIECE = 2**24
-"""Weights that are decoded at once: 32 MiB in 16 bits, and thousands of rows, so that a product
-with them is bound by arithmetic and not by its start."""
+"""Weights that are decoded at once: 32 MiB in 16 bits, and a thousand rows or more, so that a
+product with them is bound by arithmetic and not by its start."""
 
 
 def row_config(bits: int, width: int) -> QuantConfig:
@@ -90,9 +90,9 @@ def append_rows(w: QuantizedTensor, rows: QuantizedTensor) -> QuantizedTensor:
 
 @functools.partial(jax.jit, static_argnums=1)
 def mean_row(w: QuantizedTensor, count: int) -> Float32[Array, " width"]:
-    """The mean of the first `count` rows, decoded a piece at a time."""
+    """The mean of the first `count` rows (of all, if there are fewer), decoded a piece at a time."""
     rows, width = w.shape
-    size = min(rows, rows_at_once(width))
+    count, size = min(count, rows), min(rows, rows_at_once(width))
 
     def add(piece: Array, total: Array) -> Array:
         start, fresh = piece_of(piece, size, rows)

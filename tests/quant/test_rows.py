@@ -91,7 +91,9 @@ def test_scores_and_their_gradient_against_float64(bits, piece, monkeypatch) -> 
     (_, scores), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(x)
     np.testing.assert_allclose(scores, x.astype(np.float64) @ decoded(packed).T, atol=1e-5)
     np.testing.assert_allclose(gradient, weights.astype(np.float64) @ decoded(packed), atol=1e-5)
-    np.testing.assert_allclose(mean_row(packed, 7), decoded(packed)[:7].mean(0), atol=1e-6)
+    for count in (7, ROWS + 5):
+        mean = decoded(packed)[:count].mean(0)
+        np.testing.assert_allclose(mean_row(packed, count), mean, atol=1e-6)
 
 
 def test_scores_of_narrow_activations_are_wide() -> None:
