@@ -90,7 +90,7 @@ def append_rows(w: QuantizedTensor, rows: QuantizedTensor) -> QuantizedTensor:
 
 @functools.partial(jax.jit, static_argnums=1)
 def mean_row(w: QuantizedTensor, count: int) -> Float32[Array, " width"]:
-    """The mean of the first `count` rows (of all, if there are fewer), decoded a piece at a time."""
+    """The mean of the first `count` rows, or of all if there are fewer, a piece at a time."""
     rows, width = w.shape
     count, size = min(count, rows), min(rows, rows_at_once(width))
 
