@@ -242,6 +242,9 @@ def test_attention_is_chosen_for_the_target():
     assert attention_for("gpu", jnp.float16, 64) == "cudnn"
     assert attention_for("cuda", jnp.bfloat16, 128, compute_capability=(8, 0)) == "cudnn"
     assert attention_for("cpu", jnp.bfloat16, 128) == "xla"
+    # A T4 has neither cuDNN's nor the product that "xla" asks for.
+    assert attention_for("cuda", jnp.bfloat16, 128, compute_capability=(7, 5)) == "chunked"
+    assert attention_for("cuda", jnp.bfloat16, 128, compute_capability=(8, 0)) == "cudnn"
 
 
 @pytest.mark.parametrize(
@@ -271,6 +274,22 @@ def test_attention_that_is_not_there():
         attend(x, x, x, causal=False, window=2, implementation="xla")
     with pytest.raises(ValueError, match="'cudnn', which has no soft cap"):
         attend(x, x, x, causal=True, softcap=5.0, implementation="cudnn")
+
+
+@pytest.mark.parametrize("masked", ["mask", "segments"])
+def test_cudnn_makes_no_mask_of_all_pairs(masked):
+    x = jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.bfloat16)
+    real = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+
+    def mixed(x, real):
+        told = (
+            {"mask": (real > 0)[:, None, None]} if masked == "mask" else {"segments": (real,) * 2}
+        )
+        return attend(x, x, x, causal=True, implementation="cudnn", **told)
+
+    jaxpr = jax.make_jaxpr(mixed)(x, real)
+    sizes = [var.aval.size for equation in jaxpr.eqns for var in equation.outvars]
+    assert max(sizes) < 2048**2
 
 
 def test_unknown_remat():
