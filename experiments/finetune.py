@@ -50,6 +50,7 @@ from experiments.run import (
     with_own_adapters,
 )
 from experiments.tree import merged, read_yaml, to_yaml, with_setting
+from qlora_jax.models import STREAMABLE
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -63,7 +64,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="sets model.source")
     parser.add_argument("--data", help="sets data.source")
     parser.add_argument(
-        "--stream-weights", action="store_true", help="sets model.stream_weights: for small cards"
+        "--stream-weights",
+        action="store_true",
+        help="sets model.stream_weights, and model.remat to full where it could not: for small "
+        "cards",
     )
     parser.add_argument("--seed", type=int, help="sets train.seed")
     parser.add_argument(
@@ -98,6 +102,8 @@ def read_run(options: argparse.Namespace) -> RunConfig:
             given = tree.get(section)
             base = {"source": given} if isinstance(given, str) else given or {}
             tree = {**tree, section: merged(base, over)}
+    if options.stream_weights and tree["model"].get("remat") not in STREAMABLE:
+        tree = with_setting(tree, "model.remat", "full")
     for key, value in read_settings(options.set).items():
         tree = with_setting(tree, key, value)
     if options.seed is not None:

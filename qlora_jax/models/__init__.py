@@ -21,7 +21,7 @@ from qlora_jax.models.loss import (
     next_token_loss,
     next_tokens,
 )
-from qlora_jax.models.remat import REMAT, check_remat
+from qlora_jax.models.remat import REMAT, STREAMABLE, check_remat
 from qlora_jax.models.rope import RopeConfig
 from qlora_jax.models.seq2seq_loss import seq2seq_loss, shift_right
 from qlora_jax.models.stack import is_stacked
@@ -40,6 +40,7 @@ __all__ = [
     "LOSS_CHUNK",
     "MLP_TILE",
     "REMAT",
+    "STREAMABLE",
     "AttentionName",
     "Cache",
     "Decoder",

@@ -75,15 +75,18 @@ def attend(
         bias: added to the scores.
         segments: ids of the queries and keys of packed sequences: equal ones see each other.
         implementation: "xla" holds all scores and takes everything; "cudnn" is linear in memory
-            where there is no mask, bias or segments, and knows no soft cap; "chunked" takes
-            everything and is linear in memory (`chunked_attention.py`).
+            where there is no bias, and knows no soft cap; "chunked" takes everything and is linear
+            in memory (`chunked_attention.py`). A mask or segments cuDNN would need for all pairs,
+            so above `LONG` queries "cudnn" with either is run as "chunked".
 
     Raises:
         ValueError: a window without causality, or a soft cap under cuDNN.
     """
     if window is not None and not causal:
         raise ValueError(f"window is {window} without causal=True: give both, or mask the scores.")
-    if implementation == "chunked":
+    masked = mask is not None or segments is not None
+    too_long = query.shape[1] > LONG and masked and bias is None and softcap is None
+    if implementation == "chunked" or (implementation == "cudnn" and too_long):
         return chunked_attention(
             query,
             key,

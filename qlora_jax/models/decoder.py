@@ -175,14 +175,8 @@ class Decoder(nnx.Module):
                 for it, so that early and late keys are turned alike.
 
         Raises:
-            ValueError: the cache is too short for the prompt, or longer than the learned positions,
-                or the model's weights stream.
+            ValueError: the cache is too short for the prompt, or longer than the learned positions.
         """
-        if self.stream_weights:
-            raise ValueError(
-                "The model has stream_weights set, which training takes and generation does not: "
-                "load it without, so that its weights are on the device."
-            )
         length = input_ids.shape[1]
         if cache_length < length:
             raise ValueError(
@@ -207,7 +201,7 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: int32 ids. Donate the cache with `jax.jit(..., donate_argnames="cache")`, and it
-                is changed in place.
+                is changed in place. Where weights stream, all of them come in for every token.
             cache: of `prefill` or an earlier step. Where it is full already, logits are NaN.
         """
         config, positions = self.config, cache.positions[:, None]
@@ -244,7 +238,15 @@ class Decoder(nnx.Module):
         numbers = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
         carry = (self._embed(tokens[:, None], positions, None), cache.key, cache.value)
         given = (self._sliding(), numbers)
-        (x, key, value), _ = scan_layers(self.layers, apply, carry, given, remat="none")
+        (x, key, value), _ = scan_layers(
+            self.layers,
+            apply,
+            carry,
+            given,
+            # Without a gradient nothing is computed again, but a stream takes no other name.
+            remat="full" if self.stream_weights else "none",
+            stream_weights=self.stream_weights,
+        )
         x = jnp.where(cache.filled < cache.length, self._finish(x, None)[:, 0], jnp.nan)
         return self.head(x), advance(cache, key, value)
 

@@ -45,6 +45,9 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
 }
 
+STREAMABLE = ("full", "offload")
+"""Those that go with weights that stream: a layer is computed again as they come in once more."""
+
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """(x, a layer's frozen weights, what else is the layer's own) -> (x, output)."""
 
@@ -59,7 +62,7 @@ def check_remat(
     """
     if remat not in REMAT:
         raise ValueError(f"remat is {remat!r}, but one of {', '.join(REMAT)} is needed.")
-    if stream_weights and remat not in ("full", "offload"):
+    if stream_weights and remat not in STREAMABLE:
         raise ValueError(
             f"remat is {remat!r}, but where weights stream a layer is computed again as they come "
             "in the second time: give remat='full' or 'offload'."

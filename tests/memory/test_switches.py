@@ -3,11 +3,21 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from pallas_kernels.cards import CARDS
 from pallas_kernels.compile_for import PLUGIN_HINT, compile_for, gpu_compiler_available
-from qlora_jax.models import chunked_attention, chunked_cross_entropy, cross_entropy
+from qlora_jax.models import (
+    DecoderConfig,
+    chunked_attention,
+    chunked_cross_entropy,
+    cross_entropy,
+)
+from qlora_jax.models.mlp import MLP
 from qlora_jax.models.remat import run_layers
+from qlora_jax.models.stack import Storage
+from qlora_jax.models.tile import by_tile
+from qlora_jax.nn import LoraConfig
 
 pytestmark = pytest.mark.skipif(
     not gpu_compiler_available(), reason=f"no GPU compiler here. {PLUGIN_HINT}"
@@ -74,6 +84,41 @@ def test_recomputed_layers_keep_nothing_of_all_pairs(remat):
     memory = compile_for(CARDS["l40"], jax.grad(total, 1), x, weights).memory_analysis()
     # 36 pairs of blocks of 512, two heads: 18 MiB of masks, 72 MiB of scores.
     assert memory.temp_size_in_bytes < 20 * 2**20
+
+
+def test_an_mlp_in_tiles_holds_a_tile():
+    tokens, embed, inner, tile = 8192, 256, 2048, 1024
+    config = DecoderConfig(
+        vocab_size=32,
+        hidden_size=embed,
+        intermediate_size=inner,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
+    storage = Storage(None, LoraConfig(r=4), jnp.bfloat16, jnp.bfloat16, None)
+    shapes = nnx.eval_shape(lambda: MLP(config, storage.dense("mlp", nnx.Rngs(0))))
+    graphdef, lora, frozen = nnx.split(shapes, nnx.LoRAParam, ...)
+    keys = dict.fromkeys(config.mlp_linears)
+    x = jax.ShapeDtypeStruct((1, tokens, embed), jnp.bfloat16)
+
+    def temporaries(tiled):
+        def total(lora, frozen, x):
+            mlp = nnx.merge(graphdef, lora, frozen)
+            if tiled:
+                y = by_tile(mlp, x, dropout_keys=keys, tile=tile)
+            else:
+                y = mlp(x, dropout_keys=keys)
+            return jnp.sum(y.astype(jnp.float32) ** 2)
+
+        compiled = compile_for(CARDS["l40"], jax.grad(total, (0, 2)), lora, frozen, x)
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole, part = 2 * tokens * inner, 2 * tile * inner
+    assert temporaries(False) >= 3 * whole
+    # Gate, up, their product and its kin of one tile, and arrays as large as x.
+    assert temporaries(True) <= 8 * part + 6 * 2 * tokens * embed
 
 
 def test_offloaded_layer_inputs_land_in_host_memory():

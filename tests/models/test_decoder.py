@@ -276,6 +276,22 @@ def test_attention_that_is_not_there():
         attend(x, x, x, causal=True, softcap=5.0, implementation="cudnn")
 
 
+@pytest.mark.parametrize("masked", ["mask", "segments"])
+def test_cudnn_makes_no_mask_of_all_pairs(masked):
+    x = jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.bfloat16)
+    real = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+
+    def mixed(x, real):
+        told = (
+            {"mask": (real > 0)[:, None, None]} if masked == "mask" else {"segments": (real,) * 2}
+        )
+        return attend(x, x, x, causal=True, implementation="cudnn", **told)
+
+    jaxpr = jax.make_jaxpr(mixed)(x, real)
+    sizes = [var.aval.size for equation in jaxpr.eqns for var in equation.outvars]
+    assert max(sizes) < 2048**2
+
+
 def test_unknown_remat():
     with pytest.raises(ValueError, match=r"remat is 'some', but one of full, .*dots, none"):
         decoder(remat="some")

@@ -166,6 +166,21 @@ def test_evaluation_streams_too():
     same_bits(logits(model(host=True)), logits(model()))
 
 
+def test_generation_streams_too():
+    def written(model):
+        graphdef, state = nnx.split(model)
+
+        @jax.jit
+        def some(state):
+            whole = nnx.merge(graphdef, state)
+            logits, cache = whole.prefill(IDS, cache_length=8)
+            return logits, whole.decode_step(jnp.argmax(logits, -1).astype(jnp.int32), cache)
+
+        return some(state)
+
+    same_bits(written(model(host=True)), written(model()))
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "attention"])
 def test_a_policy_that_keeps_what_streams_is_refused(remat):
     with pytest.raises(ValueError, match="'full' or 'offload'"):
