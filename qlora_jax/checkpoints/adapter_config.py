@@ -5,7 +5,8 @@ either applied here exactly, or the adapter is refused; fields that only concern
 (`inference_mode`, `runtime_config`, ...) are passed over.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
         ValueError: it asks for what is not supported here, or is no LoRA.
     """
     path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: give an adapter's folder, as PEFT's save_pretrained wrote it."
+        )
     return config_from_json(read_json(path), path)
 
 
@@ -54,9 +59,7 @@ def config_from_json(config: Mapping[str, Any], path: Path) -> LoraConfig:
             f"{path} sets {unsupported} to {config[unsupported]!r}, which is not supported here: "
             "use an adapter trained without it."
         )
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float):
-            raise ValueError(f"{path} has {name} {config.get(name)!r}, but a number is needed.")
+    _check_kinds(config, path)
     targets = config.get("target_modules") or "all-linear"
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = "all-linear"
@@ -80,6 +83,78 @@ def config_from_json(config: Mapping[str, Any], path: Path) -> LoraConfig:
         **names,
         **_init(config, path),
     )
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _real(value: Any) -> bool:
+    return _whole(value) or isinstance(value, float)
+
+
+def _pattern(value: Any) -> bool:
+    """A name, or a regular expression."""
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        return False
+    return isinstance(value, str)
+
+
+def _listed_as(value: Any, test: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(test(entry) for entry in value)
+
+
+def _names(value: Any) -> bool:
+    return value is None or _pattern(value) or _listed_as(value, lambda x: isinstance(x, str))
+
+
+def _patterns(value: Any, test: Callable[[Any], bool]) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(_pattern(k) and test(v) for k, v in value.items())
+
+
+def _loftq(value: Any) -> bool:
+    fields = ("loftq_bits", "loftq_iter")
+    return value is None or (
+        isinstance(value, dict) and all(_whole(value.get(name, 1)) for name in fields)
+    )
+
+
+def _token_ids(value: Any) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value or []]
+    return all(_listed_as(ids, lambda id_: _whole(id_) and id_ >= 0) for ids in lists)
+
+
+# Field → what it has to be, and the test of that. What PEFT gives no default has to be there.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("a whole number", _whole),
+    "lora_alpha": ("a number", _real),
+    "lora_dropout": ("a number", lambda value: value is None or _real(value)),
+    "target_modules": ("a list of names or a regular expression", _names),
+    "exclude_modules": ("a list of names or a regular expression", _names),
+    "layers_pattern": ("a list of names or one", _names),
+    "modules_to_save": ("a list of names", _names),
+    "rank_pattern": ("names with whole numbers", lambda value: _patterns(value, _whole)),
+    "alpha_pattern": ("names with numbers", lambda value: _patterns(value, _real)),
+    "layers_to_transform": (
+        "a list of whole numbers or one",
+        lambda value: value is None or _whole(value) or _listed_as(value, _whole),
+    ),
+    "loftq_config": ("an object of whole numbers", _loftq),
+    "trainable_token_indices": ("a list of token ids, or one for each module", _token_ids),
+}
+
+
+def _check_kinds(config: Mapping[str, Any], path: Path) -> None:
+    for name, (wanted, test) in _KINDS.items():
+        if not test(config.get(name)):
+            raise ValueError(
+                f"{path} has {name} {config.get(name)!r}, but {wanted} is needed: fetch the "
+                "adapter again."
+            )
 
 
 def _init(config: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from qlora_jax.checkpoints.adapter_config import CONFIG, config_from_json
+from qlora_jax.checkpoints.checkpoint import DTYPES, dtype_name
 from qlora_jax.checkpoints.folder import read_json
 from qlora_jax.nn import LoraConfig
 
@@ -78,6 +79,11 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
         raise ValueError(
             f"{folder / WEIGHTS} is truncated or no safetensors file ({error}): fetch it again."
         ) from error
+    check_tensors(
+        folder / WEIGHTS,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        {name: tensor.dtype for name, tensor in tensors.items()},
+    )
     named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     return PeftAdapter(
         folder,
@@ -86,6 +92,37 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
         token_indices(raw, named),
         bool(raw.get("ensure_weight_tying", False)),
     )
+
+
+def check_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, Any]
+) -> None:
+    """Refuses what no adapter of linear layers can hold, before a number is read.
+
+    Args:
+        path: of the file.
+        shapes: of its tensors by name.
+        dtypes: NumPy's, or safetensors' names for them.
+
+    Raises:
+        ValueError: there is no tensor, a factor is no matrix, or a tensor holds no 16- or 32-bit
+            floats.
+    """
+    if not shapes:
+        raise ValueError(f"{path} holds no tensor: fetch the adapter again.")
+    for name, shape in shapes.items():
+        if len(shape) != 2 and name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise ValueError(
+                f"{path}: {name!r} has shape {list(shape)}, but a matrix is needed: adapters of "
+                "linear layers are read."
+            )
+        try:
+            dtype_name(dtypes[name])
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: {name!r} is stored as {dtypes[name]}, but {', '.join(DTYPES)} are read: "
+                "save the adapter in one of them."
+            ) from error
 
 
 def token_indices(raw: Mapping[str, Any], named: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ shape differs.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,12 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
+from qlora_jax.checkpoints.checkpoint import DTYPES, dtype_name
 from qlora_jax.checkpoints.folder import WeightFolder
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from qlora_jax.quant.tensor import codes_shape
 
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _STATE = ".quant_state.bitsandbytes__"
+# What `quant_storage` may have written codes as.
+_ITEM_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 QUANT_TYPES = ("nf4", "fp4")
 """What bitsandbytes has a 4-bit format for."""
 
@@ -53,8 +57,8 @@ def read_state(weights: WeightFolder, name: str) -> PackedState:
     """The description of a 4-bit weight: small, read before anything heavy.
 
     Raises:
-        ValueError: one of its parts is missing, or its data type or code tables are not
-            bitsandbytes' own.
+        ValueError: one of its parts is missing, or not as large as its shape calls for; or its
+            data type or code tables are not bitsandbytes' own.
     """
     blob = next(
         (f"{name}{_STATE}{t}" for t in QUANT_TYPES if f"{name}{_STATE}{t}" in weights), None
@@ -69,7 +73,10 @@ def read_state(weights: WeightFolder, name: str) -> PackedState:
     try:
         state = json.loads(weights.read(blob).tobytes().decode("utf-8"))
         config = QuantConfig(state["quant_type"], int(state["blocksize"]), "nested_offset" in state)
-        shape, dtype = tuple(map(int, state["shape"])), str(state["dtype"])
+        shape, dtype = tuple(map(int, state["shape"])), dtype_name(str(state["dtype"]))
+        offset = float(state["nested_offset"]) if config.double_quant else None
+        if config.quant_type not in QUANT_TYPES or min(shape, default=0) < 1:
+            raise ValueError(f"quant_type {config.quant_type!r}, shape {list(shape)}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{weights.folder}: {blob!r} is no quant_state of bitsandbytes ({error!r}): fetch the "
@@ -79,6 +86,7 @@ def read_state(weights: WeightFolder, name: str) -> PackedState:
     absent = [part for part in needed if part not in weights]
     if absent:
         raise ValueError(f"{weights.folder} lacks {absent[0]!r}: fetch the checkpoint again.")
+    _check_sizes(weights, name, config, shape)
     tables = [(f"{name}.quant_map", CODEBOOKS[config.quant_type])]
     if config.double_quant:
         tables.append((f"{name}.nested_quant_map", DYNAMIC_SIGNED))
@@ -94,27 +102,50 @@ def read_state(weights: WeightFolder, name: str) -> PackedState:
             f"{weights.folder}: {name!r} has nested blocks of {state['nested_blocksize']}, but "
             f"only {NESTED_BLOCKSIZE} is read: quantize the 16-bit checkpoint instead."
         )
-    return PackedState(config, shape, dtype, state.get("nested_offset"))
+    return PackedState(config, shape, DTYPES[dtype].name, offset)
+
+
+def _check_sizes(
+    weights: WeightFolder, name: str, config: QuantConfig, shape: tuple[int, ...]
+) -> None:
+    """Refuses codes and scales of another number or dtype than the weight's shape calls for."""
+    if weights.dtypes[name] not in _ITEM_BYTES:
+        raise ValueError(
+            f"{weights.folder}: {name!r} is stored as {weights.dtypes[name]}, but codes as "
+            f"{', '.join(_ITEM_BYTES)} are read: fetch the checkpoint again."
+        )
+    found = _ITEM_BYTES[weights.dtypes[name]] * math.prod(weights.shapes[name])
+    expected = codes_shape(shape, config.quant_type)
+    if found != math.prod(expected):
+        raise ValueError(
+            f"{weights.folder}: {name!r} has {found} bytes of codes, but its shape {list(shape)} "
+            f"calls for {math.prod(expected)}: fetch the checkpoint again."
+        )
+    blocks = -(-math.prod(shape) // config.blocksize)
+    scales = {".absmax": ("U8" if config.double_quant else "F32", blocks)}
+    if config.double_quant:
+        scales[".nested_absmax"] = ("F32", -(-blocks // NESTED_BLOCKSIZE))
+    for part, (dtype, count) in scales.items():
+        own = weights.dtypes[name + part], math.prod(weights.shapes[name + part])
+        if own != (dtype, count):
+            raise ValueError(
+                f"{weights.folder}: {name + part!r} holds {own[1]} numbers of {own[0]}, but the "
+                f"weight's shape {list(shape)} calls for {count} of {dtype}: fetch the checkpoint "
+                "again."
+            )
 
 
 def read_packed(weights: WeightFolder, name: str) -> QuantizedTensor:
     """A 4-bit weight's bytes as a `QuantizedTensor` of NumPy arrays.
 
     Raises:
-        ValueError: as `read_state`, or its bytes are too few or many.
+        ValueError: as `read_state`.
     """
     state = read_state(weights, name)
     # `quant_storage` may have written the same bytes as 16- or 32-bit numbers.
     codes = weights.read(name).reshape(-1).view(np.uint8)
-    shape = codes_shape(state.shape, state.config.quant_type)
-    expected = int(np.prod(shape))
-    if codes.size != expected:
-        raise ValueError(
-            f"{weights.folder}: {name!r} has {codes.size} bytes of codes, but its shape "
-            f"{list(state.shape)} calls for {expected}: fetch the checkpoint again."
-        )
     return QuantizedTensor(
-        codes.reshape(shape),
+        codes.reshape(codes_shape(state.shape, state.config.quant_type)),
         weights.read(f"{name}.absmax").reshape(-1),
         weights.read(f"{name}.nested_absmax").reshape(-1) if state.config.double_quant else None,
         None if state.offset is None else np.float32(state.offset),
@@ -197,8 +228,11 @@ def check_method(config: Mapping[str, Any], weights: WeightFolder) -> None:
         ValueError: config.json says so.
     """
     given = config.get("quantization_config")
-    if given and (given.get("quant_method") != "bitsandbytes" or not packed_names(weights)):
+    if not given:
+        return
+    method = given.get("quant_method") if isinstance(given, Mapping) else given
+    if method != "bitsandbytes" or not packed_names(weights):
         raise ValueError(
-            f"{weights.folder} is quantized by {given.get('quant_method')!r}, but of quantized "
-            "checkpoints only bitsandbytes' 4-bit ones are read: take the 16-bit one."
+            f"{weights.folder} is quantized by {method!r}, but of quantized checkpoints only "
+            "bitsandbytes' 4-bit ones are read: take the 16-bit one."
         )

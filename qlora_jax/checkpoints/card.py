@@ -8,15 +8,30 @@ environment:
     run/result.json     how well it did
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from qlora_jax.checkpoints.folder import read_json
+
 CARD = "README.md"
 _RUN_FILES = ("config.json", "result.json")
+# PEFT's task type → how the class of a base ends, transformers' class to load it, the hub's task.
+_TASKS = {
+    "CAUSAL_LM": ("ForCausalLM", "AutoModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": (
+        "ForConditionalGeneration",
+        "AutoModelForSeq2SeqLM",
+        "text2text-generation",
+    ),
+    "SEQ_CLS": (
+        "ForSequenceClassification",
+        "AutoModelForSequenceClassification",
+        "text-classification",
+    ),
+}
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
@@ -25,16 +40,15 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     Returns:
         `adapter` (adapter_config.json), `model` (config.json), `run` (the run's config.json) and
         `result` (its result.json), those that there are.
+
+    Raises:
+        ValueError: one of them holds no JSON object.
     """
     folder = Path(folder)
     facts = {"adapter": folder / "adapter_config.json", "model": folder / "config.json"}
     if all((folder.parent / name).is_file() for name in _RUN_FILES):
         facts |= {"run": folder.parent / "config.json", "result": folder.parent / "result.json"}
-    return {
-        key: json.loads(path.read_text(encoding="utf-8"))
-        for key, path in facts.items()
-        if path.is_file()
-    }
+    return {key: read_json(path) for key, path in facts.items() if path.is_file()}
 
 
 def model_card(name: str, facts: Mapping[str, Any]) -> str:
@@ -49,20 +63,21 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
     result = facts.get("result", {})
     base = facts.get("base") or _base(run) or adapter.get("base_model_name_or_path")
     datasets = facts.get("datasets") or _datasets(run)
+    auto, task = _task(adapter, {} if adapter else facts.get("model", {}))
     data = ModelCardData(
         base_model=base if _is_hub_name(base) else None,
         datasets=[name for name in datasets if _is_hub_name(name)] or None,
         license=facts.get("license"),
         language=facts.get("language"),
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["qlora", "qlora-jax", *(["lora"] if adapter else [])],
     )
     metrics = facts.get("metrics") or _metrics(result)
     quantization = (facts.get("model") or {}).get("quantization_config")
     sections = [
         _title(name, base, bool(adapter)),
-        _use(name, base, bool(adapter)),
+        _use(name, base, bool(adapter), auto),
         _list("Data", datasets),
         _table("Adapter", _adapter(adapter)),
         _table("Quantization", quantization),
@@ -84,20 +99,29 @@ def _title(name: str, base: str | None, adapter: bool) -> str:
     return f"# {name.rpartition('/')[2]}\n\n{what}{source}, made with qlora-jax (QLoRA in JAX)."
 
 
-def _use(name: str, base: str | None, adapter: bool) -> str:
+def _task(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[str, str]:
+    """transformers' class to load the model with, and the hub's name of its task."""
+    classes = model.get("architectures") or [""]
+    for task, (ending, auto, hub) in _TASKS.items():
+        if task == adapter.get("task_type") or str(classes[0]).endswith(ending):
+            return auto, hub
+    return _TASKS["CAUSAL_LM"][1:]
+
+
+def _use(name: str, base: str | None, adapter: bool, auto: str) -> str:
     if adapter:
         lines = [
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
+            f"from transformers import {auto}",
             "",
-            f'base = AutoModelForCausalLM.from_pretrained("{base or "the base model"}")',
+            f'base = {auto}.from_pretrained("{base or "the base model"}")',
             f'model = PeftModel.from_pretrained(base, "{name}")',
         ]
     else:
         lines = [
-            "from transformers import AutoModelForCausalLM",
+            f"from transformers import {auto}",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+            f'model = {auto}.from_pretrained("{name}")',
         ]
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
 

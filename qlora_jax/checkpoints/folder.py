@@ -39,6 +39,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def check_safetensors(path: Path) -> None:
+    """Reads a file's header alone.
+
+    Raises:
+        ValueError: it is truncated, or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or no safetensors file ({error}): fetch it again."
+        ) from error
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Writes beside a file and moves the result into its place, so that no half is ever seen."""
     partial = path.with_name(path.name + ".partial")

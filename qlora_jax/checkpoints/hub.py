@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from qlora_jax.checkpoints.card import CARD, model_card, read_facts
-from qlora_jax.checkpoints.folder import PICKLES
+from qlora_jax.checkpoints.folder import PICKLES, check_safetensors
 
 PUBLISHED = (
     "*.safetensors",
@@ -106,7 +106,7 @@ def push(
 
     Raises:
         FileNotFoundError: no such folder, or nothing to publish in it.
-        ValueError: there are pickles in it.
+        ValueError: there are pickles in it, or safetensors that are not whole.
         PermissionError: not logged in, or not allowed.
         ConnectionError: the hub cannot be reached.
     """
@@ -122,6 +122,8 @@ def push(
             f"{folder} holds {pickles[0]}, a pickle, which can run code on the machine of whoever "
             "loads it: remove it, the safetensors are enough."
         )
+    for path in folder.glob("*.safetensors"):
+        check_safetensors(path)
     card = None
     if not (folder / CARD).is_file():
         card = model_card(name, read_facts(folder) if facts is None else facts)

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qlora_jax.checkpoints.adapter_config import CONFIG, read_adapter_config
-from qlora_jax.checkpoints.adapter_file import TOKENS, WEIGHTS, token_indices
+from qlora_jax.checkpoints.adapter_file import TOKENS, WEIGHTS, check_tensors, token_indices
 from qlora_jax.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -159,11 +159,14 @@ class AdapterFile:
             )
         try:
             with safe_open(self._path, framework="np") as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                shapes = {key: tuple(x.get_shape()) for key, x in slices.items()}
+                dtypes = {key: x.get_dtype() for key, x in slices.items()}
         except SafetensorError as error:
             raise ValueError(
                 f"{self._path} is truncated or no safetensors file ({error}): fetch it again."
             ) from error
+        check_tensors(self._path, shapes, dtypes)
         self._tokens = token_indices(read_json(Path(folder) / CONFIG), shapes)
         for key, shape in shapes.items():
             self._place(key, shape, base)
@@ -209,7 +212,12 @@ class AdapterFile:
                     "fetch both again, of one revision."
                 )
             (rank, inputs), (outputs, _) = shapes[keys["A"]], shapes[keys["B"]]
-            if shapes[keys["B"]][1] != rank or base.tensors[name].shape != (outputs, inputs):
+            if shapes[keys["B"]][1] != rank:
+                raise ValueError(
+                    f"{self._path} holds {name!r}'s A with rank {rank} and its B with rank "
+                    f"{shapes[keys['B']][1]}: fetch it again, whole."
+                )
+            if base.tensors[name].shape != (outputs, inputs):
                 raise ValueError(
                     f"{self._path} adapts {name!r} as {[outputs, inputs]}, but in {base.source} it "
                     f"is {list(base.tensors[name].shape)}: the adapter was trained on another base "

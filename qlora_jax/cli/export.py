@@ -10,7 +10,7 @@ from qlora_jax.checkpoints import (
     cast,
     dequantized,
     merge,
-    read_adapter_config,
+    read_adapter,
     save_checkpoint,
     save_gguf,
 )
@@ -101,11 +101,7 @@ def _merged(args: argparse.Namespace) -> Checkpoint:
 def _export_adapter(source: Path, out: Path) -> None:
     """A run's adapter, or an adapter's folder, with a card beside it."""
     folder = source / "adapter" if (source / "adapter" / CONFIG).is_file() else source
-    read_adapter_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {WEIGHTS}: give a finished run's folder, or an adapter's."
-        )
+    read_adapter(folder)  # whole, or nothing is written
     facts = read_facts(folder)
     with new_folder(out) as partial:
         for name in (CONFIG, WEIGHTS):

@@ -21,6 +21,7 @@ from qlora_jax.checkpoints import (
     save_checkpoint,
 )
 from qlora_jax.checkpoints.checkpoint import DTYPES
+from qlora_jax.checkpoints.safetensors_writer import parse_size
 from qlora_jax.checkpoints.staging import refuse_existing
 from qlora_jax.cli import SUBCOMMANDS
 from qlora_jax.cli.arguments import (
@@ -33,7 +34,8 @@ from qlora_jax.cli.arguments import (
     quant_config,
     readable,
 )
-from qlora_jax.evaluate import Drift, drift, token_logits, windows
+from qlora_jax.evaluate import drift, token_logits, windows
+from qlora_jax.models import Decoder, family_of
 from qlora_jax.quant import QuantConfig
 
 
@@ -73,13 +75,17 @@ def run(args: argparse.Namespace) -> int:
     refuse_existing(args.out)
     base, quant = open_source(args.base, args.revision), quant_config(args)
     result = merge(base, args.adapter, args.mode, quant=quant)
-    ids = None if args.no_report else _sample(base, args.sample, args.tokens)
+    parse_size(args.max_shard_size)
+    if args.no_report:
+        save_checkpoint(args.out, result, max_shard_size=args.max_shard_size)
+        print(f"{args.out}: {readable(folder_bytes(args.out))}, {args.mode}")
+        return 0
+    ids = _sample(base, args.sample, args.tokens)
+    # Before anything is written: an adapter that does not fit its base shows here.
+    before = unmerged_logits(base, args.adapter, ids, quant)
     save_checkpoint(args.out, result, max_shard_size=args.max_shard_size)
     size = folder_bytes(args.out)
-    if ids is None:
-        print(f"{args.out}: {readable(size)}, {args.mode}")
-        return 0
-    moved = merge_drift(base, args.adapter, result, ids, quant)
+    moved = drift(before, merged_logits(result, ids), ids)
     if args.json:
         print(json.dumps({"out": args.out, "mode": args.mode, "bytes": size} | moved._asdict()))
         return 0
@@ -93,37 +99,58 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def merge_drift(
-    base: Checkpoint, adapter: str | Path, result: Checkpoint, ids: np.ndarray, quant: QuantConfig
-) -> Drift:
-    """How far a merged model is from the unmerged one, both computing in float32.
+def unmerged_logits(
+    base: Checkpoint, adapter: str | Path, ids: np.ndarray, quant: QuantConfig
+) -> list[np.ndarray]:
+    """What the quantized base with the adapter beside it says of a sample, computed in float32.
 
     Args:
         base: as `merge` was given it.
         adapter: its folder.
-        result: what `merge` gave.
         ids: the sample, int32 [window, length].
         quant: how a 16-bit base was quantized in training.
     """
     packed = base if base.quant else quantized(base, linear_weights(base), quant)
     unmerged = load_model(packed, quant=packed.quant, lora=read_adapter_config(adapter), **_F32)
     load_adapter(adapter, unmerged)
-    before = token_logits(unmerged, ids)
-    del unmerged
+    return token_logits(unmerged, ids)
+
+
+def merged_logits(result: Checkpoint, ids: np.ndarray) -> list[np.ndarray]:
+    """What the merged model says of it, computed in float32."""
     # Weights stay in the dtype of the file: what is measured is that file.
     dtype = DTYPES[next(iter(result.tensors.values())).dtype]
     merged = load_model(result, quant=result.quant, lora=None, param_dtype=dtype, **_F32)
-    return drift(before, token_logits(merged, ids), ids)
+    return token_logits(merged, ids)
 
 
 _F32: dict[str, Any] = {"compute_dtype": jnp.float32, "remat": "none", "attention": "xla"}
 
 
 def _sample(base: Checkpoint, path: Path | None, tokens: int) -> np.ndarray:
+    if tokens < 2:
+        raise ValueError(
+            f"--tokens is {tokens}, but at least 2 are needed: one to read and one to predict."
+        )
+    family = family_of(base.config)
+    if family.build is not Decoder:
+        raise ValueError(
+            f"The drift report reads a text with a decoder, but {base.source} is a "
+            f"{family.model_type!r}: give --no-report."
+        )
     if path is None:
         text = (resources.files("qlora_jax.cli") / "sample.txt").read_text(encoding="utf-8")
     else:
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path} does not exist: give --sample a file of plain text."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is no text in UTF-8 ({error.reason}): give --sample a file of plain text."
+            ) from error
     longest = int(base.config.get("max_position_embeddings", 512))
     ids = checkpoint_tokenizer(base).encode(text)
     return windows(ids, min(256, longest, tokens), tokens)

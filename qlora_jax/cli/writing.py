@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from qlora_jax.checkpoints import load_adapter, read_adapter_config
+from qlora_jax.checkpoints.checkpoint import DTYPES, dtype_name
 from qlora_jax.cli.arguments import SOURCE_HELP, add_quant, quant_config
 from qlora_jax.data import Tokenizer
 from qlora_jax.generate import GenerationConfig, read_eos_token_ids
@@ -53,7 +53,7 @@ def load_writer(
         path,
         quant=None if args.dense else quant_config(args),
         lora=None if args.adapter is None else read_adapter_config(args.adapter),
-        compute_dtype=jnp.dtype(args.dtype),
+        compute_dtype=DTYPES[dtype_name(args.dtype)],
         embedding_bits=args.embedding_bits,
     )
     if args.adapter is not None:

@@ -267,14 +267,17 @@ def attention_for(
         bias: whether scores get one, which cuDNN's backward pass does not take (T5).
         packed: whether rows hold segments, of which cuDNN would need a mask of all pairs.
         longest: tokens of the longest sequence; None where it is unknown.
-        compute_capability: of the CUDA target; None where it is new enough: cuDNN's needs 8.0.
+        compute_capability: of the CUDA target; None where it is new enough. Below 8.0 there is
+            neither cuDNN's nor the bfloat16 product that "xla" asks for.
     """
     cuda = platform in ("cuda", "gpu")
     narrow = jnp.dtype(compute_dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     fits = head_dim % 8 == 0 and head_dim <= 128 and softcap is None and not (bias or packed)
-    fits &= compute_capability is None or compute_capability >= (8, 0)
-    if cuda and narrow and fits:
+    old = compute_capability is not None and compute_capability < (8, 0)
+    if cuda and narrow and fits and not old:
         return "cudnn"
+    if old:
+        return "chunked"
     if bias:
         return "xla"
     if longest is None:

@@ -102,6 +102,23 @@ def required(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
+def number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A field that is a number; the default where the file says nothing.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"config.json has {key} {value!r}, but a number is needed: take the config.json of the "
+            "checkpoint."
+        )
+    return float(value)
+
+
 def read_rope(
     config: Mapping[str, Any], *, theta: float = 10000.0, partial: float = 1.0
 ) -> RopeConfig:
@@ -114,12 +131,21 @@ def read_rope(
         config: the file.
         theta: the family's base where the file names none.
         partial: the share of a head that is turned where the file names none.
+
+    Raises:
+        ValueError: a field is not of the kind that it has to be.
     """
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"config.json has the rope parameters {given!r}, but an object is needed: take the "
+            "config.json of the checkpoint."
+        )
     kind = given.get("rope_type") or given.get("type") or "default"
-    base = given.get("rope_theta") or config.get("rope_theta") or theta
-    share = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or partial
-    fields: dict[str, Any] = {"rope_theta": float(base), "partial_rotary_factor": float(share)}
+    fields: dict[str, Any] = {
+        key: number(given, key, 0.0) or number(config, key, 0.0) or default
+        for key, default in (("rope_theta", theta), ("partial_rotary_factor", partial))
+    }
     if kind == "default":
         return RopeConfig(**fields)
     longest = config.get("max_position_embeddings", 2048)
@@ -145,7 +171,7 @@ def read_rope(
         "mscale_all_dim",
     ):
         if given.get(name) is not None:
-            fields[name] = float(given[name])
+            fields[name] = number(given, name, 0.0)
     if "truncate" in given:
         fields["truncate"] = bool(given["truncate"])
     return RopeConfig(**fields)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,7 +13,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import qlora_jax as ql
-from qlora_jax.checkpoints import load_adapter, load_model, read_adapter_config, save_adapter
+from qlora_jax.checkpoints import (
+    load_adapter,
+    load_model,
+    merge,
+    open_checkpoint,
+    read_adapter_config,
+    save_adapter,
+)
 from qlora_jax.models import FAMILIES, Decoder, module_names
 from qlora_jax.nn import LoraConfig, TrainedParam, add_lora
 from tests.checkpoints.tiny import CONFIG, IDS, write_model
@@ -233,6 +241,16 @@ def test_a_tied_head_follows_the_trained_embedding(tmp_path: Path) -> None:
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8}}, "only 4-bit"),
         ({"r": None}, "has r None"),
+        ({"r": 2.5}, "has r 2.5, but a whole number"),
+        ({"lora_dropout": "much"}, "lora_dropout 'much', but a number"),
+        ({"target_modules": 5}, "target_modules 5, but a list of names"),
+        ({"target_modules": "(["}, "target_modules .*, but a list of names or a regular"),
+        ({"modules_to_save": [1]}, "modules_to_save .*, but a list of names"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern .*, but names with whole numbers"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern .*, but names with numbers"),
+        ({"layers_to_transform": "0"}, "layers_to_transform '0', but a list of whole"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": "x"}}, "loftq_config"),
+        ({"trainable_token_indices": {"embed_tokens": [-1]}}, "but a list of token ids"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
     ],
 )
@@ -247,6 +265,26 @@ def test_what_the_model_lacks_is_refused(change: dict, words: str, adapter) -> N
     finally:
         path.write_text(before)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda t: t.clear(), "holds no tensor"),
+        (lambda t: t.update({n: x.astype(np.int32) for n, x in t.items()}), "is stored as "),
+        (lambda t: t.update({n: x.reshape(-1) for n, x in t.items()}), "a matrix is needed"),
+    ],
+)
+def test_damaged_tensors(damage, words: str, adapter, base: Path, tmp_path: Path) -> None:
+    folder, model = adapter
+    tensors = load_file(folder / "adapter_model.safetensors")
+    damage(tensors)
+    shutil.copy(folder / "adapter_config.json", tmp_path)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        load_adapter(tmp_path, model)
+    with pytest.raises(ValueError, match=words):
+        merge(open_checkpoint(base), tmp_path, "original")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qlora_jax.checkpoints import load_model, open_checkpoint, save_checkpoint, save_model
+from qlora_jax.checkpoints import (
+    check_shapes,
+    load_model,
+    open_checkpoint,
+    save_checkpoint,
+    save_model,
+)
 from qlora_jax.quant import QuantConfig
 from tests.checkpoints.tiny import change_config, change_tensors
 from tests.shared import shared_path
@@ -85,12 +91,45 @@ def test_another_quantization_than_the_folders(folder, quant):
         (lambda t: t.pop(NAME + ".quant_state.bitsandbytes__nf4"), "has no quant_state"),
         (lambda t: t.update({NAME: t[NAME][:-2]}), "bytes of codes, but its shape"),
         (lambda t: t.update({NAME + ".quant_map": np.ones(16, np.float32)}), "is not bitsandbytes"),
+        (lambda t: t.update({NAME: t[NAME].astype(np.float64)}), "stored as F64, but codes as U8"),
+        (
+            lambda t: t.update({NAME + ".absmax": t[NAME + ".absmax"][1:].copy()}),
+            r"absmax' holds 511 numbers of U8, but .* calls for 512 of U8",
+        ),
+        (
+            lambda t: t.update({NAME + ".absmax": t[NAME + ".absmax"].astype(np.float32)}),
+            r"absmax' holds 512 numbers of F32, but .* calls for 512 of U8",
+        ),
+        (
+            lambda t: t.update({NAME + ".nested_absmax": np.zeros(3, np.float32)}),
+            r"nested_absmax' holds 3 numbers of F32, but .* calls for 2 of F32",
+        ),
+        (lambda t: say(t, nested_offset=None), "is no quant_state of bitsandbytes"),
+        (lambda t: say(t, quant_type="int8"), "is no quant_state of bitsandbytes"),
+        (lambda t: say(t, shape=[-1, 128]), "is no quant_state of bitsandbytes"),
+        (lambda t: say(t, dtype="float8"), "dtype is 'float8'"),
     ],
 )
 def test_damaged_weights(folder, damage, message):
+    """Seen when the folder is opened or compared, before a weight is read."""
     change_tensors(folder, damage)
-    with pytest.raises(ValueError, match=message):
-        load_model(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        check_shapes(open_checkpoint(folder))
+    assert "\n" not in str(error.value)
+
+
+def say(tensors, **fields) -> None:
+    """Changes what the state of `NAME` says."""
+    name = f"{NAME}.quant_state.bitsandbytes__nf4"
+    state = json.loads(tensors[name].tobytes()) | fields
+    tensors[name] = np.frombuffer(json.dumps(state).encode(), np.uint8).copy()
+
+
+@pytest.mark.parametrize("given", ["gptq", {"quant_method": "gptq"}])
+def test_other_quantizations(folder, given):
+    change_config(folder, quantization_config=given)
+    with pytest.raises(ValueError, match="is quantized by 'gptq', but"):
+        open_checkpoint(folder)
 
 
 def test_shapes_are_compared_through_the_state(folder):

@@ -4,8 +4,10 @@ import functools
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from huggingface_hub import HfApi, ModelCard, errors
+from safetensors.numpy import save_file
 
 from qlora_jax.checkpoints import model_card, push
 from qlora_jax.checkpoints.card import read_facts
@@ -36,7 +38,8 @@ def run(tmp_path):
     """A finished run, as experiments leave it."""
     folder = tmp_path / "run"
     (folder / "adapter").mkdir(parents=True)
-    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    weights = {"lora_A": np.zeros((2, 2), np.float32)}
+    save_file(weights, folder / "adapter" / "adapter_model.safetensors")
     config = {"base_model_name_or_path": "/root/cache/x", "r": 64, "lora_alpha": 16}
     config["target_modules"] = ["q_proj", "v_proj"]
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
@@ -123,6 +126,40 @@ def test_a_card_that_is_there_is_kept(run):
 def test_what_the_hub_answers_in_plain_words(run, failure, raised, message):
     with pytest.raises(raised, match=message):
         push(run / "adapter", "me/adapter", api=StandIn(failure))
+
+
+@pytest.mark.parametrize(
+    ("facts", "auto", "task"),
+    [
+        ({"adapter": {"task_type": "SEQ_CLS"}}, "SequenceClassification", "text-classification"),
+        ({"adapter": {"task_type": "SEQ_2_SEQ_LM"}}, "Seq2SeqLM", "text2text-generation"),
+        ({"adapter": {"task_type": "CAUSAL_LM"}}, "CausalLM", "text-generation"),
+        ({"adapter": {"r": 2}}, "CausalLM", "text-generation"),
+        (
+            {"model": {"architectures": ["T5ForConditionalGeneration"]}},
+            "Seq2SeqLM",
+            "text2text-generation",
+        ),
+        (
+            {"model": {"architectures": ["RobertaForSequenceClassification"]}},
+            "SequenceClassification",
+            "text-classification",
+        ),
+    ],
+)
+def test_the_card_loads_the_model_in_its_own_class(facts, auto, task):
+    text = model_card("me/it", facts)
+    assert f"AutoModelFor{auto}.from_pretrained" in text
+    assert ModelCard(text).data.pipeline_tag == task
+
+
+def test_a_file_that_is_not_whole_is_not_published(run):
+    path = run / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    api = StandIn()
+    with pytest.raises(ValueError, match="is truncated or no safetensors file"):
+        push(run / "adapter", "me/adapter", api=api)
+    assert not api.calls
 
 
 def test_nothing_to_publish_and_pickles(run):

@@ -8,15 +8,21 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
-from qlora_jax.checkpoints import load_model, open_checkpoint, save_adapter
+from qlora_jax.checkpoints import load_model, open_checkpoint, save_adapter, save_model
 from qlora_jax.cli import SUBCOMMANDS, main
-from qlora_jax.nn import LoraConfig
+from qlora_jax.models import FAMILIES, EncoderClassifier, module_names
+from qlora_jax.nn import LoraConfig, add_lora
 from qlora_jax.quant import QuantizedTensor
 from tests.checkpoints.tiny import CONFIG, change_config, write_model
+from tests.models.test_encoder import CONFIG as ROBERTA
 from tests.shared import shared_path
 
 LORA = LoraConfig(r=2, alpha=4, target_modules=("q_proj",))
+
+
+MERGE = ("merge", "base", "adapter", "--mode", "dequantized")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +130,18 @@ def outside(models):
     (models / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def cut(models):
+    path = models / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def half(models):
+    """Only one layer's adapter, of two that the configuration names."""
+    path = models / "adapter" / "adapter_model.safetensors"
+    tensors = {n: t for n, t in load_file(path).items() if "layers.0" in n}
+    save_file(tensors, path)
+
+
 def other_adapter(models):
     write_model(models / "base", dataclasses.replace(CONFIG, hidden_size=64))
 
@@ -142,6 +160,11 @@ def other_adapter(models):
         (None, ["quantize", "cut.gguf"], "is truncated or no GGUF file"),
         (None, ["merge", "base", "base", "--mode", "original"], "adapter_config.json does not"),
         (other_adapter, ["merge", "base", "adapter", "--mode", "dequantized"], "another base"),
+        (cut, ["merge", "base", "adapter", "--mode", "original"], "is truncated"),
+        (cut, ["export", "adapter", "--format", "peft"], "is truncated"),
+        (None, [*MERGE, "--tokens", "1"], "--tokens is 1, but at least 2"),
+        (None, [*MERGE, "--sample", "none.txt"], "none.txt does not exist: give --sample"),
+        (None, [*MERGE, "--sample", "base/model.safetensors"], "is no text in UTF-8"),
         (None, ["export", "base", "--format", "gguf"], "a GGUF file holds its tokenizer"),
         (None, ["export", "base", "--format", "peft"], "adapter_config.json does not exist"),
     ],
@@ -153,7 +176,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     (models / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes([9]) * 8)
     if damage is not None:
         damage(models)
-    known = {path.name for path in models.iterdir()} | {"base/model.bin"}
+    known = {path.name for path in models.iterdir()} | {"base/model.bin", "base/model.safetensors"}
     command, first, *rest = [str(models / a) if a in known else a for a in arguments]
     positional = [first, *rest[:1]] if command == "merge" else [first]
     options = rest[1:] if command == "merge" else rest
@@ -164,6 +187,32 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_adapter_that_does_not_fit_is_seen_before_anything_is_written(models, tmp_path, capsys):
+    """The drift report's first half, the model as it was trained, comes before the merged one."""
+    tokenizer = shared_path("data/models/stories260K/tokenizer.model")
+    write_model(models / "base", dataclasses.replace(CONFIG, vocab_size=512))
+    shutil.copy(tokenizer, models / "base")
+    half(models)
+    arguments = [str(models / "base"), str(models / "adapter"), str(tmp_path / "out")]
+    assert main(["merge", *arguments, "--mode", "dequantized", "--tokens", "8"]) == 2
+    assert "lacks 'model.layers.1.self_attn.q_proj.lora_A.weight'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_drift_report_is_of_decoders(tmp_path, capsys):
+    model = EncoderClassifier(ROBERTA, rngs=nnx.Rngs(0))
+    save_model(tmp_path / "base", model)
+    lora = LoraConfig(r=2, target_modules=("query",))
+    names = module_names(FAMILIES["roberta"].weight_names(ROBERTA))
+    adapted = add_lora(model, lora, rngs=nnx.Rngs(0), names=names)
+    save_adapter(tmp_path / "adapter", adapted, lora, "base")
+    arguments = ["merge", *(str(tmp_path / n) for n in ("base", "adapter", "out"))]
+    assert main([*arguments, "--mode", "original"]) == 2
+    assert "is a 'roberta': give --no-report" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--mode", "original", "--no-report"]) == 0
 
 
 def test_an_output_that_exists_is_kept(models, tmp_path, capsys):

@@ -57,16 +57,6 @@ def test_no_array_of_all_layers_is_made():
 
 
 @pytest.mark.slow
-def test_7b_loses_its_gradients():
-    ordinary = planned("llama-7b", "l40")
-    made = planned("llama-7b", "l40", update_in_backward=True)
-    saved = ordinary.device.total - made.device.total
-    assert saved >= 0.9 * ordinary.device.gradients
-    assert made.device.gradients == ordinary.device.gradients // 32
-    assert made.host == pytest.approx(ordinary.host, rel=0.01)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "limit"), [(jnp.float32, 37), (jnp.bfloat16, 35.5)], ids=["float32", "bfloat16"]
 )
@@ -74,6 +64,7 @@ def test_65b_needs_at_most_37_gib_with_float32_adapters(dtype, limit):
     made = planned("llama-65b", "l40", lora_dtype=dtype, update_in_backward=True)
     assert made.device.total <= limit * GIB
     assert made.fits
+    assert made.device.gradients == made.device.adapters // 80
 
 
 @pytest.mark.slow

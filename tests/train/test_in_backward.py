@@ -52,12 +52,19 @@ BATCH = Batch(IDS[None], LABELS[None])
 QUIET = Console(file=io.StringIO())
 
 
-def decoder(dtype=jnp.float32, *, outside: bool = False, host: bool = False, **lora) -> Decoder:
+def decoder(
+    dtype=jnp.float32,
+    *,
+    quant: QuantConfig | None = None,
+    outside: bool = False,
+    host: bool = False,
+    **lora,
+) -> Decoder:
     """With a B that is not zero, so that A takes a gradient."""
     options = LoraConfig(
         r=2, lora_dropout=0.2, dtype=dtype, target_modules=("q_proj", "down_proj"), **lora
     )
-    model = Decoder(CONFIG, quant=QuantConfig(), lora=options, matmul="xla", rngs=nnx.Rngs(0))
+    model = Decoder(CONFIG, quant=quant, lora=options, matmul="xla", rngs=nnx.Rngs(0))
     if outside:
         unfreeze(model.norm)
         unfreeze(model.lm_head)
@@ -118,7 +125,7 @@ def ordinary_and_in_backward(name: str):
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "adamw, a head trained beside": ({"outside": True}, {}),
+    "adamw, a head trained beside": ({"quant": QuantConfig(), "outside": True}, {}),
     "lion, 16 bits with master weights": (
         {"dtype": jnp.bfloat16},
         {"optim": "lion", "master_weights": True, "weight_decay": 0.1},
@@ -167,7 +174,8 @@ def test_an_encoder_decoder_learns_in_both_stacks():
             num_decoder_layers=2,
             num_heads=2,
         )
-        model = EncoderDecoder(config, lora=LoraConfig(r=2), rngs=nnx.Rngs(0))
+        lora = LoraConfig(r=2, target_modules=("q",))
+        model = EncoderDecoder(config, lora=lora, rngs=nnx.Rngs(0))
         real = np.ones(IDS.shape, bool)
         batch = Seq2SeqBatch(*(x[None] for x in (IDS, real, LABELS)))
         options = TrainConfig(**PLAIN, update_in_backward=in_backward)
@@ -183,26 +191,27 @@ class Cut(Exception):
 @pytest.mark.slow
 def test_a_run_is_resumed_with_the_switch_turned(tmp_path):
     class Batches:
-        def __init__(self, end: int):
-            self.end = end
+        def __init__(self, start: int, end: int):
+            self.start, self.end = start, end
 
         def at(self, step: int) -> Batch:
+            assert step >= self.start, "the run began anew"
             if step >= self.end:
                 raise Cut
             ids = (IDS + step) % 32
             return Batch(ids, np.where(LABELS < 0, -100, ids))
 
-    def run(folder: str, end: int, in_backward: bool) -> Any:
+    def run(folder: str, start: int, end: int, in_backward: bool) -> Any:
         config = TrainConfig(
             **PLAIN, steps=4, save_every=2, micro_batch_size=2, update_in_backward=in_backward
         )
         model = decoder()
-        fit(model, Batches(end), config, run_folder=tmp_path / folder, console=QUIET)
+        fit(model, Batches(start, end), config, run_folder=tmp_path / folder, console=QUIET)
         return nnx.state(model, nnx.LoRAParam)
 
     with pytest.raises(Cut):
-        run("cut", 2, False)
-    same(run("cut", 4, True), run("whole", 4, False), **ROUNDING)
+        run("cut", 0, 2, False)
+    same(run("cut", 2, 4, True), run("whole", 0, 4, False), **ROUNDING)
 
 
 @pytest.mark.parametrize(

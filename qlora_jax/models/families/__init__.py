@@ -42,7 +42,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         ValueError: none of ours.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         named = "names no model_type" if model_type is None else f"has model_type {model_type!r}"
         raise ValueError(
             f"config.json {named}, but only these architectures are known: "

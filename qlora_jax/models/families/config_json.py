@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.family import read_rope, required, write_rope
+from qlora_jax.models.family import number, read_rope, required, write_rope
 
 # transformers' names; its other two tanh approximations of GELU are the same sum.
 _ACTIVATIONS = {
@@ -86,7 +86,7 @@ def read_decoder(
             "num_key_value_heads": config.get("num_key_value_heads") or heads,
             "head_dim": config.get("head_dim") or hidden // heads,
             "max_position_embeddings": config.get("max_position_embeddings") or context,
-            "norm_eps": float(config.get("rms_norm_eps") or eps),
+            "norm_eps": number(config, "rms_norm_eps", eps),
             "tie_word_embeddings": bool(config.get("tie_word_embeddings", tied)),
             "rope": read_rope(config, theta=theta),
             "model_type": config["model_type"],

@@ -23,7 +23,7 @@ from qlora_jax.models.families.config_json import (
     write_decoder,
 )
 from qlora_jax.models.families.tensor_names import decoder_weights
-from qlora_jax.models.family import Family, Slot, read_rope, required
+from qlora_jax.models.family import Family, Slot, number, read_rope, required
 
 # transformers' values of fields that published files leave out.
 _GEMMA2 = {
@@ -53,7 +53,7 @@ def _read(config: Mapping[str, Any], period: int, **fields: Any) -> DecoderConfi
     usual = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(depth)]
     bias = bool(config.get("attention_bias", False))
     cap, final_cap = (
-        None if config.get(name) is None else float(config[name])
+        None if config.get(name) is None else number(config, name, 0.0)
         for name in ("attn_logit_softcapping", "final_logit_softcapping")
     )
     return read_decoder(

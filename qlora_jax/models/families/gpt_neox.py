@@ -16,7 +16,7 @@ from qlora_jax.models.families.config_json import (
     write_activation,
 )
 from qlora_jax.models.families.tensor_names import decoder_weights
-from qlora_jax.models.family import Family, Slot, read_rope, write_rope
+from qlora_jax.models.family import Family, Slot, number, read_rope, write_rope
 
 NAMES = LayerNames(
     attention="attention",
@@ -38,7 +38,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return read_decoder(
         config,
         norm="layer",
-        norm_eps=float(config.get("layer_norm_eps", 1e-5)),
+        norm_eps=number(config, "layer_norm_eps", 1e-5),
         residual="parallel" if config.get("use_parallel_residual", True) else "pre",
         hidden_act=read_activation(
             config, "hidden_act", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu"

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_jax.models.encoder import EncoderClassifier
 from qlora_jax.models.encoder_config import EncoderConfig
-from qlora_jax.models.family import Family, Slot, required
+from qlora_jax.models.family import Family, Slot, number, required
 
 
 def read_config(config: Mapping[str, Any]) -> EncoderConfig:
@@ -34,11 +34,11 @@ def read_config(config: Mapping[str, Any]) -> EncoderConfig:
         num_attention_heads=required(config, "num_attention_heads"),
         max_position_embeddings=config.get("max_position_embeddings", 512),
         type_vocab_size=config.get("type_vocab_size", 2),
-        layer_norm_eps=float(config.get("layer_norm_eps", 1e-12)),
+        layer_norm_eps=number(config, "layer_norm_eps", 1e-12),
         pad_token_id=config.get("pad_token_id", 1),
-        hidden_dropout_prob=float(config.get("hidden_dropout_prob", 0.1)),
-        attention_probs_dropout_prob=float(config.get("attention_probs_dropout_prob", 0.1)),
-        classifier_dropout=None if dropout is None else float(dropout),
+        hidden_dropout_prob=number(config, "hidden_dropout_prob", 0.1),
+        attention_probs_dropout_prob=number(config, "attention_probs_dropout_prob", 0.1),
+        classifier_dropout=None if dropout is None else number(config, "classifier_dropout", 0.0),
         num_labels=len(labels) if labels else config.get("num_labels", 2),
     )
 

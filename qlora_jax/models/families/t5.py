@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_jax.models.encoder_config import EncoderDecoderConfig
 from qlora_jax.models.encoder_decoder import EncoderDecoder
-from qlora_jax.models.family import Family, Slot, required
+from qlora_jax.models.family import Family, Slot, number, required
 from qlora_jax.nn import LoraConfig
 
 _HEAD = "lm_head.weight"
@@ -37,8 +37,8 @@ def read_config(config: Mapping[str, Any]) -> EncoderDecoderConfig:
         num_heads=required(config, "num_heads"),
         relative_attention_num_buckets=config.get("relative_attention_num_buckets", 32),
         relative_attention_max_distance=config.get("relative_attention_max_distance", 128),
-        layer_norm_epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
-        dropout_rate=float(config.get("dropout_rate", 0.1)),
+        layer_norm_epsilon=number(config, "layer_norm_epsilon", 1e-6),
+        dropout_rate=number(config, "dropout_rate", 0.1),
         feed_forward_proj=config.get("feed_forward_proj", "relu"),
         tie_word_embeddings=tied,
         scale_decoder_outputs=bool(config.get("scale_decoder_outputs", tied)),
