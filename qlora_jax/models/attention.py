@@ -252,6 +252,7 @@ def attention_for(
     | the target | and the case | asks for | because |
     |---|---|---|---|
     | CUDA of 8.0 or newer | one that cuDNN takes | cudnn | linear in memory, and the fastest |
+    | CUDA older than that | any | chunked | XLA has no bfloat16 product there that "xla" asks for |
     | any other | with a bias on the scores | xla | the bias is as large as they are |
     | | up to `LONG` tokens | xla | all scores are few, and one product is faster than a loop |
     | | more tokens than that | chunked | linear in memory, and takes every case |
