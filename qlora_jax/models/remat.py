@@ -67,7 +67,7 @@ def check_remat(
             f"remat is {remat!r}, but where weights stream a layer is computed again as they come "
             "in the second time: give remat='full' or 'offload'."
         )
-    if update_in_backward and remat not in ("full", "offload"):
+    if update_in_backward and remat not in STREAMABLE:
         raise ValueError(
             f"remat is {remat!r}, but where a layer is updated in the backward pass it is computed "
             "again there: give remat='full' or 'offload', or leave update_in_backward out."

@@ -12,6 +12,9 @@ is therefore written out (`custom_vjp`): a layer's input is kept, in device or h
 backward loop fetches weights anew and computes the layer again, as `remat="full"` does. The last
 layer's weights are still here when the backward loop begins.
 
+Because it is written out, the backward loop can also carry what is trained and update it layer by
+layer (`optim.Learner`), with weights that stream or ones that stay.
+
 Cost: every packed byte crosses PCIe twice a micro-batch (`stream_cost`), which is hidden once a
 micro-batch has tokens enough; more micro-batches do not help, more tokens in one do. Losses and
 gradients are those of resident weights, bit for bit.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.cards import Card
-from qlora_jax.models import MLP_TILE, DecoderConfig
+from qlora_jax.models import MLP_TILE, STREAMABLE, DecoderConfig
 from qlora_jax.plan.memory import Plan, plan
 from qlora_jax.plan.workload import Workload
 
@@ -123,7 +123,7 @@ def _in_backward(work: Workload) -> Workload | None:
     train = work.train
     if train.update_in_backward or train.gradient_accumulation_steps > 1:
         return None
-    if train.optim.endswith("_8bit") or work.remat not in ("full", "offload"):
+    if train.optim.endswith("_8bit") or work.remat not in STREAMABLE:
         return None
     return _train(work, update_in_backward=True, max_grad_norm=None)
 

@@ -53,7 +53,11 @@ def test_no_array_of_all_layers_is_made():
     # Each layer's slice is written into the parameters and the moments where they lie.
     writes = {"dynamic-update-slice", "loop_dynamic_update_slice_fusion"}
     assert made_whole(in_backward=True) <= writes
-    # The ordinary step begins the gradients with zeros, and fetches whole moments.
+
+
+@pytest.mark.slow
+def test_the_ordinary_step_makes_some():
+    # It begins the gradients with zeros, and fetches whole moments.
     assert {"broadcast", "copy-done"} <= made_whole(in_backward=False)
 
 

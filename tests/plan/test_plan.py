@@ -102,6 +102,23 @@ def test_the_vocabulary_is_packed_further_and_never_back():
     assert eight.apply(dataclasses.replace(WORK, quant=None)) is None
 
 
+def test_updates_in_the_backward_pass_are_planned_and_advised_where_they_apply():
+    (switch,) = (s for s in SWITCHES if s.name.startswith("update_in_backward"))
+    paging = dataclasses.replace(WORK.train, page_min_size=1)
+    work = dataclasses.replace(WORK, train=paging)
+    found, ordinary = plan(switch.apply(work)), plan(work)
+    assert found.work.train.max_grad_norm is None
+    # One of two layers; as many bytes cross the bus, layer by layer.
+    assert 2 * found.device.gradients == ordinary.device.gradients
+    assert found.traffic == ordinary.traffic
+    assert found.traffic.paged_state.to_device > 0
+    for changes in ({"gradient_accumulation_steps": 2}, {"optim": "adamw_8bit"}):
+        train = dataclasses.replace(WORK.train, **changes)
+        assert switch.apply(dataclasses.replace(WORK, train=train)) is None
+    assert switch.apply(dataclasses.replace(WORK, remat="none")) is None
+    assert switch.apply(found.work) is None
+
+
 def test_the_planned_step_runs():
     found = measure(WORK, steps=1)
     assert np.isfinite(found.first_loss)
