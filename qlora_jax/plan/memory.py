@@ -151,7 +151,7 @@ def _for_target(work: Workload, card: Card | None) -> tuple[Workload, tuple[str,
         elif attention == "cudnn" and not cudnn_available():
             attention = "chunked"
             notes.append(
-                "attention: chunked; training takes cuDNN's, which needs a little less. To plan "
+                "attention: chunked; training takes cuDNN's, which needs about as much. To plan "
                 "that: pip install --no-deps nvidia-cudnn-cu13 (0.9 GB)."
             )
         elif attention != "cudnn":
