@@ -34,7 +34,8 @@ def made_whole(in_backward: bool) -> set[str]:
         micro_batch_size=1, max_grad_norm=None, page_min_size=1, update_in_backward=in_backward
     )
     lora = LoraConfig(r=RANK, target_modules=("q_proj", "down_proj"))
-    step = training_step(Workload(config, 128, train, lora, attention="xla", matmul="xla"))
+    work = Workload(config, sequence=128, train=train, lora=lora, attention="xla", matmul="xla")
+    step = training_step(work)
     lowered = lower_for(CARDS["l40"], step.program.fn, *step.program.args)
     if step.program.kinds is not None:
         lowered = with_memory_kinds(lowered, *step.program.kinds)
