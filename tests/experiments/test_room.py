@@ -37,7 +37,11 @@ class _Traced(Exception):
     ("model", "data"),
     [
         ({"stream_weights": True, "remat": "offload"}, {}),
-        ({"param_dtype": "float32", "loss_chunk": None, "remat": "dots"}, {"packing": True}),
+        pytest.param(
+            {"param_dtype": "float32", "loss_chunk": None, "remat": "dots"},
+            {"packing": True},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_is_planned_is_what_runs(model, data, tiny_model, tmp_path, monkeypatch):

@@ -125,6 +125,7 @@ def test_the_planned_step_runs():
     assert found.tokens_per_second > 0
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_planned():
     work = dataclasses.replace(WORK, config=find_config(TINY_T5))
     assert work.tokens == 32 + 32
@@ -214,14 +215,13 @@ def test_more_than_jaxs_pinned_pool_is_told_and_refused(monkeypatch):
     ("card", "note"),
     [
         ("t4", "the kernels need sm_80"),
-        ("rtx-5090", "does not know 'NVIDIA GeForce RTX 5090'"),
         *(
             pytest.param(card, None, marks=pytest.mark.slow)
             for card in ("a100-40", "a100-80", "l40", "rtx-4090", "h100", "h200", "b200")
         ),
         *(
             pytest.param(card, "does not know 'NVIDIA", marks=pytest.mark.slow)
-            for card in ("rtx-3060", "rtx-3090")
+            for card in ("rtx-3060", "rtx-3090", "rtx-5090")
         ),
     ],
 )
