@@ -99,8 +99,8 @@ def trained(model: Any, config: TrainConfig, *, batch: Any = BATCH, loss_fn: Any
     return state._replace(rng=jax.random.key_data(state.rng)), metrics
 
 
-# A parameter under AdamW may end a few units in its last place away, under Lion it does not: XLA's
-# CPU compiler presumably fuses Adam's sums differently for a layer's slice than for the whole stack.
+# A parameter under AdamW may end a few units in its last place away, under Lion it does not: XLA on
+# the CPU presumably fuses Adam's sums differently for a layer's slice than for the whole stack.
 ROUNDING = {"rtol": 5e-7, "atol": 5e-7}
 
 
