@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -97,7 +98,28 @@ def compile_for(
     Returns:
       `jax.stages.Compiled`: `.memory_analysis()` in bytes, `.as_text()`, `.cost_analysis()`.
     """
-    return lower_for(card, fn, *args).compile(compiler_options=dict(compiler_options or {}))
+    return compile_lowered(lower_for(card, fn, *args), compiler_options)
+
+
+def compile_lowered(
+    lowered: jax.stages.Lowered, compiler_options: Mapping[str, Any] | None = None
+) -> jax.stages.Compiled:
+    """`lowered.compile()` for an absent card, kept out of JAX's persistent compilation cache.
+
+    That cache (`jax_compilation_cache_dir`) takes such a program, but cannot read it again: the
+    second compile would warn of a damaged entry.
+
+    Args:
+      lowered: from `lower_for`.
+      compiler_options: XLA options for this compile alone.
+    """
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        return lowered.compile(compiler_options=dict(compiler_options or {}))
+    finally:
+        jax.config.update(name, before)
 
 
 def with_memory_kinds(
@@ -118,7 +140,7 @@ def with_memory_kinds(
       results: the same for what the program returns.
 
     Returns:
-      `lowered`, to `.compile()`: `memory_analysis()` then counts host bytes apart.
+      `lowered`, for `compile_lowered`: `memory_analysis()` then counts host bytes apart.
     """
     flat_arguments = jax.tree.leaves(jax.tree.broadcast(arguments, lowered.args_info[0]))
     # Arguments that the program never reads are no parameters of it.

@@ -15,12 +15,13 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
 
 from pallas_kernels.cards import Card
-from pallas_kernels.compile_for import lower_for, with_memory_kinds
+from pallas_kernels.compile_for import compile_lowered, lower_for, with_memory_kinds
 from qlora_jax.plan.workload import Program
 
 CACHE_VARIABLE = "QLORA_JAX_CACHE"
@@ -79,7 +80,8 @@ def program_bytes(program: Program, card: Card | None) -> ProgramBytes:
     known = _read(file)
     if known is not None:
         return known
-    memory = lowered.compile(compiler_options=options).memory_analysis()
+    compiled = lowered.compile() if card is None else compile_lowered(lowered, options)
+    memory: Any = compiled.memory_analysis()
     found = ProgramBytes(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,

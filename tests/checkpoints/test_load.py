@@ -96,7 +96,10 @@ def test_one_tensor_at_a_time(original, monkeypatch):
         return tensor
 
     monkeypatch.setattr(WeightFolder, "read", watched)
+    # What other tests left behind need not be looked through every time.
+    gc.freeze()
     load_model(original[0], lora=None)
+    gc.unfreeze()
     assert len(alive) == 3 + CONFIG.num_hidden_layers * (2 + 7 + 4)
     # JAX may still hold the last one on the CPU, where an array can share NumPy's memory.
     assert most <= 1

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_kernels import compile_for as harness
 from pallas_kernels.cards import CARDS, find_card
@@ -80,3 +81,24 @@ def test_without_the_plugin_the_error_names_the_wheels(monkeypatch):
     monkeypatch.setattr(harness, "gpu_compiler_available", lambda: False)
     with pytest.raises(RuntimeError, match=r"jax-cuda13-plugin==.* jax-cuda13-pjrt=="):
         harness.compile_for(CARDS["h200"], lambda x: x, shape(2, 2))
+
+
+@needs_plugin
+def test_programs_for_absent_cards_stay_out_of_the_persistent_cache(tmp_path):
+    """Which takes them, but warns of a damaged entry where it should give them back."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        # JAX decides once whether there is a cache.
+        compilation_cache.reset_cache()
+        for _ in range(2):
+            harness.compile_for(CARDS["l40"], lambda x: x + 1, shape(16, 16))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.cards import CARDS
-from pallas_kernels.compile_for import lower_for, with_memory_kinds
+from pallas_kernels.compile_for import compile_lowered, lower_for, with_memory_kinds
 from qlora_jax.nn import LoraConfig
 from qlora_jax.plan import Workload, find_config
 from qlora_jax.plan.workload import training_step
@@ -44,7 +44,7 @@ def made_whole(in_backward: bool) -> set[str]:
     passed_on = ("parameter", "get-tuple-element", "bitcast")
     return {
         re.sub(r"[\d.]+$", "", name) if code == "fusion" else code
-        for name, code in re.findall(made, lowered.compile().as_text(), re.MULTILINE)
+        for name, code in re.findall(made, compile_lowered(lowered).as_text(), re.MULTILINE)
         if code not in passed_on
     }
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.cards import CARDS
-from pallas_kernels.compile_for import lower_for, with_memory_kinds
+from pallas_kernels.compile_for import compile_lowered, lower_for, with_memory_kinds
 from qlora_jax.models import streaming
 from qlora_jax.models.stream_cost import PCIE, stream_cost
 from qlora_jax.nn import LoraConfig
@@ -30,7 +30,7 @@ def compile_step(model: str, card: str, rank: int):
     step = training_step(workload(model, rank))
     lowered = lower_for(CARDS[card], step.program.fn, *step.program.args)
     marked = with_memory_kinds(lowered, *step.program.kinds)
-    return marked.compile(compiler_options=dict(step.program.options))
+    return compile_lowered(marked, dict(step.program.options))
 
 
 def device_bytes(compiled) -> int:

@@ -11,6 +11,7 @@ from pallas_kernels.cards import CARDS
 from pallas_kernels.compile_for import (
     PLUGIN_HINT,
     compile_for,
+    compile_lowered,
     gpu_compiler_available,
     lower_for,
     with_memory_kinds,
@@ -41,9 +42,10 @@ def _compile(card: str, inner: optax.GradientTransformation, *, host: bool = Fal
     scale = jax.ShapeDtypeStruct((), jnp.float32)
     lowered = lower_for(CARDS[card], jax.jit(step, donate_argnums=(0, 1)), params, state, scale)
     if not host:
-        return with_memory_kinds(lowered).compile()
+        return compile_lowered(with_memory_kinds(lowered))
     kinds = jax.tree.map(lambda leaf: "pinned_host" if leaf.shape == SHAPE else "device", state)
-    return with_memory_kinds(lowered, ("device", kinds, "device"), ("device", kinds)).compile()
+    marked = with_memory_kinds(lowered, ("device", kinds, "device"), ("device", kinds))
+    return compile_lowered(marked)
 
 
 @pytest.mark.parametrize("card", ["l40", "h200"])

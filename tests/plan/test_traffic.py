@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.cards import CARDS
-from pallas_kernels.compile_for import lower_for, with_memory_kinds
+from pallas_kernels.compile_for import compile_lowered, lower_for, with_memory_kinds
 from qlora_jax.nn import LoraConfig
 from qlora_jax.plan import Workload, find_config
 from qlora_jax.plan.workload import training_step
@@ -95,9 +95,8 @@ def test_the_compiled_program_copies_as_much():
     step = step_of(micro_batches=MICRO, stream_weights=True, remat="offload")
     found = host_traffic(step.program.fn, *step.placed)
     lowered = lower_for(CARDS["l40"], step.program.fn, *step.program.args)
-    compiled = with_memory_kinds(lowered, *step.program.kinds).compile(
-        compiler_options=dict(step.program.options)
-    )
+    marked = with_memory_kinds(lowered, *step.program.kinds)
+    compiled = compile_lowered(marked, dict(step.program.options))
     to_device, to_host = copies_in(compiled.as_text())
     assert to_device == found.to_device
     # Sums that begin as the same zeros, of one shape, go out but once.
