@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -85,6 +86,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plans every model on every card."""
+    # XLA's GPU plugin, loaded from here on, complains of its own estimates with large programs, in
+    # lines that read like errors. "1" is what JAX sets where the user says nothing.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     if args.card is None and jax.default_backend() != "gpu":
         raise ValueError(
             f"this machine has no GPU: name one or more cards with --card, of {', '.join(CARDS)}."
