@@ -43,7 +43,7 @@ def run_command(
     options = parser.parse_args(arguments)
     try:
         return run(options, make_console())
-    except (ValueError, OSError, TypeError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         return refuse(error)
 
 

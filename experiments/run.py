@@ -50,7 +50,7 @@ from qlora_jax.models import EncoderDecoderConfig, check_remat, t5_lora
 from qlora_jax.nn import FrozenParam
 from qlora_jax.pretrained import find_folder, load_pretrained
 from qlora_jax.train import Callback, fit
-from qlora_jax.train.config import CADENCE_FIELDS
+from qlora_jax.train.config import FREE_ON_RESUME
 from qlora_jax.train.progress import peak_device_bytes, peak_host_bytes
 from qlora_jax.train.run_folder import locked_run_folder
 
@@ -257,8 +257,8 @@ def is_finished(run: RunConfig, folder: Path) -> bool:
     if not (folder / CONFIG).is_file():
         return False
     saved = build_run(read_yaml(folder / CONFIG), str(folder / CONFIG))
-    cadence = {f"train.{name}" for name in CADENCE_FIELDS}
-    other = [text for text in differences(run, saved) if text.split(":")[0] not in cadence]
+    free = {f"train.{name}" for name in FREE_ON_RESUME}
+    other = [text for text in differences(run, saved) if text.split(":")[0] not in free]
     if other:
         raise ValueError(
             f"{folder} holds a run with other options ({'; '.join(other)}): choose another --out, "

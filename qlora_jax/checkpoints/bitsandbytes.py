@@ -77,7 +77,7 @@ def read_state(weights: WeightFolder, name: str) -> PackedState:
         offset = float(state["nested_offset"]) if config.double_quant else None
         if config.quant_type not in QUANT_TYPES or min(shape, default=0) < 1:
             raise ValueError(f"quant_type {config.quant_type!r}, shape {list(shape)}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{weights.folder}: {blob!r} is no quant_state of bitsandbytes ({error!r}): fetch the "
             "checkpoint again."

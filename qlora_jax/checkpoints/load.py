@@ -121,7 +121,10 @@ def load_model(
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
     switches: dict[str, Any] = {"stream_weights": stream_weights, "mlp_tile": mlp_tile}
-    switches = {name: value for name, value in switches.items() if value}
+    # Not all that is false: `mlp_tile=0` is refused where it is used.
+    switches = {
+        name: value for name, value in switches.items() if not (value is None or value is False)
+    }
     if switches and family.build is not Decoder:
         raise ValueError(
             f"{' and '.join(switches)} is set, but {checkpoint.source} is a "

@@ -99,6 +99,12 @@ def run(args: argparse.Namespace) -> int:
     cards = [None] if args.card is None else [find_card(name) for name in args.card]
     if args.card is not None and not gpu_compiler_available():
         raise ModuleNotFoundError(f"{PLUGIN_HINT} (140 MB, no driver needed).")
+    configs = [find_config(model) for model in args.models]
+    if args.target is not None and not any(isinstance(c, EncoderDecoderConfig) for c in configs):
+        raise ValueError(
+            f"--target is {args.target}, but {', '.join(args.models)} reads one sequence: leave it "
+            "out."
+        )
     reports: list[Report] = []
     for model in args.models:
         work = _workload(model, args)

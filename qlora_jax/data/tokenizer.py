@@ -199,7 +199,15 @@ def _sentinels(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> in
     """How many tokens transformers puts behind the pieces of a T5's SentencePiece model."""
     named = str(config.get("tokenizer_class", "")).startswith("T5Tokenizer")
     ours = named or model_config.get("model_type") == "t5"
-    return int(config.get("extra_ids", 100 if ours else 0))
+    count = config.get("extra_ids")
+    if count is None:
+        return 100 if ours else 0
+    if type(count) is not int or count < 0:
+        raise ValueError(
+            f"extra_ids is {count!r} in tokenizer_config.json, but a whole number of tokens is "
+            "needed: take the checkpoint's own file."
+        )
+    return count
 
 
 def _find(path: Path) -> Path:

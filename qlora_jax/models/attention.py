@@ -4,6 +4,7 @@
 windows, soft caps, biases, packed segments) is an argument, and so is the implementation.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -229,11 +230,9 @@ class Attention(nnx.Module):
 
 def capability_here() -> tuple[int, int] | None:
     """The CUDA compute capability of this process's default device; None where it has none."""
-    told = getattr(jax.devices()[0], "compute_capability", None)
-    if not isinstance(told, str):
-        return None
-    major, minor = told.split(".")
-    return int(major), int(minor)
+    # AMD's GPUs tell another kind of name there.
+    told = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return None if told is None else (int(told[1]), int(told[2]))
 
 
 def attention_for(
@@ -274,7 +273,7 @@ def attention_for(
     cuda = platform in ("cuda", "gpu")
     narrow = jnp.dtype(compute_dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     fits = head_dim % 8 == 0 and head_dim <= 128 and softcap is None and not (bias or packed)
-    old = compute_capability is not None and compute_capability < (8, 0)
+    old = cuda and compute_capability is not None and compute_capability < (8, 0)
     if cuda and narrow and fits and not old:
         return "cudnn"
     if old:

@@ -36,6 +36,7 @@ from qlora_jax.models.norm import norm_for
 from qlora_jax.models.remat import check_remat
 from qlora_jax.models.rope import rotations
 from qlora_jax.models.stack import Storage, check_options, scan_layers, split_key, stack_layers
+from qlora_jax.models.tile import check_mlp_tile
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 
@@ -81,6 +82,7 @@ class Decoder(nnx.Module):
     ) -> None:
         check_remat(remat, stream_weights=stream_weights)
         check_attention(attention)
+        check_mlp_tile(mlp_tile, experts=config.num_local_experts)
         self.config = config
         self.compute_dtype = compute_dtype
         self.remat = remat

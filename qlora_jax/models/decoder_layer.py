@@ -12,7 +12,7 @@ from qlora_jax.models.mlp import MLP
 from qlora_jax.models.moe import MixtureOfExperts
 from qlora_jax.models.norm import norm_for
 from qlora_jax.models.stack import Storage
-from qlora_jax.models.tile import by_tile
+from qlora_jax.models.tile import by_tile, check_mlp_tile
 
 
 class DecoderLayer(nnx.Module):
@@ -65,7 +65,8 @@ class DecoderLayer(nnx.Module):
 
         def mlp(x: Array) -> Array:
             module = getattr(self, config.names.mlp)
-            if mlp_tile is None or config.num_local_experts:
+            check_mlp_tile(mlp_tile, experts=config.num_local_experts)
+            if mlp_tile is None:
                 return module(x, dropout_keys=keys)
             own = {name: keys[name] for name in config.mlp_linears}
             return by_tile(module, x, dropout_keys=own, tile=mlp_tile)

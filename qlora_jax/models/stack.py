@@ -104,7 +104,7 @@ def scan_layers(
     Args:
         layers: as `stack_layers` made it.
         apply: one layer's part.
-        x: what goes through; a pytree, unless weights stream.
+        x: what goes through; a pytree.
         per_layer: a pytree whose leaves carry the layers' axis (dropout keys, caches), or None.
         remat: a key of `REMAT`: what the backward pass finds saved.
         stream_weights: whether frozen weights come in from host memory layer by layer.

@@ -10,11 +10,14 @@ hides more, so the number is an upper bound. Estimates all, until a card has mea
 """
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 from flax import nnx
 
 from pallas_kernels.cards import Card
+from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.streaming import host_bytes, streams
 from qlora_jax.nn import FrozenParam
@@ -64,14 +67,14 @@ def stream_cost(model: Decoder, *, sequence: int) -> StreamCost:
     config = model.config
 
     def weights(kind: type[nnx.Variable]) -> int:
-        values = jax.tree.leaves(
+        values, _ = jax.tree_util.tree_flatten_with_path(
             nnx.to_pure_dict(nnx.state(model.layers, kind)),
             is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor),
         )
         # Matrices alone: norms and biases are no products.
         return sum(
-            value.size * value.codes.shape[0] if isinstance(value, QuantizedTensor) else value.size
-            for value in values
+            _multiplied(path, value, config)
+            for path, value in values
             if isinstance(value, QuantizedTensor) or value.ndim > 2
         )
 
@@ -89,3 +92,12 @@ def stream_cost(model: Decoder, *, sequence: int) -> StreamCost:
         flops_per_token=2
         * (3 * weights(FrozenParam) + 4 * weights(nnx.LoRAParam) + 2 * head + 4 * attention),
     )
+
+
+def _multiplied(path: tuple, value: Any, config: DecoderConfig) -> int:
+    """Weights of all layers that one token is multiplied by: of experts, those that it goes to."""
+    quantized = isinstance(value, QuantizedTensor)
+    size = value.size * math.prod(value.stack_shape) if quantized else value.size
+    if config.num_local_experts and "experts" in jax.tree_util.keystr(path):
+        return size * config.num_experts_per_tok // config.num_local_experts
+    return size

@@ -8,8 +8,10 @@ arXiv 2506.13996, calls this TiledMLP).
 
     x [32,768 tokens] → 8 tiles of 4,096: gate, up, down → joined
 
-Cost: under `remat` "full" or "offload" no product, since what a tile computes again the layer would
-have computed again; a weight that is decoded before its product is decoded once a tile.
+Cost: under `remat` "full" or "offload" no product where nothing but a sum follows the MLP (Llama,
+Mistral, Qwen, GPT-NeoX): what a tile computes again, the layer would have computed again. Where a
+norm follows it (Gemma, OPT-350M), the products before the down-projection once more. A weight that
+is decoded before its product is decoded once a tile, and DoRA's A · Wᵀ is computed once a tile.
 """
 
 from collections.abc import Mapping
@@ -25,6 +27,28 @@ MLP_TILE = 4096
 """Tokens of a tile that keep products efficient, and decodes few: a good value to set."""
 
 Keys = Mapping[str, Key[Array, ""] | None]
+
+
+def check_mlp_tile(tile: int | None, *, experts: int | None = None) -> None:
+    """Refuses tiles of nothing, and tiles of a mixture of experts.
+
+    Args:
+        tile: tokens, or None for no tiles.
+        experts: how many the MLPs have; None for one.
+
+    Raises:
+        ValueError: saying what to give instead.
+    """
+    if tile is not None and tile < 1:
+        raise ValueError(
+            f"mlp_tile is {tile}, but at least 1 token is needed: {MLP_TILE} is usual, and None "
+            "for no tiles."
+        )
+    if tile is not None and experts:
+        raise ValueError(
+            f"mlp_tile is {tile}, but a mixture of experts reads its tokens in blocks of its own: "
+            "leave it out."
+        )
 
 
 def by_tile(
@@ -48,11 +72,7 @@ def by_tile(
     Raises:
         ValueError: tile is not positive.
     """
-    if tile < 1:
-        raise ValueError(
-            f"mlp_tile is {tile}, but at least 1 token is needed: {MLP_TILE} is usual, and None "
-            "for no tiles."
-        )
+    check_mlp_tile(tile)
     batch, length, embed = x.shape
     pieces = -(-length // -(-tile // batch))
     if pieces == 1:

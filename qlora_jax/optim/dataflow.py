@@ -1,8 +1,9 @@
 """Reading a traced function: what an output depends on, and computing its outputs one by one.
 
 A jaxpr is JAX's record of a function: a list of equations, each with inputs and outputs. `paged`
-uses it twice: to make sure that no parameter's update looks at another parameter, and to carry out
-the update of one parameter at a time with exactly the equations of the whole.
+reads it to make sure that no parameter's update looks at another parameter, and to carry out the
+update of one parameter at a time with exactly the equations of the whole; `train.in_backward` reads
+it to tell what is known before the backward pass, and whether an update treats every number alone.
 """
 
 from collections.abc import Callable
@@ -89,6 +90,19 @@ def is_elementwise(jaxpr: jex_core.Jaxpr, watched: list[bool]) -> bool:
     mixes numbers of an array and keeps its shape, such as a cumulative sum, is not found.)
     """
     return _touched(jaxpr, watched) is not None
+
+
+def computes(jaxpr: jex_core.Jaxpr) -> list[str]:
+    """The names of all that a traced function computes, in order; moves between memories, and what
+    orders them, are left out."""
+    names: list[str] = []
+    for eqn in jaxpr.eqns:
+        body = _called(eqn)
+        if body is not None:
+            names += computes(body.jaxpr)
+        elif eqn.primitive.name not in ("device_put", "optimization_barrier"):
+            names.append(eqn.primitive.name)
+    return names
 
 
 def _touched(jaxpr: jex_core.Jaxpr, watched: list[bool]) -> list[bool] | None:

@@ -55,7 +55,8 @@ class Learner:
             memory.
         squares: a float32 scalar, zero before a step; after it, the sum of squares of the
             parameter's gradient.
-        shared: a tuple of what is the same for all layers: step counts, the number of tokens.
+        shared: a tuple of what is the same for all layers: what the rule computed before the pass
+            from step counts and the number of tokens.
         rule: the update.
     """
 

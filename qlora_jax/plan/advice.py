@@ -103,7 +103,8 @@ def _accumulated(work: Workload) -> Workload | None:
 def _narrow_adapters(work: Workload) -> Workload | None:
     if jnp.dtype(work.lora.dtype) != jnp.float32:
         return None
-    return dataclasses.replace(work, lora=dataclasses.replace(work.lora, dtype=jnp.bfloat16))
+    narrow = dataclasses.replace(work.lora, dtype=jnp.bfloat16)
+    return _train(dataclasses.replace(work, lora=narrow), master_weights=True)
 
 
 def _host_sums(work: Workload) -> Workload | None:
@@ -115,6 +116,8 @@ def _host_sums(work: Workload) -> Workload | None:
 def _tiled(work: Workload) -> Workload | None:
     tokens = work.train.micro_batch_size * work.sequence
     if work.mlp_tile is not None or tokens <= MLP_TILE or not _decoder(work):
+        return None
+    if getattr(work.config, "num_local_experts", None):
         return None
     return dataclasses.replace(work, mlp_tile=MLP_TILE)
 
@@ -129,7 +132,7 @@ def _in_backward(work: Workload) -> Workload | None:
 
 
 def _offloaded(work: Workload) -> Workload | None:
-    return dataclasses.replace(work, remat="offload") if work.remat == "full" else None
+    return None if work.remat == "offload" else dataclasses.replace(work, remat="offload")
 
 
 def _packed_vocabulary(bits: int) -> Callable[[Workload], Workload | None]:
@@ -137,15 +140,26 @@ def _packed_vocabulary(bits: int) -> Callable[[Workload], Workload | None]:
         # A 16-bit base stays one: packing its vocabulary would be another experiment.
         if work.quant is None or (work.embedding_bits or 16) <= bits:
             return None
+        # Rows that are trained stay dense, and rows have to fill blocks.
+        if work.lora.modules_to_save is not None or _row_width(work) % 32:
+            return None
         return dataclasses.replace(work, embedding_bits=bits)
 
     return apply
 
 
+def _row_width(work: Workload) -> int:
+    config = work.config
+    if isinstance(config, DecoderConfig):
+        return config.word_embed_proj_dim or config.hidden_size
+    return config.d_model
+
+
 def _streamed(work: Workload) -> Workload | None:
     if work.stream_weights or not _decoder(work):
         return None
-    return dataclasses.replace(work, stream_weights=True)
+    remat = work.remat if work.remat in STREAMABLE else "full"
+    return dataclasses.replace(work, stream_weights=True, remat=remat)
 
 
 def _decoder(work: Workload) -> bool:
@@ -186,7 +200,12 @@ SWITCHES = (
         "embedding and head rounded to INT8: 0.00001 nats a token where it was measured",
         _packed_vocabulary(8),
     ),
-    Switch("LoRA dtype: bfloat16", "adapters rounded to 8 bits of precision", _narrow_adapters),
+    Switch(
+        "LoRA dtype: bfloat16, master_weights: true",
+        "products see adapters of 8 bits of precision; their float32 copies rest on the host, 4 "
+        "bytes a trained parameter",
+        _narrow_adapters,
+    ),
     Switch(
         "update_in_backward: true, max_grad_norm: null",
         "no clipping by the global norm",

@@ -80,7 +80,7 @@ def measure(work: Workload, *, steps: int = 4) -> Measured:
 
 
 def _on_host(path: tuple, leaf: jax.Array) -> jax.Array:
-    streamed = "'layers'" in jax.tree_util.keystr(path) and streams(leaf)
+    streamed = is_stacked(path) and streams(leaf)
     return to_host(leaf) if streamed else leaf
 
 

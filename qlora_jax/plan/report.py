@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.cards import Card, find_card
-from qlora_jax.models import Decoder
+from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.models.stream_cost import PCIE, StreamCost, stream_cost
 from qlora_jax.plan.advice import Advice, advise
 from qlora_jax.plan.compiled import program_bytes
@@ -15,6 +15,7 @@ from qlora_jax.plan.search import largest_that_fits
 from qlora_jax.plan.workload import (
     Workload,
     decoding_step,
+    largest_dense,
     largest_load,
     model_shapes,
     tree_bytes,
@@ -193,7 +194,7 @@ def report(
         decode=program_bytes(decoding, target).device,
         decode_batch=decode_batch,
         decode_length=decode_length,
-        load=resident + tree_bytes(load.args[1]) + written.temporaries,
+        load=resident + max(tree_bytes(load.args[1]) + written.temporaries, largest_dense(work)),
         largest_batch=batch,
         largest_sequence=sequence,
         advice=advise(made, target) if search and made.fits is False else (),
@@ -223,12 +224,21 @@ def _largest(made: Plan, card: Card | None) -> tuple[int | None, int | None]:
     sequence = largest_that_fits(
         with_sequence,
         usable,
+        most=_positions(work),
         start=SEQUENCE_STEP,
         step=SEQUENCE_STEP,
         known={work.sequence: total} if alone else None,
         second=int(growth * work.sequence * rows),
     )
     return batch, sequence
+
+
+def _positions(work: Workload) -> int:
+    """Tokens that a sequence can have: of learned positions there are so many, of others any."""
+    config = work.config
+    if isinstance(config, DecoderConfig) and config.rope is None:
+        return config.max_position_embeddings
+    return 2**20
 
 
 def _stream_cost(made: Plan, card: Card | None) -> Streaming | None:

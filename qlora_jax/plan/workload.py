@@ -21,6 +21,7 @@ from qlora_jax.checkpoints.load import put
 from qlora_jax.data import Batch, PackedBatch, Seq2SeqBatch
 from qlora_jax.evaluate import LossFn, loss_for, split_adapters
 from qlora_jax.models import (
+    FAMILIES,
     LOSS_CHUNK,
     AttentionName,
     Decoder,
@@ -28,9 +29,10 @@ from qlora_jax.models import (
     EncoderDecoder,
     EncoderDecoderConfig,
     is_stacked,
+    module_names,
 )
 from qlora_jax.models.streaming import compiler_options, streams
-from qlora_jax.nn import FrozenParam, LoraConfig
+from qlora_jax.nn import FrozenParam, LoraConfig, add_lora
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from qlora_jax.train import TrainConfig, init_state, make_train_step
 
@@ -143,10 +145,9 @@ class Step(NamedTuple):
 
 
 def model_shapes(work: Workload) -> Decoder | EncoderDecoder:
-    """The model as training builds it, its Variables holding shapes."""
+    """The model as training builds it (`checkpoints.load_model`), its Variables holding shapes."""
     options: dict[str, Any] = {
         "quant": work.quant,
-        "lora": work.lora,
         "compute_dtype": jnp.dtype(work.compute_dtype),
         "param_dtype": jnp.dtype(work.param_dtype or work.compute_dtype),
         "embedding_bits": work.embedding_bits,
@@ -155,10 +156,18 @@ def model_shapes(work: Workload) -> Decoder | EncoderDecoder:
         "matmul": work.matmul,
     }
     config = work.config
-    if isinstance(config, EncoderDecoderConfig):
-        return nnx.eval_shape(lambda: EncoderDecoder(config, **options, rngs=nnx.Rngs(0)))
-    options |= {"stream_weights": work.stream_weights, "mlp_tile": work.mlp_tile}
-    return nnx.eval_shape(lambda: Decoder(config, **options, rngs=nnx.Rngs(0)))
+    family = FAMILIES[config.model_type]
+    if isinstance(config, DecoderConfig):
+        options |= {"stream_weights": work.stream_weights, "mlp_tile": work.mlp_tile}
+    names = module_names(family.weight_names(config))
+    # Where adapters start from decides their values, and never their shapes.
+    lora = dataclasses.replace(work.lora, init_lora_weights=True)
+
+    def build() -> Any:
+        model = family.build(config, **options, rngs=nnx.Rngs(0))
+        return add_lora(model, lora, rngs=nnx.Rngs(0), names=names)
+
+    return nnx.eval_shape(build)
 
 
 def batch_shapes(work: Workload) -> Any:
@@ -277,6 +286,21 @@ def largest_load(work: Workload) -> Program:
         return put(stack, tensor, index, work.quant)
 
     return Program(jax.jit(write, donate_argnums=0), (stack, tensor, index))
+
+
+def largest_dense(work: Workload) -> int:
+    """Bytes of the largest tensor outside of the stacks that is loaded as it is: a vocabulary
+    matrix lies beside its place while it is put there. 0 where none is dense."""
+    state = nnx.to_pure_dict(nnx.state(model_shapes(work), FrozenParam))
+    flat = jax.tree_util.tree_flatten_with_path(
+        state, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)
+    )[0]
+    sizes = (
+        tree_bytes(leaf)
+        for path, leaf in flat
+        if not is_stacked(path) and not isinstance(leaf, QuantizedTensor)
+    )
+    return max(sizes, default=0)
 
 
 def _saved_bytes(

@@ -20,9 +20,9 @@ from qlora_jax.optim import (
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "lion", "lion_8bit")
 
-# How often a run looks at itself, and when in a step it updates, changes nothing in what it
-# computes: free to differ on resuming.
-CADENCE_FIELDS = frozenset(
+# How often a run looks at itself, and when in a step it updates, changes nothing beyond rounding in
+# what it computes: free to differ on resuming.
+FREE_ON_RESUME = frozenset(
     {"eval_every", "save_every", "keep_checkpoints", "log_every", "update_in_backward"}
 )
 

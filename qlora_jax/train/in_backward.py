@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from qlora_jax.models import is_stacked
 from qlora_jax.optim import Learner, Rule
-from qlora_jax.optim.dataflow import LazyOutputs, is_elementwise, sources, split_early
+from qlora_jax.optim.dataflow import LazyOutputs, computes, is_elementwise, sources, split_early
 from qlora_jax.optim.per_parameter import by_path, only, owners, shapes
 from qlora_jax.train.accumulate import mean_gradient
 
@@ -101,7 +101,8 @@ def update_in_backward(
     for index, (value, held, _) in learned.items():
         new[index] = value
         state |= dict(zip(parts.paths_of(index), held, strict=True))
-    squares = sum(part[2] for part in learned.values()) + optax.tree.norm(means, squared=True)
+    squares = sum(part[2] for part in learned.values())
+    squares += sum(jnp.sum(jnp.square(mean.astype(jnp.float32))) for mean in means)
     return Updated(
         summed,
         jnp.sqrt(squares),
@@ -192,12 +193,19 @@ class _Parts:
                 )
 
     def _is_elementwise(self, index: int) -> bool:
-        """Whether the update of one parameter is one of its numbers, each alone."""
+        """Whether the update of one parameter is one of its numbers, each alone, and the same for a
+        layer's slice: a decay that goes by the number of axes is another one there."""
         alone = only(shapes(self.params), [index])
+        whole, watched = self._traced(alone)
+        layer, _ = self._traced(jax.tree.map(_slice_of, alone))
+        return is_elementwise(whole, watched) and computes(whole) == computes(layer)
+
+    def _traced(self, alone: PyTree) -> tuple[Any, list[bool]]:
+        """The update of what is not left out, and which of its inputs belong to a parameter."""
         state = jax.eval_shape(self.tx.init, alone)
         traced = jax.make_jaxpr(self.tx.update)(alone, state, alone)
         mine = [self.owner[path] is not None for path, _ in by_path(state)]
-        return is_elementwise(traced.jaxpr, [True, *mine, True])
+        return traced.jaxpr, [True, *mine, True]
 
     def learner(self, index: int, tokens: Int[Array, ""]) -> tuple[tuple[Array, ...], Rule]:
         """(shared values, rule) of one parameter's `Learner`.
@@ -216,11 +224,8 @@ class _Parts:
             squares = jnp.sum(jnp.square(mean.astype(jnp.float32)))
             return new[index], tuple(after[path] for path in mine), squares
 
-        def slice_of(stack: Array) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
-
-        value = slice_of(jax.tree.leaves(self.params)[index])
-        state = tuple(slice_of(stack) for stack in self.state_of(index))
+        value = _slice_of(jax.tree.leaves(self.params)[index])
+        state = tuple(map(_slice_of, self.state_of(index)))
         shared = (tokens, *self.state_of(None))
         traced, out = jax.make_jaxpr(update, return_shape=True)(value, value, state, shapes(shared))
         before, after = split_early(traced, [False] * (2 + len(state)) + [True] * len(shared))
@@ -254,3 +259,8 @@ class _Parts:
         updates, after = self.tx.update(placed(grads), state, placed(values))
         new = optax.apply_updates(placed(values), updates)
         return dict(zip(indices, jax.tree.leaves(new), strict=True)), dict(by_path(after))
+
+
+def _slice_of(stack: Any) -> jax.ShapeDtypeStruct:
+    """One layer of a stack, as a shape."""
+    return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from qlora_jax.train.config import CADENCE_FIELDS, TrainConfig
+from qlora_jax.train.config import FREE_ON_RESUME, TrainConfig
 
 
 @contextlib.contextmanager
@@ -143,7 +143,7 @@ def check_or_write_config(folder: Path, description: dict[str, Any], *, started:
         f"{name} (was {old}, is {new})"
         for section in ("train", "run")
         for name, old, new in _differences(before.get(section, {}), description[section])
-        if not (section == "train" and name in CADENCE_FIELDS)
+        if not (section == "train" and name in FREE_ON_RESUME)
     ]
     if differing:
         raise ValueError(
@@ -156,7 +156,8 @@ def _differences(
     before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, str, str]]:
     for name in dict.fromkeys((*before, *after)):
-        old, new = before.get(name, "absent"), after.get(name, "absent")
+        # A field that there was not yet is as one that is not set.
+        old, new = before.get(name), after.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, f"{prefix}{name}.")
         elif old != new:

@@ -39,7 +39,8 @@ class HostTraffic(NamedTuple):
     paged_state: Crossing = Crossing()
     """The optimizer's, master copies included: in and out once an update."""
     gradient_sums: Crossing = Crossing()
-    """Where accumulation keeps them on the host: in and out once a micro-batch."""
+    """Where accumulation keeps them on the host: in and out once a micro-batch, and once
+    more for the zeros before and the mean after."""
     activations: Crossing = Crossing()
     """What layers leave for the backward pass and `remat="offload"` keeps on the host."""
     streamed_weights: Crossing = Crossing()

@@ -107,6 +107,7 @@ def test_another_quantization_than_the_folders(folder, quant):
         (lambda t: say(t, nested_offset=None), "is no quant_state of bitsandbytes"),
         (lambda t: say(t, quant_type="int8"), "is no quant_state of bitsandbytes"),
         (lambda t: say(t, shape=[-1, 128]), "is no quant_state of bitsandbytes"),
+        (lambda t: say(t, shape=[float("inf"), 128]), "is no quant_state of bitsandbytes"),
         (lambda t: say(t, dtype="float8"), "dtype is 'float8'"),
     ],
 )

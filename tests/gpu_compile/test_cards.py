@@ -98,6 +98,9 @@ def test_programs_for_absent_cards_stay_out_of_the_persistent_cache(tmp_path):
         compilation_cache.reset_cache()
         for _ in range(2):
             harness.compile_for(CARDS["l40"], lambda x: x + 1, shape(16, 16))
+        assert not list(tmp_path.iterdir())
+        jax.jit(lambda x: x + 1).lower(shape(16, 16)).compile()
+        assert list(tmp_path.iterdir()), "what is compiled for this machine is kept"
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

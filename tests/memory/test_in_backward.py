@@ -37,8 +37,7 @@ def made_whole(in_backward: bool) -> set[str]:
     work = Workload(config, sequence=128, train=train, lora=lora, attention="xla", matmul="xla")
     step = training_step(work)
     lowered = lower_for(CARDS["l40"], step.program.fn, *step.program.args)
-    if step.program.kinds is not None:
-        lowered = with_memory_kinds(lowered, *step.program.kinds)
+    lowered = with_memory_kinds(lowered, *step.program.kinds)
     stack = rf"f32\[{LAYERS},(?:{RANK},\d+|\d+,{RANK})\]"
     made = rf"^\s+(?:ROOT )?%?([\w.-]+) = {stack}\S* ([\w-]+)\("
     passed_on = ("parameter", "get-tuple-element", "bitcast")

@@ -1,5 +1,7 @@
 """An MLP in tiles of tokens gives what it gives in one piece."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax.models import Decoder, DecoderConfig, next_token_loss
+from qlora_jax.models.tile import by_tile
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 
@@ -70,7 +73,18 @@ def test_gradients_of_16_bit_adapters_are_summed_over_tiles_in_float32():
         assert np.abs(other - one).max() <= 2**-8 * np.abs(one).max()
 
 
-def test_tiles_drop_units_of_their_own():
+def test_two_tiles_of_the_same_tokens_drop_other_units():
+    half = jax.random.normal(jax.random.key(2), (1, 4, 32))
+    layer = jax.tree.map(lambda leaf: leaf[0], nnx.state(decoder().layers))
+    mlp = nnx.merge(nnx.graphdef(decoder().layers), layer).mlp
+    keys = {name: jax.random.key(i) for i, name in enumerate(CONFIG.mlp_linears)}
+    found = by_tile(mlp, jnp.tile(half, (1, 2, 1)), dropout_keys=keys, tile=4)
+    assert np.abs(found[:, :4] - found[:, 4:]).max() > 1e-3
+    same = by_tile(mlp, jnp.tile(half, (1, 2, 1)), dropout_keys=dict.fromkeys(keys), tile=4)
+    np.testing.assert_array_equal(same[:, :4], same[:, 4:])
+
+
+def test_tiles_drop_units_by_the_key():
     function = loss_and_gradient(decoder(mlp_tile=4))
     first, again, other = (function(jax.random.key(seed)) for seed in (0, 0, 1))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -80,3 +94,9 @@ def test_tiles_drop_units_of_their_own():
 def test_a_tile_of_nothing_is_refused():
     with pytest.raises(ValueError, match="mlp_tile is 0, but at least 1 token is needed"):
         decoder(mlp_tile=0).hidden(IDS)
+
+
+def test_a_mixture_of_experts_is_refused():
+    config = dataclasses.replace(CONFIG, num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(ValueError, match="mlp_tile is 4, but a mixture of experts"):
+        Decoder(config, lora=None, mlp_tile=4, rngs=nnx.Rngs(0))

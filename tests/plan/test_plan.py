@@ -15,9 +15,9 @@ from qlora_jax.cli import main
 from qlora_jax.evaluate import loss_for, split_adapters
 from qlora_jax.models.stream_cost import stream_cost
 from qlora_jax.models.streaming import HOST_LIMIT, host_limit_for
-from qlora_jax.nn import LoraConfig
+from qlora_jax.nn import LoraConfig, TrainedParam
 from qlora_jax.plan import Workload, check_fits, find_config, measure, plan
-from qlora_jax.plan.advice import SWITCHES
+from qlora_jax.plan.advice import SWITCHES, advise
 from qlora_jax.plan.compiled import CACHE_VARIABLE, cache_folder
 from qlora_jax.plan.measure import random_batch, random_weights
 from qlora_jax.plan.report import Streaming
@@ -275,3 +275,33 @@ def test_the_command_needs_a_card(capsys):
         pytest.skip("there is one")
     assert main(["plan", "llama-7b"]) == 2
     assert "--card" in capsys.readouterr().err
+
+
+def test_what_a_configuration_trains_is_planned():
+    """As `load_model` builds it: modules to save, and layers by number."""
+    lora = LoraConfig(r=4, modules_to_save=("lm_head",), layers_to_transform=(0,))
+    model = model_shapes(dataclasses.replace(WORK, lora=lora))
+    assert isinstance(model.lm_head.weight, TrainedParam)
+    adapters = [leaf.size for leaf in jax.tree.leaves(nnx.state(model.layers, nnx.LoRAParam))]
+    assert sum(adapters) == sum(
+        leaf.size for leaf in jax.tree.leaves(nnx.state(model_shapes(WORK).layers, nnx.LoRAParam))
+    )
+
+
+def test_a_token_is_multiplied_by_its_own_experts_alone():
+    def flops(experts: int) -> float:
+        config = dataclasses.replace(WORK.config, num_local_experts=4, num_experts_per_tok=experts)
+        model = model_shapes(dataclasses.replace(WORK, config=config))
+        return stream_cost(model, sequence=32).flops_per_token
+
+    config = WORK.config
+    frozen = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    adapters = 3 * 4 * (config.hidden_size + config.intermediate_size) * config.num_hidden_layers
+    assert flops(3) - flops(2) == 2 * (3 * frozen + 4 * adapters)
+
+
+@pytest.mark.slow
+def test_every_switch_can_be_tried_from_any_start():
+    start = plan(dataclasses.replace(WORK, remat="attention", attention="xla"), memory=1)
+    names = [item.switch.name for item in advise(start, None)]
+    assert names

@@ -243,6 +243,10 @@ def weighted(model, batch, key, /):
     return total, (total > 0).astype(jnp.int32)
 
 
+def has_three_axes(tree):
+    return jax.tree.map(lambda leaf: leaf.ndim == 3, tree)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -251,6 +255,8 @@ def weighted(model, batch, key, /):
             "treats every number alone",
         ),
         ({"tx": optax.lamb(1e-3)}, "treats every number alone"),
+        # Decays stacks, and not their layers.
+        ({"tx": optax.adamw(1e-3, mask=has_three_axes)}, "treats every number alone"),
         ({"tx": eight_bit(optax.adamw(1e-3), min_size=1)}, "take AdamW or Lion in 32 bits"),
         ({"remat": "dots"}, "give remat='full' or 'offload', or leave update_in_backward out"),
         ({"loss_fn": twice}, "exactly once, but the given one runs some 2 times"),

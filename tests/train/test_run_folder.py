@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qlora_jax.train.run_folder import locked_run_folder
+from qlora_jax.train.run_folder import check_or_write_config, locked_run_folder
 
 
 def test_a_held_folder_is_refused_and_freed_on_leaving(tmp_path):
@@ -82,3 +82,13 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
         locked_run_folder(tmp_path / "file" / "run"),
     ):
         pass
+
+
+def test_a_field_that_there_was_not_yet_is_one_that_is_not_set(tmp_path):
+    before = {"train": {"steps": 2}, "run": {"model": {"source": "a"}}}
+    check_or_write_config(tmp_path, before, started=False)
+    grown = {"train": {"steps": 2, "new": None}, "run": {"model": {"source": "a", "bits": None}}}
+    check_or_write_config(tmp_path, grown, started=True)
+    grown["run"]["model"]["bits"] = 8
+    with pytest.raises(ValueError, match=r"model\.bits \(was None, is 8\)"):
+        check_or_write_config(tmp_path, grown, started=True)
