@@ -216,17 +216,14 @@ def test_more_than_jaxs_pinned_pool_is_told_and_refused(monkeypatch):
     ("card", "note"),
     [
         ("t4", "the kernels need sm_80"),
-        *(
-            pytest.param(card, None, marks=pytest.mark.slow)
-            for card in ("a100-40", "a100-80", "l40", "rtx-4090", "h100", "h200", "b200")
-        ),
+        *(pytest.param(card, None, marks=pytest.mark.slow) for card in ("a100-40", "h100", "b200")),
         *(
             pytest.param(card, "does not know 'NVIDIA", marks=pytest.mark.slow)
-            for card in ("rtx-3060", "rtx-3090", "rtx-5090")
+            for card in ("rtx-3060", "rtx-5090")
         ),
     ],
 )
-def test_the_step_is_compiled_for_every_card(card, note):
+def test_the_step_is_compiled_for_every_generation_of_cards(card, note):
     """Of those named in the issue, the A6000 is in `test_the_command`."""
     made = plan(WORK, card)
     assert made.fits
