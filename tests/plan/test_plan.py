@@ -224,7 +224,7 @@ def test_more_than_jaxs_pinned_pool_is_told_and_refused(monkeypatch):
     ],
 )
 def test_the_step_is_compiled_for_every_generation_of_cards(card, note):
-    """Of those named in the issue, the A6000 is in `test_the_command`."""
+    """Ada is in tests/memory, the A6000 in `test_the_command`."""
     made = plan(WORK, card)
     assert made.fits
     assert made.work.matmul == ("xla" if note else None)
