@@ -16,6 +16,9 @@ from experiments.config import RunConfig
 from experiments.tree import parse_setting, to_tree
 from qlora_jax.train import Callback, WandB
 
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
+"""What `--compute-dtype` may be."""
+
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
 

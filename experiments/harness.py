@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import keep_compiled_programs, run_command
+from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
 from experiments.embedded import MODELS
 from experiments.report import write_atomically
 from experiments.rows import context_length
@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tasks", nargs="+", required=True, metavar="TASK", help="names, or YAML files")
     add("--adapter", type=Path, metavar="FOLDER", help="a PEFT adapter for it")
     add("--quant", default="nf4", help="how its weights are stored: nf4, fp4 … or none (nf4)")
-    add("--compute-dtype", default="bfloat16", help="of activations and matmuls (bfloat16)")
+    add("--compute-dtype", choices=COMPUTE_DTYPES, default="bfloat16", help="of activations")
     add("--shots", type=int, metavar="N", help="solved examples shown (the task's own)")
     add("--limit", type=int, metavar="N", help="only so many examples of each task")
     add("--max-len", type=int, default=2048, metavar="N", help="tokens read at once (2048)")

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import keep_compiled_programs, run_command
+from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
 from experiments.embedded import MODELS
 from experiments.estimate import bits_per_weight
 from experiments.report import write_atomically
@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--stride", type=int, metavar="N", help="tokens a window moves on by (the window)")
     add("--max-tokens", type=int, metavar="N", help="score only the first so many")
     add("--batch-size", type=int, default=4, metavar="N", help="windows at once (4)")
-    add("--compute-dtype", default="float32", help="of activations and matmuls (float32)")
+    add("--compute-dtype", choices=COMPUTE_DTYPES, default="float32", help="of activations")
     add("--out", type=Path, metavar="FOLDER", help="(runs/datatypes/MODEL)")
     return parser
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from experiments.cli import keep_compiled_programs, run_command
+from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
 from experiments.embedded import MODELS
 from experiments.paper.judged import SHARED
 from qlora_jax.checkpoints import load_adapter, read_adapter_config
@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FILE", help="runs/paper/answers/MODEL.jsonl")
     parser.add_argument("--format", choices=STYLES, default="guanaco")
     parser.add_argument("--quant", default="nf4", help="nf4, fp4, or none for 16 bits")
-    parser.add_argument("--compute-dtype", default="bfloat16")
+    parser.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, default="bfloat16")
     parser.add_argument("--max-new-tokens", type=int, default=PAPER_SAMPLING.max_new_tokens)
     parser.add_argument("--temperature", type=float, default=PAPER_SAMPLING.temperature)
     parser.add_argument("--top-p", type=float, default=PAPER_SAMPLING.top_p)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import keep_compiled_programs, run_command
+from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
 from experiments.config import MmluConfig
 from experiments.embedded import MODELS
 from experiments.examination import ask, check_questions
@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="embedded model, folder or hub name")
     add("--adapter", type=Path, metavar="FOLDER", help="a PEFT adapter for it")
     add("--quant", default="nf4", help="how its weights are stored: nf4, fp4 … or none (nf4)")
-    add("--compute-dtype", default="bfloat16", help="of activations and matmuls (bfloat16)")
+    add("--compute-dtype", choices=COMPUTE_DTYPES, default="bfloat16", help="of activations")
     add("--data", default="cais/mmlu", help="hub name or folder of the questions (cais/mmlu)")
     add("--split", default="test", help="test, val (test)")
     add("--shots", type=int, default=5, metavar="N", help="solved questions shown (5)")

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from qlora_jax.data import IGNORE
 from qlora_jax.evaluate import loss_for, split_adapters
+from qlora_jax.models import is_stacked
 from qlora_jax.models.streaming import compiler_options, streams, to_host
 from qlora_jax.plan.workload import Workload, batch_shapes, model_shapes
 from qlora_jax.train import host_traffic, init_state, make_train_step
