@@ -11,8 +11,8 @@ is ever in memory, shared or global.
   turns, so the tensor cores need not wait.
 - Codes come directly from global memory, one step ahead, in registers. A lane needs byte t of every
   word of its rows, so the four lanes of a group load the same 32 bytes (one sector) of a row.
-- A byte becomes two float16 by one look-up in shared memory (see `nf4_gemv.mosaic_sm90`: the same
-  table); they are scaled in float32 and rounded once to x's dtype, as the reference does.
+- A byte becomes two float16 by one look-up in shared memory (`_mosaic_decoder`); they are scaled in
+  float32 and rounded once to x's dtype, as the reference does.
 - An adapter is more of the same sum: xa · bᵀ is r / 64 steps with tiles of xa in place of x's and
   fragments of b, which need no decoding, in place of W's. They come first, while W's first codes
   are on their way.
@@ -31,9 +31,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout, LowRank
-from pallas_kernels._mosaic import check_mosaic
+from pallas_kernels._mosaic import BLOCK, SMS, check_mosaic
+from pallas_kernels._mosaic_decoder import (
+    TABLE_BYTES,
+    look_up_absmax,
+    look_up_pair,
+    lookup_tables,
+)
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
-from pallas_kernels.nf4_gemv.mosaic_sm90 import BLOCK, SMS, TABLE_BYTES, lookup_tables
 from pallas_kernels.simt import arrays
 
 COMPUTE = 2  # warpgroups that compute
@@ -128,19 +133,18 @@ def decode_block(m, plan, words, offset):
     """
     lane = m.thread & 31
     table_lane = lane << 2
-    selector = ((lane & 3) << 4) + 0x5504
     scales = []
     for h in (0, 1):
         code, scale = words[CODE_WORDS + 2 * h : CODE_WORDS + 2 * h + 2]
         if plan.double_quant:
-            (value,) = m.shared_load(m.prmt(code, table_lane, 0x5504), offset=128)
-            scales.append(m.fma(m.as_float(value), m.as_float(scale), m.as_float(offset[0])))
+            value = look_up_absmax(m, code, 0, table_lane)
+            scales.append(m.fma(value, m.as_float(scale), m.as_float(offset[0])))
         else:
             scales.append(m.as_float(code))
     out = []
     for j in range(8):
         for h in (0, 1):
-            (pair,) = m.shared_load(m.prmt(words[8 * h + j], table_lane, selector))
+            pair = look_up_pair(m, words[8 * h + j], lane & 3, table_lane)
             low, high = m.half_pair(pair)
             out.append(m.pack(low * scales[h], high * scales[h], plan.dtype))
     return out

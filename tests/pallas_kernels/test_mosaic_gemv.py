@@ -4,9 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels._mosaic_decoder import lookup_tables
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
-from pallas_kernels.nf4_gemv import mosaic_sm90
-from pallas_kernels.nf4_gemv.mosaic_sm90 import GemvConfig, Plan, lane_program, lookup_tables
+from pallas_kernels.nf4_gemv import mosaic_plan
+from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
+from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan
 from pallas_kernels.simt.emulate import Machine
 
 
@@ -79,6 +81,6 @@ def test_bad_rows_stay_alone():
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)])
 @pytest.mark.parametrize("m", [1, 2])
 def test_llama_shapes_fit(m, n, k):
-    plan = Plan(m, n, k, "bfloat16", True, False, mosaic_sm90.choose_config(m, n, k))
-    assert plan.shared_bytes <= mosaic_sm90.SHARED_LIMIT
+    plan = Plan(m, n, k, "bfloat16", True, False, mosaic_plan.choose_config(m, n, k))
+    assert plan.shared_bytes <= mosaic_plan.SHARED_LIMIT
     assert plan.efficiency > 0.75
