@@ -12,11 +12,16 @@ warp's next chunk, of the next unit's first one as well, are issued before the p
 
 from pallas_kernels._mosaic_decoder import look_up_pair
 from pallas_kernels.nf4_gemv.mosaic_ends import load_x, stage_x, write_out
+from pallas_kernels.nf4_gemv.mosaic_lora import add_slice, load_slice, slices
 from pallas_kernels.nf4_gemv.mosaic_weight import Reader
 
 
-def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, out):
-    """One thread of the kernel on machine `m` (see `pallas_kernels.simt`)."""
+def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest):
+    """One thread of the kernel on machine `m` (see `pallas_kernels.simt`).
+
+    `rest`: an adapter's xa and b where the plan has a rank, then the result.
+    """
+    *lora, out = rest
     cfg, tid = plan.config, m.thread
     lane, warp = tid & 31, tid >> 5
     units = (plan.units - 1 - m.cta) // plan.grid + 1
@@ -94,7 +99,7 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, out):
                             a.append(look_up_pair(m, word, byte % 4, reader.table_lane))
                     for group in range(plan.groups):
                         b = xs[group][2 * j : 2 * j + 2]
-                        sums_here[group] = m.mma_f16(sums_here[group], a, b)
+                        sums_here[group] = m.mma(sums_here[group], a, b, "float16")
                 row_held.append(reader.load_codes(where, r, c, more))
                 i = r * (sums // cfg.tiles)
                 for group in range(plan.groups):
@@ -108,6 +113,7 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, out):
 
     def one_unit(index, flat):
         unit = m.cta + index * plan.grid
+        first_slice = load_slice(m, plan, reader, *lora, unit, 0) if lora else None
 
         def body(turn, carry):
             held, held_absmax = unpack(carry[sums:])
@@ -117,6 +123,10 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, out):
         carry = [zero] * sums + list(flat)
         carry = body(m.word(0), carry) if plan.turns == 1 else m.loop(plan.turns, body, carry)
         totals, i = carry[:sums], 0
+        low = [[[zero] * 4 for _ in range(plan.groups)] for _ in reader.tiles]
+        for turn in range(slices(plan)):
+            held = first_slice if turn == 0 else load_slice(m, plan, reader, *lora, unit, turn)
+            low = add_slice(m, plan, reader, held, turn, low)
         for r in reader.tiles:
             for group in range(plan.groups):
                 for h in (0, 1):
@@ -128,10 +138,13 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, out):
                         other = 4 * group + column + 2
                         if other < plan.m:
                             back = m.where(reader.t == 1, unscale[other], back)
+                        value = value * back
+                        if lora:
+                            value = value + low[r][group][2 * h + column]
                         at = ((index * cfg.warps + warp) * plan.m + row_x) * plan.rows
                         at = (at + reader.g + (16 * r + 8 * h)) * 4 + plan.partial_at
                         when = (reader.t < 2) & (row_x < plan.m)
-                        m.shared_store(at, [m.as_word(value * back)], when=when)
+                        m.shared_store(at, [m.as_word(value)], when=when)
         return list(carry[sums:])
 
     m.loop(units, one_unit, pack(held, held_absmax))

@@ -43,6 +43,8 @@ class Plan:
     double_quant: bool
     has_bias: bool
     config: GemvConfig
+    rank: int = 0
+    """Of the adapter, a multiple of 4; 0 for none."""
 
     @property
     def threads(self) -> int:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels._arguments import Layout
+from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels._mosaic import check_mosaic
 from pallas_kernels._mosaic_decoder import lookup_tables
 from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
@@ -35,8 +35,11 @@ def nf4_gemv_mosaic(
     *,
     layout: Layout,
     config: GemvConfig | None = None,
+    lora: LowRank | None = None,
 ) -> Array:
     """`nf4_gemv` on Hopper. x: [..., k] bfloat16 or float16, at most 8 rows; see `nf4_matmul`.
+
+    An adapter whose rank is no multiple of 4 (8 bytes, which a lane loads at once) is padded first.
 
     Raises:
         ValueError: what this kernel does not do, and which argument asks for it.
@@ -46,6 +49,9 @@ def nf4_gemv_mosaic(
     check_mosaic("nf4_gemv", rows, layout, x.dtype)
     config = config or choose_config(rows, n, k)
     assert config is not None  # or check_mosaic had refused it
+    low: tuple[Array, ...] = ()
+    if lora is not None:
+        low = tuple(_pad_rank(part) for part in (lora[0].reshape(rows, -1), lora[1]))
     plan = Plan(
         m=rows,
         n=n,
@@ -54,6 +60,7 @@ def nf4_gemv_mosaic(
         double_quant=layout.double_quant,
         has_bias=bias is not None,
         config=config,
+        rank=low[0].shape[1] if low else 0,
     )
     unused = jnp.zeros((1,), jnp.float32)
     inputs = (
@@ -64,6 +71,7 @@ def nf4_gemv_mosaic(
         unused if offset is None else offset.reshape(1),
         unused if bias is None else bias.astype(jnp.float32),
         jnp.asarray(lookup_tables(layout.quant_type)),
+        *low,
     )
     y = launch(
         functools.partial(_program, plan),
@@ -74,6 +82,11 @@ def nf4_gemv_mosaic(
         name="nf4_gemv",
     )(*inputs)
     return y.reshape(*x.shape[:-1], n)
+
+
+def _pad_rank(matrix: Array) -> Array:
+    """Zeros behind the last column until there are a multiple of 4."""
+    return jnp.pad(matrix, ((0, 0), (0, -matrix.shape[1] % 4)))
 
 
 def _program(plan, m, *buffers):

@@ -67,26 +67,29 @@ def test_hopper_kernel(shape_name, op, rows):
 
 
 @pytest.mark.parametrize(
-    ("shape_name", "rank"),
+    ("shape_name", "op", "rows", "rank"),
     [
-        ("7b-qkvo", 64),
-        pytest.param("7b-gate", 16, marks=pytest.mark.slow),
+        ("7b-qkvo", "matmul", 4096, 64),
+        pytest.param("7b-gate", "matmul", 4096, 16, marks=pytest.mark.slow),
+        ("7b-qkvo", "gemv", 1, 16),
+        pytest.param("70b-down", "gemv", 1, 256, marks=pytest.mark.slow),
+        pytest.param("7b-qkvo", "gemv", 8, 64, marks=pytest.mark.slow),
     ],
 )
-def test_hopper_matmul_with_an_adapter(shape_name, rank):
-    """Both products in one kernel, without spilling; a rank below 64 is filled up with zeros."""
-    (n, k), rows = SHAPES[shape_name], 4096
+def test_hopper_kernel_with_an_adapter(shape_name, op, rows, rank):
+    """Both products in one kernel, without spilling; the matmul fills the rank up to 64s."""
+    n, k = SHAPES[shape_name]
     layout = Layout((n, k), "nf4", 64, double_quant=True)
-    kernel = kernel_of("matmul")
+    kernel = kernel_of(op)
 
     def run(x, xa, b, *weight):
-        return kernel(x, *weight, None, (xa, b), layout=layout)
+        return kernel(x, *weight, None, lora=(xa, b), layout=layout)
 
     x, xa, b = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, k), (rows, rank), (n, rank)))
     compiled, kernels = harness.inspect_kernels(CARDS["h200"], run, x, xa, b, *packed(n, k))
-    check_kernels(kernels, "matmul")
+    check_kernels(kernels, op)
     assert "gemm" not in compiled.as_text()
-    padding = 0 if rank == 64 else 2 * 64 * (rows + n)
+    padding = 0 if rank == 64 or op == "gemv" else 2 * 64 * (rows + n)
     assert compiled.memory_analysis().temp_size_in_bytes < padding + 2**20
 
 
