@@ -24,12 +24,15 @@ class GemvConfig:
         tiles: tiles of 16 rows that a warp works on at a time.
         steps: 128-column steps in a chunk: 2 `steps · tiles` 16-byte loads per lane are in flight.
         ctas: blocks, at most; 0 stands for one per multiprocessor of an H100 or H200.
+        selects: of the 8 pairs of bytes that a lane loads at once, those decoded by selects in
+            registers instead of look-ups in shared memory.
     """
 
     warps: int = 8
     tiles: int = 2
     steps: int = 2
     ctas: int = 0
+    selects: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Plan:
     config: GemvConfig
     rank: int = 0
     """Of the adapter, a multiple of 4; 0 for none."""
+    quant_type: str = "nf4"
+    """Asked only for selects: look-ups read their table from an argument."""
 
     @property
     def threads(self) -> int:

@@ -61,6 +61,7 @@ def nf4_gemv_mosaic(
         has_bias=bias is not None,
         config=config,
         rank=low[0].shape[1] if low else 0,
+        quant_type=layout.quant_type,
     )
     unused = jnp.zeros((1,), jnp.float32)
     inputs = (
