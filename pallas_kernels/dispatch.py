@@ -50,11 +50,15 @@ TABLE = Path(__file__).with_name("tuned.json")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a call runs: the implementation, its tile sizes if it has any, and the reason."""
+    """What a call runs: the implementation, its tile sizes if it has any, and the reason.
+
+    `fuse_lora` says whether an adapter is added inside the kernel or by a product after it.
+    """
 
     implementation: str
     config: TritonConfig | None
     reason: str
+    fuse_lora: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Rule:
     config: TritonConfig | None
     min_rows: int = 0
     min_out: int = 0
+    fuse_lora: bool = False
 
     def covers(self, op: str, card: str | None, rows: int, columns: int) -> bool:
         """Whether the rule speaks of this op, card and size of the result."""
@@ -87,6 +92,7 @@ def rules() -> tuple[Rule, ...]:
             config=TritonConfig(**entry["config"]) if entry.get("config") else None,
             min_rows=entry.get("min_rows", 0),
             min_out=entry.get("min_out", 0),
+            fuse_lora=entry.get("fuse_lora", False),
         )
         for entry in json.loads(TABLE.read_text(encoding="utf-8"))
     )
@@ -154,8 +160,10 @@ def which_implementation(
     found = [rule for rule in rules() if rule.covers(op, name, rows, columns)]
     if implementation is not None:
         tiled = "triton" if implementation == "jax_triton" else implementation
-        configs = [rule.config for rule in found if rule.implementation == tiled]
-        return Choice(implementation, configs[0] if configs else None, "asked for")
+        for rule in found:
+            if rule.implementation == tiled:
+                return Choice(implementation, rule.config, "asked for", rule.fuse_lora)
+        return Choice(implementation, None, "asked for")
     refused = ""
     for rule in found:
         problem = why_not(
@@ -163,7 +171,8 @@ def which_implementation(
         )
         if problem is None:
             whose = "every card" if rule.card == "*" else rule.card
-            return Choice(rule.implementation, rule.config, f"rule for {whose}{refused}")
+            reason = f"rule for {whose}{refused}"
+            return Choice(rule.implementation, rule.config, reason, rule.fuse_lora)
         refused += f"; not {rule.implementation}: {problem}"
     return Choice("xla", None, f"no rule of {TABLE.name} can run {op} here{refused}")
 

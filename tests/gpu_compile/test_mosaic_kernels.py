@@ -62,6 +62,35 @@ def test_hopper_kernel(shape_name, op, rows):
         return kernel(x, *weight, *after, layout=layout)
 
     compiled, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
+    check_kernels(kernels, op)
+    assert compiled.memory_analysis().temp_size_in_bytes < n * k
+
+
+@pytest.mark.parametrize(
+    ("shape_name", "rank"),
+    [
+        ("7b-qkvo", 64),
+        pytest.param("7b-gate", 16, marks=pytest.mark.slow),
+    ],
+)
+def test_hopper_matmul_with_an_adapter(shape_name, rank):
+    """Both products in one kernel, without spilling; a rank below 64 is filled up with zeros."""
+    (n, k), rows = SHAPES[shape_name], 4096
+    layout = Layout((n, k), "nf4", 64, double_quant=True)
+    kernel = kernel_of("matmul")
+
+    def run(x, xa, b, *weight):
+        return kernel(x, *weight, None, (xa, b), layout=layout)
+
+    x, xa, b = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, k), (rows, rank), (n, rank)))
+    compiled, kernels = harness.inspect_kernels(CARDS["h200"], run, x, xa, b, *packed(n, k))
+    check_kernels(kernels, "matmul")
+    assert "gemm" not in compiled.as_text()
+    padding = 0 if rank == 64 else 2 * 64 * (rows + n)
+    assert compiled.memory_analysis().temp_size_in_bytes < padding + 2**20
+
+
+def check_kernels(kernels, op: str) -> None:
     own = [k for k in kernels if "mosaic_gpu" in k.name]
     assert own, [k.name for k in kernels]
     for code in own:
@@ -72,4 +101,3 @@ def test_hopper_kernel(shape_name, op, rows):
         assert wide or "cp.async.bulk" in code.ptx, "codes are not read 16 bytes at a time"
         if op != "gemv":
             assert "wgmma.mma_async" in code.ptx
-    assert compiled.memory_analysis().temp_size_in_bytes < n * k
