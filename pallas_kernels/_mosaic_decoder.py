@@ -33,7 +33,7 @@ def lookup_tables(quant_type: str) -> np.ndarray:
 
 
 @functools.cache
-def byte_planes(quant_type: str) -> tuple[tuple[int, int, int, int], ...]:
+def byte_planes(quant_type: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Low bytes and high bytes of the 16 float16, four words each: codes 0–3, 4–7, 8–11, 12–15."""
     half = CODEBOOKS[quant_type].astype("<f2").view(np.uint8).reshape(16, 2)
     low, high = (tuple(int(w) for w in half[:, i].copy().view("<u4")) for i in (0, 1))

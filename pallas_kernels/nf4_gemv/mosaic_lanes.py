@@ -111,7 +111,7 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
 
     def one_unit(index, flat):
         unit = m.cta + index * plan.grid
-        first_slice = load_slice(m, plan, reader, *lora, unit, 0) if lora else None
+        first_slice = load_slice(m, plan, reader, lora, unit, 0) if lora else None
 
         def body(turn, carry):
             held, held_absmax = unpack(carry[sums:])
@@ -123,7 +123,7 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
         totals, i = carry[:sums], 0
         low = [[[zero] * 4 for _ in range(plan.groups)] for _ in reader.tiles]
         for turn in range(slices(plan)):
-            held = first_slice if turn == 0 else load_slice(m, plan, reader, *lora, unit, turn)
+            held = first_slice if turn == 0 else load_slice(m, plan, reader, lora, unit, turn)
             low = add_slice(m, plan, reader, held, turn, low)
         for r in reader.tiles:
             for group in range(plan.groups):

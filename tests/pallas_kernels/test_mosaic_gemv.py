@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels._mosaic import SHARED_LIMIT
 from pallas_kernels._mosaic_decoder import byte_planes, lookup_tables, select_pairs
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
 from pallas_kernels.nf4_gemv import mosaic_plan
@@ -129,5 +130,5 @@ def test_bad_rows_stay_alone():
 @pytest.mark.parametrize("m", [1, 2])
 def test_llama_shapes_fit(m, n, k):
     plan = Plan(m, n, k, "bfloat16", True, False, mosaic_plan.choose_config(m, n, k))
-    assert plan.shared_bytes <= mosaic_plan.SHARED_LIMIT
+    assert plan.shared_bytes <= SHARED_LIMIT
     assert plan.efficiency > 0.75
