@@ -1,6 +1,7 @@
 """How fast could this kernel run on that card? An answer from its machine code, with no card.
 
     python -m benchmarks.kernel_model --card h200 --op matmul --rows 1 --shape 7b-qkvo
+    python -m benchmarks.kernel_model --implementation mosaic_gpu --config '{"selects": 2}'
 
 A kernel is bound by the busiest of a few things, each of which has a rate: bytes from memory, FLOP
 on the tensor cores, and lane-instructions on each unit of a multiprocessor (float, integer, shared
@@ -27,25 +28,31 @@ from typing import Any
 
 import jax
 
+from benchmarks._autotune import dispatch_op
 from benchmarks._points import SHAPES, Point
 from benchmarks._programs import make_input, op_function, packed_weight
 from pallas_kernels import compile_for, dispatch
 from pallas_kernels._arguments import Layout
+from pallas_kernels._mosaic import GEMV_ROWS
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card
+from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan
 
-UNITS = ("float", "integer", "convert", "shared", "global", "issue")
+UNITS = ("float", "integer", "multiply", "convert", "shared", "global", "load path", "issue")
+"""`multiply` is IMAD, which runs beside the other integer work, on the float lanes; `load path` is
+what shared memory and the first-level cache have in common."""
 
 _UNIT_OF = (
     ("tensor", r"[HIBQ]G?MMA|WGMMA|UTC\w*MMA"),
     ("float", r"F(?:FMA|MUL|ADD|SWZADD)|H(?:FMA2|MUL2|ADD2|SET2|SETP2)|FFMA2"),
+    ("multiply", r"IMAD"),
     ("convert", r"MUFU|I2F\w*|F2I\w*|F2F|FRND|POPC|FLO|BREV"),
     ("shared", r"LDS\w*|STS\w*|LDSM|STSM|ATOMS|SHFL|MOVM"),
     ("global", r"LDG\w*|STG\w*|LDL|STL|LD|ST|ATOM\w*|RED\w*|UBLKCP|UTMA\w*"),
     ("control", r"BRA|EXIT|BAR|BSSY|BSYNC|NOP|WARPSYNC|SYNCS|DEPBAR\w*|LDGDEPBAR|ERRBAR|CALL|RET"),
     ("uniform", r"U[A-Z0-9]+|R2UR|S2UR|CS2UR|VOTEU"),
 )
-"""unit -> opcodes, first match wins; what matches none is integer work (LOP3, IMAD, PRMT, …)."""
+"""unit -> opcodes, first match wins; what matches none is integer work (LOP3, SHF, PRMT, …)."""
 
 _FLOAT_LANES = {(7, 5): 64, (8, 0): 64}  # of 128 elsewhere
 
@@ -176,11 +183,12 @@ def predict(
         )
     loop = count_hot_loop(kernel.sass)
     lanes = {unit: count * kernel.threads for unit, count in loop.units.items()}
+    lanes["load path"] = lanes.get("shared", 0.0) + lanes.get("global", 0.0)
     lanes["issue"] = loop.instructions * kernel.threads
     per_weight = {unit: count / weights_per_turn for unit, count in lanes.items()}
     float_lanes = _FLOAT_LANES.get(card.compute_capability, 128)
-    rates = {"float": float_lanes, "integer": 64, "convert": 16, "shared": 32, "global": 32}
-    rates["issue"] = 128
+    rates = {"float": float_lanes, "integer": 64, "multiply": 64, "convert": 16, "issue": 128}
+    rates |= {"shared": 32, "global": 32, "load path": 32}
     decoded = point.size * passes
     per_second = card.cores * card.clock_ghz * 1e9
     seconds = {
@@ -208,34 +216,50 @@ def tile(config: TritonConfig, point: Point, grid: int) -> tuple[float, int]:
 
 
 def model_point(card: Card, point: Point) -> tuple[compile_for.KernelCode, Prediction]:
-    """Compile a Triton point for the card and model its kernel."""
-    rows = max(point.rows, 1)
-    op = {"transposed": "nf4_matmul_transposed", "dequantize": "nf4_dequantize"}.get(
-        point.op, "nf4_gemv" if rows <= 16 else "nf4_matmul"
-    )
-    layout = Layout((point.n, point.k), "nf4", point.blocksize, double_quant=True)
-    config = point.config
-    if config is None:
-        config = dispatch.which_implementation(
-            op, rows, layout, implementation="triton", kind=card.pallas_kind
-        ).config
-    assert config is not None
-    if not config.fused:  # the rule leaves the product to XLA: what is modelled is a kernel of ours
-        config = dispatch.configs_to_try(op, rows, point.n, point.k)[0]
+    """Compile a Triton point, or one of the Hopper gemv, for the card and model its kernel."""
     weight = jax.eval_shape(
         lambda: packed_weight(jax.random.key(0), point.n, point.k, point.blocksize)
     )
     x = jax.eval_shape(lambda: make_input(point, 0))
-    compiled_point = dataclasses.replace(point, config=config)
-    run = op_function(compiled_point, interpret=False)
+    point = dataclasses.replace(point, config=point.config or _default_config(card, point))
+    run = op_function(point, interpret=False)
     _, kernels = compile_for.inspect_kernels(card, run, x, *weight)
+    if isinstance(point.config, GemvConfig):
+        (kernel,) = [kernel for kernel in kernels if "mosaic_gpu" in kernel.name]
+        return _model_gemv(card, point, kernel, point.config)
+    assert isinstance(point.config, TritonConfig)
     kernel = next(kernel for kernel in kernels if kernel.name.startswith("nf4_"))
-    weights, passes = tile(config, point, math.prod(kernel.grid))
+    weights, passes = tile(point.config, point, math.prod(kernel.grid))
     prediction = predict(card, kernel, point, weights, passes)
     if not prediction.loop.is_loop and point.op != "dequantize":
         # Without a loop the whole row of tiles is one turn.
-        prediction = predict(card, kernel, point, config.block_n * point.k, passes)
+        prediction = predict(card, kernel, point, point.config.block_n * point.k, passes)
     return kernel, prediction
+
+
+def _default_config(card: Card, point: Point) -> dispatch.Config | None:
+    rows, op = max(point.rows, 1), dispatch_op(point.op, point.rows)
+    if point.implementation == "mosaic_gpu":
+        return dispatch.configs_to_try(op, rows, point.n, point.k, "mosaic_gpu")[0]
+    layout = Layout((point.n, point.k), "nf4", point.blocksize, double_quant=True)
+    config = dispatch.which_implementation(
+        op, rows, layout, implementation="triton", kind=card.pallas_kind
+    ).config
+    assert isinstance(config, TritonConfig)
+    if not config.fused:  # the rule leaves the product to XLA: what is modelled is a kernel of ours
+        return dispatch.configs_to_try(op, rows, point.n, point.k)[0]
+    return config
+
+
+def _model_gemv(
+    card: Card, point: Point, kernel: compile_for.KernelCode, config: GemvConfig
+) -> tuple[compile_for.KernelCode, Prediction]:
+    """The Hopper gemv, whose blocks stay on their cores: idle time is what its plan says it is."""
+    plan = Plan(point.rows, point.n, point.k, "bfloat16", True, False, config)
+    kernel = dataclasses.replace(kernel, grid=(plan.grid,), smem=plan.shared_bytes)
+    weights = config.warps * plan.rows * plan.chunk
+    prediction = predict(card, kernel, point, weights, passes=1)
+    return kernel, dataclasses.replace(prediction, waves=1 / plan.efficiency)
 
 
 def describe(card: Card, point: Point, kernel: Any, prediction: Prediction) -> str:
@@ -270,14 +294,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", nargs="+", default=["matmul"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1])
     parser.add_argument("--shape", nargs="+", default=["7b-qkvo"], choices=sorted(SHAPES))
-    parser.add_argument("--config", type=json.loads, help="a TritonConfig as JSON")
+    parser.add_argument("--implementation", default="triton", choices=("triton", "mosaic_gpu"))
+    parser.add_argument("--config", type=json.loads, help="a TritonConfig or GemvConfig as JSON")
     options = parser.parse_args(argv)
+    hopper = options.implementation == "mosaic_gpu"
+    if hopper and (options.op != ["matmul"] or max(options.rows) > GEMV_ROWS):
+        parser.error(f"mosaic_gpu is modelled for matmul with up to {GEMV_ROWS} rows: the gemv")
     card = CARDS[options.card]
-    config = TritonConfig(**options.config) if options.config else None
+    kind = GemvConfig if hopper else TritonConfig
+    config = kind(**options.config) if options.config else None
     for op in options.op:
         for rows in options.rows if op != "dequantize" else [0]:
             for name in options.shape:
-                point = Point(op, "triton", rows, name, *SHAPES[name], config=config)
+                point = Point(op, options.implementation, rows, name, *SHAPES[name], config=config)
                 print(describe(card, point, *model_point(card, point)), flush=True)
     return 0
 

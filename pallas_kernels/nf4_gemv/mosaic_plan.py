@@ -131,6 +131,7 @@ CUTS = (
     GemvConfig(),
     GemvConfig(warps=16, tiles=1),
     GemvConfig(warps=20, tiles=1),
+    GemvConfig(warps=20, tiles=1, steps=1),
     GemvConfig(warps=12, tiles=2),
 )
 """What `choose_config` chooses from."""
@@ -153,9 +154,10 @@ def choose_config(m: int, n: int, k: int) -> GemvConfig | None:
 
 
 def fits(plan: Plan) -> bool:
-    """Whether a block has the shared memory and each lane the registers that the plan takes."""
-    # 20 warps have 96 registers a lane, and from 5 rows of x on the sums need more.
-    return plan.shared_bytes <= SHARED_LIMIT and not (plan.config.warps > 16 and plan.groups > 1)
+    """Whether a block has the shared memory and its lanes the registers that the plan takes."""
+    # A lane of 20 warps has 96 registers: from 5 rows of x on, two steps of codes are too many.
+    spills = plan.config.warps > 16 and plan.config.steps > 1 and plan.groups > 1
+    return plan.shared_bytes <= SHARED_LIMIT and not spills
 
 
 def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:

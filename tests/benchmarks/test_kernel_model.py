@@ -65,7 +65,7 @@ def test_without_a_loop_everything_before_exit_counts():
     [
         ("HMMA.16816.F32.BF16", "tensor"),
         ("F2FP.BF16.F32.PACK_AB", "integer"),
-        ("IMAD.WIDE", "integer"),
+        ("IMAD.WIDE", "multiply"),
         ("PRMT", "integer"),
         ("LDGSTS.E.BYPASS.128", "global"),
         ("I2F.U8", "convert"),
@@ -93,7 +93,8 @@ def test_the_slowest_resource_is_the_prediction():
     assert found.total == pytest.approx(point.flops / card.matmul_flops)
     few = Point("matmul", "triton", 1, "x", 4096, 4096)
     slow = kernel_model.predict(card, kernel(), few, weights_per_turn=16, passes=1)
-    assert slow.bound == "global"
+    assert slow.bound == "load path"
+    assert slow.seconds["load path"] == slow.seconds["global"] + slow.seconds["shared"]
 
 
 def test_idle_cores_stretch_the_time():
@@ -116,8 +117,12 @@ def test_without_a_disassembler_the_error_says_what_to_install():
     ),
     reason=f"needs ptxas and nvdisasm, and the GPU compiler. {compile_for.PLUGIN_HINT}",
 )
-def test_a_kernel_compiled_here_is_described(capsys):
-    assert kernel_model.main(["--card", "h200", "--rows", "1", "--shape", "7b-qkvo"]) == 0
+@pytest.mark.parametrize(
+    "arguments", [[], ["--implementation", "mosaic_gpu", "--config", '{"selects": 2}']]
+)
+def test_a_kernel_compiled_here_is_described(capsys, arguments):
+    base = ["--card", "h200", "--rows", "1", "--shape", "7b-qkvo"]
+    assert kernel_model.main(base + arguments) == 0
     text = capsys.readouterr().out
     assert "bound by" in text
     assert "lane-instructions per weight" in text
