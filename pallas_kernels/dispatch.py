@@ -20,10 +20,13 @@ and pay for decoding by the tile, so they want 64 tiles or more: hence `min_out`
 rows Triton's rule is `fused=False`: dequantize, multiply in XLA, one 16-bit weight at a time.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib.metadata
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -80,9 +83,28 @@ class Rule:
         return here and self.min_rows <= rows <= self.max_rows and columns >= self.min_out
 
 
-@functools.cache
+_TABLE = contextvars.ContextVar("table", default=TABLE)
+
+
+@contextlib.contextmanager
+def using_table(path: Path) -> Iterator[None]:
+    """Let the rules of another file choose for what is traced inside, such as a card's own that
+    `benchmarks.gpu_kernels` has just written."""
+    token = _TABLE.set(path)
+    try:
+        yield
+    finally:
+        _TABLE.reset(token)
+
+
 def rules() -> tuple[Rule, ...]:
-    """The table, read once."""
+    """The table that holds."""
+    return read_rules(_TABLE.get())
+
+
+@functools.cache
+def read_rules(path: Path) -> tuple[Rule, ...]:
+    """A table's rules, read once."""
     return tuple(
         Rule(
             op=entry["op"],
@@ -94,7 +116,7 @@ def rules() -> tuple[Rule, ...]:
             min_out=entry.get("min_out", 0),
             fuse_lora=entry.get("fuse_lora", False),
         )
-        for entry in json.loads(TABLE.read_text(encoding="utf-8"))
+        for entry in json.loads(path.read_text(encoding="utf-8"))
     )
 
 
