@@ -35,6 +35,8 @@ from pallas_kernels._arguments import Layout
 from pallas_kernels._mosaic import GEMV_ROWS, SMS
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card
+from pallas_kernels.nf4_gemv import mosaic_plan as gemv_plan
+from pallas_kernels.nf4_matmul import mosaic_plan as matmul_plan
 
 UNITS = ("float", "integer", "convert", "shared", "global", "issue")
 
@@ -239,19 +241,16 @@ def predict_mosaic(card: Card, kernel: compile_for.KernelCode, point: Point) -> 
 
 def mosaic_split(point: Point, layout: Layout) -> tuple[int, float]:
     """(times each weight is decoded, the busiest multiprocessor's share over an even one)."""
-    # Imported where it is needed: the matmul's loads Mosaic.
-    from pallas_kernels.nf4_gemv.mosaic_plan import Plan, choose_config
-    from pallas_kernels.nf4_matmul.mosaic_sm90 import COMPUTE
-    from pallas_kernels.nf4_matmul.mosaic_sm90 import choose_config as matmul_config
-
     if point.op != "transposed" and point.rows <= GEMV_ROWS:
-        config = choose_config(point.rows, point.n, point.k)
+        config = gemv_plan.choose_config(point.rows, point.n, point.k)
         assert config is not None
-        plan = Plan(point.rows, point.n, point.k, "bfloat16", layout.double_quant, False, config)
+        plan = gemv_plan.Plan(
+            point.rows, point.n, point.k, "bfloat16", layout.double_quant, False, config
+        )
         return 1, 1 / plan.efficiency
-    passes = -(-point.rows // matmul_config(point.rows).rows)
+    passes = -(-point.rows // matmul_plan.choose_config(point.rows).rows)
     columns = point.k if point.op == "transposed" else point.n
-    tiles = passes * -(-columns // (64 * COMPUTE))
+    tiles = passes * -(-columns // (64 * matmul_plan.COMPUTE))
     return passes, -(-tiles // SMS) / (tiles / SMS)
 
 

@@ -20,7 +20,6 @@ is ever in memory, shared or global.
   that a lane holds for a row of x are neighbours in y, and a group of 8 lanes stores a full sector.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -31,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout, LowRank
-from pallas_kernels._mosaic import BLOCK, SMS, check_mosaic
+from pallas_kernels._mosaic import BLOCK, check_mosaic
 from pallas_kernels._mosaic_decoder import (
     TABLE_BYTES,
     look_up_absmax,
@@ -39,62 +38,8 @@ from pallas_kernels._mosaic_decoder import (
     lookup_tables,
 )
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
+from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan, choose_config
 from pallas_kernels.simt import arrays
-
-COMPUTE = 2  # warpgroups that compute
-
-
-@dataclasses.dataclass(frozen=True)
-class MatmulConfig:
-    """How the work is cut; every choice gives the same sums.
-
-    Attributes:
-        rows: rows of x in a tile, 64 to 256.
-        stages: tiles of x in shared memory.
-        ahead: decode the next step's weights before waiting for this step's `wgmma`.
-        group: tiles along n that run side by side, so that their x stays in the second-level cache.
-    """
-
-    rows: int = 256
-    stages: int = 4
-    ahead: bool = True
-    group: int = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All sizes of one kernel: x [m, k], a weight [n, k]."""
-
-    m: int
-    n: int
-    k: int
-    dtype: str
-    double_quant: bool
-    has_bias: bool
-    config: MatmulConfig
-    rank: int = 0
-    """Of the adapter, a multiple of 64; 0 for none."""
-
-    @property
-    def steps(self) -> int:
-        """Blocks of 64 along the contracted axis."""
-        return self.k // BLOCK
-
-    @property
-    def low_steps(self) -> int:
-        """Blocks of 64 along the adapter's rank."""
-        return self.rank // BLOCK
-
-    @property
-    def tiles(self) -> tuple[int, int]:
-        """Along x's rows and along n."""
-        return -(-self.m // self.config.rows), -(-self.n // (64 * COMPUTE))
-
-    @property
-    def grid(self) -> int:
-        """Blocks of threads."""
-        return min(SMS, math.prod(self.tiles))
-
 
 CODE_WORDS, SCALE_WORDS = 16, 4
 
@@ -244,11 +189,6 @@ def nf4_matmul_mosaic(
 def _pad(matrix: Array, rows: int, columns: int) -> Array:
     """Zeros at the ends until both sizes are multiples."""
     return jnp.pad(matrix, ((0, -matrix.shape[0] % rows), (0, -matrix.shape[1] % columns)))
-
-
-def choose_config(rows: int) -> MatmulConfig:
-    """The smallest tile that holds all rows of x, or the largest there is."""
-    return MatmulConfig(rows=next((r for r in (64, 128) if rows <= r), 256))
 
 
 def _kernel(plan: Plan):

@@ -87,13 +87,17 @@ class Machine:
         return np.where(np.isnan(number), np.uint32(0x7FFF), rounded)
 
     def prmt(self, a: np.ndarray, b: np.ndarray, selector: int | np.ndarray) -> np.ndarray:
-        """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a)."""
+        """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a).
+
+        Where bit 4i + 3 of the selector is set, it is that byte's sign bit, eight times.
+        """
         pool = np.concatenate([a.view(np.uint8).reshape(-1, 4), b.view(np.uint8).reshape(-1, 4)], 1)
         selector = np.broadcast_to(np.asarray(selector, np.uint32), (self.threads,))
         out = np.zeros((self.threads, 4), np.uint8)
         for i in range(4):
-            which = selector >> np.uint32(4 * i) & 7
-            out[:, i] = pool[np.arange(self.threads), which]
+            which = selector >> np.uint32(4 * i)
+            byte = pool[np.arange(self.threads), which & 7]
+            out[:, i] = np.where(which & 8, np.where(byte & 0x80, 0xFF, 0), byte)
         return out.view(np.uint32)[:, 0]
 
     # -- memory ---------------------------------------------------------------------------------

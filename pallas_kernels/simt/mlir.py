@@ -207,7 +207,10 @@ class Machine:
         return self.pack(number, self.number(0.0), dtype)
 
     def prmt(self, a: Word, b: Word, selector: int | Word) -> Word:
-        """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a)."""
+        """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a).
+
+        Where bit 4i + 3 of the selector is set, it is that byte's sign bit, eight times.
+        """
         return Word(
             *_asm("prmt.b32 $0, $1, $2, $3;", [_i32()], [a.value, b.value, _value(selector)])
         )

@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels.codebooks import CODEBOOKS
 from pallas_kernels.nf4_matmul import mosaic_sm90
-from pallas_kernels.nf4_matmul.mosaic_sm90 import MatmulConfig, Plan
+from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig, Plan
 from pallas_kernels.simt.emulate import Machine
 from tests.pallas_kernels.test_mosaic_gemv import problem
 
