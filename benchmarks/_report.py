@@ -86,7 +86,9 @@ def add_peer(results: dict[str, Any], folder: Path) -> None:
     if path.exists():
         peer = json.loads(path.read_text())
         results["meta"] |= peer["meta"]
-        results["points"] += peer["points"]
+        labels = {point["label"] for point in peer["points"]}
+        own = [point for point in results["points"] if point["label"] not in labels]
+        results["points"] = own + peer["points"]
 
 
 def write_all(results: dict[str, Any], folder: Path) -> None:

@@ -9,9 +9,12 @@ shape takes this config instead of the rule's. It holds what a card has measured
 what the kernel takes by itself.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +74,29 @@ class Cut:
         return here and same and self.min_rows <= rows <= self.max_rows
 
 
-@functools.cache
+_table = contextvars.ContextVar("table", default=TABLE)
+
+
+@contextlib.contextmanager
+def using_table(path: Path) -> Iterator[None]:
+    """Let the rules of another file choose for what is traced inside, such as a card's own that
+    `benchmarks.gpu_kernels` has just written."""
+    token = _table.set(path)
+    try:
+        yield
+    finally:
+        _table.reset(token)
+
+
 def rules() -> tuple[Rule, ...]:
-    """The rules, read once."""
-    return tuple(Rule(**_with_config(entry)) for entry in json.loads(TABLE.read_text("utf-8")))
+    """The rules that hold."""
+    return _read_rules(_table.get())
+
+
+@functools.cache
+def _read_rules(path: Path) -> tuple[Rule, ...]:
+    """A file's rules, read once."""
+    return tuple(Rule(**_with_config(entry)) for entry in json.loads(path.read_text("utf-8")))
 
 
 @functools.cache

@@ -94,7 +94,9 @@ def test_the_slowest_resource_is_the_prediction():
     few = Point("matmul", "triton", 1, "x", 4096, 4096)
     slow = kernel_model.predict(card, kernel(), few, weights_per_turn=16, passes=1)
     assert slow.bound == "load path"
-    assert slow.seconds["load path"] == slow.seconds["global"] + slow.seconds["shared"]
+    assert slow.seconds["load path"] == pytest.approx(
+        slow.seconds["global"] + slow.seconds["shared"]
+    )
 
 
 def test_idle_cores_stretch_the_time():
@@ -109,6 +111,16 @@ def test_without_a_disassembler_the_error_says_what_to_install():
         kernel_model.predict(CARDS["h200"], kernel(sass=None), point, 16, 1)
 
 
+def test_of_a_hopper_kernel_the_tensor_instructions_say_what_a_warp_decodes():
+    """The toy's loop holds one HGMMA: 256 weights of each of its warps."""
+    card, point = CARDS["h200"], Point("matmul", "mosaic_gpu", 4096, "x", 4096, 4096)
+    found = kernel_model.predict_mosaic(card, kernel(threads=384), point)
+    assert found.per_weight["float"] == pytest.approx(2 * 32 / 256)
+    assert found.per_weight["issue"] == pytest.approx(7 * 32 / 256)
+    # 16 × 32 tiles of 256 × 128 on 132 multiprocessors: the busiest has four of 3.88.
+    assert found.waves == pytest.approx(4 / (512 / 132))
+
+
 @pytest.mark.skipif(
     not (
         compile_for.gpu_compiler_available()
@@ -118,12 +130,13 @@ def test_without_a_disassembler_the_error_says_what_to_install():
     reason=f"needs ptxas and nvdisasm, and the GPU compiler. {compile_for.PLUGIN_HINT}",
 )
 @pytest.mark.parametrize(
-    "arguments", [[], ["--implementation", "mosaic_gpu", "--config", '{"selects": 2}']]
+    ("implementation", "rows", "bound"),
+    [("triton", "1", "load path"), ("mosaic_gpu", "1", "memory"), ("mosaic_gpu", "4096", "tensor")],
 )
-def test_a_kernel_compiled_here_is_described(capsys, arguments):
-    base = ["--card", "h200", "--rows", "1", "--shape", "7b-qkvo"]
-    assert kernel_model.main(base + arguments) == 0
+def test_a_kernel_compiled_here_is_described(implementation, rows, bound, capsys):
+    arguments = ["--rows", rows, "--shape", "7b-qkvo", "--implementation", implementation]
+    assert kernel_model.main(["--card", "h200", *arguments]) == 0
     text = capsys.readouterr().out
-    assert "bound by" in text
+    assert f"bound by {bound}" in text
     assert "lane-instructions per weight" in text
     assert "spills 0 B" in text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from pallas_kernels import (
     nf4_matmul,
     which_implementation,
 )
-from pallas_kernels._table import Cut, Rule, config_type, cuts, rules
+from pallas_kernels._table import Cut, config_type, cuts, rules, using_table
 from pallas_kernels.dispatch import AVAILABLE
 from pallas_kernels.nf4_gemv.mosaic_plan import choose_config as choose_gemv
 from pallas_kernels.nf4_matmul.mosaic_plan import choose_config as choose_matmul
@@ -71,23 +72,27 @@ def test_there_are_candidates(op, rows):
     assert len(found) == len(set(found)) > 3
 
 
-def test_a_rule_says_whether_the_adapter_is_fused(monkeypatch):
+def test_a_rule_says_whether_the_adapter_is_fused(tmp_path):
     """And which tile sizes; the caller's own word stands above it."""
-    tile = TritonConfig(16, 16, 64, num_warps=1)
-    rule = Rule("nf4_matmul", "*", 64, "triton", tile, fuse_lora=True)
-    monkeypatch.setattr(dispatch, "rules", lambda: (rule,))
-    for asked in (None, "triton"):
-        choice = which_implementation(
-            "nf4_matmul", 64, WEIGHT, implementation=asked, kind="NVIDIA H200"
-        )
-        assert choice.fuse_lora
+    rule = {"op": "nf4_matmul", "card": "*", "max_rows": 64, "implementation": "triton"}
+    rule |= {"config": {"block_m": 16, "block_n": 16, "block_k": 64, "num_warps": 1}}
+    table = tmp_path / "tuned.json"
+    table.write_text(json.dumps([rule | {"fuse_lora": True}]))
     case, x = make_case(0, 16, 128), activations(0, 17, 128, "bfloat16")
     lora = adapter(1, 17, 16, 8, "bfloat16")
     run = functools.partial(
         nf4_matmul, x, *case.arrays, None, lora, implementation="triton", interpret=True
     )
-    np.testing.assert_array_equal(run(), run(fuse_lora=True))
-    assert (run() != run(fuse_lora=False)).any()
+    with using_table(table):
+        for asked in (None, "triton"):
+            choice = which_implementation(
+                "nf4_matmul", 64, WEIGHT, implementation=asked, kind="NVIDIA H200"
+            )
+            assert choice.fuse_lora
+            assert choice.config == TritonConfig(16, 16, 64, num_warps=1)
+        np.testing.assert_array_equal(run(), run(fuse_lora=True))
+        assert (run() != run(fuse_lora=False)).any()
+    assert len(rules()) > 1
 
 
 def test_the_table_names_what_exists():
