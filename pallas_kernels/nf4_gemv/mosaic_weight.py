@@ -125,8 +125,11 @@ class Reader:
         return out
 
     def _load_words(self, first, when):
-        """The absmax codes of a chunk from its first on: in one load, or a word for each step."""
-        if self.segments == 1:
+        """The absmax codes of a chunk from its first on.
+
+        A word is four blocks: two steps, a step of two segments, or half a step of four.
+        """
+        if self.segments < 4:
             return self.m.load(self.absmax, first, self.plan.chunk // 256, when=when)
         at, step = first + (self.segment >> 1) * 4, self.plan.step // BLOCK
         return [
