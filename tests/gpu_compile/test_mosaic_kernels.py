@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import compile_for as harness
+from pallas_kernels import nf4_matmul
 from pallas_kernels._arguments import Layout
 from pallas_kernels.cards import CARDS
+from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from tests.gpu_compile.test_kernels import SHAPES, packed
 
 pytestmark = pytest.mark.skipif(
@@ -91,6 +93,19 @@ def test_hopper_kernel_with_an_adapter(shape_name, op, rows, rank):
     assert "gemm" not in compiled.as_text()
     padding = 0 if rank == 64 or op == "gemv" else 2 * 64 * (rows + n)
     assert compiled.memory_analysis().temp_size_in_bytes < padding + 2**20
+
+
+def test_hopper_matmul_of_few_rows_can_split_its_sum():
+    """A tile of 32 rows, eight of its parts at work at once: a quarter of the weight in float32."""
+    (n, k), rows, config = SHAPES["7b-qkvo"], 32, MatmulConfig(rows=32, split=8)
+    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+
+    def run(x, *weight):
+        return nf4_matmul(x, *weight, implementation="mosaic_gpu", config=config)
+
+    compiled, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
+    check_kernels(kernels, "matmul")
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 8 * rows * n + 2**16
 
 
 def check_kernels(kernels, op: str) -> None:
