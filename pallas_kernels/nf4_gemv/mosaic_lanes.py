@@ -153,9 +153,10 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
 def _x_columns(m, plan, reader):
     """A function (turn, step) -> per group of four rows of x, this lane's column of B: 16 words.
 
-    The column is a row of x for even (columns 0–3) or odd blocks, or zeros.
+    The column is a row of x for even (columns 0–3) or odd blocks, or zeros: read from memory, or
+    made by lanes that sit the read out.
     """
-    starts, strides = [], []
+    starts, strides, active = [], [], []
     for group in range(plan.groups):
         row_x = (reader.g & 3) + 4 * group
         real = (reader.odd == (reader.g >> 2)) & (row_x < plan.m)
@@ -164,12 +165,14 @@ def _x_columns(m, plan, reader):
         zero = (1 - (reader.g >> 1 & 1)) * 32 + plan.zeros_at
         starts.append(m.where(real, at, zero))
         strides.append(m.where(real, m.word(plan.config.warps * plan.chunk * 2), m.word(0)))
+        active.append(real if plan.config.skip_zeros else None)
 
     def read(turn, c):
         out = []
-        for start, stride in zip(starts, strides, strict=True):
+        for start, stride, when in zip(starts, strides, active, strict=True):
             at = start + turn * stride
-            out.append([w for j in range(4) for w in m.shared_load(at, 4, offset=c * 256 + 16 * j)])
+            column = [m.shared_load(at, 4, offset=c * 256 + 16 * j, when=when) for j in range(4)]
+            out.append([word for words in column for word in words])
         return out
 
     return read

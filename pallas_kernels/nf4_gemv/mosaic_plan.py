@@ -25,6 +25,8 @@ class GemvConfig:
         ctas: blocks, at most; 0 stands for one per multiprocessor of an H100 or H200.
         selects: of the 8 pairs of bytes that a lane loads at once, those decoded by selects in
             registers instead of look-ups in shared memory.
+        skip_zeros: lanes without a row of x read nothing, instead of zeros: for 1 or 2 rows of x
+            half of the quarters of a warp, in which a 16-byte read is served, fall away.
     """
 
     warps: int = 8
@@ -32,6 +34,7 @@ class GemvConfig:
     steps: int = 2
     ctas: int = 0
     selects: int = 0
+    skip_zeros: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +134,7 @@ CUTS = (
     GemvConfig(),
     GemvConfig(warps=16, tiles=1),
     GemvConfig(warps=20, tiles=1),
+    GemvConfig(warps=20, tiles=1, steps=1),
     GemvConfig(warps=12, tiles=2),
 )
 """What `choose_config` chooses from."""
@@ -153,16 +157,18 @@ def choose_config(m: int, n: int, k: int) -> GemvConfig | None:
 
 
 def fits(plan: Plan) -> bool:
-    """Whether a block has the shared memory and each lane the registers that the plan takes."""
-    # 20 warps have 96 registers a lane, and from 5 rows of x on the sums need more.
-    return plan.shared_bytes <= SHARED_LIMIT and not (plan.config.warps > 16 and plan.groups > 1)
+    """Whether a block has the shared memory and its lanes the registers that the plan takes."""
+    # A lane of 20 warps has 96 registers: from 5 rows of x on, two steps of codes are too many.
+    spills = plan.config.warps > 16 and plan.config.steps > 1 and plan.groups > 1
+    return plan.shared_bytes <= SHARED_LIMIT and not spills
 
 
 def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
     """The candidates among which a card's cuts are measured; `choose_config`'s comes first.
 
-    The three most even splits, each with up to three pairs of bytes decoded by selects: a fourth
-    would take the integer units longer than the look-ups take (docs/kernels.md).
+    Its cut with every way to decode that can win, then the two most even other cuts with two. More
+    than three pairs of bytes by selects would take the integer units longer than the look-ups take
+    (docs/kernels.md); lanes without a row of x make whole quarters of a warp for 1 or 2 rows.
     """
     first = choose_config(m, n, k)
     if first is None:
@@ -170,8 +176,13 @@ def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
     cuts = (*CUTS, GemvConfig(16, 2, 1), GemvConfig(8, 4, 1), GemvConfig(8, 1, 4))
     plans = [Plan(m, n, k, "bfloat16", True, False, config) for config in cuts if config != first]
     plans = sorted(filter(fits, plans), key=lambda plan: -plan.efficiency)
-    return [
-        dataclasses.replace(config, selects=selects)
-        for config in (first, *(plan.config for plan in plans[:2]))
+    skips = (False, True) if m <= 2 else (False,)
+    found = [
+        dataclasses.replace(first, selects=selects, skip_zeros=skip)
         for selects in range(4)
+        for skip in skips
     ]
+    for plan in plans[:2]:
+        other = dataclasses.replace(plan.config, selects=2, skip_zeros=skips[-1])
+        found += [plan.config, other]
+    return found

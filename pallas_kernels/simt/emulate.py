@@ -139,10 +139,16 @@ class Machine:
         words: int = 1,
         *,
         offset: int = 0,
+        when: np.ndarray | None = None,
         region: np.ndarray | None = None,
     ) -> list[np.ndarray]:
-        """`words` aligned words of shared memory, of another region than the machine's if given."""
-        data = self._gather(self._region(region), address, 4 * words, offset, None)
+        """`words` aligned words of shared memory, of another region than the machine's if given.
+
+        Zeros unless `when`.
+        """
+        data = self._gather(self._region(region), address, 4 * words, offset, when)
+        if when is not None:
+            data[~when] = 0
         return list(data.view(np.uint32).T.copy())
 
     def shared_load_byte(

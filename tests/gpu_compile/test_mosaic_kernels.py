@@ -76,11 +76,13 @@ def test_hopper_kernel(shape_name, op, rows):
         ("7b-qkvo", "gemv", 1, 16),
         pytest.param("70b-down", "gemv", 1, 256, marks=pytest.mark.slow),
         pytest.param("7b-qkvo", "gemv", 8, 64, marks=pytest.mark.slow),
+        # 20 warps, 96 registers a lane.
+        pytest.param("13b-qkvo", "gemv", 8, 64, marks=pytest.mark.slow),
     ],
 )
 def test_hopper_kernel_with_an_adapter(shape_name, op, rows, rank):
     """Both products in one kernel, without spilling; the matmul fills the rank up to 64s."""
-    n, k = SHAPES[shape_name]
+    n, k = {**SHAPES, "13b-qkvo": (5120, 5120)}[shape_name]
     layout = Layout((n, k), "nf4", 64, double_quant=True)
     kernel = kernel_of(op)
 

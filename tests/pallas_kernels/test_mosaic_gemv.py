@@ -56,7 +56,7 @@ def emulate(plan, inputs):
         (4, 17, 640, "bfloat16", False, GemvConfig(warps=4, tiles=1, steps=1)),
         (5, 96, 768, "bfloat16", True, GemvConfig(warps=8, tiles=2, steps=2, ctas=2)),
         (8, 16, 512, "float16", False, GemvConfig(warps=4, tiles=1, steps=2)),
-        (1, 16, 512, "bfloat16", True, GemvConfig(warps=4, tiles=1, steps=1, selects=3)),
+        (1, 16, 512, "bfloat16", True, GemvConfig(4, 1, 1, selects=3, skip_zeros=True)),
     ],
 )
 def test_lane_program_is_the_product(m, n, k, dtype, double_quant, config):
