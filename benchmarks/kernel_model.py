@@ -262,7 +262,7 @@ def mosaic_split(point: Point, layout: Layout) -> tuple[int, float]:
     assert isinstance(matmul, matmul_plan.MatmulConfig)
     passes = -(-point.rows // matmul.rows)
     columns = point.k if point.op == "transposed" else point.n
-    tiles = passes * -(-columns // (64 * matmul_plan.COMPUTE))
+    tiles = matmul.split * passes * -(-columns // (64 * matmul_plan.COMPUTE))
     return passes, -(-tiles // SMS) / (tiles / SMS)
 
 

@@ -232,7 +232,8 @@ def configs_to_try(
     if implementation == "mosaic_gpu":
         if op == "nf4_gemv":
             return gemv_plan.configs_to_try(rows, n, k)
-        return matmul_plan.configs_to_try(rows)
+        split = matmul_plan.split_configs_to_try(rows, k) if op == "nf4_matmul" else []
+        return matmul_plan.configs_to_try(rows) + split
     found: list[TritonConfig] = []
     if op == "nf4_dequantize":
         for block in (1024, 2048, 4096, 8192):

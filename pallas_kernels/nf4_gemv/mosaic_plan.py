@@ -26,7 +26,8 @@ class GemvConfig:
         selects: of the 8 pairs of bytes that a lane loads at once, those decoded by selects in
             registers instead of look-ups in shared memory.
         skip_zeros: lanes without a row of x read nothing, instead of zeros: for 1 or 2 rows of x
-            half of the quarters of a warp, in which a 16-byte read is served, fall away.
+            (or segments) half of the quarters of a warp, in which a 16-byte read is served, fall
+            away.
         segments: for one row of x, 1, 2 or 4: rows of the matrix A that are one row of W, each with
             its own 128 of `128 · segments` columns, so that a load touches fewer rows of W.
     """
@@ -203,5 +204,6 @@ def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
         ]
     others = most_even(OTHER_CUTS)[:1] + (most_even(SEGMENTED_CUTS)[:2] if m == 1 else [])
     for cut in others:
-        found += [cut, dataclasses.replace(cut, selects=2, skip_zeros=skip)]
+        few = skip and cut.segments <= 2
+        found += [cut, dataclasses.replace(cut, selects=2, skip_zeros=few)]
     return found

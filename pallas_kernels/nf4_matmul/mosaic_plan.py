@@ -14,16 +14,19 @@ class MatmulConfig:
     """How the work is cut; every choice gives the same sums.
 
     Attributes:
-        rows: rows of x in a tile, 64 to 256.
+        rows: rows of x in a tile, 16 to 256.
         stages: tiles of x in shared memory.
         ahead: decode the next step's weights before waiting for this step's `wgmma`.
         group: tiles along n that run side by side, so that their x stays in the second-level cache.
+        split: blocks of threads that share a tile, each with a part of the sum; the parts are added
+            afterwards. For few rows, whose tiles are fewer than the multiprocessors.
     """
 
     rows: int = 256
     stages: int = 4
     ahead: bool = True
     group: int = 16
+    split: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Blocks of 64 along the contracted axis."""
-        return self.k // BLOCK
+        """Blocks of 64 along a block of threads' part of the contracted axis."""
+        return self.k // BLOCK // self.config.split
 
     @property
     def low_steps(self) -> int:
@@ -56,9 +59,14 @@ class Plan:
         return -(-self.m // self.config.rows), -(-self.n // (64 * COMPUTE))
 
     @property
+    def work(self) -> int:
+        """Tiles, each as often as it is split."""
+        return math.prod(self.tiles) * self.config.split
+
+    @property
     def grid(self) -> int:
         """Blocks of threads."""
-        return min(SMS, math.prod(self.tiles))
+        return min(SMS, self.work)
 
 
 def choose_config(rows: int) -> MatmulConfig:
@@ -82,3 +90,16 @@ def configs_to_try(rows: int) -> list[MatmulConfig]:
         if (stages != first.stages) + (ahead != first.ahead) + (group != first.group) <= 1
     ]
     return found
+
+
+def split_configs_to_try(rows: int, k: int) -> list[MatmulConfig]:
+    """Candidates of the forward kernel alone, for rows that one small tile holds."""
+    tile = next((r for r in (16, 32, 64, 128) if rows <= r), None)
+    if tile is None:
+        return []
+    first, steps = choose_config(rows), k // BLOCK
+    return [
+        MatmulConfig(tile, split=split)
+        for split in (1, 2, 4, 8)
+        if steps % split == 0 and steps >= 8 * split and (tile, split) != (first.rows, 1)
+    ]

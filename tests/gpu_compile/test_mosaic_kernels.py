@@ -9,8 +9,10 @@ import pytest
 
 from pallas_kernels import GemvConfig
 from pallas_kernels import compile_for as harness
+from pallas_kernels import nf4_matmul
 from pallas_kernels._arguments import Layout
 from pallas_kernels.cards import CARDS
+from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from tests.gpu_compile.test_kernels import SHAPES, packed
 
 pytestmark = pytest.mark.skipif(
@@ -108,6 +110,19 @@ def test_the_hopper_gemv_with_few_look_ups_and_long_loads():
     x, xa, b = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, k), (1, 64), (n, 64)))
     _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, xa, b, *packed(n, k))
     check_kernels(kernels, "gemv")
+
+
+def test_hopper_matmul_of_few_rows_can_split_its_sum():
+    """A tile of 32 rows, eight of its parts at work at once: a quarter of the weight in float32."""
+    (n, k), rows, config = SHAPES["7b-qkvo"], 32, MatmulConfig(rows=32, split=8)
+    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+
+    def run(x, *weight):
+        return nf4_matmul(x, *weight, implementation="mosaic_gpu", config=config)
+
+    compiled, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
+    check_kernels(kernels, "matmul")
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 8 * rows * n + 2**16
 
 
 def check_kernels(kernels, op: str) -> None:

@@ -189,6 +189,15 @@ def test_the_first_hopper_candidate_is_the_kernels_own_choice(op):
     assert len(found) == len(set(found)) > 3
 
 
+def test_of_few_rows_the_forward_kernel_may_split_its_sum():
+    """Into parts of whole blocks, eight or more of them each; the backward kernel does not."""
+    split = {c.split for c in configs_to_try("nf4_matmul", 48, 4096, 11008, "mosaic_gpu")}
+    assert split == {1, 2, 4}  # 172 blocks of 64
+    assert {c.rows for c in configs_to_try("nf4_matmul", 24, 4096, 4096, "mosaic_gpu")} == {32, 64}
+    back = configs_to_try("nf4_matmul_transposed", 48, 4096, 11008, "mosaic_gpu")
+    assert {c.split for c in back} == {1}
+
+
 def test_a_config_of_another_kernel_is_refused():
     case = make_case(0, 8, 128)
     with pytest.raises(ValueError, match="GemvConfig, and nf4_gemv runs 'triton' here, which"):
