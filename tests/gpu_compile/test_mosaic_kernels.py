@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import GemvConfig
+from pallas_kernels import GemvConfig, nf4_matmul
 from pallas_kernels import compile_for as harness
-from pallas_kernels import nf4_matmul
 from pallas_kernels._arguments import Layout
 from pallas_kernels.cards import CARDS
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
