@@ -123,11 +123,12 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
 
         carry = [zero] * sums + list(flat)
         carry = body(m.word(0), carry) if plan.turns == 1 else m.loop(plan.turns, body, carry)
-        totals, i = carry[:sums], 0
+        totals = carry[:sums]
         low = [[[zero] * 4 for _ in range(plan.groups)] for _ in reader.tiles]
-        for turn in range(slices(plan)):
-            held = first_slice if turn == 0 else load_slice(m, plan, reader, lora, unit, turn)
-            low = add_slice(m, plan, reader, held, turn, low)
+        for i in range(slices(plan)):
+            words = load_slice(m, plan, reader, lora, unit, i) if i else first_slice
+            low = add_slice(m, plan, reader, words, i, low)
+        i = 0
         for r in reader.tiles:
             for group in range(plan.groups):
                 for h in (0, 1):

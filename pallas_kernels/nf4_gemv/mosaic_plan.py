@@ -1,7 +1,8 @@
 """How the Hopper gemv is cut: its configuration, and all sizes and addresses that follow from it.
 
 A *unit* of work is `16 · tiles` rows of W; the warps of a block share a unit's columns and take
-*chunks* of `128 · steps` of them in turn. Shared memory holds, in this order, the look-up tables,
+*chunks* of `128 · steps` of them in turn (with `segments`, so many times fewer rows and more
+columns). Shared memory holds, in this order, the look-up tables,
 zeros, x as float16, and the partial sums of all units of the block.
 """
 
