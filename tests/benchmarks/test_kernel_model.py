@@ -131,7 +131,11 @@ def test_of_a_hopper_kernel_the_tensor_instructions_say_what_a_warp_decodes():
 )
 @pytest.mark.parametrize(
     ("implementation", "rows", "bound"),
-    [("triton", "1", "load path"), ("mosaic_gpu", "1", "load path"), ("mosaic_gpu", "4096", "tensor")],
+    [
+        ("triton", "1", "load path"),
+        ("mosaic_gpu", "1", "load path"),
+        ("mosaic_gpu", "4096", "tensor"),
+    ],
 )
 def test_a_kernel_compiled_here_is_described(implementation, rows, bound, capsys):
     # A shape of its own: in one process Mosaic compiles equal kernels once, and then dumps no PTX.
