@@ -1,17 +1,42 @@
 """What every test needs before JAX starts, and property tests that draw the same examples each run.
 
 `pytest --hypothesis-profile=explore` draws fresh ones instead: run it before a format changes.
+
+Nearly all of the tests' time is XLA's, and half of that is LLVM making fast a program that runs
+once. So most tests turn LLVM's optimizations off (`JAX_DISABLE_MOST_OPTIMIZATIONS=0` leaves them
+on); XLA's own (fusion, layouts, memory) stay. Where bits or bytes are asserted that LLVM or a
+card's compiler may change, all are on: in the folders of `OPTIMIZED` and under
+`pytest.mark.optimized`.
 """
 
 import os
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices on one CPU, so that sharding is tested everywhere.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+OPTIMIZED = {"gpu_compile", "memory", "pallas_kernels", "plan", "quant", "vectors"}
 
 # Compiling takes longer than hypothesis' deadline of 200 ms an example.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compiles a test's programs, and its fixtures', as it wants them."""
+    import jax
+
+    plainly = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] not in ("0", "false", "")
+    folders = {parent.name for parent in item.path.parents}
+    if folders & OPTIMIZED or item.get_closest_marker("optimized"):
+        plainly = False
+    if jax.config.read("jax_disable_most_optimizations") != plainly:
+        jax.config.update("jax_disable_most_optimizations", plainly)
+        # What is compiled already was compiled the other way.
+        jax.clear_caches()

@@ -29,6 +29,9 @@ from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig, fit, init_state, make_train_step
 from tests.train.toy import Toy, ToyBatches, toy_loss
 
+# Two programs are compared to the last bits, so they are compiled as a user's are.
+pytestmark = pytest.mark.optimized
+
 CONFIG = DecoderConfig(
     vocab_size=32,
     hidden_size=32,
