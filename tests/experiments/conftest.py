@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from experiments.embedded import ROOT
 from qlora_jax.checkpoints import save_model
-from qlora_jax.models import Decoder, DecoderConfig
+from qlora_jax.models import DecoderConfig
+from tests.random_decoder import random_decoder
 
 _CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -30,7 +30,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=512,
         tie_word_embeddings=True,
     )
-    save_model(folder, Decoder(config, rngs=nnx.Rngs(0)), dtype=jnp.dtype(jnp.bfloat16))
+    save_model(folder, random_decoder(config), dtype=jnp.dtype(jnp.bfloat16))
     for file in (ROOT / "tokenizer").iterdir():
         shutil.copyfile(file, folder / file.name)
     return folder

@@ -18,6 +18,7 @@ from qlora_jax.models import (
     unfreeze,
 )
 from qlora_jax.nn import LoraConfig
+from tests.random_decoder import random_decoder
 
 VOCAB, EMBED = 19, 6
 
@@ -80,7 +81,7 @@ def model(tied: bool) -> Decoder:
         head_dim=8,
         tie_word_embeddings=tied,
     )
-    return Decoder(config, quant=None, lora=LoraConfig(r=2), rngs=nnx.Rngs(0))
+    return random_decoder(config, quant=None, lora=LoraConfig(r=2))
 
 
 @pytest.mark.parametrize("trained", [nnx.LoRAParam, nnx.Param], ids=["adapters", "everything"])

@@ -19,6 +19,7 @@ from qlora_jax.models import (
 )
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.quant import QuantConfig
+from tests.random_decoder import random_decoder
 
 CONFIG = DecoderConfig(
     vocab_size=32,
@@ -34,7 +35,7 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 6)), jnp.int32)
 
 @functools.cache
 def _parts(config: DecoderConfig, **options) -> tuple:
-    return nnx.split(Decoder(config, rngs=nnx.Rngs(0), **options))
+    return nnx.split(random_decoder(config, **options))
 
 
 def decoder(config: DecoderConfig = CONFIG, **options) -> Decoder:

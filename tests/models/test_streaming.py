@@ -12,6 +12,7 @@ from qlora_jax.models import REMAT, Decoder, DecoderConfig, next_token_loss, str
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig, init_state, make_train_step
+from tests.random_decoder import random_decoder
 
 # Bits of two programs are compared, so they are compiled as a user's are.
 pytestmark = pytest.mark.optimized
@@ -37,7 +38,7 @@ def _small(monkeypatch):
 @functools.cache
 def _base() -> Decoder:
     lora = LoraConfig(r=2, lora_dropout=0.2)
-    model = Decoder(CONFIG, quant=QuantConfig(), lora=lora, rngs=nnx.Rngs(0))
+    model = random_decoder(CONFIG, quant=QuantConfig(), lora=lora)
     state = nnx.state(model, nnx.LoRAParam)
     rng = np.random.default_rng(1)
     # With a B that is not zero, so that A takes a gradient.

@@ -23,9 +23,7 @@ from tests.train.toy import Toy, ToyBatches, toy_loss
 
 pytestmark = [
     pytest.mark.optimized,
-    pytest.mark.skipif(
-        not gpu_compiler_available(), reason=f"no GPU compiler here. {PLUGIN_HINT}"
-    ),
+    pytest.mark.skipif(not gpu_compiler_available(), reason=f"no GPU compiler here. {PLUGIN_HINT}"),
 ]
 
 COUNT, SHAPE = 12, (1024, 1024)
