@@ -7,9 +7,13 @@ once. So most tests turn LLVM's optimizations off (`JAX_DISABLE_MOST_OPTIMIZATIO
 on); XLA's own (fusion, layouts, memory) stay. Where bits or bytes are asserted that LLVM or a
 card's compiler may change, all are on: in the folders of `OPTIMIZED` and under
 `pytest.mark.optimized`.
+
+What one worker, test or run has compiled, the next one reads from JAX's persistent cache (`make
+clean` empties it). Programs for cards that are not there are kept out of it by `compile_lowered`.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -18,6 +22,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices on one CPU, so that sharding is tested everywhere.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Not the GPU compiler's own caches, or what is planned for a card could depend on earlier runs.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 
 OPTIMIZED = {"gpu_compile", "memory", "pallas_kernels", "plan", "quant", "vectors"}
 

@@ -1,10 +1,8 @@
 """A Llama of two layers and random weights, with the embedded tokenizer: enough to run a sweep."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -12,8 +10,6 @@ from experiments.embedded import ROOT
 from qlora_jax.checkpoints import save_model
 from qlora_jax.models import DecoderConfig
 from tests.random_decoder import random_decoder
-
-_CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
 @pytest.fixture(scope="session")
@@ -34,14 +30,3 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in (ROOT / "tokenizer").iterdir():
         shutil.copyfile(file, folder / file.name)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One cache of compiled programs for all tests here."""
-    before = {name: getattr(jax.config, name) for name in _CACHE}
-    for name, value in zip(_CACHE, (str(tmp_path_factory.getbasetemp() / "jax"), 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
