@@ -155,7 +155,7 @@ def implementation_rules(run: "Run") -> list[dict[str, Any]]:
     """
     points = [p for p in run.results["points"] if p["implementation"] in dispatch.IMPLEMENTATIONS]
     rules = []
-    for op, rows in dict.fromkeys((p["op"], p["rows"]) for p in points):
+    for op, rows in dict.fromkeys((p["op"], p["rows"]) for p in points if p["op"] != "lora"):
         here = [p for p in points if (p["op"], p["rows"]) == (op, rows)]
         times: dict[str, dict[str, float]] = {}
         for point in here:
@@ -179,9 +179,25 @@ def implementation_rules(run: "Run") -> list[dict[str, Any]]:
                 "max_rows": rows,
                 "implementation": name,
                 "config": config,
+                "fuse_lora": op == "matmul" and fusing_pays(points, name, rows),
             }
         )
     return cover_all_rows(rules)
+
+
+def fusing_pays(points: list[dict[str, Any]], implementation: str, rows: int) -> bool:
+    """Whether an adapter was faster inside the kernel, by the geometric mean over all shapes."""
+    times: dict[str, dict[str, float]] = {}
+    here = [
+        p
+        for p in points
+        if (p["op"], p["implementation"], p["rows"]) == ("lora", implementation, rows)
+    ]
+    for point in here:
+        if point["status"] == "ok":
+            found = times.setdefault("inside" if point["fuse_lora"] else "after", {})
+            found[point["shape_name"]] = point["seconds"]
+    return least_regret(times, {p["shape_name"] for p in here}) == "inside"
 
 
 def cover_all_rows(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:

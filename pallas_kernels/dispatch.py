@@ -20,10 +20,13 @@ and pay for decoding by the tile, so they want 64 tiles or more: hence `min_out`
 rows Triton's rule is `fused=False`: dequantize, multiply in XLA, one 16-bit weight at a time.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib.metadata
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -50,11 +53,15 @@ TABLE = Path(__file__).with_name("tuned.json")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a call runs: the implementation, its tile sizes if it has any, and the reason."""
+    """What a call runs: the implementation, its tile sizes if it has any, and the reason.
+
+    `fuse_lora` says whether an adapter is added inside the kernel or by a product after it.
+    """
 
     implementation: str
     config: TritonConfig | None
     reason: str
+    fuse_lora: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Rule:
     config: TritonConfig | None
     min_rows: int = 0
     min_out: int = 0
+    fuse_lora: bool = False
 
     def covers(self, op: str, card: str | None, rows: int, columns: int) -> bool:
         """Whether the rule speaks of this op, card and size of the result."""
@@ -75,9 +83,28 @@ class Rule:
         return here and self.min_rows <= rows <= self.max_rows and columns >= self.min_out
 
 
-@functools.cache
+_TABLE = contextvars.ContextVar("table", default=TABLE)
+
+
+@contextlib.contextmanager
+def using_table(path: Path) -> Iterator[None]:
+    """Let the rules of another file choose for what is traced inside, such as a card's own that
+    `benchmarks.gpu_kernels` has just written."""
+    token = _TABLE.set(path)
+    try:
+        yield
+    finally:
+        _TABLE.reset(token)
+
+
 def rules() -> tuple[Rule, ...]:
-    """The table, read once."""
+    """The table that holds."""
+    return read_rules(_TABLE.get())
+
+
+@functools.cache
+def read_rules(path: Path) -> tuple[Rule, ...]:
+    """A table's rules, read once."""
     return tuple(
         Rule(
             op=entry["op"],
@@ -87,8 +114,9 @@ def rules() -> tuple[Rule, ...]:
             config=TritonConfig(**entry["config"]) if entry.get("config") else None,
             min_rows=entry.get("min_rows", 0),
             min_out=entry.get("min_out", 0),
+            fuse_lora=entry.get("fuse_lora", False),
         )
-        for entry in json.loads(TABLE.read_text(encoding="utf-8"))
+        for entry in json.loads(path.read_text(encoding="utf-8"))
     )
 
 
@@ -154,8 +182,10 @@ def which_implementation(
     found = [rule for rule in rules() if rule.covers(op, name, rows, columns)]
     if implementation is not None:
         tiled = "triton" if implementation == "jax_triton" else implementation
-        configs = [rule.config for rule in found if rule.implementation == tiled]
-        return Choice(implementation, configs[0] if configs else None, "asked for")
+        for rule in found:
+            if rule.implementation == tiled:
+                return Choice(implementation, rule.config, "asked for", rule.fuse_lora)
+        return Choice(implementation, None, "asked for")
     refused = ""
     for rule in found:
         problem = why_not(
@@ -163,7 +193,8 @@ def which_implementation(
         )
         if problem is None:
             whose = "every card" if rule.card == "*" else rule.card
-            return Choice(rule.implementation, rule.config, f"rule for {whose}{refused}")
+            reason = f"rule for {whose}{refused}"
+            return Choice(rule.implementation, rule.config, reason, rule.fuse_lora)
         refused += f"; not {rule.implementation}: {problem}"
     return Choice("xla", None, f"no rule of {TABLE.name} can run {op} here{refused}")
 
@@ -209,16 +240,19 @@ def why_not(
 @functools.cache
 def missing_jax_triton() -> str | None:
     """What the extra [triton] still needs here, or None where it is complete."""
+    found = {}
     for package, least in (("jax-triton", (0, 4)), ("triton", (3, 7))):
         wanted = f"{package} >= {least[0]}.{least[1]}"
         try:
-            found = importlib.metadata.version(package)
+            version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return f"{package} is not installed (pip install 'qlora-jax[triton]')"
-        if tuple(int(part) for part in found.split(".")[:2]) < least:
-            return f"{package} is {found} and it needs {wanted}"
-    if jax.__version_info__ >= (0, 12) and importlib.metadata.version("jax-triton") < "0.5":
-        return f"jax-triton 0.4 cannot be lowered by jax {jax.__version__}, only by jax 0.11"
+        found[package] = tuple(int(part) for part in version.split(".")[:2])
+        if found[package] < least:
+            return f"{package} is {version} and it needs {wanted}"
+    # Its rule for dead code has jax 0.11's signature: one kernel lowers, one in a scan does not.
+    if jax.__version_info__ >= (0, 12) and found["jax-triton"] < (0, 5):
+        return f"jax-triton 0.4 cannot be lowered in loops by jax {jax.__version__}, only by 0.11"
     return None
 
 

@@ -11,8 +11,11 @@ is ever in memory, shared or global.
   turns, so the tensor cores need not wait.
 - Codes come directly from global memory, one step ahead, in registers. A lane needs byte t of every
   word of its rows, so the four lanes of a group load the same 32 bytes (one sector) of a row.
-- A byte becomes two float16 by one look-up in shared memory (see `nf4_gemv.mosaic_sm90`: the same
-  table); they are scaled in float32 and rounded once to x's dtype, as the reference does.
+- A byte becomes two float16 by one look-up in shared memory (`_mosaic_decoder`); they are scaled in
+  float32 and rounded once to x's dtype, as the reference does.
+- An adapter is more of the same sum: xa · bᵀ is r / 64 steps with tiles of xa in place of x's and
+  fragments of b, which need no decoding, in place of W's. They come first, while W's first codes
+  are on their way.
 - Of a warp's 16 rows of the fragment, row g is W's row 2g and row g + 8 is 2g + 1: so the two sums
   that a lane holds for a row of x are neighbours in y, and a group of 8 lanes stores a full sector.
 """
@@ -27,10 +30,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels._arguments import Layout
-from pallas_kernels._mosaic import check_mosaic
+from pallas_kernels._arguments import Layout, LowRank
+from pallas_kernels._mosaic import BLOCK, SMS, check_mosaic
+from pallas_kernels._mosaic_decoder import (
+    TABLE_BYTES,
+    look_up_absmax,
+    look_up_pair,
+    lookup_tables,
+)
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
-from pallas_kernels.nf4_gemv.mosaic_sm90 import BLOCK, SMS, TABLE_BYTES, lookup_tables
 from pallas_kernels.simt import arrays
 
 COMPUTE = 2  # warpgroups that compute
@@ -64,11 +72,18 @@ class Plan:
     double_quant: bool
     has_bias: bool
     config: MatmulConfig
+    rank: int = 0
+    """Of the adapter, a multiple of 64; 0 for none."""
 
     @property
     def steps(self) -> int:
         """Blocks of 64 along the contracted axis."""
         return self.k // BLOCK
+
+    @property
+    def low_steps(self) -> int:
+        """Blocks of 64 along the adapter's rank."""
+        return self.rank // BLOCK
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -118,21 +133,32 @@ def decode_block(m, plan, words, offset):
     """
     lane = m.thread & 31
     table_lane = lane << 2
-    selector = ((lane & 3) << 4) + 0x5504
     scales = []
     for h in (0, 1):
         code, scale = words[CODE_WORDS + 2 * h : CODE_WORDS + 2 * h + 2]
         if plan.double_quant:
-            (value,) = m.shared_load(m.prmt(code, table_lane, 0x5504), offset=128)
-            scales.append(m.fma(m.as_float(value), m.as_float(scale), m.as_float(offset[0])))
+            value = look_up_absmax(m, code, 0, table_lane)
+            scales.append(m.fma(value, m.as_float(scale), m.as_float(offset[0])))
         else:
             scales.append(m.as_float(code))
     out = []
     for j in range(8):
         for h in (0, 1):
-            (pair,) = m.shared_load(m.prmt(words[8 * h + j], table_lane, selector))
+            pair = look_up_pair(m, words[8 * h + j], lane & 3, table_lane)
             low, high = m.half_pair(pair)
             out.append(m.pack(low * scales[h], high * scales[h], plan.dtype))
+    return out
+
+
+def load_low_rank(m, plan, first_row, step, b):
+    """`decode_block`'s fragment of block `step` of the adapter's b [n, rank], as it lies there."""
+    lane, warp = m.thread & 31, m.thread >> 5 & 3
+    out = []
+    for j in range(8):
+        for h in (0, 1):
+            row = m.minimum(first_row + warp * 16 + (lane >> 2) * 2 + h, plan.n - 1)
+            at = (row * plan.rank + step * BLOCK + (lane & 3) * 2) * 2
+            out += m.load(b, at, offset=16 * j)
     return out
 
 
@@ -172,6 +198,7 @@ def nf4_matmul_mosaic(
     nested_absmax: Array | None,
     offset: Array | None,
     bias: Array | None,
+    lora: LowRank | None = None,
     *,
     layout: Layout,
     config: MatmulConfig | None = None,
@@ -193,12 +220,17 @@ def nf4_matmul_mosaic(
         double_quant=layout.double_quant,
         has_bias=bias is not None,
         config=config or choose_config(rows),
+        rank=0 if lora is None else lora[1].shape[1] + -lora[1].shape[1] % BLOCK,
     )
     # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
-    x = jnp.pad(x.reshape(rows, k), ((0, -rows % 8), (0, 0)))
+    x = _pad(x.reshape(rows, k), 8, 1)
     unused = jnp.zeros((1,), jnp.float32)
+    low: tuple[Array, ...] = ()
+    if lora is not None:
+        low = (_pad(lora[0].reshape(rows, -1), 8, BLOCK), _pad(lora[1], 1, BLOCK))
     y = _kernel(plan)(
         x,
+        *low,
         codes.reshape(-1),
         absmax,
         unused if nested_absmax is None else nested_absmax,
@@ -207,6 +239,11 @@ def nf4_matmul_mosaic(
         jnp.asarray(lookup_tables(layout.quant_type)),
     )
     return y.reshape(*batch, n)
+
+
+def _pad(matrix: Array, rows: int, columns: int) -> Array:
+    """Zeros at the ends until both sizes are multiples."""
+    return jnp.pad(matrix, ((0, -matrix.shape[0] % rows), (0, -matrix.shape[1] % columns)))
 
 
 def choose_config(rows: int) -> MatmulConfig:
@@ -221,7 +258,10 @@ def _kernel(plan: Plan):
     _ref, _splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     held_type = arrays.words_type(CODE_WORDS + SCALE_WORDS)
 
-    def body(x, codes, absmax, nested, offset, bias, tables, out, table, x_tiles, full, empty):
+    all_steps = plan.low_steps + plan.steps
+
+    def body(x, *refs):
+        *low, codes, absmax, nested, offset, bias, tables, out, table, x_tiles, full, empty = refs
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         count = (math.prod(plan.tiles) - 1 - cta) // plan.grid + 1
 
@@ -243,21 +283,28 @@ def _kernel(plan: Plan):
 
             def one(s, carry):
                 slot = lax.rem(s, cfg.stages)
-                token, _ = place(s // plan.steps)
-                column = lax.rem(s, plan.steps) * BLOCK
+                token, _ = place(s // all_steps)
+                step = lax.rem(s, all_steps)
 
                 @pl.when(s >= cfg.stages)
                 def _wait():
                     plgpu.barrier_wait(empty.at[slot])
 
-                plgpu.copy_gmem_to_smem(
-                    x.at[pl.ds(token, cfg.rows), pl.ds(column, BLOCK)],
-                    x_tiles.at[slot],
-                    full.at[slot],
-                )
+                def copy(source, step):
+                    plgpu.copy_gmem_to_smem(
+                        source.at[pl.ds(token, cfg.rows), pl.ds(step * BLOCK, BLOCK)],
+                        x_tiles.at[slot],
+                        full.at[slot],
+                    )
+
+                if low:
+                    pl.when(step < plan.low_steps)(lambda: copy(low[0], step))
+                    pl.when(step >= plan.low_steps)(lambda: copy(x, step - plan.low_steps))
+                else:
+                    copy(x, step)
                 return carry
 
-            lax.fori_loop(0, count * plan.steps, one, None)
+            lax.fori_loop(0, count * all_steps, one, None)
 
         @pl.when(wg < COMPUTE)
         def _compute():
@@ -274,19 +321,28 @@ def _kernel(plan: Plan):
                     held_type,
                 )
 
+            fragment = plgpu.ShapeDtypeStruct((64, BLOCK), dtype, plgpu.Layout.WGMMA)
+
             def decode(held):
-                kind = plgpu.ShapeDtypeStruct((64, BLOCK), dtype, plgpu.Layout.WGMMA)
                 return arrays.run(
                     lambda m, words, o: decode_block(m, plan, words, o),
                     table,
                     [held, mean],
-                    kind,
+                    fragment,
+                )
+
+            def load_low(first_row, step):
+                return arrays.run(
+                    lambda m, r, s, b: load_low_rank(m, plan, r, s, b),
+                    table,
+                    [first_row, step, low[1]],
+                    fragment,
                 )
 
             def one_tile(index, carry):
                 token, column = place(index)
                 first_row = column + wg * 64
-                base = index * plan.steps
+                base = index * all_steps + plan.low_steps
 
                 def accumulate(acc):
                     def multiply(step, weights):
@@ -294,6 +350,12 @@ def _kernel(plan: Plan):
                         plgpu.barrier_wait(full.at[slot])
                         plgpu.wgmma(acc, weights, x_tiles.at[slot].transpose((1, 0)))
                         return slot
+
+                    def low_rank(step, carry):
+                        slot = multiply(step - plan.low_steps, load_low(first_row, step))
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[slot])
+                        return carry
 
                     def simple(step, held):
                         weights = decode(held)
@@ -317,6 +379,8 @@ def _kernel(plan: Plan):
                         return ahead(2 * pair + 1, *ahead(2 * pair, *carry))
 
                     held = load(first_row, jnp.int32(0))
+                    if low:
+                        lax.fori_loop(0, plan.low_steps, low_rank, None)
                     if cfg.ahead:
                         carry = decode(held), load(first_row, jnp.int32(min(1, plan.steps - 1)))
                         carry = lax.fori_loop(0, plan.steps // 2, two_ahead, carry)

@@ -212,14 +212,17 @@ class Machine:
     def barrier(self) -> None:
         """Shared memory written by the block before is read by it after."""
 
-    def mma_f16(
-        self, c: Sequence[np.ndarray], a: Sequence[np.ndarray], b: Sequence[np.ndarray]
+    def mma(
+        self,
+        c: Sequence[np.ndarray],
+        a: Sequence[np.ndarray],
+        b: Sequence[np.ndarray],
+        dtype: str,
     ) -> list[np.ndarray]:
-        """mma.m16n8k16, float16 inputs and float32 sums: c + A · B over the warp's fragments."""
+        """mma.m16n8k16, `dtype` inputs and float32 sums: c + A · B over the warp's fragments."""
         lane = np.arange(WARP)
         group, quad = lane // 4, lane % 4
-        words = [v.reshape(-1, WARP).copy() for v in (*a, *b)]
-        half = [v.view(np.float16).reshape(-1, WARP, 2).astype(np.float64) for v in words]
+        half = [np.stack(self._halves(v, dtype), -1).reshape(-1, WARP, 2) for v in (*a, *b)]
         warps = self.threads // WARP
         left, right = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
         for i in range(2):
@@ -235,6 +238,11 @@ class Machine:
             rows, cols = group + 8 * (part // 2), 2 * quad + part % 2
             out.append((c[part] + product[:, rows, cols].reshape(-1)).astype(np.float32))
         return out
+
+    def _halves(self, word: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+        if dtype == "float16":
+            return self.half_pair(word)
+        return self.as_float(word << np.uint32(16)), self.as_float(word & np.uint32(0xFFFF0000))
 
     def loop(
         self,

@@ -315,10 +315,13 @@ class Machine:
         """Shared memory written by the block before is read by it after."""
         gpu.barrier()
 
-    def mma_f16(self, c: Sequence[Float], a: Sequence[Word], b: Sequence[Word]) -> list[Float]:
-        """mma.m16n8k16, float16 inputs and float32 sums: c + A · B over the warp's fragments."""
+    def mma(
+        self, c: Sequence[Float], a: Sequence[Word], b: Sequence[Word], dtype: str
+    ) -> list[Float]:
+        """mma.m16n8k16, `dtype` inputs and float32 sums: c + A · B over the warp's fragments."""
+        kind = {"float16": "f16", "bfloat16": "bf16"}[dtype]
         text = (
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
             "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
         )
         inputs = [v.value for v in (*a, *b, *c)]

@@ -28,7 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from qlora_jax.models.attention import AttentionName, attend, check_attention
-from qlora_jax.models.cache import Cache, advance, start, store, visible
+from qlora_jax.models.cache import Cache, Pair, advance, kept, start, store, visible
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_layer import DecoderLayer
 from qlora_jax.models.embedding import Embedding
@@ -194,7 +194,7 @@ class Decoder(nnx.Module):
         real = jnp.ones(input_ids.shape, bool) if mask is None else mask
         last = length - 1 - jnp.argmax(real[:, ::-1], axis=1)
         hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        return self.head(hidden), start(key, value, real, cache_length)
+        return self.head(hidden), start(key, value, real)
 
     def decode_step(
         self, tokens: Int[Array, " batch"], cache: Cache
@@ -213,14 +213,13 @@ class Decoder(nnx.Module):
         alike = near if all(config.sliding_layers) else seen
 
         def apply(
-            layer: DecoderLayer, carry: tuple[Array, Array, Array], given: tuple[Any, Array]
-        ) -> tuple[tuple[Array, Array, Array], None]:
-            x, keys, values = carry
+            layer: DecoderLayer, carry: tuple[Array, Pair], given: tuple[Any, Array]
+        ) -> tuple[tuple[Array, Pair], None]:
+            x, cached = carry
             sliding, number = given
 
-            def mix(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
-                all_keys, key = store(keys, key, number, cache.filled)
-                all_values, value = store(values, value, number, cache.filled)
+            def mix(query: Array, key: Array, value: Array) -> tuple[Array, Pair]:
+                whole, (key, value) = store(cached, (key, value), number, cache.filled)
                 mixed = attend(
                     query,
                     key,
@@ -231,16 +230,15 @@ class Decoder(nnx.Module):
                     softcap=config.attn_logit_softcapping,
                     implementation="xla",
                 )
-                return mixed, (all_keys, all_values)
+                return mixed, whole
 
             turned = _chosen(sliding, local_turns, turns)
-            x, (keys, values) = layer(x, turned, mix, dropout_key=None)
-            return (x, keys, values), None
+            return layer(x, turned, mix, dropout_key=None), None
 
         numbers = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
-        carry = (self._embed(tokens[:, None], positions, None), cache.key, cache.value)
+        carry = (self._embed(tokens[:, None], positions, None), (cache.key, cache.value))
         given = (self._sliding(), numbers)
-        (x, key, value), _ = scan_layers(
+        (x, cached), _ = scan_layers(
             self.layers,
             apply,
             carry,
@@ -250,7 +248,7 @@ class Decoder(nnx.Module):
             stream_weights=self.stream_weights,
         )
         x = jnp.where(cache.filled < cache.length, self._finish(x, None)[:, 0], jnp.nan)
-        return self.head(x), advance(cache, key, value)
+        return self.head(x), advance(cache, *cached)
 
     def _forward(
         self,
@@ -262,7 +260,7 @@ class Decoder(nnx.Module):
         *,
         cache_length: int | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Any]:
-        """`hidden`, and every layer's keys and values if they are to be cached."""
+        """`hidden`, and every layer's part of a cache if one is to be made."""
         config = self.config
 
         def mix(sliding: Array | None, query: Array, key: Array, value: Array) -> tuple[Array, Any]:
@@ -287,7 +285,7 @@ class Decoder(nnx.Module):
                 mixed = jax.lax.cond(
                     sliding, lambda: within(config.sliding_window), lambda: within(None)
                 )
-            return mixed, None if cache_length is None else (key, value)
+            return mixed, None if cache_length is None else kept(key, value, cache_length)
 
         turns, local_turns = self._turns(positions, cache_length)
 
@@ -304,7 +302,7 @@ class Decoder(nnx.Module):
             )
 
         keys = split_key(dropout_key, config.num_hidden_layers)
-        x, kept = scan_layers(
+        x, caches = scan_layers(
             self.layers,
             apply,
             self._embed(input_ids, positions, dropout_key),
@@ -312,7 +310,7 @@ class Decoder(nnx.Module):
             remat=self.remat,
             stream_weights=self.stream_weights,
         )
-        return self._finish(x, dropout_key), kept
+        return self._finish(x, dropout_key), caches
 
     def head(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Float32 logits of hidden states."""

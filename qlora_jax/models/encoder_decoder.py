@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from qlora_jax.models.attention import AttentionName, check_attention
+from qlora_jax.models.cache import Pair, kept, read, store
 from qlora_jax.models.dropped_attention import View, key_mask
 from qlora_jax.models.encoder_config import EncoderDecoderConfig
 from qlora_jax.models.encoder_decoder_layer import LAYER_KEYS, DecoderLayer, EncoderLayer
@@ -44,16 +45,16 @@ class EncoderDecoderCache(NamedTuple):
     """What generation keeps between words; the leading axis of keys and values is the layers'.
 
     Attributes:
-        key, value: of the decoder's words, `[layers, batch, length, heads, d_kv]`.
-        source_key, source_value: of the encoder's output, `[layers, batch, source, heads, d_kv]`.
+        key, value: of the decoder's words, as in `Cache`, with a group for each head.
+        source_key, source_value: of the encoder's output, likewise.
         source_mask: where the source is real, `[batch, source]`.
         filled: how many slots are filled; a row's words all stand at the same positions.
     """
 
-    key: Float[Array, "layers batch length heads d_kv"]
-    value: Float[Array, "layers batch length heads d_kv"]
-    source_key: Float[Array, "layers batch source heads d_kv"]
-    source_value: Float[Array, "layers batch source heads d_kv"]
+    key: Float[Array, "layers batch heads length d_kv"]
+    value: Float[Array, "layers batch heads d_kv length"]
+    source_key: Float[Array, "layers batch heads source d_kv"]
+    source_value: Float[Array, "layers batch heads d_kv source"]
     source_mask: Bool[Array, "batch source"]
     filled: Int[Array, ""]
 
@@ -231,14 +232,19 @@ class EncoderDecoder(nnx.Module):
         source = self.encode(input_ids, attention_mask)
 
         def apply(layer: DecoderLayer, x: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
-            return x, layer.EncDecAttention.sources(x, draw(None, 2))
+            return x, kept(*layer.EncDecAttention.sources(x, draw(None, 2)), x.shape[1])
 
         _, (source_key, source_value) = scan_layers(
             self.decoder.layers, apply, source, None, remat="none"
         )
-        own = jnp.zeros((*source_key.shape[:2], cache_length, *source_key.shape[3:]), source.dtype)
+        heads, width = source_key.shape[:3], source_key.shape[-1]
         cache = EncoderDecoderCache(
-            own, own, source_key, source_value, attention_mask.astype(bool), jnp.int32(0)
+            jnp.zeros((*heads, cache_length, width), source.dtype),
+            jnp.zeros((*heads, width, cache_length), source.dtype),
+            source_key,
+            source_value,
+            attention_mask.astype(bool),
+            jnp.int32(0),
         )
         start = jnp.full(input_ids.shape[:1], self.config.decoder_start_token_id, jnp.int32)
         return self.decode_step(start, cache)
@@ -247,19 +253,28 @@ class EncoderDecoder(nnx.Module):
         self, tokens: Int[Array, " batch"], cache: EncoderDecoderCache
     ) -> tuple[Float[Array, "batch vocab"], EncoderDecoderCache]:
         """One word more: logits of the next, and the cache with this one in it."""
-        length = cache.key.shape[2]
+        length = cache.key.shape[3]
         slots = jnp.arange(length)
         bias = self.decoder.bias(cache.filled[None], slots, longest=length)
         # One query: there is nothing for another implementation to save.
         view = View(bias, (slots <= cache.filled)[None, None, None], False, "xla")
         source_view = View(None, key_mask(cache.source_mask), False, "xla")
 
-        def apply(layer: DecoderLayer, x: Array, cached: Any) -> tuple[Array, tuple[Array, Array]]:
-            return layer.step(x, cached, cache.filled, view, source_view)
+        def apply(
+            layer: DecoderLayer, carry: tuple[Array, Pair], given: tuple[Array, Pair]
+        ) -> tuple[tuple[Array, Pair], None]:
+            x, cached = carry
+            number, source = given
 
-        x, (key, value) = scan_layers(
-            self.decoder.layers, apply, self._embed(tokens[:, None]), tuple(cache[:4]), remat="none"
-        )
+            def mix(new: Pair) -> tuple[Pair, Pair]:
+                return store(cached, new, number, cache.filled)
+
+            return layer.step(x, mix, read(*source), view, source_view), None
+
+        numbers = jnp.arange(self.decoder.depth, dtype=jnp.int32)
+        carry = (self._embed(tokens[:, None]), (cache.key, cache.value))
+        given = (numbers, (cache.source_key, cache.source_value))
+        (x, (key, value)), _ = scan_layers(self.decoder.layers, apply, carry, given, remat="none")
         logits = self.head(self.decoder.final_layer_norm(x[:, 0]))
         return logits, cache._replace(key=key, value=value, filled=cache.filled + 1)
 

@@ -4,10 +4,13 @@ A layer normalises what each of its parts reads (RMSNorm) and adds what it gives
 has attention twice, to its own words and to the encoder's output. Names are Hugging Face's.
 """
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from qlora_jax.models.cache import Pair
 from qlora_jax.models.dropped_attention import View, dropped_attention, project_heads
 from qlora_jax.models.encoder_config import EncoderDecoderConfig
 from qlora_jax.models.norm import RMSNorm
@@ -150,21 +153,23 @@ class DecoderLayer(nnx.Module):
     def step(
         self,
         x: Float[Array, "batch 1 embed"],
-        cached: tuple[Array, Array, Array, Array],
-        index: Int[Array, ""],
+        mix: Callable[[Pair], tuple[Pair, Pair]],
+        source: Pair,
         view: View,
         source_view: View,
-    ) -> tuple[Float[Array, "batch 1 embed"], tuple[Array, Array]]:
-        """One word at `index`, with this layer's keys and values (own, then the source's); returns
-        what comes out and its own, the word's included."""
-        key, value, source_key, source_value = cached
+    ) -> tuple[Float[Array, "batch 1 embed"], Pair]:
+        """One word: what comes out, and what `mix` kept.
+
+        Args:
+            x: the word.
+            mix: takes its keys and values, and gives what is to be kept and those of all words.
+            source: keys and values of the encoder's output.
+            view, source_view: of the words and of the source.
+        """
         y = self.layer_norm_0(x)
-        new_key, new_value = self.SelfAttention.sources(y, draw(None, 2))
-        key = jax.lax.dynamic_update_slice_in_dim(key, new_key.astype(key.dtype), index, 1)
-        value = jax.lax.dynamic_update_slice_in_dim(value, new_value.astype(key.dtype), index, 1)
-        x = x + self.SelfAttention(y, key, value, view, draw(None, LAYER_KEYS))
-        x = self._rest(x, source_key, source_value, source_view, draw(None, LAYER_KEYS))
-        return x, (key, value)
+        kept, words = mix(self.SelfAttention.sources(y, draw(None, 2)))
+        x = x + self.SelfAttention(y, *words, view, draw(None, LAYER_KEYS))
+        return self._rest(x, *source, source_view, draw(None, LAYER_KEYS)), kept
 
     def _rest(self, x: Array, key: Array, value: Array, source_view: View, keys: Keys) -> Array:
         y = self.EncDecAttention(self.layer_norm_1(x), key, value, source_view, keys)

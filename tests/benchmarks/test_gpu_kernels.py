@@ -30,7 +30,10 @@ def test_runs_in_full_at_toy_sizes(tmp_path):
         ("transposed", 32),
         ("transposed", 1),
         ("dequantize", 0),
+        ("lora", 1),
+        ("lora", 32),
     }
+    assert {"lora M=1 toy triton", "lora M=1 toy triton fused"} < set(status)
     assert all(p["seconds"] > 0 and p["bytes_per_s"] > 0 for p in results["points"])
     checked = [p for p in results["points"] if p["implementation"] != "bf16"]
     assert all(p["error_vs_float64"] < 1e-2 and p["error_vs_xla"] < 1e-2 for p in checked)
@@ -144,8 +147,9 @@ def test_the_rule_of_least_regret_wins_and_failures_do_not():
 
 
 def test_rules_take_the_fastest_right_implementation_everywhere_measured():
-    def point(op, rows, implementation, seconds, status="ok", shape="a"):
+    def point(op, rows, implementation, seconds, status="ok", shape="a", fuse_lora=False):
         return {
+            "fuse_lora": fuse_lora,
             "op": op,
             "rows": rows,
             "implementation": implementation,
@@ -166,6 +170,10 @@ def test_rules_take_the_fastest_right_implementation_everywhere_measured():
                 point("matmul", 64, "triton", 3.0),
                 point("matmul", 64, "mosaic_gpu", 2.0),
                 point("matmul", 64, "bf16", 0.1),
+                point("lora", 1, "triton", 3.0),
+                point("lora", 1, "triton", 4.0, fuse_lora=True),
+                point("lora", 64, "mosaic_gpu", 3.0),
+                point("lora", 64, "mosaic_gpu", 2.5, fuse_lora=True),
             ]
         }
 
@@ -175,6 +183,7 @@ def test_rules_take_the_fastest_right_implementation_everywhere_measured():
     assert (many["op"], many["implementation"]) == ("nf4_matmul", "mosaic_gpu")
     assert many["config"] is None
     assert many["max_rows"] == _autotune.ALL_ROWS
+    assert (few["fuse_lora"], many["fuse_lora"]) == (False, True)
 
 
 def test_runs_of_one_card_are_merged_and_of_two_refused(tmp_path):

@@ -1,11 +1,22 @@
 """What runs where, and what is refused."""
 
+import functools
+import json
+
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_kernels import CARDS, Layout, configs_to_try, nf4_matmul, which_implementation
-from pallas_kernels.dispatch import AVAILABLE, rules
-from tests.pallas_kernels.base import make_case
+from pallas_kernels import (
+    CARDS,
+    Layout,
+    TritonConfig,
+    configs_to_try,
+    nf4_matmul,
+    which_implementation,
+)
+from pallas_kernels.dispatch import AVAILABLE, rules, using_table
+from tests.pallas_kernels.base import activations, adapter, make_case
 
 WEIGHT = Layout((4096, 4096), "nf4", 64, double_quant=True)
 CROSSING = Layout((33, 63), "nf4", 64, double_quant=False)
@@ -53,6 +64,29 @@ def test_there_are_candidates(op, rows):
         return
     found = configs_to_try(op, rows, 4096, 11008)
     assert len(found) == len(set(found)) > 3
+
+
+def test_a_rule_says_whether_the_adapter_is_fused(tmp_path):
+    """And which tile sizes; the caller's own word stands above it."""
+    rule = {"op": "nf4_matmul", "card": "*", "max_rows": 64, "implementation": "triton"}
+    rule |= {"config": {"block_m": 16, "block_n": 16, "block_k": 64, "num_warps": 1}}
+    table = tmp_path / "tuned.json"
+    table.write_text(json.dumps([rule | {"fuse_lora": True}]))
+    case, x = make_case(0, 16, 128), activations(0, 17, 128, "bfloat16")
+    lora = adapter(1, 17, 16, 8, "bfloat16")
+    run = functools.partial(
+        nf4_matmul, x, *case.arrays, None, lora, implementation="triton", interpret=True
+    )
+    with using_table(table):
+        for asked in (None, "triton"):
+            choice = which_implementation(
+                "nf4_matmul", 64, WEIGHT, implementation=asked, kind="NVIDIA H200"
+            )
+            assert choice.fuse_lora
+            assert choice.config == TritonConfig(16, 16, 64, num_warps=1)
+        np.testing.assert_array_equal(run(), run(fuse_lora=True))
+        assert (run() != run(fuse_lora=False)).any()
+    assert len(rules()) > 1
 
 
 def test_the_table_names_what_exists():

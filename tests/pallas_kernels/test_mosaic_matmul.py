@@ -78,6 +78,21 @@ def test_lane_programs_are_the_product(m, n, k, dtype, double_quant):
     assert error < (4e-3 if dtype == "bfloat16" else 1e-3)
 
 
+def test_an_adapters_fragment_is_b():
+    """The words that `wgmma` takes of b [n, 128], rows past the end repeating the last."""
+    rng = np.random.default_rng(0)
+    plan = Plan(64, 80, 64, "bfloat16", True, False, MatmulConfig(rows=64), rank=128)
+    b = np.array(jnp.asarray(rng.normal(size=(80, 128)), jnp.bfloat16))
+    machine = Machine(0, 128, mosaic_sm90.TABLE_BYTES)
+    for step in (0, 1):
+        words = mosaic_sm90.load_low_rank(machine, plan, machine.word(64), machine.word(step), b)
+        got = from_fragment(words, "bfloat16")
+        # Row g of a warp's fragment is row 2g, row g + 8 is 2g + 1.
+        row = 64 + 16 * (np.arange(64) // 16) + 2 * (np.arange(64) % 8) + np.arange(64) % 16 // 8
+        want = b[np.minimum(row, 79), 64 * step : 64 * step + 64].astype(np.float64)
+        np.testing.assert_array_equal(got, want)
+
+
 def test_weights_are_rounded_once():
     """float16 tables, exact where the code's value is: 1 · scale is the scale in x's dtype."""
     table = CODEBOOKS["nf4"].astype(np.float16).astype(np.float32)

@@ -1,0 +1,25 @@
+"""A decoding step writes one slot of its cache, and holds nothing of the cache's size beside it."""
+
+import pytest
+
+from pallas_kernels.cards import CARDS
+from qlora_jax.plan import Workload, find_config, program_bytes
+from qlora_jax.plan.workload import decoding_step, tree_bytes
+from tests.memory.goals import GIB, needs_compiler
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("model", "batch"), [("llama-65b", 1), ("llama-3-8b", 1), ("llama-65b", 8), ("t5-11b", 1)]
+)
+def test_the_cache_is_read_where_it_lies(model, batch):
+    # One query of as many heads as keys, of four times as many, of several texts, of two caches:
+    # XLA would like another order of axes for each.
+    work = Workload(find_config(model), attention="xla")
+    program = decoding_step(work, batch=batch, length=2048)
+    lora, frozen, _, cache = program.args
+    found = program_bytes(program, CARDS["l40"])
+    assert found.aliased >= tree_bytes(cache) - 2**20
+    # One decoded weight of a head or a layer, at most; twice the cache would be 5, 0.5, 40 and 7.5.
+    assert found.temporaries < 0.1 * GIB
+    assert found.device < tree_bytes((lora, frozen, cache)) + 0.1 * GIB
