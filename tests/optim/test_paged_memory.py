@@ -21,10 +21,9 @@ from qlora_jax.optim import paged
 from qlora_jax.train import TrainConfig, init_state, make_train_step
 from tests.train.toy import Toy, ToyBatches, toy_loss
 
-pytestmark = [
-    pytest.mark.optimized,
-    pytest.mark.skipif(not gpu_compiler_available(), reason=f"no GPU compiler here. {PLUGIN_HINT}"),
-]
+pytestmark = pytest.mark.skipif(
+    not gpu_compiler_available(), reason=f"no GPU compiler here. {PLUGIN_HINT}"
+)
 
 COUNT, SHAPE = 12, (1024, 1024)
 LEAF = 4 * SHAPE[0] * SHAPE[1]
