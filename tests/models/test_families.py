@@ -93,9 +93,9 @@ def test_quantized_with_adapters(name):
         loss, gradient = run(adapters, rest, jax.random.key(seed))
         losses.append(float(loss))
         for leaf in jax.tree.leaves(gradient):
-            assert bool(jnp.isfinite(leaf).all())
+            assert np.isfinite(leaf).all()
             # Every layer, and every expert that a token went to, has a gradient of its own.
-            assert bool((leaf != 0).any())
+            assert np.any(leaf)
     assert losses[0] != losses[1]
 
 

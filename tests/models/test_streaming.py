@@ -14,9 +14,6 @@ from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig, init_state, make_train_step
 from tests.random_decoder import random_decoder
 
-# Bits of two programs are compared, so they are compiled as a user's are.
-pytestmark = pytest.mark.optimized
-
 CONFIG = DecoderConfig(
     vocab_size=32,
     hidden_size=32,
@@ -97,46 +94,12 @@ def test_large_frozen_leaves_rest_on_the_host_and_nothing_else_does():
     assert streaming.host_bytes(layers) == sum(x.nbytes for x in codes)
 
 
-@pytest.mark.parametrize("remat", ["full", "offload"])
-def test_loss_and_gradients_are_the_residents_bit_for_bit(remat):
-    expected = resident("full", dropout_seed=3)
-    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(expected[1]))
-    same_bits(loss_and_gradient(model(remat=remat, host=True), jax.random.key(3)), expected)
-
-
 @pytest.mark.parametrize("remat", sorted(set(REMAT) - {"none"}))
 def test_remat_changes_nothing_beyond_rounding(remat):
     (expected, gradient), (found, ours) = (resident(each) for each in ("none", remat))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
-
-
-def test_training_steps_are_the_residents_bit_for_bit():
-    def trained(host: bool):
-        graphdef, lora, frozen = nnx.split(model(host=host), nnx.LoRAParam, ...)
-        tx = TrainConfig(page_min_size=0).optimizer()
-        state = init_state(lora, tx, seed=0)
-        step = make_train_step(graphdef, tx, state=state)
-        batch = Batch(jnp.stack([IDS, IDS[::-1]]), jnp.stack([IDS, IDS[::-1]]))
-        for _ in range(2):
-            state, metrics = step(state, frozen, batch)
-        return state.lora, state.opt_state, metrics
-
-    same_bits(trained(host=True), trained(host=False))
-
-
-@jax.tree_util.register_pytree_node_class
-class Batch:
-    def __init__(self, input_ids, labels):
-        self.input_ids, self.labels = input_ids, labels
-
-    def tree_flatten(self):
-        return (self.input_ids, self.labels), None
-
-    @classmethod
-    def tree_unflatten(cls, _, leaves):
-        return cls(*leaves)
 
 
 def test_gradients_reach_what_a_layer_closes_over_and_what_it_puts_out():
@@ -166,29 +129,6 @@ def test_gradients_reach_what_a_layer_closes_over_and_what_it_puts_out():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_evaluation_streams_too():
-    def logits(model):
-        graphdef, state = nnx.split(model)
-        return jax.jit(lambda state: nnx.merge(graphdef, state)(IDS))(state)
-
-    same_bits(logits(model(host=True)), logits(model()))
-
-
-def test_generation_streams_too():
-    def written(model):
-        graphdef, state = nnx.split(model)
-
-        @jax.jit
-        def some(state):
-            whole = nnx.merge(graphdef, state)
-            logits, cache = whole.prefill(IDS, cache_length=8)
-            return logits, whole.decode_step(jnp.argmax(logits, -1).astype(jnp.int32), cache)
-
-        return some(state)
-
-    same_bits(written(model(host=True)), written(model()))
-
-
 @pytest.mark.parametrize("remat", ["none", "dots", "attention"])
 def test_a_policy_that_keeps_what_streams_is_refused(remat):
     with pytest.raises(ValueError, match="'full' or 'offload'"):
@@ -203,3 +143,68 @@ def test_a_host_pool_that_is_too_small_is_refused(monkeypatch):
         streaming.check_host_memory_limit(200 * 2**30, "gpu")
     monkeypatch.setenv(streaming.HOST_LIMIT, "208")
     streaming.check_host_memory_limit(200 * 2**30, "gpu")
+
+
+# Bits of two programs are compared, so they are compiled as a user's are.
+as_users_do = pytest.mark.optimized
+
+
+@as_users_do
+@pytest.mark.parametrize("remat", ["full", "offload"])
+def test_loss_and_gradients_are_the_residents_bit_for_bit(remat):
+    expected = resident("full", dropout_seed=3)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(expected[1]))
+    same_bits(loss_and_gradient(model(remat=remat, host=True), jax.random.key(3)), expected)
+
+
+@as_users_do
+def test_training_steps_are_the_residents_bit_for_bit():
+    def trained(host: bool):
+        graphdef, lora, frozen = nnx.split(model(host=host), nnx.LoRAParam, ...)
+        tx = TrainConfig(page_min_size=0).optimizer()
+        state = init_state(lora, tx, seed=0)
+        step = make_train_step(graphdef, tx, state=state)
+        batch = Batch(jnp.stack([IDS, IDS[::-1]]), jnp.stack([IDS, IDS[::-1]]))
+        for _ in range(2):
+            state, metrics = step(state, frozen, batch)
+        return state.lora, state.opt_state, metrics
+
+    same_bits(trained(host=True), trained(host=False))
+
+
+@jax.tree_util.register_pytree_node_class
+class Batch:
+    def __init__(self, input_ids, labels):
+        self.input_ids, self.labels = input_ids, labels
+
+    def tree_flatten(self):
+        return (self.input_ids, self.labels), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(*leaves)
+
+
+@as_users_do
+def test_evaluation_streams_too():
+    def logits(model):
+        graphdef, state = nnx.split(model)
+        return jax.jit(lambda state: nnx.merge(graphdef, state)(IDS))(state)
+
+    same_bits(logits(model(host=True)), logits(model()))
+
+
+@as_users_do
+def test_generation_streams_too():
+    def written(model):
+        graphdef, state = nnx.split(model)
+
+        @jax.jit
+        def some(state):
+            whole = nnx.merge(graphdef, state)
+            logits, cache = whole.prefill(IDS, cache_length=8)
+            return logits, whole.decode_step(jnp.argmax(logits, -1).astype(jnp.int32), cache)
+
+        return some(state)
+
+    same_bits(written(model(host=True)), written(model()))
