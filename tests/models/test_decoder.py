@@ -141,7 +141,9 @@ def test_gradient_of_adapters_by_finite_differences():
     step = 4e-4 / slope
 
     def moved(sign: int):
-        return jax.tree.map(lambda x, g: x + sign * step * g, lora, gradient)
+        return jax.tree.map(
+            lambda x, g: np.asarray(x) + sign * step * np.asarray(g), lora, gradient
+        )
 
     measured = float(function(moved(1), rest) - function(moved(-1), rest)) / (2 * step)
     # Along the gradient the loss rises by its squared norm. A float32 loss near 4 is known to 5e-7.
