@@ -4,8 +4,9 @@
 
 Nearly all of the tests' time is XLA's, and half of that is LLVM making fast a program that runs
 once. So most tests turn LLVM's optimizations off (`JAX_DISABLE_MOST_OPTIMIZATIONS=0` leaves them
-on); XLA's own (fusion, layouts, memory) stay. Where bits are asserted that LLVM may change, all
-are on: in the folders of `OPTIMIZED` and under `pytest.mark.optimized`. So they are in whatever is
+on); XLA's own (fusion, layouts, memory) stay. All are on where bits are asserted that LLVM may
+change, where reference results are met, and where running takes longer than compiling: in the
+folders of `OPTIMIZED` and under `pytest.mark.optimized` or `slow`. So they are in whatever is
 compiled for a card (`compile_lowered`).
 
 What one worker, test or run has compiled, the next one reads from JAX's persistent cache (`make
@@ -43,8 +44,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     import jax
 
     plainly = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] not in ("0", "false", "")
-    folders = {parent.name for parent in item.path.parents}
-    if folders & OPTIMIZED or item.get_closest_marker("optimized"):
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    if folder in OPTIMIZED or any(map(item.get_closest_marker, ("optimized", "slow"))):
         plainly = False
     if jax.config.read("jax_disable_most_optimizations") != plainly:
         jax.config.update("jax_disable_most_optimizations", plainly)
