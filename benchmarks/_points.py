@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
-from pallas_kernels._triton import TritonConfig
+from pallas_kernels.dispatch import Config
 
 SHAPES: dict[str, tuple[int, int]] = {
     "7b-qkvo": (4096, 4096),
@@ -51,8 +51,8 @@ class Point:
     n: int
     k: int
     blocksize: int = 64
-    config: TritonConfig | None = None
-    """Tile sizes to force on a Triton kernel; None takes the dispatch table's."""
+    config: Config | None = None
+    """How a kernel is to cut its work; None takes the dispatch table's."""
     rank: int = 0
     """Of the adapter, for the op "lora"."""
     fuse_lora: bool = False

@@ -30,7 +30,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks._report import machine
-from pallas_kernels import dispatch
+from pallas_kernels._table import TABLE, using_table
 from qlora_jax.data.batches import Batch
 from qlora_jax.evaluate import split_adapters
 from qlora_jax.models import Decoder, DecoderConfig, RopeConfig, attention_for
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.toy:
         options.models, options.batches, options.rank = ["toy"], ["1x32", "2x2x32"], 4
-    with dispatch.using_table(options.rules or dispatch.TABLE):
+    with using_table(options.rules or TABLE):
         return measure(options)
 
 

@@ -12,6 +12,9 @@ BLOCK = 64
 SMS = CARDS["h200"].cores
 """Blocks of threads that run side by side, one to a multiprocessor: an H100's as well."""
 
+SHARED_LIMIT = 232448 - 2048
+"""Bytes of shared memory that a block can have, less what Mosaic takes for itself."""
+
 GEMV_ROWS = 8
 """Rows of x up to which `nf4_gemv` has a Mosaic kernel."""
 

@@ -4,7 +4,6 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import LowRank, check_lora, check_matmul, check_packed, rows_of
-from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_gemv.reference import nf4_gemv_xla
 from pallas_kernels.nf4_gemv.triton import nf4_gemv_triton
 from pallas_kernels.nf4_matmul.reference import add_low_rank
@@ -27,7 +26,7 @@ def nf4_gemv(
     blocksize: int = 64,
     implementation: str | None = None,
     fuse_lora: bool | None = None,
-    config: TritonConfig | None = None,
+    config: dispatch.Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*batch n"]:
     """x · Wᵀ + xa · bᵀ + bias as `nf4_matmul`, for at most 16 rows of x: decoding token by token.
@@ -63,6 +62,7 @@ def nf4_gemv(
         dtype=x.dtype,
     )
     fuse = choice.fuse_lora if fuse_lora is None else fuse_lora
+    cut = dispatch.config_for("nf4_gemv", choice, config)
     weight = (codes, absmax, nested_absmax, offset)
     inside = lora if fuse else None
     if choice.implementation == "triton":
@@ -72,14 +72,14 @@ def nf4_gemv(
             bias,
             inside,
             layout=layout,
-            config=config or choice.config,
+            config=cut,
             interpret=interpret,
         )
     elif choice.implementation == "mosaic_gpu":
         # Imported where it runs: it loads Mosaic, which no other implementation needs.
         from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
 
-        y = nf4_gemv_mosaic(x, *weight, bias, layout=layout, lora=inside)
+        y = nf4_gemv_mosaic(x, *weight, bias, layout=layout, config=cut, lora=inside)
     else:
         y = nf4_gemv_xla(x, *weight, bias, inside, layout=layout)
     return y if lora is None or fuse else add_low_rank(y, lora)

@@ -10,7 +10,7 @@ barrier, partial sums in shared memory, and adds the warps' shares up at the end
 warp's next chunk, of the next unit's first one as well, are issued before the present one is used.
 """
 
-from pallas_kernels._mosaic_decoder import look_up_pair
+from pallas_kernels._mosaic_decoder import byte_planes
 from pallas_kernels.nf4_gemv.mosaic_ends import load_x, stage_x, write_out
 from pallas_kernels.nf4_gemv.mosaic_lora import add_slice, load_slice, slices
 from pallas_kernels.nf4_gemv.mosaic_weight import Reader
@@ -50,6 +50,8 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
     (late_zero,) = m.shared_load(m.word(plan.zeros_at))
     for at, when, word in fills:
         m.shared_store(at << 4, word * 4, when=when)
+    # Added to a zero that the compiler does not know, or it would make the words anew at every use.
+    planes = [[late_zero + word for word in plane] for plane in byte_planes(plan.quant_type)]
     unscale = []
     for row in range(plan.m):
         loaded = rows_x[row] if rows_x else load_x(m, plan, x, lane, warp, row)
@@ -92,11 +94,7 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
             for r in reader.tiles:
                 sums_here = [[zero] * 4 for _ in range(plan.groups)]
                 for j in range(8):
-                    a = []
-                    for byte in (2 * j, 2 * j + 1):
-                        for h in (0, 1):
-                            word = held[c][r][h][byte // 4]
-                            a.append(look_up_pair(m, word, byte % 4, reader.table_lane))
+                    a = reader.decode(held[c][r], j, planes)
                     for group in range(plan.groups):
                         b = xs[group][2 * j : 2 * j + 2]
                         sums_here[group] = m.mma(sums_here[group], a, b, "float16")
@@ -113,7 +111,7 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
 
     def one_unit(index, flat):
         unit = m.cta + index * plan.grid
-        first_slice = load_slice(m, plan, reader, *lora, unit, 0) if lora else None
+        first_slice = load_slice(m, plan, reader, lora, unit, 0) if lora else None
 
         def body(turn, carry):
             held, held_absmax = unpack(carry[sums:])
@@ -125,7 +123,7 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
         totals, i = carry[:sums], 0
         low = [[[zero] * 4 for _ in range(plan.groups)] for _ in reader.tiles]
         for turn in range(slices(plan)):
-            held = first_slice if turn == 0 else load_slice(m, plan, reader, *lora, unit, turn)
+            held = first_slice if turn == 0 else load_slice(m, plan, reader, lora, unit, turn)
             low = add_slice(m, plan, reader, held, turn, low)
         for r in reader.tiles:
             for group in range(plan.groups):
@@ -155,9 +153,10 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
 def _x_columns(m, plan, reader):
     """A function (turn, step) -> per group of four rows of x, this lane's column of B: 16 words.
 
-    The column is a row of x for even (columns 0–3) or odd blocks, or zeros.
+    The column is a row of x for even (columns 0–3) or odd blocks, or zeros: read from memory, or
+    made by lanes that sit the read out.
     """
-    starts, strides = [], []
+    starts, strides, active = [], [], []
     for group in range(plan.groups):
         row_x = (reader.g & 3) + 4 * group
         real = (reader.odd == (reader.g >> 2)) & (row_x < plan.m)
@@ -166,12 +165,14 @@ def _x_columns(m, plan, reader):
         zero = (1 - (reader.g >> 1 & 1)) * 32 + plan.zeros_at
         starts.append(m.where(real, at, zero))
         strides.append(m.where(real, m.word(plan.config.warps * plan.chunk * 2), m.word(0)))
+        active.append(real if plan.config.skip_zeros else None)
 
     def read(turn, c):
         out = []
-        for start, stride in zip(starts, strides, strict=True):
+        for start, stride, when in zip(starts, strides, active, strict=True):
             at = start + turn * stride
-            out.append([w for j in range(4) for w in m.shared_load(at, 4, offset=c * 256 + 16 * j)])
+            column = [m.shared_load(at, 4, offset=c * 256 + 16 * j, when=when) for j in range(4)]
+            out.append([word for words in column for word in words])
         return out
 
     return read

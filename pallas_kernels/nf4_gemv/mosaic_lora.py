@@ -17,11 +17,12 @@ def slices(plan):
     return -(-plan.rank // (SLICE * plan.config.warps))
 
 
-def load_slice(m, plan, reader, xa, b, unit, turn):
-    """Words of the warp's `turn`-th slice: per tile and half of b's rows, per group of xa's.
+def load_slice(m, plan, reader, lora, unit, turn):
+    """Words of the warp's `turn`-th slice: per tile and half of b's rows, per group of xa's rows.
 
     Undefined past the rank's end and past x's last row.
     """
+    xa, b = lora
     column, inside = _column(m, plan, reader, turn)
     rows = reader.rows(unit)
     of_b = [

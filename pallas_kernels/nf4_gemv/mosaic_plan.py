@@ -8,11 +8,10 @@ zeros, x as float16, and the partial sums of all units of the block.
 import dataclasses
 import functools
 
-from pallas_kernels._mosaic import SMS
+from pallas_kernels._mosaic import SHARED_LIMIT, SMS
 from pallas_kernels._mosaic_decoder import TABLE_BYTES
 
 STEP = 128  # columns that a warp's 32 lanes cover with one 16-byte load of 8 rows
-SHARED_LIMIT = 232448 - 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +23,18 @@ class GemvConfig:
         tiles: tiles of 16 rows that a warp works on at a time.
         steps: 128-column steps in a chunk: 2 `steps · tiles` 16-byte loads per lane are in flight.
         ctas: blocks, at most; 0 stands for one per multiprocessor of an H100 or H200.
+        selects: of the 8 pairs of bytes that a lane loads at once, those decoded by selects in
+            registers instead of look-ups in shared memory.
+        skip_zeros: lanes without a row of x read nothing, instead of zeros: for 1 or 2 rows of x
+            half of the quarters of a warp, in which a 16-byte read is served, fall away.
     """
 
     warps: int = 8
     tiles: int = 2
     steps: int = 2
     ctas: int = 0
+    selects: int = 0
+    skip_zeros: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Plan:
     config: GemvConfig
     rank: int = 0
     """Of the adapter, a multiple of 4; 0 for none."""
+    quant_type: str = "nf4"
+    """Asked only for selects: look-ups read their table from an argument."""
 
     @property
     def threads(self) -> int:
@@ -123,6 +130,16 @@ class Plan:
         return columns * self.units / (self.units_per_cta * (self.config.ctas or SMS))
 
 
+CUTS = (
+    GemvConfig(),
+    GemvConfig(warps=16, tiles=1),
+    GemvConfig(warps=20, tiles=1),
+    GemvConfig(warps=20, tiles=1, steps=1),
+    GemvConfig(warps=12, tiles=2),
+)
+"""What `choose_config` chooses from."""
+
+
 @functools.cache
 def choose_config(m: int, n: int, k: int) -> GemvConfig | None:
     """8 warps, unless another way that fits splits the work more evenly by a tenth.
@@ -132,8 +149,40 @@ def choose_config(m: int, n: int, k: int) -> GemvConfig | None:
     fast. None where the rows of x do not fit into shared memory.
     """
     best, best_score = None, 0.0
-    for warps, tiles in ((8, 2), (16, 1), (20, 1), (12, 2)):
-        plan = Plan(m, n, k, "bfloat16", True, False, GemvConfig(warps=warps, tiles=tiles))
-        if plan.shared_bytes <= SHARED_LIMIT and plan.efficiency > 1.1 * best_score:
-            best, best_score = plan.config, plan.efficiency
+    for config in CUTS:
+        plan = Plan(m, n, k, "bfloat16", True, False, config)
+        if fits(plan) and plan.efficiency > 1.1 * best_score:
+            best, best_score = config, plan.efficiency
     return best
+
+
+def fits(plan: Plan) -> bool:
+    """Whether a block has the shared memory and its lanes the registers that the plan takes."""
+    # A lane of 20 warps has 96 registers: from 5 rows of x on, two steps of codes are too many.
+    spills = plan.config.warps > 16 and plan.config.steps > 1 and plan.groups > 1
+    return plan.shared_bytes <= SHARED_LIMIT and not spills
+
+
+def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
+    """The candidates among which a card's cuts are measured; `choose_config`'s comes first.
+
+    Its cut with every way to decode that can win, then the two most even other cuts with two. More
+    than three pairs of bytes by selects would take the integer units longer than the look-ups take
+    (docs/kernels.md); lanes without a row of x make whole quarters of a warp for 1 or 2 rows.
+    """
+    first = choose_config(m, n, k)
+    if first is None:
+        return []
+    cuts = (*CUTS, GemvConfig(16, 2, 1), GemvConfig(8, 4, 1), GemvConfig(8, 1, 4))
+    plans = [Plan(m, n, k, "bfloat16", True, False, config) for config in cuts if config != first]
+    plans = sorted(filter(fits, plans), key=lambda plan: -plan.efficiency)
+    skips = (False, True) if m <= 2 else (False,)
+    found = [
+        dataclasses.replace(first, selects=selects, skip_zeros=skip)
+        for selects in range(4)
+        for skip in skips
+    ]
+    for plan in plans[:2]:
+        other = dataclasses.replace(plan.config, selects=2, skip_zeros=skips[-1])
+        found += [plan.config, other]
+    return found

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout, LowRank
-from pallas_kernels._mosaic import check_mosaic
+from pallas_kernels._mosaic import SHARED_LIMIT, check_mosaic
 from pallas_kernels._mosaic_decoder import lookup_tables
 from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
 from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan, choose_config
@@ -61,7 +61,13 @@ def nf4_gemv_mosaic(
         has_bias=bias is not None,
         config=config,
         rank=low[0].shape[1] if low else 0,
+        quant_type=layout.quant_type,
     )
+    if plan.shared_bytes > SHARED_LIMIT:
+        raise ValueError(
+            f"config is {config}, which for {rows} rows of {k} takes {plan.shared_bytes} bytes of "
+            f"shared memory; expected at most {SHARED_LIMIT}: take fewer warps or tiles"
+        )
     unused = jnp.zeros((1,), jnp.float32)
     inputs = (
         x.reshape(rows, k),

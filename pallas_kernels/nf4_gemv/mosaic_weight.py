@@ -6,7 +6,11 @@ t = 2, 3 the odd one.
 """
 
 from pallas_kernels._mosaic import BLOCK
-from pallas_kernels._mosaic_decoder import look_up_absmax
+from pallas_kernels._mosaic_decoder import (
+    look_up_absmax,
+    look_up_pair,
+    select_pairs,
+)
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 from pallas_kernels.nf4_gemv.mosaic_plan import STEP
 
@@ -71,6 +75,17 @@ class Reader:
             else:
                 out.append(self.m.load(self.codes, at[c], 4, when=when))
         return out
+
+    def decode(self, halves, j, planes):
+        """The j-th pair of the 16 bytes of both halves, as `mma`'s fragment: two bytes by half."""
+        if j < self.plan.config.selects:
+            by_half = [select_pairs(self.m, words[j // 2], j % 2, planes) for words in halves]
+            return [pairs[i] for i in (0, 1) for pairs in by_half]
+        return [
+            look_up_pair(self.m, words[j // 2], 2 * (j % 2) + i, self.table_lane)
+            for i in (0, 1)
+            for words in halves
+        ]
 
     def load_absmax(self, where, when):
         """Per tile and half, in one list: what the chunk's scales are decoded from, as words."""

@@ -6,6 +6,7 @@ from pallas_kernels import dispatch
 from pallas_kernels._arguments import LowRank, check_lora, check_matmul, check_packed, rows_of
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_gemv.api import MAX_ROWS, nf4_gemv
+from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from pallas_kernels.nf4_matmul.reference import add_low_rank, nf4_matmul_xla
 from pallas_kernels.nf4_matmul.triton import nf4_matmul_triton
 
@@ -24,7 +25,7 @@ def nf4_matmul(
     blocksize: int = 64,
     implementation: str | None = None,
     fuse_lora: bool | None = None,
-    config: TritonConfig | None = None,
+    config: dispatch.Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*batch n"]:
     """x · Wᵀ + xa · bᵀ + bias, with W [n, k] packed as in `nf4_dequantize`.
@@ -41,7 +42,8 @@ def nf4_matmul(
         implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "mosaic_gpu".
         fuse_lora: add xa · bᵀ inside the kernel, to its float32 sums, instead of by a product of
             its own that is rounded and added afterwards; None lets the table choose.
-        config: tile sizes for "triton"; None takes the table's.
+        config: how the kernel cuts its work, a `TritonConfig` for "triton", for "mosaic_gpu" a
+            `MatmulConfig` (up to 16 rows a `GemvConfig`); None takes the table's.
         interpret: run the kernel in Pallas' interpreter, on any machine: for tests.
 
     Returns:
@@ -62,7 +64,7 @@ def nf4_matmul(
     check_matmul("x", x, 1, bias, layout)
     if lora is not None:
         check_lora(lora, x, layout)
-    if 1 <= rows_of(x) <= MAX_ROWS and (config is None or config.block_m < MAX_ROWS):
+    if 1 <= rows_of(x) <= MAX_ROWS and not _is_of_many_rows(config):
         return nf4_gemv(
             x,
             codes,
@@ -87,17 +89,23 @@ def nf4_matmul(
         interpret=interpret,
         dtype=x.dtype,
     )
+    cut = dispatch.config_for("nf4_matmul", choice, config)
     fuse = choice.fuse_lora if fuse_lora is None else fuse_lora
     arguments = (x, codes, absmax, nested_absmax, offset, bias, lora if fuse else None)
     if choice.implementation == "triton":
-        y = nf4_matmul_triton(
-            *arguments, layout=layout, config=config or choice.config, interpret=interpret
-        )
+        y = nf4_matmul_triton(*arguments, layout=layout, config=cut, interpret=interpret)
     elif choice.implementation == "mosaic_gpu":
         # Imported where it runs: it loads Mosaic, which no other implementation needs.
         from pallas_kernels.nf4_matmul.mosaic_sm90 import nf4_matmul_mosaic
 
-        y = nf4_matmul_mosaic(*arguments, layout=layout)
+        y = nf4_matmul_mosaic(*arguments, layout=layout, config=cut)
     else:
         y = nf4_matmul_xla(*arguments, layout=layout)
     return y if lora is None or fuse else add_low_rank(y, lora)
+
+
+def _is_of_many_rows(config: dispatch.Config | None) -> bool:
+    """Whether it asks for this op's own kernel, however few rows there are."""
+    if isinstance(config, TritonConfig):
+        return config.block_m >= MAX_ROWS
+    return isinstance(config, MatmulConfig)

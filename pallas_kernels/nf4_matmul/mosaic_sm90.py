@@ -20,7 +20,6 @@ is ever in memory, shared or global.
   that a lane holds for a row of x are neighbours in y, and a group of 8 lanes stores a full sector.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -31,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout, LowRank
-from pallas_kernels._mosaic import BLOCK, SMS, check_mosaic
+from pallas_kernels._mosaic import BLOCK, check_mosaic
 from pallas_kernels._mosaic_decoder import (
     TABLE_BYTES,
     look_up_absmax,
@@ -39,62 +38,9 @@ from pallas_kernels._mosaic_decoder import (
     lookup_tables,
 )
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
+from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan, choose_config
+from pallas_kernels.nf4_matmul.reference import complete
 from pallas_kernels.simt import arrays
-
-COMPUTE = 2  # warpgroups that compute
-
-
-@dataclasses.dataclass(frozen=True)
-class MatmulConfig:
-    """How the work is cut; every choice gives the same sums.
-
-    Attributes:
-        rows: rows of x in a tile, 64 to 256.
-        stages: tiles of x in shared memory.
-        ahead: decode the next step's weights before waiting for this step's `wgmma`.
-        group: tiles along n that run side by side, so that their x stays in the second-level cache.
-    """
-
-    rows: int = 256
-    stages: int = 4
-    ahead: bool = True
-    group: int = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All sizes of one kernel: x [m, k], a weight [n, k]."""
-
-    m: int
-    n: int
-    k: int
-    dtype: str
-    double_quant: bool
-    has_bias: bool
-    config: MatmulConfig
-    rank: int = 0
-    """Of the adapter, a multiple of 64; 0 for none."""
-
-    @property
-    def steps(self) -> int:
-        """Blocks of 64 along the contracted axis."""
-        return self.k // BLOCK
-
-    @property
-    def low_steps(self) -> int:
-        """Blocks of 64 along the adapter's rank."""
-        return self.rank // BLOCK
-
-    @property
-    def tiles(self) -> tuple[int, int]:
-        """Along x's rows and along n."""
-        return -(-self.m // self.config.rows), -(-self.n // (64 * COMPUTE))
-
-    @property
-    def grid(self) -> int:
-        """Blocks of threads."""
-        return min(SMS, math.prod(self.tiles))
-
 
 CODE_WORDS, SCALE_WORDS = 16, 4
 
@@ -111,7 +57,7 @@ def load_block(m, plan, first_row, step, codes, absmax, nested):
         row = m.minimum(first_row + warp * 16 + (lane >> 2) * 2 + h, plan.n - 1)
         at = row * (plan.k // 2) + step * (BLOCK // 2)
         words += m.load(codes, at, 4) + m.load(codes, at, 4, offset=16)
-        block = row * plan.steps + step
+        block = row * (plan.k // BLOCK) + step
         if plan.double_quant:
             scale_words.append(m.load_byte(absmax, block))
             scale_words += m.load(nested, (block // NESTED_BLOCKSIZE) * 4)
@@ -173,8 +119,11 @@ def fill_table(m, tables, threads):
     m.barrier()
 
 
-def store_sums(m, plan, sums, first_row, first_token, bias, out):
-    """Store a warpgroup's sums [64, rows]; `sums[j][h]` are two rows of x, 8j + 2t and the next."""
+def store_sums(m, plan, sums, first_row, first_token, bias, out, part=None):
+    """Store a warpgroup's sums [64, rows]; `sums[j][h]` are two rows of x, 8j + 2t and the next.
+
+    `part`: of a split sum, which goes to `out` [split · m, n] in float32.
+    """
     lane, warp = m.thread & 31, m.thread >> 5 & 3
     row = first_row + warp * 16 + (lane >> 2) * 2
     inside = row < plan.n
@@ -187,8 +136,14 @@ def store_sums(m, plan, sums, first_row, first_token, bias, out):
             if extra:
                 low, high = low + extra[0], high + extra[1]
             when = inside & (token < plan.m)
-            at = (m.where(when, token, m.word(0)) * plan.n + safe) * 2
-            m.store(out, at, m.pack(low, high, plan.dtype), 4, when=when)
+            token = m.where(when, token, m.word(0))
+            if part is None:
+                at = (token * plan.n + safe) * 2
+                m.store(out, at, m.pack(low, high, plan.dtype), 4, when=when)
+                continue
+            at = ((part * plan.m + token) * plan.n + safe) * 4
+            m.store(out, at, m.as_word(low), 4, when=when)
+            m.store(out, at + 4, m.as_word(high), 4, when=when)
 
 
 def nf4_matmul_mosaic(
@@ -212,43 +167,48 @@ def nf4_matmul_mosaic(
     batch = x.shape[:-1]
     rows = math.prod(batch)
     check_mosaic("nf4_matmul", rows, layout, x.dtype)
+    config = config or choose_config(rows)
+    if k // BLOCK % config.split:
+        raise ValueError(
+            f"config.split is {config.split}; expected a divisor of {k // BLOCK}, the blocks of 64 "
+            f"in a row of a weight of shape {layout.shape}"
+        )
+    whole = config.split == 1
+    inside, inside_bias = (lora, bias) if whole else (None, None)
     plan = Plan(
         m=rows,
         n=n,
         k=k,
         dtype=str(x.dtype),
         double_quant=layout.double_quant,
-        has_bias=bias is not None,
-        config=config or choose_config(rows),
-        rank=0 if lora is None else lora[1].shape[1] + -lora[1].shape[1] % BLOCK,
+        has_bias=inside_bias is not None,
+        config=config,
+        rank=0 if inside is None else inside[1].shape[1] + -inside[1].shape[1] % BLOCK,
     )
     # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
-    x = _pad(x.reshape(rows, k), 8, 1)
     unused = jnp.zeros((1,), jnp.float32)
     low: tuple[Array, ...] = ()
-    if lora is not None:
-        low = (_pad(lora[0].reshape(rows, -1), 8, BLOCK), _pad(lora[1], 1, BLOCK))
+    if inside is not None:
+        low = (_pad(inside[0].reshape(rows, -1), 8, BLOCK), _pad(inside[1], 1, BLOCK))
     y = _kernel(plan)(
-        x,
+        _pad(x.reshape(rows, k), 8, 1),
         *low,
         codes.reshape(-1),
         absmax,
         unused if nested_absmax is None else nested_absmax,
         unused if offset is None else offset.reshape(1),
-        unused if bias is None else bias.astype(jnp.float32),
+        unused if inside_bias is None else inside_bias.astype(jnp.float32),
         jnp.asarray(lookup_tables(layout.quant_type)),
     )
-    return y.reshape(*batch, n)
+    if whole:
+        return y.reshape(*batch, n)
+    total = y.reshape(config.split, *batch, n).sum(axis=0)
+    return complete(total, bias, lora, x.dtype)
 
 
 def _pad(matrix: Array, rows: int, columns: int) -> Array:
     """Zeros at the ends until both sizes are multiples."""
     return jnp.pad(matrix, ((0, -matrix.shape[0] % rows), (0, -matrix.shape[1] % columns)))
-
-
-def choose_config(rows: int) -> MatmulConfig:
-    """The smallest tile that holds all rows of x, or the largest there is."""
-    return MatmulConfig(rows=next((r for r in (64, 128) if rows <= r), 256))
 
 
 def _kernel(plan: Plan):
@@ -263,19 +223,24 @@ def _kernel(plan: Plan):
     def body(x, *refs):
         *low, codes, absmax, nested, offset, bias, tables, out, table, x_tiles, full, empty = refs
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        count = (math.prod(plan.tiles) - 1 - cta) // plan.grid + 1
+        count = (plan.work - 1 - cta) // plan.grid + 1
 
         arrays.run(lambda m, t: fill_table(m, t, 128 * (COMPUTE + 1)), table, [tables])
 
         def place(index):
-            """First row of x and of W of the `index`-th tile of this block of threads."""
+            """First row of x and of W of the `index`-th tile of this block of threads, and the
+            part of its sum."""
             tile = cta + index * plan.grid
+            part = jnp.int32(0)
+            if cfg.split > 1:
+                part, tile = tile // math.prod(plan.tiles), tile % math.prod(plan.tiles)
             rows, cols = plan.tiles
             width = min(cfg.group, cols)
             band, rest = tile // (rows * width), tile % (rows * width)
             # The last band may be narrower.
             here = jnp.minimum(width, cols - band * width)
-            return (rest // here) * cfg.rows, (band * width + rest % here) * (64 * COMPUTE)
+            row = (band * width + rest % here) * (64 * COMPUTE)
+            return (rest // here) * cfg.rows, row, part
 
         @pl.when(wg == COMPUTE)
         def _feed():
@@ -283,7 +248,7 @@ def _kernel(plan: Plan):
 
             def one(s, carry):
                 slot = lax.rem(s, cfg.stages)
-                token, _ = place(s // all_steps)
+                token, _, part = place(s // all_steps)
                 step = lax.rem(s, all_steps)
 
                 @pl.when(s >= cfg.stages)
@@ -301,7 +266,7 @@ def _kernel(plan: Plan):
                     pl.when(step < plan.low_steps)(lambda: copy(low[0], step))
                     pl.when(step >= plan.low_steps)(lambda: copy(x, step - plan.low_steps))
                 else:
-                    copy(x, step)
+                    copy(x, part * plan.steps + step)
                 return carry
 
             lax.fori_loop(0, count * all_steps, one, None)
@@ -313,7 +278,8 @@ def _kernel(plan: Plan):
                 lambda m, o: load_offset(m, plan, o), table, [offset], arrays.words_type(4)
             )
 
-            def load(first_row, step):
+            def load(first_row, part, step):
+                step = part * plan.steps + jnp.minimum(step, plan.steps - 1)
                 return arrays.run(
                     lambda m, r, s, c, a, e: load_block(m, plan, r, s, c, a, e),
                     table,
@@ -340,7 +306,7 @@ def _kernel(plan: Plan):
                 )
 
             def one_tile(index, carry):
-                token, column = place(index)
+                token, column, part = place(index)
                 first_row = column + wg * 64
                 base = index * all_steps + plan.low_steps
 
@@ -359,7 +325,7 @@ def _kernel(plan: Plan):
 
                     def simple(step, held):
                         weights = decode(held)
-                        held = load(first_row, jnp.minimum(step + 1, plan.steps - 1))
+                        held = load(first_row, part, step + 1)
                         slot = multiply(step, weights)
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[slot])
@@ -368,7 +334,7 @@ def _kernel(plan: Plan):
                     def ahead(step, weights, held):
                         slot = multiply(step, weights)
                         weights = decode(held)
-                        held = load(first_row, jnp.minimum(step + 2, plan.steps - 1))
+                        held = load(first_row, part, step + 2)
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[slot])
                         return weights, held
@@ -378,11 +344,11 @@ def _kernel(plan: Plan):
                         # of the one in use, or ptxas puts the two in sequence.
                         return ahead(2 * pair + 1, *ahead(2 * pair, *carry))
 
-                    held = load(first_row, jnp.int32(0))
+                    held = load(first_row, part, jnp.int32(0))
                     if low:
                         lax.fori_loop(0, plan.low_steps, low_rank, None)
                     if cfg.ahead:
-                        carry = decode(held), load(first_row, jnp.int32(min(1, plan.steps - 1)))
+                        carry = decode(held), load(first_row, part, jnp.int32(1))
                         carry = lax.fori_loop(0, plan.steps // 2, two_ahead, carry)
                         if plan.steps % 2:
                             ahead(jnp.int32(plan.steps - 1), *carry)
@@ -392,9 +358,9 @@ def _kernel(plan: Plan):
 
                 sums = pl.run_scoped(accumulate, plgpu.ACC((64, cfg.rows), jnp.float32))
                 arrays.run(
-                    lambda m, s, r, t, b, o: store_sums(m, plan, s, r, t, b, o),
+                    lambda m, s, r, t, b, o, *p: store_sums(m, plan, s, r, t, b, o, *p),
                     table,
-                    [sums, first_row, token, bias, out],
+                    [sums, first_row, token, bias, out, *([part] if cfg.split > 1 else [])],
                 )
                 return carry
 
@@ -403,7 +369,9 @@ def _kernel(plan: Plan):
     body.__name__ = "nf4_matmul"
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((plan.m, plan.n), dtype),
+        out_type=jax.ShapeDtypeStruct(
+            (cfg.split * plan.m, plan.n), dtype if cfg.split == 1 else jnp.float32
+        ),
         scratch_types=[
             plgpu.SMEM((TABLE_BYTES // 4,), jnp.uint32),
             plgpu.SMEM((cfg.stages, cfg.rows, BLOCK), dtype, transforms=swizzle),

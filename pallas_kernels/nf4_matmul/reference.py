@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels._arguments import Layout, LowRank
@@ -17,12 +18,21 @@ def matmul_dense(
     lora: LowRank | None = None,
 ) -> Float[Array, "*batch n"]:
     """x · Wᵀ + xa · bᵀ + bias for a dense W of x's dtype: float32 sums, rounded once."""
-    out = _product(x, weight)
+    return complete(_product(x, weight), bias, lora, x.dtype)
+
+
+def complete(
+    total: Float32[Array, "*batch n"],
+    bias: Float[Array, " n"] | None,
+    lora: LowRank | None,
+    dtype: DTypeLike,
+) -> Float[Array, "*batch n"]:
+    """What belongs to the sums x · Wᵀ beside them, and their rounding."""
     if lora is not None:
-        out = out + _product(*lora)
+        total = total + _product(*lora)
     if bias is not None:
-        out = out + bias.astype(jnp.float32)
-    return out.astype(x.dtype)
+        total = total + bias.astype(jnp.float32)
+    return total.astype(dtype)
 
 
 def add_low_rank(y: Float[Array, "*batch n"], lora: LowRank) -> Float[Array, "*batch n"]:

@@ -32,14 +32,8 @@ from pallas_kernels._mosaic_decoder import (
     lookup_tables,
 )
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
-from pallas_kernels.nf4_matmul.mosaic_sm90 import (
-    COMPUTE,
-    MatmulConfig,
-    choose_config,
-    fill_table,
-    load_offset,
-    store_sums,
-)
+from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, choose_config
+from pallas_kernels.nf4_matmul.mosaic_sm90 import fill_table, load_offset, store_sums
 from pallas_kernels.simt import arrays
 
 TILE_BYTES = BLOCK // 2 * COMPUTE  # of a row of codes, for all computing warpgroups
@@ -143,13 +137,16 @@ def nf4_matmul_transposed_mosaic(
     batch = dy.shape[:-1]
     rows = math.prod(batch)
     check_mosaic("nf4_matmul_transposed", rows, layout, dy.dtype)
+    config = config or choose_config(rows)
+    if config.split != 1:
+        raise ValueError(f"config.split is {config.split}; nf4_matmul_transposed takes only 1")
     plan = Plan(
         m=rows,
         n=n,
         contracted=contracted,
         dtype=str(dy.dtype),
         double_quant=layout.double_quant,
-        config=config or choose_config(rows),
+        config=config,
     )
     # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
     dy = jnp.pad(dy.reshape(rows, contracted), ((0, -rows % 8), (0, 0)))

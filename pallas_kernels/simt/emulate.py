@@ -87,13 +87,17 @@ class Machine:
         return np.where(np.isnan(number), np.uint32(0x7FFF), rounded)
 
     def prmt(self, a: np.ndarray, b: np.ndarray, selector: int | np.ndarray) -> np.ndarray:
-        """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a)."""
+        """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a).
+
+        Where bit 4i + 3 of the selector is set, it is that byte's sign bit, eight times.
+        """
         pool = np.concatenate([a.view(np.uint8).reshape(-1, 4), b.view(np.uint8).reshape(-1, 4)], 1)
         selector = np.broadcast_to(np.asarray(selector, np.uint32), (self.threads,))
         out = np.zeros((self.threads, 4), np.uint8)
         for i in range(4):
-            which = selector >> np.uint32(4 * i) & 7
-            out[:, i] = pool[np.arange(self.threads), which]
+            which = selector >> np.uint32(4 * i)
+            byte = pool[np.arange(self.threads), which & 7]
+            out[:, i] = np.where(which & 8, np.where(byte & 0x80, 0xFF, 0), byte)
         return out.view(np.uint32)[:, 0]
 
     # -- memory ---------------------------------------------------------------------------------
@@ -135,10 +139,16 @@ class Machine:
         words: int = 1,
         *,
         offset: int = 0,
+        when: np.ndarray | None = None,
         region: np.ndarray | None = None,
     ) -> list[np.ndarray]:
-        """`words` aligned words of shared memory, of another region than the machine's if given."""
-        data = self._gather(self._region(region), address, 4 * words, offset, None)
+        """`words` aligned words of shared memory, of another region than the machine's if given.
+
+        Zeros unless `when`.
+        """
+        data = self._gather(self._region(region), address, 4 * words, offset, when)
+        if when is not None:
+            data[~when] = 0
         return list(data.view(np.uint32).T.copy())
 
     def shared_load_byte(

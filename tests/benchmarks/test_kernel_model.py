@@ -65,7 +65,7 @@ def test_without_a_loop_everything_before_exit_counts():
     [
         ("HMMA.16816.F32.BF16", "tensor"),
         ("F2FP.BF16.F32.PACK_AB", "integer"),
-        ("IMAD.WIDE", "integer"),
+        ("IMAD.WIDE", "multiply"),
         ("PRMT", "integer"),
         ("LDGSTS.E.BYPASS.128", "global"),
         ("I2F.U8", "convert"),
@@ -93,7 +93,10 @@ def test_the_slowest_resource_is_the_prediction():
     assert found.total == pytest.approx(point.flops / card.matmul_flops)
     few = Point("matmul", "triton", 1, "x", 4096, 4096)
     slow = kernel_model.predict(card, kernel(), few, weights_per_turn=16, passes=1)
-    assert slow.bound == "global"
+    assert slow.bound == "load path"
+    assert slow.seconds["load path"] == pytest.approx(
+        slow.seconds["global"] + slow.seconds["shared"]
+    )
 
 
 def test_idle_cores_stretch_the_time():
@@ -128,7 +131,7 @@ def test_of_a_hopper_kernel_the_tensor_instructions_say_what_a_warp_decodes():
 )
 @pytest.mark.parametrize(
     ("implementation", "rows", "bound"),
-    [("triton", "1", "shared"), ("mosaic_gpu", "1", "memory"), ("mosaic_gpu", "4096", "tensor")],
+    [("triton", "1", "load path"), ("mosaic_gpu", "1", "memory"), ("mosaic_gpu", "4096", "tensor")],
 )
 def test_a_kernel_compiled_here_is_described(implementation, rows, bound, capsys):
     arguments = ["--rows", rows, "--shape", "7b-qkvo", "--implementation", implementation]

@@ -10,11 +10,17 @@ from tests.memory.goals import GIB, needs_compiler
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("model", "batch"), [("llama-65b", 1), ("llama-3-8b", 1), ("llama-65b", 8), ("t5-11b", 1)]
+    ("model", "batch"),
+    [
+        ("llama-3-8b", 1),
+        ("llama-65b", 8),
+        pytest.param("llama-65b", 1, marks=pytest.mark.slow),
+        pytest.param("t5-11b", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_the_cache_is_read_where_it_lies(model, batch):
-    # One query of as many heads as keys, of four times as many, of several texts, of two caches:
-    # XLA would like another order of axes for each.
+    # Several heads to a key, one, several texts, two caches: XLA would like another order of axes
+    # for each.
     work = Workload(find_config(model), attention="xla")
     program = decoding_step(work, batch=batch, length=2048)
     lora, frozen, _, cache = program.args

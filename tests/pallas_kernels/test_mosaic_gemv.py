@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels._mosaic_decoder import lookup_tables
+from pallas_kernels._mosaic import SHARED_LIMIT
+from pallas_kernels._mosaic_decoder import byte_planes, lookup_tables, select_pairs
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
 from pallas_kernels.nf4_gemv import mosaic_plan
 from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
@@ -55,6 +56,7 @@ def emulate(plan, inputs):
         (4, 17, 640, "bfloat16", False, GemvConfig(warps=4, tiles=1, steps=1)),
         (5, 96, 768, "bfloat16", True, GemvConfig(warps=8, tiles=2, steps=2, ctas=2)),
         (8, 16, 512, "float16", False, GemvConfig(warps=4, tiles=1, steps=2)),
+        (1, 16, 512, "bfloat16", True, GemvConfig(4, 1, 1, selects=3, skip_zeros=True)),
     ],
 )
 def test_lane_program_is_the_product(m, n, k, dtype, double_quant, config):
@@ -65,6 +67,24 @@ def test_lane_program_is_the_product(m, n, k, dtype, double_quant, config):
     exact = exact + inputs[5]
     error = np.linalg.norm(got - exact, axis=1) / np.linalg.norm(exact, axis=1)
     assert error.max() < (2.5e-3 if dtype == "bfloat16" else 1e-3)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+def test_selects_are_the_look_up(quant_type):
+    """All 65,536 pairs of bytes, in either half of a word: the table's float16, bit for bit."""
+    threads = 1 << 16
+    machine = Machine(0, threads, 0)
+    planes = [[machine.word(w) for w in plane] for plane in byte_planes(quant_type)]
+    both = np.arange(threads, dtype=np.uint32)
+    table = CODEBOOKS[quant_type].astype(np.float16)
+    for upper in (False, True):
+        word = both << np.uint32(16 * upper) | (both * 40503 & 0xFFFF) << np.uint32(
+            16 * (not upper)
+        )
+        pairs = select_pairs(machine, word.astype(np.uint32), upper, planes)
+        for byte, pair in zip((both & 255, both >> 8), pairs, strict=True):
+            expected = np.stack([table[byte >> 4], table[byte & 15]], -1)
+            np.testing.assert_array_equal(pair[:, None].view(np.uint16), expected.view(np.uint16))
 
 
 @pytest.mark.parametrize(
@@ -110,5 +130,5 @@ def test_bad_rows_stay_alone():
 @pytest.mark.parametrize("m", [1, 2])
 def test_llama_shapes_fit(m, n, k):
     plan = Plan(m, n, k, "bfloat16", True, False, mosaic_plan.choose_config(m, n, k))
-    assert plan.shared_bytes <= mosaic_plan.SHARED_LIMIT
+    assert plan.shared_bytes <= SHARED_LIMIT
     assert plan.efficiency > 0.75

@@ -1,0 +1,88 @@
+"""Where the weights of a model lie after it was spread over devices."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from qlora_jax.models import Decoder, DecoderConfig, spread, streaming
+from qlora_jax.nn import LoraConfig
+from qlora_jax.quant import QuantConfig
+
+CONFIG = DecoderConfig(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+)
+MESH = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def decoder(**options) -> Decoder:
+    lora = LoraConfig(r=2, target_modules=("q_proj", "down_proj"))
+    return Decoder(CONFIG, lora=lora, rngs=nnx.Rngs(0), **options)
+
+
+def shards(model: Decoder) -> dict[str, tuple[int, ...]]:
+    """What the first device holds, by the end of a weight's path."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(model)))[0]:
+        name = ".".join(jax.tree_util.keystr((part,), simple=True) for part in path)
+        found[name.removeprefix("layers.")] = leaf.addressable_shards[0].data.shape
+        assert len(leaf.sharding.device_set) == 4
+    return found
+
+
+def test_codes_absmax_and_adapters_are_cut_with_their_rows():
+    model = decoder(quant=QuantConfig(), embedding_bits=8)
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    spread(model, MESH, over="data")
+    found = shards(model)
+    # 128 columns are 64 bytes a row, and 128 blocks of 64.
+    assert found["mlp.down_proj.kernel.codes"] == (3, 64 // 4, 64)
+    assert found["mlp.down_proj.kernel.absmax"] == (3, 128 // 4)
+    assert found["mlp.down_proj.kernel.offset"] == (3,)
+    assert found["mlp.down_proj.lora_A"] == (3, 2, 128 // 4)
+    assert found["mlp.down_proj.lora_B"] == (3, 64 // 4, 2)
+    for name in ("embed_tokens", "lm_head"):
+        assert found[f"{name}.weight.codes"] == (64, 64 // 4)
+        assert found[f"{name}.weight.absmax"] == (64,)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(nnx.state(model)), strict=True):
+        assert (a == b).all()
+
+
+def test_dense_weights_are_cut_and_what_does_not_divide_is_whole():
+    model = decoder()
+    model.layers.mlp.down_proj.lora_A.set_value(jnp.zeros((3, 2, 30)))
+    spread(model, MESH, over="data")
+    found = shards(model)
+    assert found["self_attn.q_proj.kernel"] == (3, 64 // 4, 64)
+    assert found["lm_head.weight"] == (64, 64 // 4)
+    assert found["mlp.down_proj.lora_A"] == (3, 2, 30)
+
+
+def test_without_an_axis_every_device_has_all_of_it():
+    model = decoder(quant=QuantConfig())
+    spread(model, MESH)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def test_what_rests_on_the_host_stays_there(monkeypatch):
+    monkeypatch.setattr(streaming, "MIN_STREAM_BYTES", 256)
+    model = decoder(quant=QuantConfig())
+    streaming.move_to_host(model.layers)
+    spread(model, MESH, over="data")
+    codes = model.layers.self_attn.q_proj.kernel.get_value().codes
+    assert codes.sharding.memory_kind == "pinned_host"
+    assert codes.addressable_shards[0].data.shape == (3, 64 // 4, 32)
+
+
+def test_meshes_that_do_not_serve_are_refused():
+    with pytest.raises(ValueError, match="the mesh has the axes 'data'"):
+        spread(decoder(), MESH, over="model")
+    explicit = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(ValueError, match=r"make it with axis_types=\(jax.sharding.AxisType.Auto,"):
+        spread(decoder(), explicit)
