@@ -5,9 +5,13 @@ shapes (many threads), checked against the XLA path, and timed. A rule holds for
 op up to that many rows, so the winner is the candidate with the least *regret*: the geometric mean
 over shapes of its time over the shape's best.
 
-`tuned.json` in the output folder is this card's rules in the form of `pallas_kernels/tuned.json`;
-`autotune.json` keeps every time that was measured. With those rules in place, an ordinary run
-compares the implementations and writes which to take where: `rules.json`, in the same form.
+A Hopper kernel chooses its config by the shape, so there the winner of each shape is kept by
+itself, where it beats what the kernel takes unasked.
+
+In the output folder `tuned.json` and `cuts.json` are this card's rules and cuts in the form of the
+files of that name in `pallas_kernels`; `autotune.json` keeps every time that was measured. With
+those rules in place, an ordinary run compares the implementations and writes which to take where:
+`rules.json`, in the same form.
 """
 
 import concurrent.futures
@@ -30,6 +34,9 @@ if TYPE_CHECKING:
     from benchmarks.gpu_kernels import Run
 
 TOLERANCE = 1e-2
+MARGIN = 1.02
+"""How much faster than the kernel's own choice a cut has to be."""
+
 ALL_ROWS = 2**31 - 1
 
 
@@ -41,35 +48,50 @@ def dispatch_op(op: str, rows: int) -> str:
 
 
 def tune(run: "Run", jobs: Sequence[str]) -> None:
-    """Tune each "op:rows" until the budget is spent, writing after each."""
+    """Tune each "op:rows" or "op:rows:implementation" until the budget is spent.
+
+    The files are written after each.
+    """
     rules: list[dict[str, Any]] = []
+    cuts: list[dict[str, Any]] = []
     times: list[dict[str, Any]] = []
     with concurrent.futures.ThreadPoolExecutor(run.options.threads) as pool:
         for job in jobs:
-            op, rows = job.split(":")
+            op, rows, implementation = (*job.split(":"), "triton")[:3]
             if run.left() < 10:
                 print(f"budget spent before {job}", flush=True)
                 break
-            measured = measure_candidates(run, op, int(rows), pool)
+            measured = measure_candidates(run, op, int(rows), implementation, pool)
+            found: list[dict[str, Any]]
+            if implementation == "triton":
+                found = [rule for rule in [best_rule(run, op, int(rows), measured)] if rule]
+                rules += found
+            else:
+                found = best_cuts(run, op, int(rows), measured, times)
+                cuts += found
             times += measured
-            rule = best_rule(run, op, int(rows), measured)
-            if rule:
-                rules.append(rule)
-                print("rule", json.dumps(rule), flush=True)
-            (run.options.out / "autotune.json").write_text(json.dumps(times))
-            table = json.dumps(cover_all_rows(rules), indent=1)
-            (run.options.out / "tuned.json").write_text(table + "\n")
+            for entry in found:
+                print("found", json.dumps(entry), flush=True)
+            write_json(run, "autotune.json", times)
+            write_json(run, "tuned.json", cover_all_rows(rules))
+            write_json(run, "cuts.json", cuts)
+
+
+def write_json(run: "Run", name: str, entries: list[dict[str, Any]]) -> None:
+    """A list in the output folder, an entry per line, as the dispatch's tables are."""
+    lines = ",\n ".join(json.dumps(entry) for entry in entries)
+    (run.options.out / name).write_text(f"[\n {lines}\n]\n" if entries else "[]\n")
 
 
 def measure_candidates(
-    run: "Run", op: str, rows: int, pool: concurrent.futures.Executor
+    run: "Run", op: str, rows: int, implementation: str, pool: concurrent.futures.Executor
 ) -> list[dict[str, Any]]:
     """Time every candidate on every shape: one entry per pair, wrong and failed ones included."""
     name = dispatch_op(op, rows)
     points = [
-        Point(op, "triton", rows, shape_name, n, k, config=config)
+        Point(op, implementation, rows, shape_name, n, k, config=config)
         for shape_name, (n, k) in run.shapes().items()
-        for config in dispatch.configs_to_try(name, max(rows, 1), n, k)
+        for config in dispatch.configs_to_try(name, max(rows, 1), n, k, implementation)
     ]
     began = time.monotonic()
     programs = [run.program(point) for point in points]
@@ -77,12 +99,16 @@ def measure_candidates(
     checks = {shape: pool.submit(compile_check, p) for shape, p in of_shape.items()}
     compiled = [pool.submit(compile_program, program) for program in programs]
     concurrent.futures.wait(compiled, timeout=max(run.left() * 0.7, 1))
-    print(f"{op}:{rows}: {len(points)} candidates, {time.monotonic() - began:.0f} s", flush=True)
+    print(
+        f"{op}:{rows}:{implementation}: {len(points)} candidates, {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
     entries = []
     shape_name, weights, x, error = "", [], None, None
     for program, job in zip(programs, compiled, strict=True):
         point = program.point
         entry: dict[str, Any] = {"op": op, "rows": rows, "shape": point.shape_name}
+        entry["implementation"] = implementation
         entry["config"] = dataclasses.asdict(point.config) if point.config else None
         if not job.done() or run.left() < 3:
             job.cancel()
@@ -148,6 +174,42 @@ def best_rule(
     }
 
 
+def best_cuts(
+    run: "Run",
+    op: str,
+    rows: int,
+    entries: list[dict[str, Any]],
+    before: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Per shape the fastest candidate, if it beats the first one, which the kernel takes unasked.
+
+    A cut holds from the rows after those that were measured `before`, or for these alone.
+    """
+    found = []
+    same = [e["rows"] for e in before if (e["op"], e["implementation"]) == (op, "mosaic_gpu")]
+    above = max((measured for measured in same if measured < rows), default=rows - 1)
+    for shape, (n, k) in run.shapes().items():
+        here = [e for e in entries if e["shape"] == shape]
+        timed = [e for e in here if "seconds" in e]
+        if not timed or "seconds" not in here[0]:
+            continue
+        best = min(timed, key=lambda e: e["seconds"])
+        if best["seconds"] * MARGIN > here[0]["seconds"]:
+            continue
+        found.append(
+            {
+                "op": dispatch_op(op, rows),
+                "card": dispatch.card_name(run.device.device_kind) or run.device.device_kind,
+                "min_rows": above + 1,
+                "max_rows": rows,
+                "implementation": "mosaic_gpu",
+                "shape": [n, k],
+                "config": best["config"],
+            }
+        )
+    return found
+
+
 def implementation_rules(run: "Run") -> list[dict[str, Any]]:
     """Which implementation to take, by op and rows, from the points of a finished run.
 
@@ -155,7 +217,7 @@ def implementation_rules(run: "Run") -> list[dict[str, Any]]:
     """
     points = [p for p in run.results["points"] if p["implementation"] in dispatch.IMPLEMENTATIONS]
     rules = []
-    for op, rows in dict.fromkeys((p["op"], p["rows"]) for p in points):
+    for op, rows in dict.fromkeys((p["op"], p["rows"]) for p in points if p["op"] != "lora"):
         here = [p for p in points if (p["op"], p["rows"]) == (op, rows)]
         times: dict[str, dict[str, float]] = {}
         for point in here:
@@ -179,9 +241,25 @@ def implementation_rules(run: "Run") -> list[dict[str, Any]]:
                 "max_rows": rows,
                 "implementation": name,
                 "config": config,
+                "fuse_lora": op == "matmul" and fusing_pays(points, name, rows),
             }
         )
     return cover_all_rows(rules)
+
+
+def fusing_pays(points: list[dict[str, Any]], implementation: str, rows: int) -> bool:
+    """Whether an adapter was faster inside the kernel, by the geometric mean over all shapes."""
+    times: dict[str, dict[str, float]] = {}
+    here = [
+        p
+        for p in points
+        if (p["op"], p["implementation"], p["rows"]) == ("lora", implementation, rows)
+    ]
+    for point in here:
+        if point["status"] == "ok":
+            found = times.setdefault("inside" if point["fuse_lora"] else "after", {})
+            found[point["shape_name"]] = point["seconds"]
+    return least_regret(times, {p["shape_name"] for p in here}) == "inside"
 
 
 def cover_all_rows(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:

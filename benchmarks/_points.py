@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
-from pallas_kernels._triton import TritonConfig
+from pallas_kernels.dispatch import Config
 
 SHAPES: dict[str, tuple[int, int]] = {
     "7b-qkvo": (4096, 4096),
@@ -27,7 +27,15 @@ SHAPES: dict[str, tuple[int, int]] = {
 TOY_SHAPES: dict[str, tuple[int, int]] = {"toy": (128, 256), "toy-down": (256, 128)}
 
 ROWS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
-OPS = ("matmul", "transposed", "dequantize")
+OPS = ("matmul", "transposed", "dequantize", "lora")
+"""`lora` is `matmul` with an adapter, which a kernel adds inside, or a second product after it."""
+
+RANK = 64
+"""Of the measured adapters: the paper's."""
+
+FUSING = ("triton", "mosaic_gpu")
+"""The implementations whose kernels can add an adapter themselves."""
+
 BASELINES = ("bf16", "bf16-xla")
 """The 16-bit peers, `jnp.dot` on a bf16 weight: through cuBLAS, and as XLA's autotuner prefers."""
 
@@ -43,8 +51,11 @@ class Point:
     n: int
     k: int
     blocksize: int = 64
-    config: TritonConfig | None = None
-    """Tile sizes to force on a Triton kernel; None takes the dispatch table's."""
+    config: Config | None = None
+    """How a kernel is to cut its work; None takes the dispatch table's."""
+    rank: int = 0
+    """Of the adapter, for the op "lora"."""
+    fuse_lora: bool = False
 
     @property
     def size(self) -> int:
@@ -64,18 +75,26 @@ class Point:
         """Bytes one call must move at least: weight and activations in, result out (bf16)."""
         if self.op == "dequantize":
             return self.weight_bytes + 2 * self.size
-        return self.weight_bytes + 2 * self.rows * (self.n + self.k)
+        adapter = 2 * self.rank * (self.rows + self.n)
+        return self.weight_bytes + 2 * self.rows * (self.n + self.k) + adapter
 
     @property
     def flops(self) -> int:
         """Floating-point operations of one call: a multiply and an add per row and weight."""
-        return self.size if self.op == "dequantize" else 2 * self.rows * self.size
+        if self.op == "dequantize":
+            return self.size
+        return 2 * self.rows * (self.size + self.rank * self.n)
+
+    @property
+    def variant(self) -> str:
+        """The implementation, and whether it adds the adapter itself."""
+        return f"{self.implementation}{' fused' * self.fuse_lora}"
 
     @property
     def label(self) -> str:
         """A short name for tables and messages."""
         rows = "" if self.op == "dequantize" else f" M={self.rows}"
-        return f"{self.op}{rows} {self.shape_name} {self.implementation}"
+        return f"{self.op}{rows} {self.shape_name} {self.variant}"
 
 
 def plan(
@@ -84,11 +103,13 @@ def plan(
     rows: Sequence[int] = ROWS,
     ops: Sequence[str] = OPS,
 ) -> Iterator[list[Point]]:
-    """Groups of points in order of importance: one row, training batches, dequantize, the rest."""
+    """Groups of points in order of importance: one row, training batches, dequantize, adapters, the
+    rest."""
     low, high = min(rows), max(rows)
     wanted = [("matmul", low), ("matmul", high), ("transposed", high), ("dequantize", 0)]
+    wanted += [("lora", low), ("lora", high)]
     middle = [m for m in sorted(rows) if m not in (low, high)]
-    wanted += [("matmul", m) for m in middle] + [("transposed", m) for m in middle]
+    wanted += [(op, m) for op in ("matmul", "transposed", "lora") for m in middle]
     wanted += [("transposed", low)] if low != high else []
     for op, m in dict.fromkeys(wanted):
         if op not in ops:
@@ -96,8 +117,9 @@ def plan(
         without = (*BASELINES, "mosaic_gpu") if op == "dequantize" else ()
         names = [i for i in implementations if i not in without]
         group = [
-            Point(op, implementation, m, name, *shape)
+            Point(op, implementation, m, name, *shape, rank=RANK * (op == "lora"), fuse_lora=fuse)
             for (name, shape), implementation in itertools.product(shapes.items(), names)
+            for fuse in ((False, True) if op == "lora" and implementation in FUSING else (False,))
         ]
         if group:
             yield group

@@ -82,13 +82,19 @@ def make_weights(program: Program, seed: int) -> list[tuple[jax.Array, ...]]:
     """The program's copies, each random by itself."""
     point = program.point
     keys = jax.random.split(jax.random.key(seed), program.copies)
+    lora_b = [_normal(key, point.n, point.rank) for key in keys] if point.rank else []
     if point.implementation in BASELINES:
-        return [dense_weight(key, point.n, point.k) for key in keys]
-    return [packed_weight(key, point.n, point.k, point.blocksize) for key in keys]
+        weights: list[tuple[jax.Array, ...]] = [dense_weight(key, point.n, point.k) for key in keys]
+    else:
+        weights = [packed_weight(key, point.n, point.k, point.blocksize) for key in keys]
+    return [(*w, b) for w, b in zip(weights, lora_b, strict=True)] if lora_b else weights
 
 
 def make_input(point: Point, seed: int) -> jax.Array:
-    """Random activations [rows, k], or [rows, n] for the transposed op."""
+    """Random activations [rows, k], or [rows, n] for the transposed op.
+
+    An adapter's `xa` is taken to be x's first columns: any values do, and they cost no more memory.
+    """
     width = point.n if point.op == "transposed" else point.k
     return _normal(jax.random.key(seed), max(point.rows, 1), width)
 
@@ -114,11 +120,13 @@ def op_function(point: Point, interpret: bool | None = None) -> Callable[..., ja
     if point.implementation in BASELINES:
         axis = 0 if point.op == "transposed" else 1
 
-        def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+        def product(x: jax.Array, weight: jax.Array) -> jax.Array:
             dims = (((1,), (axis,)), ((), ()))
             return jax.lax.dot_general(x, weight, dims, preferred_element_type=jnp.bfloat16)
 
-        return dense
+        if point.op == "lora":
+            return lambda x, weight, b: product(x, weight) + product(x[:, : point.rank], b)
+        return product
     options: dict[str, Any] = {
         "implementation": point.implementation,
         "blocksize": point.blocksize,
@@ -127,6 +135,14 @@ def op_function(point: Point, interpret: bool | None = None) -> Callable[..., ja
     }
     if point.op == "dequantize":
         return lambda x, *weight: pallas_kernels.nf4_dequantize(*weight, **options)
+    if point.op == "lora":
+        return lambda x, *weight: pallas_kernels.nf4_matmul(
+            x,
+            *weight[:-1],
+            lora=(x[:, : point.rank], weight[-1]),
+            fuse_lora=point.fuse_lora,
+            **options,
+        )
     op = {
         "matmul": pallas_kernels.nf4_matmul,
         "transposed": pallas_kernels.nf4_matmul_transposed,
@@ -181,7 +197,7 @@ def compile_program(program: Program) -> tuple[jax.stages.Compiled, float]:
 
 def compile_check(program: Program) -> Callable[..., jax.Array]:
     """The compiled `whole_error` of the program's point."""
-    point = dataclasses.replace(program.point, implementation="xla", config=None)
+    point = _oracle(program.point)
     (weight, *_) = jax.eval_shape(lambda: make_weights(Program(point, 1, 1, 1), 0))
     x = jax.eval_shape(lambda: make_input(point, 0))
     out = jax.eval_shape(op_function(point), x, *weight)
@@ -234,6 +250,9 @@ def host_error(
             want = activations @ host_weight(point, weight, np.arange(point.n), picked)
         else:
             want = activations @ host_weight(point, weight, picked, np.arange(point.k)).T
+        if point.op == "lora":
+            b = np.asarray(weight[-1])[picked].astype(np.float64)
+            want += activations[:, : point.rank] @ b.T
         got = result[rows][:, picked]
     return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))
 
@@ -242,7 +261,7 @@ def host_weight(
     point: Point, weight: tuple[jax.Array, ...], rows: np.ndarray, columns: np.ndarray
 ) -> np.ndarray:
     """Those rows and columns of the weight in float64, decoded on the host by the definition."""
-    codes, absmax, nested, offset = (np.asarray(part) for part in weight)
+    codes, absmax, nested, offset = (np.asarray(part) for part in weight[:4])
     byte = codes[rows[:, None], columns // 2]
     index = np.where(columns % 2 == 0, byte >> 4, byte & 15)
     block = rows[:, None] * (point.k // point.blocksize) + columns // point.blocksize
@@ -254,10 +273,17 @@ def host_weight(
 
 def whole_error(point: Point) -> Callable[..., jax.Array]:
     """`fn(x, weight, out) -> relative error` over *every* element, against the XLA path."""
-    reference = op_function(dataclasses.replace(point, implementation="xla", config=None))
+    reference = op_function(_oracle(point))
 
     def error(x: jax.Array, weight: tuple[jax.Array, ...], out: jax.Array) -> jax.Array:
         want = reference(x, *weight).astype(jnp.float32)
         return jnp.linalg.norm(out.astype(jnp.float32) - want) / jnp.linalg.norm(want)
 
     return error
+
+
+def _oracle(point: Point) -> Point:
+    """The same work by XLA, summed in float32 and rounded once."""
+    return dataclasses.replace(
+        point, implementation="xla", config=None, fuse_lora=point.op == "lora"
+    )

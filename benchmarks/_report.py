@@ -86,7 +86,9 @@ def add_peer(results: dict[str, Any], folder: Path) -> None:
     if path.exists():
         peer = json.loads(path.read_text())
         results["meta"] |= peer["meta"]
-        results["points"] += peer["points"]
+        labels = {point["label"] for point in peer["points"]}
+        own = [point for point in results["points"] if point["label"] not in labels]
+        results["points"] = own + peer["points"]
 
 
 def write_all(results: dict[str, Any], folder: Path) -> None:
@@ -118,14 +120,14 @@ def write_markdown(results: dict[str, Any], path: Path) -> None:
             f"bf16 product {ceilings['bf16_flops'] / 1e12:.0f} TFLOP/s.",
         ]
     measured = _measured(results)
-    names = list(dict.fromkeys(p["implementation"] for p in measured))
     for op, rows in dict.fromkeys((p["op"], p["rows"]) for p in measured):
         here = [p for p in measured if (p["op"], p["rows"]) == (op, rows)]
+        names = _names(here)
         title = op if op == "dequantize" else f"{op}, {rows} row{'s' * (rows != 1)}"
         text += ["", f"## {title}", "", "| shape | n × k | " + " | ".join(names) + " |"]
         text += ["|---|---|" + "---|" * len(names)]
         for shape in dict.fromkeys(p["shape_name"] for p in here):
-            line = {p["implementation"]: p for p in here if p["shape_name"] == shape}
+            line = {_variant(p): p for p in here if p["shape_name"] == shape}
             first = next(iter(line.values()))
             cells = [_cell(line.get(name), line, ceilings) for name in names]
             text.append(f"| {shape} | {first['n']} × {first['k']} | " + " | ".join(cells) + " |")
@@ -160,7 +162,7 @@ def _cell(
 
 def write_roofline(results: dict[str, Any], path: Path) -> bool:
     """FLOP/s over FLOP per byte under the two measured ceilings; False without matplotlib."""
-    measured = [p for p in _measured(results) if p["op"] != "dequantize"]
+    measured = [p for p in _measured(results) if p["op"] in ("matmul", "transposed")]
     if not measured:
         return False
     try:
@@ -209,4 +211,9 @@ def write_roofline(results: dict[str, Any], path: Path) -> bool:
 
 
 def _names(points: Iterable[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(p["implementation"] for p in points))
+    return list(dict.fromkeys(_variant(p) for p in points))
+
+
+def _variant(point: dict[str, Any]) -> str:
+    """`Point.variant` of a point read from a file, which may be older than adapters are."""
+    return f"{point['implementation']}{' fused' * point.get('fuse_lora', False)}"

@@ -95,9 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--autotune",
         nargs="+",
-        metavar="OP:ROWS",
+        metavar="OP:ROWS[:mosaic_gpu]",
         help="measure Triton's candidates instead, e.g. matmul:1 transposed:4096 dequantize:0, and "
-        "write the best as rules for pallas_kernels/tuned.json",
+        "write the best as rules for pallas_kernels/tuned.json; or those of the Hopper kernels, "
+        "e.g. matmul:1:mosaic_gpu, as cuts for pallas_kernels/cuts.json",
     )
     parser.add_argument(
         "--kernel-times", action="store_true", help="also read each kernel's time from a trace"

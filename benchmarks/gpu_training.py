@@ -30,6 +30,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks._report import machine
+from pallas_kernels._table import TABLE, using_table
 from qlora_jax.data.batches import Batch
 from qlora_jax.evaluate import split_adapters
 from qlora_jax.models import Decoder, DecoderConfig, RopeConfig, attention_for
@@ -96,7 +97,7 @@ class Case:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the cases until the budget is spent."""
+    """Run the cases asked for; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=300)
@@ -112,6 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=["1x512", "16x512", "4x1024"],
         help="BATCHxSEQ or ACCUMULATIONxBATCHxSEQ, small to large",
     )
+    parser.add_argument(
+        "--rules", type=Path, help="a table for 'auto', as gpu_kernels writes: rules.json"
+    )
     parser.add_argument("--attention", default="auto", choices=["auto", "xla", "cudnn"])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rank", type=int, default=64)
@@ -119,7 +123,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.toy:
         options.models, options.batches, options.rank = ["toy"], ["1x32", "2x2x32"], 4
-    results: dict[str, Any] = {"meta": machine() | {"attention": options.attention}, "cases": []}
+    with using_table(options.rules or TABLE):
+        return measure(options)
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Run the cases until the budget is spent, writing after each."""
+    meta = machine() | {"attention": options.attention, "rules": str(options.rules or "")}
+    results: dict[str, Any] = {"meta": meta, "cases": []}
     began, peak = time.monotonic(), 0
     for case in cases(options):
         left = options.budget - (time.monotonic() - began)

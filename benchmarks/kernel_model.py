@@ -1,6 +1,8 @@
 """How fast could this kernel run on that card? An answer from its machine code, with no card.
 
     python -m benchmarks.kernel_model --card h200 --op matmul --rows 1 --shape 7b-qkvo
+    python -m benchmarks.kernel_model --op matmul transposed --rows 4096 --implementation mosaic_gpu
+    python -m benchmarks.kernel_model --implementation mosaic_gpu --config '{"selects": 2}'
 
 A kernel is bound by the busiest of a few things, each of which has a rate: bytes from memory, FLOP
 on the tensor cores, and lane-instructions on each unit of a multiprocessor (float, integer, shared
@@ -27,25 +29,32 @@ from typing import Any
 
 import jax
 
+from benchmarks._autotune import dispatch_op
 from benchmarks._points import SHAPES, Point
 from benchmarks._programs import make_input, op_function, packed_weight
 from pallas_kernels import compile_for, dispatch
 from pallas_kernels._arguments import Layout
+from pallas_kernels._mosaic import GEMV_ROWS, SMS
+from pallas_kernels._table import config_type
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card
+from pallas_kernels.nf4_gemv import mosaic_plan as gemv_plan
+from pallas_kernels.nf4_matmul import mosaic_plan as matmul_plan
 
-UNITS = ("float", "integer", "convert", "shared", "global", "issue")
+UNITS = ("float", "integer", "multiply", "convert", "shared", "global", "issue")
+"""`multiply` is IMAD, which runs beside the other integer work, on float lanes."""
 
 _UNIT_OF = (
     ("tensor", r"[HIBQ]G?MMA|WGMMA|UTC\w*MMA"),
     ("float", r"F(?:FMA|MUL|ADD|SWZADD)|H(?:FMA2|MUL2|ADD2|SET2|SETP2)|FFMA2"),
+    ("multiply", r"IMAD"),
     ("convert", r"MUFU|I2F\w*|F2I\w*|F2F|FRND|POPC|FLO|BREV"),
     ("shared", r"LDS\w*|STS\w*|LDSM|STSM|ATOMS|SHFL|MOVM"),
     ("global", r"LDG\w*|STG\w*|LDL|STL|LD|ST|ATOM\w*|RED\w*|UBLKCP|UTMA\w*"),
     ("control", r"BRA|EXIT|BAR|BSSY|BSYNC|NOP|WARPSYNC|SYNCS|DEPBAR\w*|LDGDEPBAR|ERRBAR|CALL|RET"),
     ("uniform", r"U[A-Z0-9]+|R2UR|S2UR|CS2UR|VOTEU"),
 )
-"""unit -> opcodes, first match wins; what matches none is integer work (LOP3, IMAD, PRMT, …)."""
+"""unit -> opcodes, first match wins; what matches none is integer work (LOP3, SHF, PRMT, …)."""
 
 _FLOAT_LANES = {(7, 5): 64, (8, 0): 64}  # of 128 elsewhere
 
@@ -159,7 +168,7 @@ class Prediction:
 def predict(
     card: Card, kernel: compile_for.KernelCode, point: Point, weights_per_turn: float, passes: int
 ) -> Prediction:
-    """Model one kernel.
+    """Model one kernel, all of whose threads run its hot loop.
 
     Args:
       card: whose clock, cores and rates count.
@@ -170,17 +179,45 @@ def predict(
 
     Raises ValueError where no disassembler was found.
     """
+    loop = hot_loop(kernel)
+    per_weight = {unit: count / weights_per_turn for unit, count in _lanes(loop, kernel).items()}
+    blocks = occupancy(card, kernel)
+    grid = math.prod(kernel.grid) or 1
+    at_once = blocks * card.cores
+    waves = math.ceil(grid / at_once) / (grid / at_once) if grid > at_once else 1.0
+    if grid < card.cores:
+        waves = card.cores / grid
+    seconds = floors(card, point, per_weight, passes, tensor="tensor" in loop.units)
+    return Prediction(seconds, per_weight, blocks, waves, loop)
+
+
+def hot_loop(kernel: compile_for.KernelCode) -> LoopCount:
+    """The kernel's hot loop, counted; a ValueError where no disassembler was found."""
     if kernel.sass is None:
         raise ValueError(
             "the kernel has no SASS: install the wheels nvidia-cuda-nvcc and nvidia-cuda-nvdisasm"
         )
-    loop = count_hot_loop(kernel.sass)
+    return count_hot_loop(kernel.sass)
+
+
+def _lanes(loop: LoopCount, kernel: compile_for.KernelCode) -> dict[str, float]:
+    """Lane-instructions of a turn of the loop in a whole block of threads."""
     lanes = {unit: count * kernel.threads for unit, count in loop.units.items()}
-    lanes["issue"] = loop.instructions * kernel.threads
-    per_weight = {unit: count / weights_per_turn for unit, count in lanes.items()}
+    return lanes | {"issue": loop.instructions * kernel.threads}
+
+
+def floors(
+    card: Card, point: Point, per_weight: dict[str, float], passes: int, tensor: bool
+) -> dict[str, float]:
+    """Seconds per call that each resource needs, from the lane-instructions per weight.
+
+    Shared memory and the first-level cache are one unit to the data that they carry, "load path".
+    """
+    load_path = per_weight.get("shared", 0.0) + per_weight.get("global", 0.0)
+    per_weight = per_weight | {"load path": load_path}
     float_lanes = _FLOAT_LANES.get(card.compute_capability, 128)
-    rates = {"float": float_lanes, "integer": 64, "convert": 16, "shared": 32, "global": 32}
-    rates["issue"] = 128
+    rates = {"float": float_lanes, "integer": 64, "multiply": 64, "convert": 16, "issue": 128}
+    rates |= {"shared": 32, "global": 32, "load path": 32}
     decoded = point.size * passes
     per_second = card.cores * card.clock_ghz * 1e9
     seconds = {
@@ -188,15 +225,45 @@ def predict(
         for unit, rate in rates.items()
     }
     seconds["memory"] = point.bytes / card.bandwidth
-    if point.op != "dequantize" and loop.units.get("tensor"):
+    if point.op != "dequantize" and tensor:
         seconds["tensor"] = point.flops / card.matmul_flops
-    blocks = occupancy(card, kernel)
-    grid = math.prod(kernel.grid) or 1
-    at_once = blocks * card.cores
-    waves = math.ceil(grid / at_once) / (grid / at_once) if grid > at_once else 1.0
-    if grid < card.cores:
-        waves = card.cores / grid
-    return Prediction(seconds, per_weight, blocks, waves, loop)
+    return seconds
+
+
+def predict_mosaic(card: Card, kernel: compile_for.KernelCode, point: Point) -> Prediction:
+    """Model a Hopper kernel: one persistent block a multiprocessor, whose warps have roles.
+
+    Its tensor instructions say how many weights a warp decodes in a turn: the weights are their
+    register operand, 16 × 16 of an `HMMA` and, by the four warps of a group, 64 × 16 of an `HGMMA`.
+    """
+    loop = hot_loop(kernel)
+    many = sum(count for name, count in loop.opcodes.items() if name.startswith("HGMMA"))
+    few = sum(count for name, count in loop.opcodes.items() if name.startswith("HMMA"))
+    layout = Layout((point.n, point.k), "nf4", point.blocksize, double_quant=True)
+    passes, spread = mosaic_split(point, layout)
+    # Of few rows, four share an instruction; more rows multiply the same weights again.
+    weights = 256 * (many or few / -(-point.rows // 4))
+    per_weight = {unit: 32 * count / weights for unit, count in loop.units.items()}
+    per_weight["issue"] = 32 * loop.instructions / weights
+    seconds = floors(card, point, per_weight, passes, tensor=True)
+    return Prediction(seconds, per_weight, 1, spread, loop)
+
+
+def mosaic_split(point: Point, layout: Layout) -> tuple[int, float]:
+    """(times each weight is decoded, the busiest multiprocessor's share over an even one)."""
+    if point.op != "transposed" and point.rows <= GEMV_ROWS:
+        config = point.config or gemv_plan.choose_config(point.rows, point.n, point.k)
+        assert isinstance(config, gemv_plan.GemvConfig)
+        plan = gemv_plan.Plan(
+            point.rows, point.n, point.k, "bfloat16", layout.double_quant, False, config
+        )
+        return 1, 1 / plan.efficiency
+    matmul = point.config or matmul_plan.choose_config(point.rows)
+    assert isinstance(matmul, matmul_plan.MatmulConfig)
+    passes = -(-point.rows // matmul.rows)
+    columns = point.k if point.op == "transposed" else point.n
+    tiles = matmul.split * passes * -(-columns // (64 * matmul_plan.COMPUTE))
+    return passes, -(-tiles // SMS) / (tiles / SMS)
 
 
 def tile(config: TritonConfig, point: Point, grid: int) -> tuple[float, int]:
@@ -208,34 +275,39 @@ def tile(config: TritonConfig, point: Point, grid: int) -> tuple[float, int]:
 
 
 def model_point(card: Card, point: Point) -> tuple[compile_for.KernelCode, Prediction]:
-    """Compile a Triton point for the card and model its kernel."""
+    """Compile a point for the card and model its kernel."""
+    if point.implementation == "mosaic_gpu":
+        kernel = compile_point(card, point)
+        return kernel, predict_mosaic(card, kernel, point)
     rows = max(point.rows, 1)
-    op = {"transposed": "nf4_matmul_transposed", "dequantize": "nf4_dequantize"}.get(
-        point.op, "nf4_gemv" if rows <= 16 else "nf4_matmul"
-    )
+    op = dispatch_op(point.op, rows)
     layout = Layout((point.n, point.k), "nf4", point.blocksize, double_quant=True)
     config = point.config
     if config is None:
         config = dispatch.which_implementation(
             op, rows, layout, implementation="triton", kind=card.pallas_kind
         ).config
-    assert config is not None
+    assert isinstance(config, TritonConfig)
     if not config.fused:  # the rule leaves the product to XLA: what is modelled is a kernel of ours
         config = dispatch.configs_to_try(op, rows, point.n, point.k)[0]
-    weight = jax.eval_shape(
-        lambda: packed_weight(jax.random.key(0), point.n, point.k, point.blocksize)
-    )
-    x = jax.eval_shape(lambda: make_input(point, 0))
-    compiled_point = dataclasses.replace(point, config=config)
-    run = op_function(compiled_point, interpret=False)
-    _, kernels = compile_for.inspect_kernels(card, run, x, *weight)
-    kernel = next(kernel for kernel in kernels if kernel.name.startswith("nf4_"))
+    kernel = compile_point(card, dataclasses.replace(point, config=config))
     weights, passes = tile(config, point, math.prod(kernel.grid))
     prediction = predict(card, kernel, point, weights, passes)
     if not prediction.loop.is_loop and point.op != "dequantize":
         # Without a loop the whole row of tiles is one turn.
         prediction = predict(card, kernel, point, config.block_n * point.k, passes)
     return kernel, prediction
+
+
+def compile_point(card: Card, point: Point) -> compile_for.KernelCode:
+    """The point's own kernel, compiled for the card."""
+    weight = jax.eval_shape(
+        lambda: packed_weight(jax.random.key(0), point.n, point.k, point.blocksize)
+    )
+    x = jax.eval_shape(lambda: make_input(point, 0))
+    run = op_function(point, interpret=False)
+    _, kernels = compile_for.inspect_kernels(card, run, x, *weight)
+    return next(kernel for kernel in kernels if kernel.name.startswith("nf4_"))
 
 
 def describe(card: Card, point: Point, kernel: Any, prediction: Prediction) -> str:
@@ -270,14 +342,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", nargs="+", default=["matmul"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1])
     parser.add_argument("--shape", nargs="+", default=["7b-qkvo"], choices=sorted(SHAPES))
-    parser.add_argument("--config", type=json.loads, help="a TritonConfig as JSON")
+    parser.add_argument("--implementation", default="triton", choices=["triton", "mosaic_gpu"])
+    parser.add_argument("--config", type=json.loads, help="a config of the kernel as JSON")
     options = parser.parse_args(argv)
     card = CARDS[options.card]
-    config = TritonConfig(**options.config) if options.config else None
     for op in options.op:
         for rows in options.rows if op != "dequantize" else [0]:
+            kind = config_type(dispatch_op(op, rows), options.implementation)
+            config = kind(**options.config) if options.config else None
             for name in options.shape:
-                point = Point(op, "triton", rows, name, *SHAPES[name], config=config)
+                point = Point(op, options.implementation, rows, name, *SHAPES[name], config=config)
                 print(describe(card, point, *model_point(card, point)), flush=True)
     return 0
 

@@ -17,7 +17,9 @@ from pallas_kernels.codebooks import (
 from pallas_kernels.dispatch import Choice, configs_to_try, which_implementation
 from pallas_kernels.nf4_dequantize.api import nf4_dequantize
 from pallas_kernels.nf4_gemv.api import nf4_gemv
+from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig
 from pallas_kernels.nf4_matmul.api import nf4_matmul
+from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from pallas_kernels.nf4_matmul_transposed.api import nf4_matmul_transposed
 
 __all__ = [
@@ -29,7 +31,9 @@ __all__ = [
     "NESTED_BLOCKSIZE",
     "Card",
     "Choice",
+    "GemvConfig",
     "Layout",
+    "MatmulConfig",
     "TritonConfig",
     "configs_to_try",
     "find_card",

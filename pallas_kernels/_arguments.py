@@ -18,6 +18,9 @@ from pallas_kernels.codebooks import BLOCKSIZES, CODEBOOKS, NESTED_BLOCKSIZE
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
+LowRank = tuple[Array, Array]
+"""An adapter's part of a product, (xa, b): xa [..., r] is s · x · Aᵀ, and b [n, r] is B."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -157,6 +160,24 @@ def check_matmul(
     if bias is not None and (bias.shape != (n,) or not jnp.issubdtype(bias.dtype, jnp.floating)):
         raise ValueError(f"bias is {bias.dtype} {bias.shape}; expected a float array ({n},)")
     return n, k
+
+
+def check_lora(lora: LowRank, x: Array, layout: Layout) -> None:
+    """Check that an adapter's `(xa, b)` belongs to x and to a weight [n, k]."""
+    xa, b = lora
+    if b.ndim != 2 or b.shape[0] != layout.shape[0] or b.shape[1] < 1:
+        raise ValueError(
+            f"lora's b has shape {b.shape}; expected ({layout.shape[0]}, r) "
+            f"to go with a weight of shape {layout.shape}"
+        )
+    wanted = (*x.shape[:-1], b.shape[1])
+    if xa.shape != wanted:
+        raise ValueError(
+            f"lora's xa has shape {xa.shape}; expected {wanted}: x's rows times b's rank"
+        )
+    for name, part in (("xa", xa), ("b", b)):
+        if part.dtype != x.dtype:
+            raise ValueError(f"lora's {name} is {part.dtype}; expected x's dtype, {x.dtype}")
 
 
 def rows_of(x: Array) -> int:

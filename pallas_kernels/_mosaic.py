@@ -4,6 +4,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels._arguments import Layout
+from pallas_kernels.cards import CARDS
+
+BLOCK = 64
+"""The blocksize these kernels are written for."""
+
+SMS = CARDS["h200"].cores
+"""Blocks of threads that run side by side, one to a multiprocessor: an H100's as well."""
+
+SHARED_LIMIT = 232448 - 2048
+"""Bytes of shared memory that a block can have, less what Mosaic takes for itself."""
 
 GEMV_ROWS = 8
 """Rows of x up to which `nf4_gemv` has a Mosaic kernel."""
@@ -20,7 +30,7 @@ def why_not_mosaic(op: str, rows: int, layout: Layout, dtype: DTypeLike) -> str 
     """
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16 activations, not {jnp.dtype(dtype).name}"
-    if layout.codes_per_byte != 2 or layout.blocksize != 64 or len(layout.shape) != 2:
+    if layout.codes_per_byte != 2 or layout.blocksize != BLOCK or len(layout.shape) != 2:
         return (
             "it takes 4-bit matrices in blocks of 64, "
             f"not {layout.quant_type} {layout.shape} in blocks of {layout.blocksize}"
@@ -35,7 +45,8 @@ def why_not_mosaic(op: str, rows: int, layout: Layout, dtype: DTypeLike) -> str 
     if max(layout.nbytes, 2 * rows * max(n, k)) >= 1 << 32:
         return f"it takes less than 4 GiB of codes and of activations, not {rows} rows of {n, k}"
     if op == "nf4_gemv":
-        from pallas_kernels.nf4_gemv.mosaic_sm90 import choose_config
+        # Imported here: the plan is made of this module's constants.
+        from pallas_kernels.nf4_gemv.mosaic_plan import choose_config
 
         if rows > GEMV_ROWS or choose_config(rows, n, k) is None:
             return f"it keeps up to {GEMV_ROWS} rows in shared memory, not {rows} rows of {k}"

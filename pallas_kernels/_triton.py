@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from pallas_kernels._arguments import Layout
+from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels._decode import add_unfused
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
 
@@ -93,11 +93,39 @@ def weight_operands(
     return (codes, *scales, table)
 
 
+def rank_of(lora: LowRank | None) -> int:
+    """The rank of an adapter's (xa, b); 0 for none."""
+    return 0 if lora is None else lora[1].shape[1]
+
+
+def rank_block(rank: int) -> int:
+    """Columns of an adapter that a kernel takes at once: what a tensor core can, 64 at most."""
+    return min(max(16, pl.next_power_of_2(rank)), 64)
+
+
+def lora_operands(lora: LowRank | None, rows: int) -> tuple[Array, ...]:
+    """What a kernel reads of an adapter: xa [rows, r] and b [n, r], or nothing."""
+    return () if lora is None else (lora[0].reshape(rows, -1), lora[1])
+
+
 def load(ref: Any, index: tuple[Any, ...], mask: Array | None = None, other: Any = 0) -> Array:
     """ref[index], with `other` where `mask` is False; all of `index` are arrays."""
     if mask is None:
         return plgpu.load(ref.at[index])
     return plgpu.load(ref.at[index], mask=mask, other=other)
+
+
+def load_columns(
+    ref: Any, row: Array, column: Array, row_mask: Array | None, column_mask: Array | None
+) -> Array:
+    """ref[row, column] as a tile, with 0 where a mask is False."""
+    mask = both(
+        None if row_mask is None else row_mask[:, None],
+        None if column_mask is None else column_mask[None, :],
+    )
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (row.size, column.size))
+    return load(ref, (row[:, None], column[None, :]), mask, 0.0)
 
 
 def load_scales(scale_refs: tuple[Any, ...], block: Array, mask: Array | None) -> Array:

@@ -7,12 +7,11 @@ silently: `which_implementation` answers beforehand what a call would run, and w
 The machine is the card of the mesh in scope (so a program compiled for a card that is not here,
 under `jax.sharding.use_abstract_mesh`, is planned for that card), else JAX's default device.
 
-A rule of `tuned.json` reads: for this op, on this card ("*": any), from `min_rows` to `max_rows`
-rows and from `min_out` columns of the result on, run this implementation with this `TritonConfig`.
-The first that fits *and can run on this weight* wins; XLA stands behind the last. The rules of the
-H200 are measured; those of the H100 (the same multiprocessors, slower memory) are taken over from
-it, and those of "*" are the H200's Triton rules. `benchmarks/gpu_kernels.py` measures the
-candidates of `configs_to_try` and writes the rules of a card.
+The first rule of `tuned.json` that fits *and can run on this weight* wins; XLA stands behind the
+last (`_table` says how to read them). The rules of the H200 are measured; those of the H100 (the
+same multiprocessors, slower memory) are taken over from it, and those of "*" are the H200's Triton
+rules. `benchmarks/gpu_kernels.py` measures the candidates of `configs_to_try` and writes the rules
+of a card.
 
 Two things the table knows. The Hopper matmuls cut the result into tiles of 256 rows by 128 columns
 and pay for decoding by the tile, so they want 64 tiles or more: hence `min_out`, which falls as
@@ -23,8 +22,8 @@ rows Triton's rule is `fused=False`: dequantize, multiply in XLA, one 16-bit wei
 import dataclasses
 import functools
 import importlib.metadata
-import json
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +31,11 @@ from jax.typing import DTypeLike
 
 from pallas_kernels._arguments import Layout
 from pallas_kernels._mosaic import why_not_mosaic
+from pallas_kernels._table import TABLE, Config, Rule, config_type, cuts, rules
 from pallas_kernels._triton import TritonConfig, why_not_triton
 from pallas_kernels.cards import CARDS
+from pallas_kernels.nf4_gemv import mosaic_plan as gemv_plan
+from pallas_kernels.nf4_matmul import mosaic_plan as matmul_plan
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu", "jax_triton")
 
@@ -45,51 +47,39 @@ AVAILABLE = {
 }
 """op -> the implementations it has."""
 
-TABLE = Path(__file__).with_name("tuned.json")
-
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a call runs: the implementation, its tile sizes if it has any, and the reason."""
+    """What a call runs: the implementation, its tile sizes if it has any, and the reason.
+
+    `fuse_lora` says whether an adapter is added inside the kernel or by a product after it.
+    """
 
     implementation: str
-    config: TritonConfig | None
+    config: Config | None
     reason: str
+    fuse_lora: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """One line of the table. The limits are inclusive; `card` is a key of CARDS or "*"."""
-
-    op: str
-    card: str
-    max_rows: int
-    implementation: str
-    config: TritonConfig | None
-    min_rows: int = 0
-    min_out: int = 0
-
-    def covers(self, op: str, card: str | None, rows: int, columns: int) -> bool:
-        """Whether the rule speaks of this op, card and size of the result."""
-        here = self.op == op and self.card in (card, "*")
-        return here and self.min_rows <= rows <= self.max_rows and columns >= self.min_out
-
-
-@functools.cache
-def rules() -> tuple[Rule, ...]:
-    """The table, read once."""
-    return tuple(
-        Rule(
-            op=entry["op"],
-            card=entry["card"],
-            max_rows=entry["max_rows"],
-            implementation=entry["implementation"],
-            config=TritonConfig(**entry["config"]) if entry.get("config") else None,
-            min_rows=entry.get("min_rows", 0),
-            min_out=entry.get("min_out", 0),
-        )
-        for entry in json.loads(TABLE.read_text(encoding="utf-8"))
+def _choice(rule: Rule, card: str | None, rows: int, layout: Layout, reason: str) -> Choice:
+    """What a rule says of this weight: the config is the rule's, unless its shape was measured."""
+    config = next(
+        (cut.config for cut in cuts() if cut.covers(rule, card, rows, layout.shape)), None
     )
+    return Choice(rule.implementation, config or rule.config, reason, rule.fuse_lora)
+
+
+def config_for(op: str, choice: Choice, config: Config | None) -> Any:
+    """The caller's config where there is one, else the choice's; what XLA runs has none."""
+    if config is None or choice.implementation == "xla":
+        return choice.config
+    wanted = config_type(op, choice.implementation)
+    if not isinstance(config, wanted):
+        raise ValueError(
+            f"config is a {type(config).__name__}, and {op} runs {choice.implementation!r} here, "
+            f"which takes a {wanted.__name__}: pass one, or config=None, or another implementation"
+        )
+    return config
 
 
 def target() -> str:
@@ -154,8 +144,11 @@ def which_implementation(
     found = [rule for rule in rules() if rule.covers(op, name, rows, columns)]
     if implementation is not None:
         tiled = "triton" if implementation == "jax_triton" else implementation
-        configs = [rule.config for rule in found if rule.implementation == tiled]
-        return Choice(implementation, configs[0] if configs else None, "asked for")
+        for rule in found:
+            if rule.implementation == tiled:
+                choice = _choice(rule, name, rows, layout, "asked for")
+                return dataclasses.replace(choice, implementation=implementation)
+        return Choice(implementation, None, "asked for")
     refused = ""
     for rule in found:
         problem = why_not(
@@ -163,7 +156,7 @@ def which_implementation(
         )
         if problem is None:
             whose = "every card" if rule.card == "*" else rule.card
-            return Choice(rule.implementation, rule.config, f"rule for {whose}{refused}")
+            return _choice(rule, name, rows, layout, f"rule for {whose}{refused}")
         refused += f"; not {rule.implementation}: {problem}"
     return Choice("xla", None, f"no rule of {TABLE.name} can run {op} here{refused}")
 
@@ -209,16 +202,19 @@ def why_not(
 @functools.cache
 def missing_jax_triton() -> str | None:
     """What the extra [triton] still needs here, or None where it is complete."""
+    found = {}
     for package, least in (("jax-triton", (0, 4)), ("triton", (3, 7))):
         wanted = f"{package} >= {least[0]}.{least[1]}"
         try:
-            found = importlib.metadata.version(package)
+            version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return f"{package} is not installed (pip install 'qlora-jax[triton]')"
-        if tuple(int(part) for part in found.split(".")[:2]) < least:
-            return f"{package} is {found} and it needs {wanted}"
-    if jax.__version_info__ >= (0, 12) and importlib.metadata.version("jax-triton") < "0.5":
-        return f"jax-triton 0.4 cannot be lowered by jax {jax.__version__}, only by jax 0.11"
+        found[package] = tuple(int(part) for part in version.split(".")[:2])
+        if found[package] < least:
+            return f"{package} is {version} and it needs {wanted}"
+    # Its rule for dead code has jax 0.11's signature: one kernel lowers, one in a scan does not.
+    if jax.__version_info__ >= (0, 12) and found["jax-triton"] < (0, 5):
+        return f"jax-triton 0.4 cannot be lowered in loops by jax {jax.__version__}, only by 0.11"
     return None
 
 
@@ -226,8 +222,18 @@ MAX_GEMV_ROWS = 4
 """Rows up to which scalar products beat a tensor-core tile padded to 16 rows."""
 
 
-def configs_to_try(op: str, rows: int, n: int, k: int) -> list[TritonConfig]:
-    """The candidates among which a card's rules are measured, for one shape."""
+def configs_to_try(
+    op: str, rows: int, n: int, k: int, implementation: str = "triton"
+) -> Sequence[Config]:
+    """The candidates among which a card's rules are measured, for one shape.
+
+    For "mosaic_gpu" the first is what the kernel takes by itself.
+    """
+    if implementation == "mosaic_gpu":
+        if op == "nf4_gemv":
+            return gemv_plan.configs_to_try(rows, n, k)
+        split = matmul_plan.split_configs_to_try(rows, k) if op == "nf4_matmul" else []
+        return matmul_plan.configs_to_try(rows) + split
     found: list[TritonConfig] = []
     if op == "nf4_dequantize":
         for block in (1024, 2048, 4096, 8192):

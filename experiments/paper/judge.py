@@ -20,6 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import Progress
 
 from experiments.cli import run_command

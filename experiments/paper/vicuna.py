@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from rich.console import Console
+
 from experiments.cli import run_command
 from experiments.paper.figures import can_draw, percent_figure
 from experiments.paper.judged import (

@@ -70,16 +70,15 @@ def nf4_dequantize(
         interpret=interpret,
         dtype=dtype,
     )
+    cut = dispatch.config_for("nf4_dequantize", choice, config)
     weight = (codes, absmax, nested_absmax, offset)
     if choice.implementation == "triton":
         return nf4_dequantize_triton(
-            *weight, layout=layout, dtype=dtype, config=config or choice.config, interpret=interpret
+            *weight, layout=layout, dtype=dtype, config=cut, interpret=interpret
         )
     if choice.implementation == "jax_triton":
         # Imported where it runs: it needs the extra [triton].
         from pallas_kernels.nf4_dequantize.jax_triton import nf4_dequantize_jax_triton
 
-        return nf4_dequantize_jax_triton(
-            *weight, layout=layout, dtype=dtype, config=config or choice.config
-        )
+        return nf4_dequantize_jax_triton(*weight, layout=layout, dtype=dtype, config=cut)
     return nf4_dequantize_xla(*weight, layout=layout, dtype=dtype)

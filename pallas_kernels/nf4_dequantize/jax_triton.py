@@ -9,6 +9,7 @@ Importing this module imports triton; the dispatch does so only where it is aske
 """
 
 import functools
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,13 @@ from pallas_kernels._arguments import Layout
 from pallas_kernels._triton import RUN, TritonConfig
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
 
+PTX_VERSION = 87
+"""PTX 8.7, of CUDA 12.8: the oldest that knows every card of `cards.py`, and all the kernel needs.
+Triton writes for an assembler of its own; XLA takes the first `ptxas` on the path, often older."""
+
 
 @triton.jit
+@no_type_check  # Triton reads the function itself, not what jaxtyping's hook wraps around it.
 def dequantize_kernel(
     codes,
     absmax,
@@ -89,7 +95,7 @@ def nf4_dequantize_jax_triton(
             grid=(-(-layout.size // config.block_k),),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            backend_options={"enable_fp_fusion": False},
+            backend_options={"enable_fp_fusion": False, "ptx_version": PTX_VERSION},
             name="nf4_dequantize_jax_triton",
             **kernel_constants(layout, config.block_k // 2),
         ).reshape(layout.shape)

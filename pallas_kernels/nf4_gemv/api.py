@@ -3,10 +3,10 @@
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
-from pallas_kernels._arguments import check_matmul, check_packed, rows_of
-from pallas_kernels._triton import TritonConfig
+from pallas_kernels._arguments import LowRank, check_lora, check_matmul, check_packed, rows_of
 from pallas_kernels.nf4_gemv.reference import nf4_gemv_xla
 from pallas_kernels.nf4_gemv.triton import nf4_gemv_triton
+from pallas_kernels.nf4_matmul.reference import add_low_rank
 
 MAX_ROWS = 16
 """Rows of x beyond which `nf4_matmul` is the better kernel."""
@@ -19,15 +19,17 @@ def nf4_gemv(
     nested_absmax: Float32[Array, " nested"] | None = None,
     offset: Float32[Array, ""] | None = None,
     bias: Float[Array, " n"] | None = None,
+    lora: LowRank | None = None,
     *,
     shape: tuple[int, int] | None = None,
     quant_type: str = "nf4",
     blocksize: int = 64,
     implementation: str | None = None,
-    config: TritonConfig | None = None,
+    fuse_lora: bool | None = None,
+    config: dispatch.Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*batch n"]:
-    """x · Wᵀ + bias as `nf4_matmul`, for at most 16 rows of x: decoding token by token.
+    """x · Wᵀ + xa · bᵀ + bias as `nf4_matmul`, for at most 16 rows of x: decoding token by token.
 
     `nf4_matmul` comes here by itself for so few rows. Arguments, result and errors are its own.
 
@@ -45,6 +47,8 @@ def nf4_gemv(
         blocksize=blocksize,
     )
     check_matmul("x", x, 1, bias, layout)
+    if lora is not None:
+        check_lora(lora, x, layout)
     if rows_of(x) > MAX_ROWS:
         raise ValueError(
             f"x has {rows_of(x)} rows; nf4_gemv takes up to {MAX_ROWS}: use nf4_matmul"
@@ -57,14 +61,25 @@ def nf4_gemv(
         interpret=interpret,
         dtype=x.dtype,
     )
+    fuse = choice.fuse_lora if fuse_lora is None else fuse_lora
+    cut = dispatch.config_for("nf4_gemv", choice, config)
     weight = (codes, absmax, nested_absmax, offset)
+    inside = lora if fuse else None
     if choice.implementation == "triton":
-        return nf4_gemv_triton(
-            x, *weight, bias, layout=layout, config=config or choice.config, interpret=interpret
+        y = nf4_gemv_triton(
+            x,
+            *weight,
+            bias,
+            inside,
+            layout=layout,
+            config=cut,
+            interpret=interpret,
         )
-    if choice.implementation == "mosaic_gpu":
+    elif choice.implementation == "mosaic_gpu":
         # Imported where it runs: it loads Mosaic, which no other implementation needs.
         from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
 
-        return nf4_gemv_mosaic(x, *weight, bias, layout=layout)
-    return nf4_gemv_xla(x, *weight, bias, layout=layout)
+        y = nf4_gemv_mosaic(x, *weight, bias, layout=layout, config=cut, lora=inside)
+    else:
+        y = nf4_gemv_xla(x, *weight, bias, inside, layout=layout)
+    return y if lora is None or fuse else add_low_rank(y, lora)

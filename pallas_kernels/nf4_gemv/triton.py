@@ -15,14 +15,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels._arguments import Layout, rows_of
+from pallas_kernels._arguments import Layout, LowRank, rows_of
 from pallas_kernels._triton import (
     RUN,
     TritonConfig,
     below,
     launch,
     load,
+    load_columns,
+    lora_operands,
     pack_pairs,
+    rank_block,
+    rank_of,
     read_tile,
     weight_operands,
 )
@@ -38,10 +42,12 @@ def _kernel(
     layout: Layout,
     config: TritonConfig,
     has_bias: bool,
+    rank: int,
     interpret: bool,
 ) -> None:
     *scale_refs, table_ref, out_ref = refs
     bias_ref = scale_refs.pop(0) if has_bias else None
+    lora_refs = (scale_refs.pop(0), scale_refs.pop(0)) if rank else None
     n, k = layout.shape
     runs = config.block_k // 2 // RUN
     row = pl.program_id(0) * config.block_n + jnp.arange(config.block_n)
@@ -90,9 +96,27 @@ def _kernel(
         fetched, sums = jax.lax.fori_loop(0, tiles - 1, step, (fetched, sums))
     sums = add_tile(tiles - 1, fetched, sums)
     bias = 0.0 if bias_ref is None else load(bias_ref, (row,), row_mask, 0.0).astype(jnp.float32)
+    low = (0.0,) * rows if lora_refs is None else _low_rank(lora_refs, rank, rows, row, row_mask)
     for m in range(rows):
-        result = (sums[m].sum(axis=1) + bias).astype(out_ref.dtype)
+        result = (sums[m].sum(axis=1) + low[m] + bias).astype(out_ref.dtype)
         plgpu.store(out_ref.at[jnp.full_like(row, m), row], result, mask=row_mask)
+
+
+def _low_rank(
+    lora_refs: tuple[Any, Any], rank: int, rows: int, row: Array, row_mask: Array | None
+) -> tuple[Any, ...]:
+    """Per row of x: its xa · bᵀ for the program's rows of W, float32."""
+    xa_ref, b_ref = lora_refs
+    totals: list[Any] = [0.0] * rows
+    width = rank_block(rank)
+    for start in range(0, rank, width):
+        column = start + jnp.arange(width)
+        in_rank = below(column, rank, width)
+        b = load_columns(b_ref, row, column, row_mask, in_rank).astype(jnp.float32)
+        for m in range(rows):
+            xa = load(xa_ref, (jnp.full_like(column, m), column), in_rank, 0.0)
+            totals[m] += (b * xa.astype(jnp.float32)[None, :]).sum(axis=1)
+    return tuple(totals)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "config", "interpret"))
@@ -103,12 +127,13 @@ def nf4_gemv_triton(
     nested_absmax: Float32[Array, " nested"] | None,
     offset: Float32[Array, ""] | None,
     bias: Float[Array, " n"] | None,
+    lora: LowRank | None = None,
     *,
     layout: Layout,
     config: TritonConfig,
     interpret: bool = False,
 ) -> Float[Array, "*batch n"]:
-    """x · Wᵀ + bias for a few rows of x; the rows of W must be whole blocks.
+    """x · Wᵀ + xa · bᵀ + bias for a few rows of x; the rows of W must be whole blocks.
 
     A `config` with block_m above 1 asks for `nf4_matmul`'s tensor-core tiles, padded to that many
     rows: from about five rows on the scalar products here cost more than reading the weight.
@@ -121,6 +146,7 @@ def nf4_gemv_triton(
             nested_absmax,
             offset,
             bias,
+            lora,
             layout=layout,
             config=config,
             interpret=interpret,
@@ -133,6 +159,7 @@ def nf4_gemv_triton(
         layout=layout,
         config=config,
         has_bias=bias is not None,
+        rank=rank_of(lora),
         interpret=interpret,
     )
     out = launch(
@@ -145,6 +172,7 @@ def nf4_gemv_triton(
         pack_pairs(x.reshape(rows, -1)),
         weight,
         *(() if bias is None else (bias,)),
+        *lora_operands(lora, rows),
         *scales_and_table,
     )
     return out.reshape(*x.shape[:-1], n)

@@ -3,10 +3,11 @@
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
-from pallas_kernels._arguments import check_matmul, check_packed, rows_of
+from pallas_kernels._arguments import LowRank, check_lora, check_matmul, check_packed, rows_of
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_gemv.api import MAX_ROWS, nf4_gemv
-from pallas_kernels.nf4_matmul.reference import nf4_matmul_xla
+from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
+from pallas_kernels.nf4_matmul.reference import add_low_rank, nf4_matmul_xla
 from pallas_kernels.nf4_matmul.triton import nf4_matmul_triton
 
 
@@ -17,15 +18,17 @@ def nf4_matmul(
     nested_absmax: Float32[Array, " nested"] | None = None,
     offset: Float32[Array, ""] | None = None,
     bias: Float[Array, " n"] | None = None,
+    lora: LowRank | None = None,
     *,
     shape: tuple[int, int] | None = None,
     quant_type: str = "nf4",
     blocksize: int = 64,
     implementation: str | None = None,
-    config: TritonConfig | None = None,
+    fuse_lora: bool | None = None,
+    config: dispatch.Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*batch n"]:
-    """x · Wᵀ + bias, with W [n, k] packed as in `nf4_dequantize`.
+    """x · Wᵀ + xa · bᵀ + bias, with W [n, k] packed as in `nf4_dequantize`.
 
     W counts in x's dtype (one rounding of table[code] · absmax; kernels for few rows keep the
     float32 product), sums are float32, and the result is rounded once to x's dtype.
@@ -34,8 +37,13 @@ def nf4_matmul(
         x: [..., k] in bfloat16, float16 or float32.
         codes, absmax, nested_absmax, offset, shape, quant_type, blocksize: as in `nf4_dequantize`.
         bias: [n], added in float32 before the last rounding.
+        lora: an adapter's (xa, b), or None: xa [..., r] is s · x · Aᵀ and b [n, r] is B, both in
+            x's dtype.
         implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "mosaic_gpu".
-        config: tile sizes for "triton"; None takes the table's.
+        fuse_lora: add xa · bᵀ inside the kernel, to its float32 sums, instead of by a product of
+            its own that is rounded and added afterwards; None lets the table choose.
+        config: how the kernel cuts its work, a `TritonConfig` for "triton", for "mosaic_gpu" a
+            `MatmulConfig` (up to 16 rows a `GemvConfig`); None takes the table's.
         interpret: run the kernel in Pallas' interpreter, on any machine: for tests.
 
     Returns:
@@ -54,7 +62,9 @@ def nf4_matmul(
         blocksize=blocksize,
     )
     check_matmul("x", x, 1, bias, layout)
-    if 1 <= rows_of(x) <= MAX_ROWS and (config is None or config.block_m < MAX_ROWS):
+    if lora is not None:
+        check_lora(lora, x, layout)
+    if 1 <= rows_of(x) <= MAX_ROWS and not _is_of_many_rows(config):
         return nf4_gemv(
             x,
             codes,
@@ -62,10 +72,12 @@ def nf4_matmul(
             nested_absmax,
             offset,
             bias,
+            lora,
             shape=(layout.shape[0], layout.shape[1]),
             quant_type=quant_type,
             blocksize=blocksize,
             implementation=implementation,
+            fuse_lora=fuse_lora,
             config=config,
             interpret=interpret,
         )
@@ -77,14 +89,23 @@ def nf4_matmul(
         interpret=interpret,
         dtype=x.dtype,
     )
-    weight = (codes, absmax, nested_absmax, offset)
+    cut = dispatch.config_for("nf4_matmul", choice, config)
+    fuse = choice.fuse_lora if fuse_lora is None else fuse_lora
+    arguments = (x, codes, absmax, nested_absmax, offset, bias, lora if fuse else None)
     if choice.implementation == "triton":
-        return nf4_matmul_triton(
-            x, *weight, bias, layout=layout, config=config or choice.config, interpret=interpret
-        )
-    if choice.implementation == "mosaic_gpu":
+        y = nf4_matmul_triton(*arguments, layout=layout, config=cut, interpret=interpret)
+    elif choice.implementation == "mosaic_gpu":
         # Imported where it runs: it loads Mosaic, which no other implementation needs.
         from pallas_kernels.nf4_matmul.mosaic_sm90 import nf4_matmul_mosaic
 
-        return nf4_matmul_mosaic(x, *weight, bias, layout=layout)
-    return nf4_matmul_xla(x, *weight, bias, layout=layout)
+        y = nf4_matmul_mosaic(*arguments, layout=layout, config=cut)
+    else:
+        y = nf4_matmul_xla(*arguments, layout=layout)
+    return y if lora is None or fuse else add_low_rank(y, lora)
+
+
+def _is_of_many_rows(config: dispatch.Config | None) -> bool:
+    """Whether it asks for this op's own kernel, however few rows there are."""
+    if isinstance(config, TritonConfig):
+        return config.block_m >= MAX_ROWS
+    return isinstance(config, MatmulConfig)

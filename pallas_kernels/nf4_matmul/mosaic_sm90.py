@@ -11,13 +11,15 @@ is ever in memory, shared or global.
   turns, so the tensor cores need not wait.
 - Codes come directly from global memory, one step ahead, in registers. A lane needs byte t of every
   word of its rows, so the four lanes of a group load the same 32 bytes (one sector) of a row.
-- A byte becomes two float16 by one look-up in shared memory (see `nf4_gemv.mosaic_sm90`: the same
-  table); they are scaled in float32 and rounded once to x's dtype, as the reference does.
+- A byte becomes two float16 by one look-up in shared memory (`_mosaic_decoder`); they are scaled in
+  float32 and rounded once to x's dtype, as the reference does.
+- An adapter is more of the same sum: xa · bᵀ is r / 64 steps with tiles of xa in place of x's and
+  fragments of b, which need no decoding, in place of W's. They come first, while W's first codes
+  are on their way.
 - Of a warp's 16 rows of the fragment, row g is W's row 2g and row g + 8 is 2g + 1: so the two sums
   that a lane holds for a row of x are neighbours in y, and a group of 8 lanes stores a full sector.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -27,59 +29,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels._arguments import Layout
-from pallas_kernels._mosaic import check_mosaic
+from pallas_kernels._arguments import Layout, LowRank
+from pallas_kernels._mosaic import BLOCK, check_mosaic
+from pallas_kernels._mosaic_decoder import (
+    TABLE_BYTES,
+    look_up_absmax,
+    look_up_pair,
+    lookup_tables,
+)
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
-from pallas_kernels.nf4_gemv.mosaic_sm90 import BLOCK, SMS, TABLE_BYTES, lookup_tables
+from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan, choose_config
+from pallas_kernels.nf4_matmul.reference import complete
 from pallas_kernels.simt import arrays
-
-COMPUTE = 2  # warpgroups that compute
-
-
-@dataclasses.dataclass(frozen=True)
-class MatmulConfig:
-    """How the work is cut; every choice gives the same sums.
-
-    Attributes:
-        rows: rows of x in a tile, 64 to 256.
-        stages: tiles of x in shared memory.
-        ahead: decode the next step's weights before waiting for this step's `wgmma`.
-        group: tiles along n that run side by side, so that their x stays in the second-level cache.
-    """
-
-    rows: int = 256
-    stages: int = 4
-    ahead: bool = True
-    group: int = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All sizes of one kernel: x [m, k], a weight [n, k]."""
-
-    m: int
-    n: int
-    k: int
-    dtype: str
-    double_quant: bool
-    has_bias: bool
-    config: MatmulConfig
-
-    @property
-    def steps(self) -> int:
-        """Blocks of 64 along the contracted axis."""
-        return self.k // BLOCK
-
-    @property
-    def tiles(self) -> tuple[int, int]:
-        """Along x's rows and along n."""
-        return -(-self.m // self.config.rows), -(-self.n // (64 * COMPUTE))
-
-    @property
-    def grid(self) -> int:
-        """Blocks of threads."""
-        return min(SMS, math.prod(self.tiles))
-
 
 CODE_WORDS, SCALE_WORDS = 16, 4
 
@@ -96,7 +57,7 @@ def load_block(m, plan, first_row, step, codes, absmax, nested):
         row = m.minimum(first_row + warp * 16 + (lane >> 2) * 2 + h, plan.n - 1)
         at = row * (plan.k // 2) + step * (BLOCK // 2)
         words += m.load(codes, at, 4) + m.load(codes, at, 4, offset=16)
-        block = row * plan.steps + step
+        block = row * (plan.k // BLOCK) + step
         if plan.double_quant:
             scale_words.append(m.load_byte(absmax, block))
             scale_words += m.load(nested, (block // NESTED_BLOCKSIZE) * 4)
@@ -118,21 +79,32 @@ def decode_block(m, plan, words, offset):
     """
     lane = m.thread & 31
     table_lane = lane << 2
-    selector = ((lane & 3) << 4) + 0x5504
     scales = []
     for h in (0, 1):
         code, scale = words[CODE_WORDS + 2 * h : CODE_WORDS + 2 * h + 2]
         if plan.double_quant:
-            (value,) = m.shared_load(m.prmt(code, table_lane, 0x5504), offset=128)
-            scales.append(m.fma(m.as_float(value), m.as_float(scale), m.as_float(offset[0])))
+            value = look_up_absmax(m, code, 0, table_lane)
+            scales.append(m.fma(value, m.as_float(scale), m.as_float(offset[0])))
         else:
             scales.append(m.as_float(code))
     out = []
     for j in range(8):
         for h in (0, 1):
-            (pair,) = m.shared_load(m.prmt(words[8 * h + j], table_lane, selector))
+            pair = look_up_pair(m, words[8 * h + j], lane & 3, table_lane)
             low, high = m.half_pair(pair)
             out.append(m.pack(low * scales[h], high * scales[h], plan.dtype))
+    return out
+
+
+def load_low_rank(m, plan, first_row, step, b):
+    """`decode_block`'s fragment of block `step` of the adapter's b [n, rank], as it lies there."""
+    lane, warp = m.thread & 31, m.thread >> 5 & 3
+    out = []
+    for j in range(8):
+        for h in (0, 1):
+            row = m.minimum(first_row + warp * 16 + (lane >> 2) * 2 + h, plan.n - 1)
+            at = (row * plan.rank + step * BLOCK + (lane & 3) * 2) * 2
+            out += m.load(b, at, offset=16 * j)
     return out
 
 
@@ -147,8 +119,11 @@ def fill_table(m, tables, threads):
     m.barrier()
 
 
-def store_sums(m, plan, sums, first_row, first_token, bias, out):
-    """Store a warpgroup's sums [64, rows]; `sums[j][h]` are two rows of x, 8j + 2t and the next."""
+def store_sums(m, plan, sums, first_row, first_token, bias, out, part=None):
+    """Store a warpgroup's sums [64, rows]; `sums[j][h]` are two rows of x, 8j + 2t and the next.
+
+    `part`: of a split sum, which goes to `out` [split · m, n] in float32.
+    """
     lane, warp = m.thread & 31, m.thread >> 5 & 3
     row = first_row + warp * 16 + (lane >> 2) * 2
     inside = row < plan.n
@@ -161,8 +136,14 @@ def store_sums(m, plan, sums, first_row, first_token, bias, out):
             if extra:
                 low, high = low + extra[0], high + extra[1]
             when = inside & (token < plan.m)
-            at = (m.where(when, token, m.word(0)) * plan.n + safe) * 2
-            m.store(out, at, m.pack(low, high, plan.dtype), 4, when=when)
+            token = m.where(when, token, m.word(0))
+            if part is None:
+                at = (token * plan.n + safe) * 2
+                m.store(out, at, m.pack(low, high, plan.dtype), 4, when=when)
+                continue
+            at = ((part * plan.m + token) * plan.n + safe) * 4
+            m.store(out, at, m.as_word(low), 4, when=when)
+            m.store(out, at + 4, m.as_word(high), 4, when=when)
 
 
 def nf4_matmul_mosaic(
@@ -172,6 +153,7 @@ def nf4_matmul_mosaic(
     nested_absmax: Array | None,
     offset: Array | None,
     bias: Array | None,
+    lora: LowRank | None = None,
     *,
     layout: Layout,
     config: MatmulConfig | None = None,
@@ -185,33 +167,48 @@ def nf4_matmul_mosaic(
     batch = x.shape[:-1]
     rows = math.prod(batch)
     check_mosaic("nf4_matmul", rows, layout, x.dtype)
+    config = config or choose_config(rows)
+    if k // BLOCK % config.split:
+        raise ValueError(
+            f"config.split is {config.split}; expected a divisor of {k // BLOCK}, the blocks of 64 "
+            f"in a row of a weight of shape {layout.shape}"
+        )
+    whole = config.split == 1
+    inside, inside_bias = (lora, bias) if whole else (None, None)
     plan = Plan(
         m=rows,
         n=n,
         k=k,
         dtype=str(x.dtype),
         double_quant=layout.double_quant,
-        has_bias=bias is not None,
-        config=config or choose_config(rows),
+        has_bias=inside_bias is not None,
+        config=config,
+        rank=0 if inside is None else inside[1].shape[1] + -inside[1].shape[1] % BLOCK,
     )
     # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
-    x = jnp.pad(x.reshape(rows, k), ((0, -rows % 8), (0, 0)))
     unused = jnp.zeros((1,), jnp.float32)
+    low: tuple[Array, ...] = ()
+    if inside is not None:
+        low = (_pad(inside[0].reshape(rows, -1), 8, BLOCK), _pad(inside[1], 1, BLOCK))
     y = _kernel(plan)(
-        x,
+        _pad(x.reshape(rows, k), 8, 1),
+        *low,
         codes.reshape(-1),
         absmax,
         unused if nested_absmax is None else nested_absmax,
         unused if offset is None else offset.reshape(1),
-        unused if bias is None else bias.astype(jnp.float32),
+        unused if inside_bias is None else inside_bias.astype(jnp.float32),
         jnp.asarray(lookup_tables(layout.quant_type)),
     )
-    return y.reshape(*batch, n)
+    if whole:
+        return y.reshape(*batch, n)
+    total = y.reshape(config.split, *batch, n).sum(axis=0)
+    return complete(total, bias, lora, x.dtype)
 
 
-def choose_config(rows: int) -> MatmulConfig:
-    """The smallest tile that holds all rows of x, or the largest there is."""
-    return MatmulConfig(rows=next((r for r in (64, 128) if rows <= r), 256))
+def _pad(matrix: Array, rows: int, columns: int) -> Array:
+    """Zeros at the ends until both sizes are multiples."""
+    return jnp.pad(matrix, ((0, -matrix.shape[0] % rows), (0, -matrix.shape[1] % columns)))
 
 
 def _kernel(plan: Plan):
@@ -221,21 +218,29 @@ def _kernel(plan: Plan):
     _ref, _splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     held_type = arrays.words_type(CODE_WORDS + SCALE_WORDS)
 
-    def body(x, codes, absmax, nested, offset, bias, tables, out, table, x_tiles, full, empty):
+    all_steps = plan.low_steps + plan.steps
+
+    def body(x, *refs):
+        *low, codes, absmax, nested, offset, bias, tables, out, table, x_tiles, full, empty = refs
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        count = (math.prod(plan.tiles) - 1 - cta) // plan.grid + 1
+        count = (plan.work - 1 - cta) // plan.grid + 1
 
         arrays.run(lambda m, t: fill_table(m, t, 128 * (COMPUTE + 1)), table, [tables])
 
         def place(index):
-            """First row of x and of W of the `index`-th tile of this block of threads."""
+            """First row of x and of W of the `index`-th tile of this block of threads, and the
+            part of its sum."""
             tile = cta + index * plan.grid
+            part = jnp.int32(0)
+            if cfg.split > 1:
+                part, tile = tile // math.prod(plan.tiles), tile % math.prod(plan.tiles)
             rows, cols = plan.tiles
             width = min(cfg.group, cols)
             band, rest = tile // (rows * width), tile % (rows * width)
             # The last band may be narrower.
             here = jnp.minimum(width, cols - band * width)
-            return (rest // here) * cfg.rows, (band * width + rest % here) * (64 * COMPUTE)
+            row = (band * width + rest % here) * (64 * COMPUTE)
+            return (rest // here) * cfg.rows, row, part
 
         @pl.when(wg == COMPUTE)
         def _feed():
@@ -243,21 +248,28 @@ def _kernel(plan: Plan):
 
             def one(s, carry):
                 slot = lax.rem(s, cfg.stages)
-                token, _ = place(s // plan.steps)
-                column = lax.rem(s, plan.steps) * BLOCK
+                token, _, part = place(s // all_steps)
+                step = lax.rem(s, all_steps)
 
                 @pl.when(s >= cfg.stages)
                 def _wait():
                     plgpu.barrier_wait(empty.at[slot])
 
-                plgpu.copy_gmem_to_smem(
-                    x.at[pl.ds(token, cfg.rows), pl.ds(column, BLOCK)],
-                    x_tiles.at[slot],
-                    full.at[slot],
-                )
+                def copy(source, step):
+                    plgpu.copy_gmem_to_smem(
+                        source.at[pl.ds(token, cfg.rows), pl.ds(step * BLOCK, BLOCK)],
+                        x_tiles.at[slot],
+                        full.at[slot],
+                    )
+
+                if low:
+                    pl.when(step < plan.low_steps)(lambda: copy(low[0], step))
+                    pl.when(step >= plan.low_steps)(lambda: copy(x, step - plan.low_steps))
+                else:
+                    copy(x, part * plan.steps + step)
                 return carry
 
-            lax.fori_loop(0, count * plan.steps, one, None)
+            lax.fori_loop(0, count * all_steps, one, None)
 
         @pl.when(wg < COMPUTE)
         def _compute():
@@ -266,7 +278,8 @@ def _kernel(plan: Plan):
                 lambda m, o: load_offset(m, plan, o), table, [offset], arrays.words_type(4)
             )
 
-            def load(first_row, step):
+            def load(first_row, part, step):
+                step = part * plan.steps + jnp.minimum(step, plan.steps - 1)
                 return arrays.run(
                     lambda m, r, s, c, a, e: load_block(m, plan, r, s, c, a, e),
                     table,
@@ -274,19 +287,28 @@ def _kernel(plan: Plan):
                     held_type,
                 )
 
+            fragment = plgpu.ShapeDtypeStruct((64, BLOCK), dtype, plgpu.Layout.WGMMA)
+
             def decode(held):
-                kind = plgpu.ShapeDtypeStruct((64, BLOCK), dtype, plgpu.Layout.WGMMA)
                 return arrays.run(
                     lambda m, words, o: decode_block(m, plan, words, o),
                     table,
                     [held, mean],
-                    kind,
+                    fragment,
+                )
+
+            def load_low(first_row, step):
+                return arrays.run(
+                    lambda m, r, s, b: load_low_rank(m, plan, r, s, b),
+                    table,
+                    [first_row, step, low[1]],
+                    fragment,
                 )
 
             def one_tile(index, carry):
-                token, column = place(index)
+                token, column, part = place(index)
                 first_row = column + wg * 64
-                base = index * plan.steps
+                base = index * all_steps + plan.low_steps
 
                 def accumulate(acc):
                     def multiply(step, weights):
@@ -295,9 +317,15 @@ def _kernel(plan: Plan):
                         plgpu.wgmma(acc, weights, x_tiles.at[slot].transpose((1, 0)))
                         return slot
 
+                    def low_rank(step, carry):
+                        slot = multiply(step - plan.low_steps, load_low(first_row, step))
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[slot])
+                        return carry
+
                     def simple(step, held):
                         weights = decode(held)
-                        held = load(first_row, jnp.minimum(step + 1, plan.steps - 1))
+                        held = load(first_row, part, step + 1)
                         slot = multiply(step, weights)
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[slot])
@@ -306,7 +334,7 @@ def _kernel(plan: Plan):
                     def ahead(step, weights, held):
                         slot = multiply(step, weights)
                         weights = decode(held)
-                        held = load(first_row, jnp.minimum(step + 2, plan.steps - 1))
+                        held = load(first_row, part, step + 2)
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[slot])
                         return weights, held
@@ -316,9 +344,11 @@ def _kernel(plan: Plan):
                         # of the one in use, or ptxas puts the two in sequence.
                         return ahead(2 * pair + 1, *ahead(2 * pair, *carry))
 
-                    held = load(first_row, jnp.int32(0))
+                    held = load(first_row, part, jnp.int32(0))
+                    if low:
+                        lax.fori_loop(0, plan.low_steps, low_rank, None)
                     if cfg.ahead:
-                        carry = decode(held), load(first_row, jnp.int32(min(1, plan.steps - 1)))
+                        carry = decode(held), load(first_row, part, jnp.int32(1))
                         carry = lax.fori_loop(0, plan.steps // 2, two_ahead, carry)
                         if plan.steps % 2:
                             ahead(jnp.int32(plan.steps - 1), *carry)
@@ -328,9 +358,9 @@ def _kernel(plan: Plan):
 
                 sums = pl.run_scoped(accumulate, plgpu.ACC((64, cfg.rows), jnp.float32))
                 arrays.run(
-                    lambda m, s, r, t, b, o: store_sums(m, plan, s, r, t, b, o),
+                    lambda m, s, r, t, b, o, *p: store_sums(m, plan, s, r, t, b, o, *p),
                     table,
-                    [sums, first_row, token, bias, out],
+                    [sums, first_row, token, bias, out, *([part] if cfg.split > 1 else [])],
                 )
                 return carry
 
@@ -339,7 +369,9 @@ def _kernel(plan: Plan):
     body.__name__ = "nf4_matmul"
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((plan.m, plan.n), dtype),
+        out_type=jax.ShapeDtypeStruct(
+            (cfg.split * plan.m, plan.n), dtype if cfg.split == 1 else jnp.float32
+        ),
         scratch_types=[
             plgpu.SMEM((TABLE_BYTES // 4,), jnp.uint32),
             plgpu.SMEM((cfg.stages, cfg.rows, BLOCK), dtype, transforms=swizzle),

@@ -4,17 +4,45 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels._arguments import Layout
+from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels.nf4_dequantize.reference import nf4_dequantize_xla
 
 
 def matmul_dense(
-    x: Float[Array, "*batch k"], weight: Float[Array, "n k"], bias: Float[Array, " n"] | None
+    x: Float[Array, "*batch k"],
+    weight: Float[Array, "n k"],
+    bias: Float[Array, " n"] | None,
+    lora: LowRank | None = None,
 ) -> Float[Array, "*batch n"]:
-    """x · Wᵀ + bias for a dense W of x's dtype: float32 sums, rounded once."""
-    out = jax.lax.dot_general(
+    """x · Wᵀ + xa · bᵀ + bias for a dense W of x's dtype: float32 sums, rounded once."""
+    return complete(_product(x, weight), bias, lora, x.dtype)
+
+
+def complete(
+    total: Float32[Array, "*batch n"],
+    bias: Float[Array, " n"] | None,
+    lora: LowRank | None,
+    dtype: DTypeLike,
+) -> Float[Array, "*batch n"]:
+    """What belongs to the sums x · Wᵀ beside them, and their rounding."""
+    if lora is not None:
+        total = total + _product(*lora)
+    if bias is not None:
+        total = total + bias.astype(jnp.float32)
+    return total.astype(dtype)
+
+
+def add_low_rank(y: Float[Array, "*batch n"], lora: LowRank) -> Float[Array, "*batch n"]:
+    """y + xa · bᵀ as a product of its own, each rounded to y's dtype."""
+    return y + _product(*lora).astype(y.dtype)
+
+
+def _product(x: Float[Array, "*batch k"], weight: Float[Array, "n k"]) -> Array:
+    """x · Wᵀ in float32."""
+    return jax.lax.dot_general(
         x,
         weight,
         (((x.ndim - 1,), (1,)), ((), ())),
@@ -22,9 +50,6 @@ def matmul_dense(
         precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-    if bias is not None:
-        out = out + bias.astype(jnp.float32)
-    return out.astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("layout",))
@@ -35,9 +60,10 @@ def nf4_matmul_xla(
     nested_absmax: Float32[Array, " nested"] | None,
     offset: Float32[Array, ""] | None,
     bias: Float[Array, " n"] | None,
+    lora: LowRank | None = None,
     *,
     layout: Layout,
 ) -> Float[Array, "*batch n"]:
-    """x · Wᵀ + bias with W rounded to x's dtype and sums in float32."""
+    """x · Wᵀ + xa · bᵀ + bias with W rounded to x's dtype and sums in float32."""
     weight = nf4_dequantize_xla(codes, absmax, nested_absmax, offset, layout=layout, dtype=x.dtype)
-    return matmul_dense(x, weight, bias)
+    return matmul_dense(x, weight, bias, lora)

@@ -15,13 +15,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels._arguments import Layout, rows_of
+from pallas_kernels._arguments import Layout, LowRank, rows_of
 from pallas_kernels._triton import (
     TritonConfig,
     below,
     both,
     launch,
     load,
+    load_columns,
+    lora_operands,
+    rank_block,
+    rank_of,
     read_tile,
     weight_operands,
     weight_tile,
@@ -39,10 +43,12 @@ def _kernel(
     layout: Layout,
     config: TritonConfig,
     has_bias: bool,
+    rank: int,
     interpret: bool,
 ) -> None:
     *scale_refs, table_ref, out_ref = refs
     bias_ref = scale_refs.pop(0) if has_bias else None
+    lora_refs = (scale_refs.pop(0), scale_refs.pop(0)) if rank else None
     n, k = layout.shape
     m_index = pl.program_id(0) * config.block_m + jnp.arange(config.block_m)
     row = pl.program_id(1) * config.block_n + jnp.arange(config.block_n)
@@ -72,11 +78,13 @@ def _kernel(
             row_mask,
             ragged=k % reach != 0,
         )
-        w = weight_tile(codes, scale, decode, x.dtype)
-        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return total + jnp.dot(x, w.T, preferred_element_type=jnp.float32, precision=precision)
+        return total + _dot(x, weight_tile(codes, scale, decode, x.dtype))
 
     total = jnp.zeros((config.block_m, config.block_n), jnp.float32)
+    if lora_refs is not None:
+        # Once, however many programs share the tile.
+        first = None if config.split_k == 1 else jnp.full_like(m_index, part) == 0
+        total = _low_rank(lora_refs, rank, m_index, row, both(m_mask, first), row_mask)
     total = jax.lax.fori_loop(0, tiles, add_tile, total)
     if bias_ref is not None:
         total = total + load(bias_ref, (row,), row_mask, 0.0).astype(jnp.float32)[None, :]
@@ -89,6 +97,32 @@ def _kernel(
     plgpu.store(out_ref.at[where], total.astype(out_ref.dtype), mask=mask)
 
 
+def _low_rank(
+    lora_refs: tuple[Any, Any],
+    rank: int,
+    m_index: Array,
+    row: Array,
+    m_mask: Array | None,
+    row_mask: Array | None,
+) -> Array:
+    """The tile of xa · bᵀ in float32; zero where `m_mask` is False."""
+    xa_ref, b_ref = lora_refs
+    total = jnp.zeros((m_index.size, row.size), jnp.float32)
+    width = rank_block(rank)
+    for start in range(0, rank, width):
+        column = start + jnp.arange(width)
+        in_rank = below(column, rank, width)
+        xa = load_columns(xa_ref, m_index, column, m_mask, in_rank)
+        total += _dot(xa, load_columns(b_ref, row, column, row_mask, in_rank))
+    return total
+
+
+def _dot(x: Array, w: Array) -> Array:
+    """x · wᵀ in float32, on the tensor cores."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.dot(x, w.T, preferred_element_type=jnp.float32, precision=precision)
+
+
 @functools.partial(jax.jit, static_argnames=("layout", "config", "interpret"))
 def nf4_matmul_triton(
     x: Float[Array, "*batch k"],
@@ -97,12 +131,13 @@ def nf4_matmul_triton(
     nested_absmax: Float32[Array, " nested"] | None,
     offset: Float32[Array, ""] | None,
     bias: Float[Array, " n"] | None,
+    lora: LowRank | None = None,
     *,
     layout: Layout,
     config: TritonConfig,
     interpret: bool = False,
 ) -> Float[Array, "*batch n"]:
-    """x · Wᵀ + bias; the rows of W must be whole blocks."""
+    """x · Wᵀ + xa · bᵀ + bias; the rows of W must be whole blocks."""
     if not config.fused:
         dense = nf4_dequantize_triton(
             codes,
@@ -114,7 +149,7 @@ def nf4_matmul_triton(
             config=config,
             interpret=interpret,
         )
-        return matmul_dense(x, dense, bias)
+        return matmul_dense(x, dense, bias, lora)
     rows, n = rows_of(x), layout.shape[0]
     split = config.split_k > 1
     fused_bias = None if split else bias
@@ -125,6 +160,7 @@ def nf4_matmul_triton(
         layout=layout,
         config=config,
         has_bias=fused_bias is not None,
+        rank=rank_of(lora),
         interpret=interpret,
     )
     out_shape = (config.split_k, rows, n) if split else (rows, n)
@@ -138,6 +174,7 @@ def nf4_matmul_triton(
         x.reshape(rows, -1),
         weight,
         *(() if fused_bias is None else (fused_bias,)),
+        *lora_operands(lora, rows),
         *scales_and_table,
     )
     if split:

@@ -4,7 +4,6 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import check_matmul, check_packed, rows_of
-from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_matmul_transposed.reference import nf4_matmul_transposed_xla
 from pallas_kernels.nf4_matmul_transposed.triton import nf4_matmul_transposed_triton
 
@@ -20,7 +19,7 @@ def nf4_matmul_transposed(
     quant_type: str = "nf4",
     blocksize: int = 64,
     implementation: str | None = None,
-    config: TritonConfig | None = None,
+    config: dispatch.Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*batch k"]:
     """dy · W, with W [n, k] packed as in `nf4_dequantize`: the gradient of `nf4_matmul` in x.
@@ -31,7 +30,8 @@ def nf4_matmul_transposed(
         dy: [..., n] in bfloat16, float16 or float32.
         codes, absmax, nested_absmax, offset, shape, quant_type, blocksize: as in `nf4_dequantize`.
         implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "mosaic_gpu".
-        config: tile sizes for "triton"; None takes the table's.
+        config: how the kernel cuts its work, a `TritonConfig` for "triton", for "mosaic_gpu" a
+            `MatmulConfig`; None takes the table's.
         interpret: run the kernel in Pallas' interpreter, on any machine: for tests.
 
     Returns:
@@ -58,14 +58,15 @@ def nf4_matmul_transposed(
         interpret=interpret,
         dtype=dy.dtype,
     )
+    cut = dispatch.config_for("nf4_matmul_transposed", choice, config)
     weight = (codes, absmax, nested_absmax, offset)
     if choice.implementation == "triton":
         return nf4_matmul_transposed_triton(
-            dy, *weight, layout=layout, config=config or choice.config, interpret=interpret
+            dy, *weight, layout=layout, config=cut, interpret=interpret
         )
     if choice.implementation == "mosaic_gpu":
         # Imported where it runs: it loads Mosaic, which no other implementation needs.
         from pallas_kernels.nf4_matmul_transposed.mosaic_sm90 import nf4_matmul_transposed_mosaic
 
-        return nf4_matmul_transposed_mosaic(dy, *weight, layout=layout)
+        return nf4_matmul_transposed_mosaic(dy, *weight, layout=layout, config=cut)
     return nf4_matmul_transposed_xla(dy, *weight, layout=layout)

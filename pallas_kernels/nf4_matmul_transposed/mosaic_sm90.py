@@ -24,17 +24,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout
-from pallas_kernels._mosaic import check_mosaic
-from pallas_kernels.codebooks import NESTED_BLOCKSIZE
-from pallas_kernels.nf4_gemv.mosaic_sm90 import BLOCK, SMS, TABLE_BYTES, lookup_tables
-from pallas_kernels.nf4_matmul.mosaic_sm90 import (
-    COMPUTE,
-    MatmulConfig,
-    choose_config,
-    fill_table,
-    load_offset,
-    store_sums,
+from pallas_kernels._mosaic import BLOCK, SMS, check_mosaic
+from pallas_kernels._mosaic_decoder import (
+    TABLE_BYTES,
+    look_up_absmax,
+    look_up_pair,
+    lookup_tables,
 )
+from pallas_kernels.codebooks import NESTED_BLOCKSIZE
+from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, choose_config
+from pallas_kernels.nf4_matmul.mosaic_sm90 import fill_table, load_offset, store_sums
 from pallas_kernels.simt import arrays
 
 TILE_BYTES = BLOCK // 2 * COMPUTE  # of a row of codes, for all computing warpgroups
@@ -89,8 +88,8 @@ def store_scale(m, plan, words, offset, scales):
     scale = m.as_float(words[0])
     if plan.double_quant:
         table_lane = (m.thread & 31) << 2
-        (value,) = m.shared_load(m.prmt(words[0], table_lane, 0x5504), offset=128)
-        scale = m.fma(m.as_float(value), m.as_float(words[1]), m.as_float(offset[0]))
+        value = look_up_absmax(m, words[0], 0, table_lane)
+        scale = m.fma(value, m.as_float(words[1]), m.as_float(offset[0]))
     m.shared_store((m.thread & 127) << 2, [m.as_word(scale)], region=scales)
 
 
@@ -112,8 +111,7 @@ def decode_tile(m, plan, warpgroup, tile, scales):
         pairs = []
         for e in (0, 1):
             code = m.shared_load_byte(at, offset=(8 * j + e) * 64, region=tile)
-            (pair,) = m.shared_load(m.prmt(code, table_lane, 0x5504))
-            pairs.append(m.half_pair(pair))
+            pairs.append(m.half_pair(look_up_pair(m, code, 0, table_lane)))
         scale = [m.as_float(w) for w in m.shared_load(scale_at, 2, offset=32 * j, region=scales)]
         for h in (0, 1):
             out.append(m.pack(pairs[0][h] * scale[0], pairs[1][h] * scale[1], plan.dtype))
@@ -139,13 +137,16 @@ def nf4_matmul_transposed_mosaic(
     batch = dy.shape[:-1]
     rows = math.prod(batch)
     check_mosaic("nf4_matmul_transposed", rows, layout, dy.dtype)
+    config = config or choose_config(rows)
+    if config.split != 1:
+        raise ValueError(f"config.split is {config.split}; nf4_matmul_transposed takes only 1")
     plan = Plan(
         m=rows,
         n=n,
         contracted=contracted,
         dtype=str(dy.dtype),
         double_quant=layout.double_quant,
-        config=config or choose_config(rows),
+        config=config,
     )
     # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
     dy = jnp.pad(dy.reshape(rows, contracted), ((0, -rows % 8), (0, 0)))

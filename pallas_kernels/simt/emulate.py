@@ -87,13 +87,17 @@ class Machine:
         return np.where(np.isnan(number), np.uint32(0x7FFF), rounded)
 
     def prmt(self, a: np.ndarray, b: np.ndarray, selector: int | np.ndarray) -> np.ndarray:
-        """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a)."""
+        """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a).
+
+        Where bit 4i + 3 of the selector is set, it is that byte's sign bit, eight times.
+        """
         pool = np.concatenate([a.view(np.uint8).reshape(-1, 4), b.view(np.uint8).reshape(-1, 4)], 1)
         selector = np.broadcast_to(np.asarray(selector, np.uint32), (self.threads,))
         out = np.zeros((self.threads, 4), np.uint8)
         for i in range(4):
-            which = selector >> np.uint32(4 * i) & 7
-            out[:, i] = pool[np.arange(self.threads), which]
+            which = selector >> np.uint32(4 * i)
+            byte = pool[np.arange(self.threads), which & 7]
+            out[:, i] = np.where(which & 8, np.where(byte & 0x80, 0xFF, 0), byte)
         return out.view(np.uint32)[:, 0]
 
     # -- memory ---------------------------------------------------------------------------------
@@ -135,10 +139,16 @@ class Machine:
         words: int = 1,
         *,
         offset: int = 0,
+        when: np.ndarray | None = None,
         region: np.ndarray | None = None,
     ) -> list[np.ndarray]:
-        """`words` aligned words of shared memory, of another region than the machine's if given."""
-        data = self._gather(self._region(region), address, 4 * words, offset, None)
+        """`words` aligned words of shared memory, of another region than the machine's if given.
+
+        Zeros unless `when`.
+        """
+        data = self._gather(self._region(region), address, 4 * words, offset, when)
+        if when is not None:
+            data[~when] = 0
         return list(data.view(np.uint32).T.copy())
 
     def shared_load_byte(
@@ -212,14 +222,17 @@ class Machine:
     def barrier(self) -> None:
         """Shared memory written by the block before is read by it after."""
 
-    def mma_f16(
-        self, c: Sequence[np.ndarray], a: Sequence[np.ndarray], b: Sequence[np.ndarray]
+    def mma(
+        self,
+        c: Sequence[np.ndarray],
+        a: Sequence[np.ndarray],
+        b: Sequence[np.ndarray],
+        dtype: str,
     ) -> list[np.ndarray]:
-        """mma.m16n8k16, float16 inputs and float32 sums: c + A · B over the warp's fragments."""
+        """mma.m16n8k16, `dtype` inputs and float32 sums: c + A · B over the warp's fragments."""
         lane = np.arange(WARP)
         group, quad = lane // 4, lane % 4
-        words = [v.reshape(-1, WARP).copy() for v in (*a, *b)]
-        half = [v.view(np.float16).reshape(-1, WARP, 2).astype(np.float64) for v in words]
+        half = [np.stack(self._halves(v, dtype), -1).reshape(-1, WARP, 2) for v in (*a, *b)]
         warps = self.threads // WARP
         left, right = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
         for i in range(2):
@@ -235,6 +248,11 @@ class Machine:
             rows, cols = group + 8 * (part // 2), 2 * quad + part % 2
             out.append((c[part] + product[:, rows, cols].reshape(-1)).astype(np.float32))
         return out
+
+    def _halves(self, word: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+        if dtype == "float16":
+            return self.half_pair(word)
+        return self.as_float(word << np.uint32(16)), self.as_float(word & np.uint32(0xFFFF0000))
 
     def loop(
         self,

@@ -121,7 +121,8 @@ def _asm(text: str, outputs: Sequence[ir.Type], inputs: Sequence[ir.Value], **fl
     def letter(t):
         return {"i32": "r", "f32": "f", "i1": "b", "i64": "l"}.get(str(t), "l")
 
-    constraints = [f"={letter(t)}" for t in outputs] + [letter(v.type) for v in inputs]
+    out = "=&" if flags.get("early_clobber") else "="
+    constraints = [f"{out}{letter(t)}" for t in outputs] + [letter(v.type) for v in inputs]
     result = ir.Type.parse("!llvm.void")
     if outputs:
         result = outputs[0] if len(outputs) == 1 else llvm.StructType.get_literal(list(outputs))
@@ -207,7 +208,10 @@ class Machine:
         return self.pack(number, self.number(0.0), dtype)
 
     def prmt(self, a: Word, b: Word, selector: int | Word) -> Word:
-        """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a)."""
+        """PTX `prmt`: byte i of the result is byte `selector[4i:4i+3]` of (b, a).
+
+        Where bit 4i + 3 of the selector is set, it is that byte's sign bit, eight times.
+        """
         return Word(
             *_asm("prmt.b32 $0, $1, $2, $3;", [_i32()], [a.value, b.value, _value(selector)])
         )
@@ -260,14 +264,39 @@ class Machine:
         _asm(text, [], [self._at(buffer, address), value.value, when.value])
 
     def shared_load(
-        self, address: Word, words: int = 1, *, offset: int = 0, region: ir.Value | None = None
+        self,
+        address: Word,
+        words: int = 1,
+        *,
+        offset: int = 0,
+        when: Flag | None = None,
+        region: ir.Value | None = None,
     ) -> list[Word]:
-        """`words` aligned words of shared memory, of another region than the machine's if given."""
+        """`words` aligned words of shared memory, of another region than the machine's if given.
+
+        Zeros unless `when`, and then no access to memory.
+        """
+        if when is not None:
+            return self._shared_load_when(address, words, offset, when, region)
         pointer = self._shared_at(address, offset, region)
         if words == 1:
             return [Word(llvm.load(_i32(), pointer, alignment=4))]
         vector = llvm.load(ir.VectorType.get((words,), _i32()), pointer, alignment=4 * words)
         return [Word(llvm.extractelement(vector, _const(i, _i32()))) for i in range(words)]
+
+    def _shared_load_when(
+        self, address: Word, words: int, offset: int, when: Flag, region: ir.Value | None
+    ) -> list[Word]:
+        start = llvm.ptrtoint(_i32(), self._shared_at(address, 0, region))
+        vector = {1: "", 2: ".v2", 4: ".v4"}[words]
+        names = ", ".join(f"${i}" for i in range(words))
+        zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(words))
+        names = f"{{{names}}}" if words > 1 else names
+        text = f"{zeros} @${words + 1} ld.shared{vector}.b32 {names}, [${words}+{offset}];"
+        # It reads memory, so it must stay where it is; its outputs are written before its inputs
+        # are read.
+        flags = {"has_side_effects": True, "early_clobber": True}
+        return [Word(v) for v in _asm(text, [_i32()] * words, [start, when.value], **flags)]
 
     def shared_load_byte(
         self, address: Word, *, offset: int = 0, region: ir.Value | None = None
@@ -315,10 +344,13 @@ class Machine:
         """Shared memory written by the block before is read by it after."""
         gpu.barrier()
 
-    def mma_f16(self, c: Sequence[Float], a: Sequence[Word], b: Sequence[Word]) -> list[Float]:
-        """mma.m16n8k16, float16 inputs and float32 sums: c + A · B over the warp's fragments."""
+    def mma(
+        self, c: Sequence[Float], a: Sequence[Word], b: Sequence[Word], dtype: str
+    ) -> list[Float]:
+        """mma.m16n8k16, `dtype` inputs and float32 sums: c + A · B over the warp's fragments."""
+        kind = {"float16": "f16", "bfloat16": "bf16"}[dtype]
         text = (
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
             "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
         )
         inputs = [v.value for v in (*a, *b, *c)]

@@ -161,7 +161,7 @@ class Batches:
             possible = np.unique(self._bucket_of(np.array(longest)))
         return tuple((*leading, self.batch_size, self.buckets[i]) for i in possible)
 
-    def epoch(self, epoch: int) -> list[Int64[np.ndarray, "rows"]]:
+    def epoch(self, epoch: int) -> list[Int64[np.ndarray, " rows"]]:
         """Each step of that epoch (from 0) as indices of examples; only the last may be short."""
         if epoch < 0:
             raise ValueError(f"epoch must not be negative, but is {epoch}.")

@@ -19,8 +19,8 @@ IGNORE = -100
 class Example(NamedTuple):
     """One tokenized example; labels are the ids where loss is taken, -100 elsewhere, unshifted."""
 
-    input_ids: Int32[np.ndarray, "tokens"]
-    labels: Int32[np.ndarray, "tokens"]
+    input_ids: Int32[np.ndarray, " tokens"]
+    labels: Int32[np.ndarray, " tokens"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Examples(Sequence[Example]):
 
     def __init__(
         self,
-        input_ids: Int32[np.ndarray, "tokens"],
-        labels: Int32[np.ndarray, "tokens"],
-        lengths: Int64[np.ndarray, "examples"],
+        input_ids: Int32[np.ndarray, " tokens"],
+        labels: Int32[np.ndarray, " tokens"],
+        lengths: Int64[np.ndarray, " examples"],
         report: TokenizeReport | None = None,
     ):
         if len(input_ids) != len(labels) or len(input_ids) != lengths.sum():

@@ -38,9 +38,9 @@ class Matches(NamedTuple):
     """
 
     systems: tuple[str, ...]
-    first: Int32[np.ndarray, "match"]
-    second: Int32[np.ndarray, "match"]
-    result: Float32[np.ndarray, "match"]
+    first: Int32[np.ndarray, " match"]
+    second: Int32[np.ndarray, " match"]
+    result: Float32[np.ndarray, " match"]
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Elo:
     ratings: Float32[np.ndarray, "order system"]
 
     @property
-    def mean(self) -> Float64[np.ndarray, "system"]:
+    def mean(self) -> Float64[np.ndarray, " system"]:
         """What the paper reports."""
         return self.ratings.mean(0, dtype=np.float64)
 
     @property
-    def standard_error(self) -> Float64[np.ndarray, "system"]:
+    def standard_error(self) -> Float64[np.ndarray, " system"]:
         """Of the mean, over orders: how much of it is the luck of these orders."""
         return self.ratings.std(0, dtype=np.float64, ddof=1) / math.sqrt(len(self.ratings))
 
@@ -138,14 +138,14 @@ def elo(
 
 @jax.jit
 def _play_all(
-    first: Int[Array, "match"],
-    second: Int[Array, "match"],
-    result: Float[Array, "match"],
+    first: Int[Array, " match"],
+    second: Int[Array, " match"],
+    result: Float[Array, " match"],
     orders: Int[Array, "order played"],
-    initial: Float[Array, "system"],
+    initial: Float[Array, " system"],
     k: Shaped[Array, ""] | float,
 ) -> Float[Array, "order system"]:
-    def play(ratings: Float[Array, "system"], match: Int[Array, ""]) -> tuple[Array, None]:
+    def play(ratings: Float[Array, " system"], match: Int[Array, ""]) -> tuple[Array, None]:
         a, b = first[match], second[match]
         expected = jax.nn.sigmoid((ratings[a] - ratings[b]) * (math.log(10) / 400))
         moved = k * (result[match] - expected)

@@ -38,7 +38,7 @@ class Generative(Protocol):
         ...
 
     def decode_step(
-        self, tokens: Int[Array, "batch"], cache: Any
+        self, tokens: Int[Array, " batch"], cache: Any
     ) -> tuple[Float[Array, "batch vocab"], Any]:
         """Logits after these tokens, and the cache with them in it."""
         ...
@@ -52,10 +52,10 @@ class Written(NamedTuple):
     """
 
     tokens: Int[Array, "batch new"]
-    length: Int[Array, "batch"]
-    ended: Bool[Array, "batch"]
+    length: Int[Array, " batch"]
+    ended: Bool[Array, " batch"]
     step: Int[Array, ""]
-    keys: Key[Array, "batch"]
+    keys: Key[Array, " batch"]
     cache: PyTree
 
 
@@ -65,8 +65,8 @@ def start(
     state: PyTree,
     input_ids: Int[Array, "batch seq"],
     attention_mask: Bool[Array, "batch seq"],
-    keys: Key[Array, "batch"],
-    ended: Bool[Array, "batch"],
+    keys: Key[Array, " batch"],
+    ended: Bool[Array, " batch"],
     *,
     config: GenerationConfig,
     cache_length: int,

@@ -143,7 +143,7 @@ def left_padded(
     return input_ids, mask
 
 
-def _prompt_keys(prompts: Sequence[Sequence[int]], key: Key[Array, ""]) -> Key[Array, "prompt"]:
+def _prompt_keys(prompts: Sequence[Sequence[int]], key: Key[Array, ""]) -> Key[Array, " prompt"]:
     """A key per prompt, from its tokens and from how often it came before."""
     seen: Counter[tuple[int, ...]] = Counter()
     words = np.zeros((len(prompts), 2), np.uint32)

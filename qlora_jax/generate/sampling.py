@@ -63,8 +63,8 @@ def shaped_logits(logits: Logits, config: GenerationConfig) -> Logits:
 
 
 def next_tokens(
-    logits: Float[Array, "batch vocab"], keys: Key[Array, "batch"], config: GenerationConfig
-) -> Int[Array, "batch"]:
+    logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"], config: GenerationConfig
+) -> Int[Array, " batch"]:
     """One token per row, drawn with the row's own key; the most likely one where it is greedy."""
     if config.greedy:
         return jnp.argmax(logits, -1).astype(jnp.int32)

@@ -79,7 +79,7 @@ class RopeConfig:
         return int(head_dim * self.partial_rotary_factor)
 
 
-def inverse_frequencies(config: RopeConfig, head_dim: int) -> Float[np.ndarray, "half"]:
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> Float[np.ndarray, " half"]:
     """Radians per position of each coordinate pair, float32, of a text within the original context.
 
     Args:
@@ -106,7 +106,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> Float[np.ndarray, 
     return frequencies.astype(np.float32)
 
 
-def _yarn_ramp(config: RopeConfig, head_dim: int) -> Float[np.ndarray, "half"]:
+def _yarn_ramp(config: RopeConfig, head_dim: int) -> Float[np.ndarray, " half"]:
     """0 where a pair turns often enough to be kept, 1 where it is slowed down."""
 
     def pair_turning(turns: float) -> float:

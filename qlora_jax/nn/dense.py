@@ -24,9 +24,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from qlora_jax.nn.dora import adapted_squares, magnify, row_squares
-from qlora_jax.nn.lora import LoraConfig, dropout, init_lora_a, lora_product
+from qlora_jax.nn.lora import LoraConfig, dropout, init_lora_a, lora_hidden
 from qlora_jax.nn.variables import FrozenParam
-from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize, quantized_matmul
+from qlora_jax.quant import (
+    QuantConfig,
+    QuantizedTensor,
+    low_rank_product,
+    quantize,
+    quantized_matmul,
+)
 
 # As nnx.Linear, for a weight [out, in].
 _KERNEL_INIT = nnx.initializers.lecun_normal(in_axis=1, out_axis=0)
@@ -212,16 +218,13 @@ class QuantDense(nnx.Module):
             return self._product(x, bias)
         if dropout_key is None and self.dropout_rngs is not None and not self.deterministic:
             dropout_key = self.dropout_rngs.dropout()
-        low = lora_product(
-            dropout(x, self.lora.lora_dropout, dropout_key),
-            self.lora_A[...],
-            self.lora_B[...],
-            self._scaling,
-        )
+        dropped = dropout(x, self.lora.lora_dropout, dropout_key)
+        hidden = lora_hidden(dropped, self.lora_A[...], self._scaling)
+        lora = (hidden, self.lora_B[...].astype(x.dtype))
         if self.lora_magnitude_vector is None:
-            return self._product(x, bias) + low
+            return self._product(x, bias, lora)
         y = magnify(
-            self._product(x) + low,
+            self._product(x, lora=lora),
             self.lora_magnitude_vector[...],
             self._adapted_squares(),
             self._scaling,
@@ -242,13 +245,20 @@ class QuantDense(nnx.Module):
         cross = self._product(a.astype(self.compute_dtype))
         return adapted_squares(self.row_squares[...], cross, a, b, self._scaling)
 
-    def _product(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """x · Wᵀ (+ b) through the frozen weight."""
+    def _product(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None = None,
+        lora: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """x · Wᵀ (+ b) through the frozen weight, and the adapter's `low_rank_product`."""
         weight = self.kernel.get_value()
         if isinstance(weight, QuantizedTensor):
-            return quantized_matmul(x, weight, bias, implementation=self.implementation)
+            return quantized_matmul(x, weight, bias, lora, implementation=self.implementation)
         y = jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
-        return y if bias is None else y + bias
+        if bias is not None:
+            y = y + bias
+        return y if lora is None else y + low_rank_product(*lora)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))

@@ -164,36 +164,16 @@ def init_lora_a(
     return jax.random.uniform(key, (r, in_features), dtype, -bound, bound)
 
 
-def lora_product(
+def lora_hidden(
     x: Float[Array, "*batch in"],
     a: Float[Array, "r in"],
-    b: Float[Array, "out r"],
     scaling: int | float | Float[Array, ""],
-) -> Float[Array, "*batch out"]:
-    """s · (x · Aᵀ) · Bᵀ in x's dtype; x is the (dropped-out) input of the layer."""
+) -> Float[Array, "*batch r"]:
+    """s · x · Aᵀ in x's dtype; x is the (dropped-out) input of the layer."""
     down = jnp.einsum("...i,ri->...r", x, a.astype(x.dtype))
     if isinstance(scaling, jax.Array):
         scaling = scaling.astype(x.dtype)
-    return _up(down * scaling, b.astype(x.dtype))
-
-
-@jax.custom_vjp
-def _up(hidden: Float[Array, "*batch r"], b: Float[Array, "out r"]) -> Float[Array, "*batch out"]:
-    return jnp.einsum("...r,or->...o", hidden, b)
-
-
-def _up_forward(hidden: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
-    return _up(hidden, b), (hidden, b)
-
-
-def _up_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # dB as (hᵀ·dy)ᵀ: autodiff's dyᵀ·h makes XLA:CPU transpose the whole output gradient.
-    hidden, b = residuals
-    tokens, outputs = hidden.reshape(-1, hidden.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return jnp.einsum("...o,or->...r", dy, b), jnp.einsum("tr,to->ro", tokens, outputs).T
-
-
-_up.defvjp(_up_forward, _up_backward)
+    return down * scaling
 
 
 def dropout(

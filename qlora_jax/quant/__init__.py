@@ -3,6 +3,7 @@ the 8-bit blocks in which optimizers keep their state."""
 
 from qlora_jax.quant.config import QuantConfig
 from qlora_jax.quant.dynamic import dequantize_dynamic, quantize_dynamic
+from qlora_jax.quant.low_rank import low_rank_product
 from qlora_jax.quant.matmul import quantized_matmul
 from qlora_jax.quant.quantize import quantize
 from qlora_jax.quant.rows import (
@@ -23,6 +24,7 @@ __all__ = [
     "QuantizedTensor",
     "append_rows",
     "dequantize_dynamic",
+    "low_rank_product",
     "mean_row",
     "put_rows",
     "quantize",

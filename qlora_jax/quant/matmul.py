@@ -6,35 +6,43 @@ the packed codes themselves, which are there anyway:
 
     y  = x · doubleDequant(w)ᵀ         dx = dy · doubleDequant(w)         (QLoRA, eq. 5)
 
-W takes no gradient: it is frozen, and its codes are integers.
+W takes no gradient: it is frozen, and its codes are integers. An adapter's h · Bᵀ may be added by
+the same kernel, where `pallas_kernels`' table says that it pays; its gradients are as ever.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import nf4_matmul, nf4_matmul_transposed
+from qlora_jax.quant.low_rank import low_rank_gradients
 from qlora_jax.quant.tensor import QuantizedTensor
+
+Lora = tuple[jax.Array, jax.Array]
 
 
 def quantized_matmul(
     x: Float[Array, "*batch in"],
     w: QuantizedTensor,
     bias: Float[Array, " out"] | None = None,
+    lora: Lora | None = None,
     *,
     implementation: str | None = None,
+    fuse_lora: bool | None = None,
 ) -> Float[Array, "*batch out"]:
-    """x · wᵀ (+ bias), differentiable in x and bias.
+    """x · wᵀ (+ bias) (+ h · Bᵀ), differentiable in x, bias, h and B.
 
     Args:
         x: float32, bfloat16 or float16; the weight is dequantized to this dtype, and products are
             summed in float32.
         w: a single quantized matrix [out, in].
         bias: added to the product, or None.
+        lora: (h, B) of an adapter in x's dtype, h [..., r] = s · x · Aᵀ and B [out, r]; or None.
         implementation: which kernel; None lets `pallas_kernels` choose (see its `dispatch`).
+        fuse_lora: whether that kernel adds h · Bᵀ itself; None lets `pallas_kernels` choose.
 
     Returns:
         The product, in x's dtype.
@@ -48,31 +56,39 @@ def quantized_matmul(
         )
     if x.shape[-1] != w.shape[1]:
         raise ValueError(f"x has shape {x.shape}, but w takes {w.shape[1]} inputs: {w!r}")
-    return _matmul(implementation, x, w, bias)
+    return _matmul(_Kernel(implementation, fuse_lora), x, w, bias, lora)
+
+
+class _Kernel(NamedTuple):
+    """Which kernel, as `nf4_matmul` asks for it."""
+
+    implementation: str | None
+    fuse_lora: bool | None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(
-    implementation: str | None, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None
+    kernel: _Kernel, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None, lora: Lora | None
 ) -> jax.Array:
     x, w = _in_turn(x, w)
-    return nf4_matmul(x, **_arguments(w), bias=bias, implementation=implementation)
+    return nf4_matmul(x, **_arguments(w), bias=bias, lora=lora, **kernel._asdict())
 
 
 def _forward(
-    implementation: str | None, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None
+    kernel: _Kernel, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None, lora: Lora | None
 ) -> tuple[jax.Array, tuple]:
-    return _matmul(implementation, x, w, bias), (w, bias)
+    return _matmul(kernel, x, w, bias, lora), (w, bias, lora)
 
 
-def _backward(implementation: str | None, residuals: tuple, dy: jax.Array) -> tuple:
-    w, bias = residuals
+def _backward(kernel: _Kernel, residuals: tuple, dy: jax.Array) -> tuple:
+    w, bias, lora = residuals
+    dlora = None if lora is None else low_rank_gradients(lora, dy)
     dy, w = _in_turn(dy, w)
-    dx = nf4_matmul_transposed(dy, **_arguments(w), implementation=implementation)
+    dx = nf4_matmul_transposed(dy, **_arguments(w), implementation=kernel.implementation)
     dbias = None
     if bias is not None:
         dbias = jnp.sum(dy, axis=range(dy.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
-    return dx, None, dbias
+    return dx, None, dbias, dlora
 
 
 _matmul.defvjp(_forward, _backward)

@@ -1,5 +1,6 @@
 """benchmarks/gpu_kernels.py runs in full without a card: toy sizes, kernels interpreted."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from benchmarks import _autotune, _points, _programs, _report, gpu_kernels
 from benchmarks._points import Point
-from pallas_kernels import dispatch
+from pallas_kernels import GemvConfig, _table, dispatch
 from pallas_kernels._triton import TritonConfig
 
 
@@ -30,7 +31,10 @@ def test_runs_in_full_at_toy_sizes(tmp_path):
         ("transposed", 32),
         ("transposed", 1),
         ("dequantize", 0),
+        ("lora", 1),
+        ("lora", 32),
     }
+    assert {"lora M=1 toy triton", "lora M=1 toy triton fused"} < set(status)
     assert all(p["seconds"] > 0 and p["bytes_per_s"] > 0 for p in results["points"])
     checked = [p for p in results["points"] if p["implementation"] != "bf16"]
     assert all(p["error_vs_float64"] < 1e-2 and p["error_vs_xla"] < 1e-2 for p in checked)
@@ -126,6 +130,47 @@ def test_autotuning_writes_rules_that_the_dispatch_can_read(tmp_path, monkeypatc
     assert all(entry["error"] < 1e-2 and entry["seconds"] > 0 for entry in times)
 
 
+def test_autotuning_a_hopper_kernel_writes_cuts_that_the_dispatch_can_read(tmp_path, monkeypatch):
+    """The Hopper kernel cannot run here: XLA stands in for it, and the clock says who wins."""
+    candidates = [GemvConfig(), GemvConfig(selects=2)]
+    monkeypatch.setattr(dispatch, "configs_to_try", lambda *_: candidates)
+    honest = _programs.op_function
+    stand_in = {"implementation": "xla", "config": None}
+    monkeypatch.setattr(
+        _programs, "op_function", lambda point: honest(dataclasses.replace(point, **stand_in))
+    )
+
+    def clock(executable, program, *_):
+        return {"seconds": 1.0 if program.point.config.selects else 1.1}
+
+    monkeypatch.setattr(_autotune, "timing", clock)
+    base = ["--toy", "--out", str(tmp_path), "--threads", "1", "--shapes", "toy"]
+    jobs = ["matmul:1:mosaic_gpu", "matmul:4:mosaic_gpu"]
+    assert gpu_kernels.main([*base, "--autotune", *jobs]) == 0
+    assert len(json.loads((tmp_path / "autotune.json").read_text())) == 4
+    monkeypatch.setattr(_table, "CUTS", tmp_path / "cuts.json")
+    one, four = _table.cuts.__wrapped__()
+    assert one.op == "nf4_gemv"
+    assert one.shape == _points.TOY_SHAPES["toy"]
+    assert one.config == four.config == GemvConfig(selects=2)
+    assert [(cut.min_rows, cut.max_rows) for cut in (one, four)] == [(1, 1), (2, 4)]
+
+
+def test_a_cut_must_beat_the_kernels_own_choice():
+    class Run:
+        device = jax.devices()[0]
+
+        def shapes(self):
+            return {"even": (128, 256), "failed": (256, 128)}
+
+    def entry(shape, selects, **found):
+        return {"shape": shape, "config": {"selects": selects}} | found
+
+    entries = [entry("even", 0, seconds=1.0), entry("even", 2, seconds=0.99)]
+    entries += [entry("failed", 0, failure="spilled"), entry("failed", 2, seconds=0.5)]
+    assert _autotune.best_cuts(Run(), "matmul", 1, entries, []) == []
+
+
 def test_the_rule_of_least_regret_wins_and_failures_do_not():
     def entry(warps, shape, seconds):
         return {"config": {"num_warps": warps}, "shape": shape, "seconds": seconds}
@@ -144,8 +189,9 @@ def test_the_rule_of_least_regret_wins_and_failures_do_not():
 
 
 def test_rules_take_the_fastest_right_implementation_everywhere_measured():
-    def point(op, rows, implementation, seconds, status="ok", shape="a"):
+    def point(op, rows, implementation, seconds, status="ok", shape="a", fuse_lora=False):
         return {
+            "fuse_lora": fuse_lora,
             "op": op,
             "rows": rows,
             "implementation": implementation,
@@ -166,6 +212,10 @@ def test_rules_take_the_fastest_right_implementation_everywhere_measured():
                 point("matmul", 64, "triton", 3.0),
                 point("matmul", 64, "mosaic_gpu", 2.0),
                 point("matmul", 64, "bf16", 0.1),
+                point("lora", 1, "triton", 3.0),
+                point("lora", 1, "triton", 4.0, fuse_lora=True),
+                point("lora", 64, "mosaic_gpu", 3.0),
+                point("lora", 64, "mosaic_gpu", 2.5, fuse_lora=True),
             ]
         }
 
@@ -175,6 +225,7 @@ def test_rules_take_the_fastest_right_implementation_everywhere_measured():
     assert (many["op"], many["implementation"]) == ("nf4_matmul", "mosaic_gpu")
     assert many["config"] is None
     assert many["max_rows"] == _autotune.ALL_ROWS
+    assert (few["fuse_lora"], many["fuse_lora"]) == (False, True)
 
 
 def test_runs_of_one_card_are_merged_and_of_two_refused(tmp_path):

@@ -65,7 +65,7 @@ def test_without_a_loop_everything_before_exit_counts():
     [
         ("HMMA.16816.F32.BF16", "tensor"),
         ("F2FP.BF16.F32.PACK_AB", "integer"),
-        ("IMAD.WIDE", "integer"),
+        ("IMAD.WIDE", "multiply"),
         ("PRMT", "integer"),
         ("LDGSTS.E.BYPASS.128", "global"),
         ("I2F.U8", "convert"),
@@ -93,7 +93,10 @@ def test_the_slowest_resource_is_the_prediction():
     assert found.total == pytest.approx(point.flops / card.matmul_flops)
     few = Point("matmul", "triton", 1, "x", 4096, 4096)
     slow = kernel_model.predict(card, kernel(), few, weights_per_turn=16, passes=1)
-    assert slow.bound == "global"
+    assert slow.bound == "load path"
+    assert slow.seconds["load path"] == pytest.approx(
+        slow.seconds["global"] + slow.seconds["shared"]
+    )
 
 
 def test_idle_cores_stretch_the_time():
@@ -108,6 +111,16 @@ def test_without_a_disassembler_the_error_says_what_to_install():
         kernel_model.predict(CARDS["h200"], kernel(sass=None), point, 16, 1)
 
 
+def test_of_a_hopper_kernel_the_tensor_instructions_say_what_a_warp_decodes():
+    """The toy's loop holds one HGMMA: 256 weights of each of its warps."""
+    card, point = CARDS["h200"], Point("matmul", "mosaic_gpu", 4096, "x", 4096, 4096)
+    found = kernel_model.predict_mosaic(card, kernel(threads=384), point)
+    assert found.per_weight["float"] == pytest.approx(2 * 32 / 256)
+    assert found.per_weight["issue"] == pytest.approx(7 * 32 / 256)
+    # 16 × 32 tiles of 256 × 128 on 132 multiprocessors: the busiest has four of 3.88.
+    assert found.waves == pytest.approx(4 / (512 / 132))
+
+
 @pytest.mark.skipif(
     not (
         compile_for.gpu_compiler_available()
@@ -116,9 +129,14 @@ def test_without_a_disassembler_the_error_says_what_to_install():
     ),
     reason=f"needs ptxas and nvdisasm, and the GPU compiler. {compile_for.PLUGIN_HINT}",
 )
-def test_a_kernel_compiled_here_is_described(capsys):
-    assert kernel_model.main(["--card", "h200", "--rows", "1", "--shape", "7b-qkvo"]) == 0
+@pytest.mark.parametrize(
+    ("implementation", "rows", "bound"),
+    [("triton", "1", "load path"), ("mosaic_gpu", "1", "memory"), ("mosaic_gpu", "4096", "tensor")],
+)
+def test_a_kernel_compiled_here_is_described(implementation, rows, bound, capsys):
+    arguments = ["--rows", rows, "--shape", "7b-qkvo", "--implementation", implementation]
+    assert kernel_model.main(["--card", "h200", *arguments]) == 0
     text = capsys.readouterr().out
-    assert "bound by" in text
+    assert f"bound by {bound}" in text
     assert "lane-instructions per weight" in text
     assert "spills 0 B" in text

@@ -130,6 +130,30 @@ def test_triton_kernel(card_name, shape_name, op, rows):
     assert temporaries < n * k, "a 16-bit copy of the weight lies among the temporaries"
 
 
+@pytest.mark.parametrize(
+    ("card_name", "shape_name", "rows"),
+    [("h200", "7b-qkvo", 1), ("l40", "7b-down", 16), ("a100-80", "7b-gate", 4096)],
+)
+def test_triton_kernel_with_an_adapter(card_name, shape_name, rows):
+    """One kernel for both products: the adapter's is not left to another."""
+    card, (n, k) = CARDS[card_name], SHAPES[shape_name]
+    config = FUSED["matmul"] if rows > 16 else None
+
+    def run(x, xa, b, *weight):
+        return pallas_kernels.nf4_matmul(
+            x, *weight, lora=(xa, b), implementation="triton", config=config, fuse_lora=True
+        )
+
+    adapter = [jax.ShapeDtypeStruct((size, 64), jnp.bfloat16) for size in (rows, n)]
+    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+    compiled, kernels = harness.inspect_kernels(card, run, x, *adapter, *packed(n, k))
+    own = [kernel for kernel in kernels if kernel.name.startswith("nf4_")]
+    assert len(own) == 1
+    check_kernel(card, own[0], "matmul", rows)
+    assert "gemm" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < n * k
+
+
 @pytest.mark.parametrize("op", ["matmul", "transposed"])
 @pytest.mark.parametrize(
     "card_name", ["a100-80", *(pytest.param(c, marks=pytest.mark.slow) for c in TARGETS[1:])]

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import compile_for as harness
+from pallas_kernels import nf4_matmul
 from pallas_kernels._arguments import Layout
 from pallas_kernels.cards import CARDS
+from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from tests.gpu_compile.test_kernels import SHAPES, packed
 
 pytestmark = pytest.mark.skipif(
@@ -62,6 +64,53 @@ def test_hopper_kernel(shape_name, op, rows):
         return kernel(x, *weight, *after, layout=layout)
 
     compiled, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
+    check_kernels(kernels, op)
+    assert compiled.memory_analysis().temp_size_in_bytes < n * k
+
+
+@pytest.mark.parametrize(
+    ("shape_name", "op", "rows", "rank"),
+    [
+        ("7b-qkvo", "matmul", 4096, 64),
+        pytest.param("7b-gate", "matmul", 4096, 16, marks=pytest.mark.slow),
+        ("7b-qkvo", "gemv", 1, 16),
+        pytest.param("70b-down", "gemv", 1, 256, marks=pytest.mark.slow),
+        pytest.param("7b-qkvo", "gemv", 8, 64, marks=pytest.mark.slow),
+        # 20 warps, 96 registers a lane.
+        pytest.param("13b-qkvo", "gemv", 8, 64, marks=pytest.mark.slow),
+    ],
+)
+def test_hopper_kernel_with_an_adapter(shape_name, op, rows, rank):
+    """Both products in one kernel, without spilling; the matmul fills the rank up to 64s."""
+    n, k = {**SHAPES, "13b-qkvo": (5120, 5120)}[shape_name]
+    layout = Layout((n, k), "nf4", 64, double_quant=True)
+    kernel = kernel_of(op)
+
+    def run(x, xa, b, *weight):
+        return kernel(x, *weight, None, lora=(xa, b), layout=layout)
+
+    x, xa, b = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, k), (rows, rank), (n, rank)))
+    compiled, kernels = harness.inspect_kernels(CARDS["h200"], run, x, xa, b, *packed(n, k))
+    check_kernels(kernels, op)
+    assert "gemm" not in compiled.as_text()
+    padding = 0 if rank == 64 or op == "gemv" else 2 * 64 * (rows + n)
+    assert compiled.memory_analysis().temp_size_in_bytes < padding + 2**20
+
+
+def test_hopper_matmul_of_few_rows_can_split_its_sum():
+    """A tile of 32 rows, eight of its parts at work at once: a quarter of the weight in float32."""
+    (n, k), rows, config = SHAPES["7b-qkvo"], 32, MatmulConfig(rows=32, split=8)
+    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+
+    def run(x, *weight):
+        return nf4_matmul(x, *weight, implementation="mosaic_gpu", config=config)
+
+    compiled, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
+    check_kernels(kernels, "matmul")
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 8 * rows * n + 2**16
+
+
+def check_kernels(kernels, op: str) -> None:
     own = [k for k in kernels if "mosaic_gpu" in k.name]
     assert own, [k.name for k in kernels]
     for code in own:
@@ -72,4 +121,3 @@ def test_hopper_kernel(shape_name, op, rows):
         assert wide or "cp.async.bulk" in code.ptx, "codes are not read 16 bytes at a time"
         if op != "gemv":
             assert "wgmma.mma_async" in code.ptx
-    assert compiled.memory_analysis().temp_size_in_bytes < n * k

@@ -119,7 +119,27 @@ def activations(seed: int, rows: int, width: int, dtype) -> jnp.ndarray:
     return jnp.asarray(values).astype(dtype)
 
 
-def assert_product(out, x, weight: np.ndarray, bias=None):
+def adapter(seed: int, rows: int, n: int, rank: int, dtype) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """An adapter's (xa [rows, rank], b [n, rank])."""
+    return activations(seed, rows, rank, dtype), activations(seed + 1, n, rank, dtype)
+
+
+def assert_adapted(out, x, weight: np.ndarray, lora, bias, fuse: bool):
+    """`out` = x · weightᵀ + xa · bᵀ + bias, `lora` = (xa, b) or None: one sum where `fuse`d.
+
+    Otherwise both products are rounded to x's dtype before they are added.
+    """
+    if bias is not None:
+        bias = np.asarray(bias).astype(np.float64)
+    if lora is None:
+        assert_product(out, x, weight, bias)
+        return
+    x = jnp.concatenate([x, lora[0]], axis=1)
+    weight = np.concatenate([weight, np.asarray(lora[1])], axis=1)
+    assert_product(out, x, weight, bias, roundings=1 if fuse else 3)
+
+
+def assert_product(out, x, weight: np.ndarray, bias=None, roundings=1):
     """`out` = x · weightᵀ + bias, to the rounding of x's dtype and of a float32 sum.
 
     `weight` is the float32 one: an implementation may round it to x's dtype or keep it. Rows of x
@@ -136,6 +156,7 @@ def assert_product(out, x, weight: np.ndarray, bias=None):
         wanted, bound = wanted + bias, bound + np.abs(bias)
     # One rounding of each weight and of the result, and those of a float32 sum.
     limit = bound * (unit + 2.0**-24 * (8 + x.shape[1] / 8)) + np.abs(wanted) * unit * 1.01 + 1e-30
+    limit += (roundings - 1) * bound * unit
     assert np.isfinite(got[finite]).all()
     worst = np.max(np.abs(got[finite] - wanted) / limit, initial=0.0)
     assert worst <= 1.0, f"error is {worst:.2f} times its bound"

@@ -67,6 +67,20 @@ def test_bias():
         nf4_matmul(X, **GOOD, bias=jnp.ones(7))
 
 
+@pytest.mark.parametrize(
+    ("xa", "b", "message"),
+    [
+        (X[:, :4], jnp.ones((7, 4), X.dtype), r"lora's b has shape \(7, 4\); expected \(8, r\)"),
+        (X[:1, :4], jnp.ones((8, 4), X.dtype), r"lora's xa has shape \(1, 4\); expected \(2, 4\)"),
+        (X[:, :4], jnp.ones((8, 4)), "lora's b is float32; expected x's dtype, bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("op", [nf4_matmul, nf4_gemv])
+def test_adapter(op, xa, b, message):
+    with pytest.raises(ValueError, match=message):
+        op(X, **GOOD, lora=(xa, b))
+
+
 def test_a_weight_must_be_a_matrix_to_multiply():
     with pytest.raises(ValueError, match="expected a matrix"):
         nf4_matmul(X, **GOOD, shape=(2, 4, 128))

@@ -1,11 +1,28 @@
 """What runs where, and what is refused."""
 
+import dataclasses
+import functools
+import json
+
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_kernels import CARDS, Layout, configs_to_try, nf4_matmul, which_implementation
-from pallas_kernels.dispatch import AVAILABLE, rules
-from tests.pallas_kernels.base import make_case
+from pallas_kernels import (
+    CARDS,
+    GemvConfig,
+    Layout,
+    TritonConfig,
+    configs_to_try,
+    dispatch,
+    nf4_matmul,
+    which_implementation,
+)
+from pallas_kernels._table import Cut, config_type, cuts, rules, using_table
+from pallas_kernels.dispatch import AVAILABLE
+from pallas_kernels.nf4_gemv.mosaic_plan import choose_config as choose_gemv
+from pallas_kernels.nf4_matmul.mosaic_plan import choose_config as choose_matmul
+from tests.pallas_kernels.base import activations, adapter, make_case
 
 WEIGHT = Layout((4096, 4096), "nf4", 64, double_quant=True)
 CROSSING = Layout((33, 63), "nf4", 64, double_quant=False)
@@ -53,6 +70,29 @@ def test_there_are_candidates(op, rows):
         return
     found = configs_to_try(op, rows, 4096, 11008)
     assert len(found) == len(set(found)) > 3
+
+
+def test_a_rule_says_whether_the_adapter_is_fused(tmp_path):
+    """And which tile sizes; the caller's own word stands above it."""
+    rule = {"op": "nf4_matmul", "card": "*", "max_rows": 64, "implementation": "triton"}
+    rule |= {"config": {"block_m": 16, "block_n": 16, "block_k": 64, "num_warps": 1}}
+    table = tmp_path / "tuned.json"
+    table.write_text(json.dumps([rule | {"fuse_lora": True}]))
+    case, x = make_case(0, 16, 128), activations(0, 17, 128, "bfloat16")
+    lora = adapter(1, 17, 16, 8, "bfloat16")
+    run = functools.partial(
+        nf4_matmul, x, *case.arrays, None, lora, implementation="triton", interpret=True
+    )
+    with using_table(table):
+        for asked in (None, "triton"):
+            choice = which_implementation(
+                "nf4_matmul", 64, WEIGHT, implementation=asked, kind="NVIDIA H200"
+            )
+            assert choice.fuse_lora
+            assert choice.config == TritonConfig(16, 16, 64, num_warps=1)
+        np.testing.assert_array_equal(run(), run(fuse_lora=True))
+        assert (run() != run(fuse_lora=False)).any()
+    assert len(rules()) > 1
 
 
 def test_the_table_names_what_exists():
@@ -116,3 +156,55 @@ def test_triton_has_tile_sizes_for_every_card_and_number_of_rows(card, op):
         ask = {"implementation": "triton", "interpret": True}
         assert chosen(op, rows, (512, 512), card.description, **ask).config is not None
         assert chosen(op, rows, (512, 512), card.description).implementation != "xla"
+
+
+def test_a_measured_cut_goes_before_the_rules_config(monkeypatch):
+    shape, cut = (4096, 4096), GemvConfig(selects=2)
+    line = Cut("nf4_gemv", "h200", 1, 1, "mosaic_gpu", shape, cut)
+    monkeypatch.setattr(dispatch, "cuts", lambda: (line,))
+    assert chosen("nf4_gemv", 1, shape).config == cut
+    assert chosen("nf4_gemv", 1, shape, implementation="mosaic_gpu").config == cut
+    for rows, size, kind in (
+        (2, shape, "NVIDIA H200"),
+        (1, (4096, 11008), "NVIDIA H200"),
+        (1, shape, "NVIDIA H100 80GB HBM3"),
+    ):
+        assert chosen("nf4_gemv", rows, size, kind) == dataclasses.replace(
+            chosen("nf4_gemv", rows, size, kind), implementation="mosaic_gpu", config=None
+        )
+
+
+def test_cuts_name_what_exists():
+    for cut in cuts():
+        assert cut.card in CARDS
+        assert isinstance(cut.config, config_type(cut.op, cut.implementation))
+
+
+@pytest.mark.parametrize("op", ["nf4_gemv", "nf4_matmul", "nf4_matmul_transposed"])
+def test_the_first_hopper_candidate_is_the_kernels_own_choice(op):
+    rows = 8 if op == "nf4_gemv" else 4096
+    found = configs_to_try(op, rows, 5120, 5120, "mosaic_gpu")
+    own = choose_gemv(rows, 5120, 5120) if op == "nf4_gemv" else choose_matmul(rows)
+    assert found[0] == own
+    assert len(found) == len(set(found)) > 3
+
+
+def test_of_few_rows_the_forward_kernel_may_split_its_sum():
+    """Into parts of whole blocks, eight or more of them each; the backward kernel does not."""
+    split = {c.split for c in configs_to_try("nf4_matmul", 48, 4096, 11008, "mosaic_gpu")}
+    assert split == {1, 2, 4}  # 172 blocks of 64
+    assert {c.rows for c in configs_to_try("nf4_matmul", 24, 4096, 4096, "mosaic_gpu")} == {32, 64}
+    back = configs_to_try("nf4_matmul_transposed", 48, 4096, 11008, "mosaic_gpu")
+    assert {c.split for c in back} == {1}
+
+
+def test_a_config_of_another_kernel_is_refused():
+    case = make_case(0, 8, 128)
+    with pytest.raises(ValueError, match="GemvConfig, and nf4_gemv runs 'triton' here, which"):
+        nf4_matmul(
+            jnp.ones((2, 128)),
+            *case.arrays,
+            implementation="triton",
+            config=GemvConfig(),
+            interpret=True,
+        )

@@ -4,9 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels._mosaic import SHARED_LIMIT
+from pallas_kernels._mosaic_decoder import byte_planes, lookup_tables, select_pairs
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
-from pallas_kernels.nf4_gemv import mosaic_sm90
-from pallas_kernels.nf4_gemv.mosaic_sm90 import GemvConfig, Plan, lane_program, lookup_tables
+from pallas_kernels.nf4_gemv import mosaic_plan
+from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
+from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan
 from pallas_kernels.simt.emulate import Machine
 
 
@@ -53,6 +56,7 @@ def emulate(plan, inputs):
         (4, 17, 640, "bfloat16", False, GemvConfig(warps=4, tiles=1, steps=1)),
         (5, 96, 768, "bfloat16", True, GemvConfig(warps=8, tiles=2, steps=2, ctas=2)),
         (8, 16, 512, "float16", False, GemvConfig(warps=4, tiles=1, steps=2)),
+        (1, 16, 512, "bfloat16", True, GemvConfig(4, 1, 1, selects=3, skip_zeros=True)),
     ],
 )
 def test_lane_program_is_the_product(m, n, k, dtype, double_quant, config):
@@ -65,13 +69,59 @@ def test_lane_program_is_the_product(m, n, k, dtype, double_quant, config):
     assert error.max() < (2.5e-3 if dtype == "bfloat16" else 1e-3)
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+def test_selects_are_the_look_up(quant_type):
+    """All 65,536 pairs of bytes, in either half of a word: the table's float16, bit for bit."""
+    threads = 1 << 16
+    machine = Machine(0, threads, 0)
+    planes = [[machine.word(w) for w in plane] for plane in byte_planes(quant_type)]
+    both = np.arange(threads, dtype=np.uint32)
+    table = CODEBOOKS[quant_type].astype(np.float16)
+    for upper in (False, True):
+        word = both << np.uint32(16 * upper) | (both * 40503 & 0xFFFF) << np.uint32(
+            16 * (not upper)
+        )
+        pairs = select_pairs(machine, word.astype(np.uint32), upper, planes)
+        for byte, pair in zip((both & 255, both >> 8), pairs, strict=True):
+            expected = np.stack([table[byte >> 4], table[byte & 15]], -1)
+            np.testing.assert_array_equal(pair[:, None].view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "dtype", "rank", "bias"),
+    [
+        (1, 40, "bfloat16", 16, False),
+        (2, 33, "float16", 8, True),
+        (4, 24, "bfloat16", 80, True),  # a warp's second slice is loaded late
+        (8, 47, "float16", 64, False),
+        (8, 16, "bfloat16", 20, True),
+    ],
+)
+def test_an_adapter_is_more_of_the_same_sum(m, n, dtype, rank, bias):
+    rng = np.random.default_rng(rank)
+    k, config = 512, GemvConfig(warps=4, tiles=1 if m > 4 else 2, steps=1, ctas=1)
+    inputs, exact = problem(rng, m, n, k, dtype, double_quant=True)
+    xa, b = (np.array(jnp.asarray(rng.normal(size=s), dtype)) for s in ((m, rank), (n, rank)))
+    # As large as the product that it is added to.
+    xa *= (np.abs(exact).mean(1, keepdims=True) / rank**0.5).astype(xa.dtype)
+    low = xa.astype(np.float64) @ b.astype(np.float64).T
+    got = emulate(Plan(m, n, k, dtype, True, bias, config, rank), [*inputs, xa, b])
+    exact = exact + low + inputs[5] * bias
+    error = np.linalg.norm(got - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert error.max() < (2.5e-3 if dtype == "bfloat16" else 1e-3)
+
+
 def test_bad_rows_stay_alone():
     """A row of x with inf or NaN is lost; the others are untouched."""
     rng = np.random.default_rng(0)
     config = GemvConfig(warps=4, tiles=1, steps=2)
     inputs, exact = problem(rng, 4, 32, 512, "bfloat16", True)
     inputs[0][1, 100], inputs[0][3, 7] = np.inf, np.nan
-    got = emulate(Plan(4, 32, 512, "bfloat16", True, False, config), inputs)
+    xa, b = (np.array(jnp.ones((rows, 8), jnp.bfloat16)) for rows in (4, 32))
+    xa[1] = np.nan
+    exact += 8
+    plan = Plan(4, 32, 512, "bfloat16", True, False, config, rank=8)
+    got = emulate(plan, [*inputs, xa, b])
     assert not np.isfinite(got[[1, 3]]).any()
     np.testing.assert_allclose(got[[0, 2]], exact[[0, 2]], rtol=0.1, atol=0.01 * abs(exact).max())
 
@@ -79,6 +129,6 @@ def test_bad_rows_stay_alone():
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)])
 @pytest.mark.parametrize("m", [1, 2])
 def test_llama_shapes_fit(m, n, k):
-    plan = Plan(m, n, k, "bfloat16", True, False, mosaic_sm90.choose_config(m, n, k))
-    assert plan.shared_bytes <= mosaic_sm90.SHARED_LIMIT
+    plan = Plan(m, n, k, "bfloat16", True, False, mosaic_plan.choose_config(m, n, k))
+    assert plan.shared_bytes <= SHARED_LIMIT
     assert plan.efficiency > 0.75

@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels.codebooks import CODEBOOKS
 from pallas_kernels.nf4_matmul import mosaic_sm90
-from pallas_kernels.nf4_matmul.mosaic_sm90 import MatmulConfig, Plan
+from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig, Plan
 from pallas_kernels.simt.emulate import Machine
 from tests.pallas_kernels.test_mosaic_gemv import problem
 
@@ -76,6 +76,41 @@ def test_lane_programs_are_the_product(m, n, k, dtype, double_quant):
     exact = exact + bias
     error = np.linalg.norm(out.astype(np.float64) - exact) / np.linalg.norm(exact)
     assert error < (4e-3 if dtype == "bfloat16" else 1e-3)
+
+
+def test_parts_of_a_split_sum_are_stored_in_float32():
+    """Each to its own copy of y; nothing else is written."""
+    plan = Plan(20, 70, 256, "bfloat16", True, False, MatmulConfig(rows=64, split=2))
+    assert (plan.steps, plan.work, plan.grid) == (2, 2, 2)
+    tile = np.random.default_rng(0).normal(size=(64, 64))
+    # Row g of a warp's fragment is row 2g, row g + 8 is 2g + 1.
+    row = 16 * (np.arange(64) // 16) + 2 * (np.arange(64) % 8) + np.arange(64) % 16 // 8
+    out = np.full((2 * 20, 70), np.nan, np.float32)
+    machine = Machine(0, 128, mosaic_sm90.TABLE_BYTES)
+    sums = to_sums(tile, machine.threads)
+    for first_row in (0, 64):
+        place = (machine.word(first_row), machine.word(0))
+        mosaic_sm90.store_sums(machine, plan, sums, *place, None, out, machine.word(1))
+    want = np.zeros((64, 64), np.float32)
+    want[row] = tile
+    assert np.isnan(out[:20]).all()
+    np.testing.assert_array_equal(out[20:, :64], want[:, :20].T)
+    np.testing.assert_array_equal(out[20:, 64:], want[:6, :20].T)
+
+
+def test_an_adapters_fragment_is_b():
+    """The words that `wgmma` takes of b [n, 128], rows past the end repeating the last."""
+    rng = np.random.default_rng(0)
+    plan = Plan(64, 80, 64, "bfloat16", True, False, MatmulConfig(rows=64), rank=128)
+    b = np.array(jnp.asarray(rng.normal(size=(80, 128)), jnp.bfloat16))
+    machine = Machine(0, 128, mosaic_sm90.TABLE_BYTES)
+    for step in (0, 1):
+        words = mosaic_sm90.load_low_rank(machine, plan, machine.word(64), machine.word(step), b)
+        got = from_fragment(words, "bfloat16")
+        # Row g of a warp's fragment is row 2g, row g + 8 is 2g + 1.
+        row = 64 + 16 * (np.arange(64) // 16) + 2 * (np.arange(64) % 8) + np.arange(64) % 16 // 8
+        want = b[np.minimum(row, 79), 64 * step : 64 * step + 64].astype(np.float64)
+        np.testing.assert_array_equal(got, want)
 
 
 def test_weights_are_rounded_once():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.nf4_matmul import mosaic_sm90 as forward
-from pallas_kernels.nf4_matmul.mosaic_sm90 import MatmulConfig
+from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from pallas_kernels.nf4_matmul_transposed import mosaic_sm90
 from pallas_kernels.nf4_matmul_transposed.mosaic_sm90 import Plan
 from pallas_kernels.simt.emulate import Machine

@@ -16,7 +16,15 @@ from pallas_kernels import (
     nf4_matmul,
     nf4_matmul_transposed,
 )
-from tests.pallas_kernels.base import activations, assert_product, cases, dtypes, make_case
+from tests.pallas_kernels.base import (
+    activations,
+    adapter,
+    assert_adapted,
+    assert_product,
+    cases,
+    dtypes,
+    make_case,
+)
 
 RUN = {"implementation": "triton", "interpret": True}
 GEMV = TritonConfig(1, 8, 128, num_warps=1)
@@ -41,13 +49,17 @@ def test_dequantize_is_exact(case, dtype):
     rows=st.integers(1, 18),
     config=st.sampled_from([MATMUL, SPLIT, UNFUSED]),
     biased=st.booleans(),
+    rank=st.sampled_from([0, 16, 80]),
+    fuse=st.booleans(),
 )
-def test_matmul(case, dtype, rows, config, biased):
+def test_matmul(case, dtype, rows, config, biased, rank, fuse):
     x = activations(0, rows, case.k, dtype)
     bias = jnp.arange(case.n, dtype=dtype) if biased else None
-    out = nf4_matmul(x, *case.arrays, bias, config=config, **RUN, **case.keywords)
-    wanted_bias = None if bias is None else np.asarray(bias).astype(np.float64)
-    assert_product(out, x, case.weight, wanted_bias)
+    lora = adapter(3, rows, case.n, rank, dtype) if rank else None
+    out = nf4_matmul(
+        x, *case.arrays, bias, lora, fuse_lora=fuse, config=config, **RUN, **case.keywords
+    )
+    assert_adapted(out, x, case.weight, lora, bias, fuse)
 
 
 @FEW
@@ -64,12 +76,19 @@ def test_matmul_transposed(case, dtype, rows, config):
 
 
 @FEW
-@given(case=cases(whole_rows=True), dtype=dtypes, rows=st.integers(1, 4), biased=st.booleans())
-def test_gemv(case, dtype, rows, biased):
+@given(
+    case=cases(whole_rows=True),
+    dtype=dtypes,
+    rows=st.integers(1, 4),
+    biased=st.booleans(),
+    rank=st.sampled_from([0, 3, 80]),
+)
+def test_gemv(case, dtype, rows, biased, rank):
     x = activations(2, rows, case.k, dtype)
     bias = jnp.arange(case.n, dtype=jnp.float32) if biased else None
-    out = nf4_gemv(x, *case.arrays, bias, config=GEMV, **RUN, **case.keywords)
-    assert_product(out, x, case.weight, None if bias is None else np.asarray(bias))
+    lora = adapter(3, rows, case.n, rank, dtype) if rank else None
+    out = nf4_gemv(x, *case.arrays, bias, lora, fuse_lora=True, config=GEMV, **RUN, **case.keywords)
+    assert_adapted(out, x, case.weight, lora, bias, fuse=True)
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
@@ -79,6 +98,10 @@ def test_a_broken_row_stays_alone(value, config):
     case = make_case(7, 13, 192)
     x = activations(7, 3, 192, "bfloat16").at[1, 5].set(value)
     assert_product(nf4_matmul(x, *case.arrays, config=config, **RUN), x, case.weight)
+    xa, b = adapter(8, 3, 13, 20, "bfloat16")
+    lora = (xa.at[1].set(value), b)
+    out = nf4_matmul(x, *case.arrays, None, lora, fuse_lora=True, config=config, **RUN)
+    assert_adapted(out, x, case.weight, lora, None, fuse=True)
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import nf4_dequantize, nf4_gemv, nf4_matmul, nf4_matmul_transposed
-from tests.pallas_kernels.base import activations, assert_product, cases, dtypes, make_case
+from tests.pallas_kernels.base import (
+    activations,
+    adapter,
+    assert_adapted,
+    assert_product,
+    cases,
+    dtypes,
+    make_case,
+)
 
 ALL_TYPES = ("nf4", "fp4", "fp4_e3m0", "int4", "int8")
 
@@ -27,13 +35,15 @@ def test_dequantize_is_exact(case, dtype):
     dtype=dtypes,
     rows=st.integers(1, 40),
     biased=st.booleans(),
+    rank=st.integers(0, 9),
+    fuse=st.booleans(),
 )
-def test_matmul(case, dtype, rows, biased):
+def test_matmul(case, dtype, rows, biased, rank, fuse):
     x = activations(0, rows, case.k, dtype)
     bias = jnp.arange(case.n, dtype=dtype) if biased else None
-    out = nf4_matmul(x, *case.arrays, bias, **case.keywords)
-    wanted_bias = None if bias is None else np.asarray(bias).astype(np.float64)
-    assert_product(out, x, case.weight, wanted_bias)
+    lora = adapter(2, rows, case.n, rank, dtype) if rank else None
+    out = nf4_matmul(x, *case.arrays, bias, lora, fuse_lora=fuse, **case.keywords)
+    assert_adapted(out, x, case.weight, lora, bias, fuse)
 
 
 @settings(max_examples=8)

@@ -1,0 +1,108 @@
+"""Everything with a GPU claim, measured by one command: for a card that is borrowed for minutes.
+
+    python -m benchmarks.card_session --out benchmarks/results/h200 --budget 580
+    python -m benchmarks.card_session --out benchmarks/results/h200 --budget 580 --only training
+
+Pieces run in order of importance, each in a process of its own (an allocator's peak never falls
+within one, and torch and JAX would share the card), with a share of the time that is left; one that
+fails or is late costs the others nothing. Every piece writes after each point, so what was measured
+stays. `session.json` says what ran, how long, and how it ended.
+
+The kernels come first, because their correctness check decides whether the rest means anything;
+what they find (`rules.json`) is what the training steps are then run with.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One benchmark: its module and arguments, and its share of the time that is left then."""
+
+    name: str
+    arguments: tuple[str, ...]
+    share: float
+    takes_budget: bool = True
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def pieces(out: Path, memory_fraction: float) -> list[Piece]:
+    """What a session measures, the most telling first."""
+    kernels = ("benchmarks.gpu_kernels", "--out", str(out))
+    training = ("benchmarks.gpu_training", "--out", str(out), "--matmuls", "auto", "xla")
+    limit = (("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory_fraction)),)
+    memory = ("benchmarks.gpu_memory", "--out")
+    return [
+        Piece("kernels", (*kernels, "--kernel-times"), 0.4),
+        Piece("peer", ("benchmarks.gpu_bitsandbytes", "--out", str(out)), 0.15),
+        Piece("table", (*kernels, "--merge", str(out / "kernels.json")), 0.2, takes_budget=False),
+        Piece("training", (*training, "--rules", str(out / "rules.json")), 0.6),
+        Piece("memory", (*memory, str(out / "memory.json")), 0.6, False, limit),
+        Piece("streamed", (*memory, str(out / "streamed.json"), "--stream"), 1.0, False, limit),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the pieces; 1 if one of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, required=True, help="benchmarks/results/<card>")
+    parser.add_argument("--budget", type=float, default=580, help="seconds for everything")
+    parser.add_argument("--only", nargs="+", metavar="PIECE", help="these pieces alone")
+    parser.add_argument(
+        "--memory-fraction",
+        type=float,
+        default=0.34,
+        help="of the card, for the 65B step: the paper's 48 GB are 0.34 of an H200, 0.6 of an H100",
+    )
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    wanted = pieces(options.out, options.memory_fraction)
+    unknown = set(options.only or ()) - {piece.name for piece in wanted}
+    if unknown:
+        parser.error(
+            f"--only names {', '.join(sorted(unknown))}; "
+            f"there are {', '.join(piece.name for piece in wanted)}"
+        )
+    if options.only:
+        wanted = [piece for piece in wanted if piece.name in options.only]
+    return run(wanted, options.out / "session.json", options.budget)
+
+
+def run(wanted: Sequence[Piece], report: Path, budget: float) -> int:
+    """Run each piece within its share, writing the report after each; 1 if one failed."""
+    began, entries = time.monotonic(), []
+    for piece in wanted:
+        left = budget - (time.monotonic() - began)
+        entries.append({"name": piece.name} | run_piece(piece, left * piece.share))
+        print(json.dumps(entries[-1]), flush=True)
+        report.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    return int(any(entry["status"] != "ok" for entry in entries))
+
+
+def run_piece(piece: Piece, seconds: float) -> dict[str, object]:
+    """How a piece ended: "ok", "late" or its exit status."""
+    command = [sys.executable, "-m", *piece.arguments]
+    if piece.takes_budget:
+        # Its own clock stops it before ours does, so that it can finish its files.
+        command += ["--budget", f"{seconds * 0.9:.0f}"]
+    print("+", *command[1:], flush=True)
+    began = time.monotonic()
+    try:
+        environment = os.environ | dict(piece.environment)
+        code = subprocess.run(command, env=environment, timeout=seconds, check=False).returncode
+        status = "ok" if code == 0 else f"exit {code}"
+    except subprocess.TimeoutExpired:
+        status = "late"
+    return {"status": status, "seconds": round(time.monotonic() - began, 1)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

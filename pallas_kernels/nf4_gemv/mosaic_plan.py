@@ -1,0 +1,188 @@
+"""How the Hopper gemv is cut: its configuration, and all sizes and addresses that follow from it.
+
+A *unit* of work is `16 · tiles` rows of W; the warps of a block share a unit's columns and take
+*chunks* of `128 · steps` of them in turn. Shared memory holds, in this order, the look-up tables,
+zeros, x as float16, and the partial sums of all units of the block.
+"""
+
+import dataclasses
+import functools
+
+from pallas_kernels._mosaic import SHARED_LIMIT, SMS
+from pallas_kernels._mosaic_decoder import TABLE_BYTES
+
+STEP = 128  # columns that a warp's 32 lanes cover with one 16-byte load of 8 rows
+
+
+@dataclasses.dataclass(frozen=True)
+class GemvConfig:
+    """How the work is cut; every choice gives the same sums up to their order.
+
+    Attributes:
+        warps: warps of a block, a multiple of 4; they share the columns of a row.
+        tiles: tiles of 16 rows that a warp works on at a time.
+        steps: 128-column steps in a chunk: 2 `steps · tiles` 16-byte loads per lane are in flight.
+        ctas: blocks, at most; 0 stands for one per multiprocessor of an H100 or H200.
+        selects: of the 8 pairs of bytes that a lane loads at once, those decoded by selects in
+            registers instead of look-ups in shared memory.
+        skip_zeros: lanes without a row of x read nothing, instead of zeros: for 1 or 2 rows of x
+            half of the quarters of a warp, in which a 16-byte read is served, fall away.
+    """
+
+    warps: int = 8
+    tiles: int = 2
+    steps: int = 2
+    ctas: int = 0
+    selects: int = 0
+    skip_zeros: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All sizes of one kernel: rows of x `m`, a weight [n, k], addresses in shared memory."""
+
+    m: int
+    n: int
+    k: int
+    x_dtype: str
+    double_quant: bool
+    has_bias: bool
+    config: GemvConfig
+    rank: int = 0
+    """Of the adapter, a multiple of 4; 0 for none."""
+    quant_type: str = "nf4"
+    """Asked only for selects: look-ups read their table from an argument."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.config.warps
+
+    @property
+    def rows(self) -> int:
+        """Rows of W in a unit of work."""
+        return 16 * self.config.tiles
+
+    @property
+    def units(self) -> int:
+        """Units of work: tiles of rows of W."""
+        return -(-self.n // self.rows)
+
+    @property
+    def grid(self) -> int:
+        """Blocks of threads."""
+        return min(self.units, self.config.ctas or SMS)
+
+    @property
+    def units_per_cta(self) -> int:
+        """Units of the busiest block."""
+        return -(-self.units // self.grid)
+
+    @property
+    def chunk(self) -> int:
+        """Columns of a chunk."""
+        return STEP * self.config.steps
+
+    @property
+    def turns(self) -> int:
+        """Chunks that a warp takes of each row."""
+        return -(-self.k // (self.chunk * self.config.warps))
+
+    @property
+    def groups(self) -> int:
+        """Instructions per 16 bytes of codes, four rows of x each."""
+        return -(-self.m // 4)
+
+    @property
+    def x_stride(self) -> int:
+        """Bytes from row to row of x: a multiple of 128 plus 16, so that rows meet other banks."""
+        return self.turns * self.config.warps * self.chunk * 2 + 16
+
+    @property
+    def zeros_at(self) -> int:
+        """Where zeros stand that lanes without a row of x read."""
+        return TABLE_BYTES
+
+    @property
+    def x_at(self) -> int:
+        """Where x stands, float16, [row, chunk's turn, warp, column]."""
+        return self.zeros_at + -(-(self.chunk * 2 + 128) // 128) * 128
+
+    @property
+    def partial_at(self) -> int:
+        """Where the warps' partial sums stand."""
+        return self.x_at + -(-self.m * self.x_stride // 128) * 128
+
+    @property
+    def partial_unit(self) -> int:
+        """Bytes of the partial sums of one unit: [warp, row of x, row of W] float32."""
+        return self.config.warps * self.m * self.rows * 4
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory."""
+        return self.partial_at + self.units_per_cta * self.partial_unit
+
+    @property
+    def efficiency(self) -> float:
+        """The share of the busiest warp's work that a perfectly even split would give it."""
+        columns = self.k / (self.turns * self.config.warps * self.chunk)
+        return columns * self.units / (self.units_per_cta * (self.config.ctas or SMS))
+
+
+CUTS = (
+    GemvConfig(),
+    GemvConfig(warps=16, tiles=1),
+    GemvConfig(warps=20, tiles=1),
+    GemvConfig(warps=20, tiles=1, steps=1),
+    GemvConfig(warps=12, tiles=2),
+)
+"""What `choose_config` chooses from."""
+
+
+@functools.cache
+def choose_config(m: int, n: int, k: int) -> GemvConfig | None:
+    """8 warps, unless another way that fits splits the work more evenly by a tenth.
+
+    Measured on an H200 (docs/kernels.md): at an even split 8 warps are fastest, and an uneven one
+    costs about its share, as 5120 columns for 8 warps of 256: there, 20 warps are 1.2 times as
+    fast. None where the rows of x do not fit into shared memory.
+    """
+    best, best_score = None, 0.0
+    for config in CUTS:
+        plan = Plan(m, n, k, "bfloat16", True, False, config)
+        if fits(plan) and plan.efficiency > 1.1 * best_score:
+            best, best_score = config, plan.efficiency
+    return best
+
+
+def fits(plan: Plan) -> bool:
+    """Whether a block has the shared memory and its lanes the registers that the plan takes."""
+    # A lane of 20 warps has 96 registers: from 5 rows of x on, two steps of codes are too many.
+    spills = plan.config.warps > 16 and plan.config.steps > 1 and plan.groups > 1
+    return plan.shared_bytes <= SHARED_LIMIT and not spills
+
+
+def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
+    """The candidates among which a card's cuts are measured; `choose_config`'s comes first.
+
+    Its cut with every way to decode that can win, then the two most even other cuts with two. More
+    than three pairs of bytes by selects would take the integer units longer than the look-ups take
+    (docs/kernels.md); lanes without a row of x make whole quarters of a warp for 1 or 2 rows.
+    """
+    first = choose_config(m, n, k)
+    if first is None:
+        return []
+    cuts = (*CUTS, GemvConfig(16, 2, 1), GemvConfig(8, 4, 1), GemvConfig(8, 1, 4))
+    plans = [Plan(m, n, k, "bfloat16", True, False, config) for config in cuts if config != first]
+    plans = sorted(filter(fits, plans), key=lambda plan: -plan.efficiency)
+    skips = (False, True) if m <= 2 else (False,)
+    found = [
+        dataclasses.replace(first, selects=selects, skip_zeros=skip)
+        for selects in range(4)
+        for skip in skips
+    ]
+    for plan in plans[:2]:
+        other = dataclasses.replace(plan.config, selects=2, skip_zeros=skips[-1])
+        found += [plan.config, other]
+    return found
