@@ -103,13 +103,19 @@ def paged(
         sizes = [gradient.size for gradient in gradients]
         turns = sorted(range(count), key=sizes.__getitem__)
         waits_for = _waits_for([sizes[index] for index in turns])
+        awaited = 0
         for turn, index in enumerate(turns):
             mine = [count + i for i, who in enumerate(owner) if who == index]
             held = [stored[i - count] for i in mine]
             if waits_for[turn] >= 0:
                 # A barrier on the state alone: one on the update would keep XLA from fusing it with
                 # the parameter's addition, which gives other last bits.
-                done = [i for i, who in enumerate(owner_out) if who == turns[waits_for[turn]]][1:]
+                last = waits_for[turn]
+                # With it, those before it that no turn has waited for: one that waits for the turn
+                # just before it skips one, whose state would stay on the card to the end.
+                back_by_now = turns[min(awaited, last) : last + 1]
+                awaited = max(awaited, last + 1)
+                done = [count + i for i, who in enumerate(owner) if who in back_by_now]
                 held, back = jax.lax.optimization_barrier((held, [results[i] for i in done]))
                 for i, leaf in zip(done, back, strict=True):
                     results[i] = leaf

@@ -158,3 +158,16 @@ def test_a_state_that_is_not_one_part_per_parameter_is_refused():
 def test_negative_threshold_is_refused():
     with pytest.raises(ValueError, match="min_size"):
         paged(optax.adamw(1e-3), min_size=-1)
+
+
+def test_every_state_but_the_last_is_awaited():
+    """One that is not may stay on the card until all others are done."""
+    # Each large one comes alone, after the small ones.
+    params = _params([(4,), (4,), (4,), (64,), (64,)])
+    tx = paged(optax.adamw(1e-3), min_size=0)
+    state = tx.init(params)
+    jaxpr = jax.make_jaxpr(tx.update)(params, state, params).jaxpr
+    made_by = {var: eqn.primitive.name for eqn in jaxpr.eqns for var in eqn.outvars}
+    moments = [made_by[var] for var in jaxpr.outvars[len(params) :] if var.aval.ndim]
+    assert moments.count("device_put") == 2
+    assert moments.count("optimization_barrier") == len(moments) - 2

@@ -107,8 +107,7 @@ def trained(model: Any, config: TrainConfig, *, batch: Any = BATCH, loss_fn: Any
     return state._replace(rng=jax.random.key_data(state.rng)), metrics
 
 
-# A parameter under AdamW may end a few units in its last place away, under Lion it does not: XLA on
-# the CPU presumably fuses Adam's sums differently for a layer's slice than for the whole stack.
+# AdamW where more is between than one rounding of the second moment: a longer run, or T5.
 ROUNDING = {"rtol": 5e-7, "atol": 5e-7}
 
 
@@ -146,12 +145,26 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 FAST = {"adamw, a head trained beside"}
 
 
+def within_one_rounding(found: Any, expected: Any) -> None:
+    """After two steps of AdamW, whose second moment is rounded otherwise (`in_backward.py`)."""
+    adam, ordinary = found.opt_state[0], expected.opt_state[0]
+    same(adam._replace(nu=None), ordinary._replace(nu=None))
+    for a, b in zip(jax.tree.leaves(adam.nu), jax.tree.leaves(ordinary.nu), strict=True):
+        np.testing.assert_array_max_ulp(np.asarray(a), np.asarray(b), maxulp=1)
+    # An update is at most some learning rates long, and so is what its last place comes to.
+    ulp, rate = 2.0**-23, PLAIN["learning_rate"]
+    same(found.lora, expected.lora, rtol=ulp, atol=4 * rate * ulp)
+
+
 @pytest.mark.parametrize(
     "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
 )
 def test_it_ends_where_the_ordinary_step_ends(name):
     (expected, told), (found, tells) = ordinary_and_in_backward(name)
-    same(found, expected, **({} if "lion" in name else ROUNDING))
+    if "lion" in name:
+        same(found, expected)
+    else:
+        within_one_rounding(found, expected)
     for a, b in zip(tells, told, strict=True):
         assert (a.tokens, a.learning_rate) == (b.tokens, b.learning_rate)
         np.testing.assert_allclose(a.loss, b.loss, rtol=1e-6)
