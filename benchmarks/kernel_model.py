@@ -306,7 +306,7 @@ def compile_point(card: Card, point: Point) -> compile_for.KernelCode:
     )
     x = jax.eval_shape(lambda: make_input(point, 0))
     run = op_function(point, interpret=False)
-    _, kernels = compile_for.inspect_kernels(card, run, x, *weight)
+    _, kernels = compile_for.inspect_kernels(card, run, x, *weight, sass=True)
     return next(kernel for kernel in kernels if kernel.name.startswith("nf4_"))
 
 

@@ -101,13 +101,17 @@ def compile_for(
     return compile_lowered(lower_for(card, fn, *args), compiler_options)
 
 
+_OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+
+
 def compile_lowered(
     lowered: jax.stages.Lowered, compiler_options: Mapping[str, Any] | None = None
 ) -> jax.stages.Compiled:
-    """`lowered.compile()` for an absent card, kept out of JAX's persistent compilation cache.
+    """`lowered.compile()` for an absent card: fully optimized, and not kept in JAX's cache.
 
-    That cache (`jax_compilation_cache_dir`) takes such a program, but cannot read it again: the
-    second compile would warn of a damaged entry.
+    JAX's persistent cache (`jax_compilation_cache_dir`) takes such a program, but cannot read it
+    again: the second compile would warn of a damaged entry. `jax_disable_most_optimizations`, where
+    it is set, is for this machine's programs alone.
 
     Args:
       lowered: from `lower_for`.
@@ -117,7 +121,7 @@ def compile_lowered(
     before = getattr(jax.config, name)
     jax.config.update(name, math.inf)
     try:
-        return lowered.compile(compiler_options=dict(compiler_options or {}))
+        return lowered.compile(compiler_options=_OPTIMIZED | dict(compiler_options or {}))
     finally:
         jax.config.update(name, before)
 
@@ -179,7 +183,8 @@ class KernelCode:
     spill_bytes: int | None
     """Bytes of registers stored to and loaded from local memory: 0 in a good kernel."""
     sass: str | None
-    """Machine code as text, one instruction a line; None where no nvdisasm was found."""
+    """Machine code as text, one instruction a line; None where it was not asked for, or no nvdisasm
+    was found."""
 
 
 def find_tool(name: str) -> str | None:
@@ -193,11 +198,17 @@ def find_tool(name: str) -> str | None:
 
 
 def inspect_kernels(
-    card: Card, fn: Callable[..., Any], *args: Any
+    card: Card, fn: Callable[..., Any], *args: Any, sass: bool = False
 ) -> tuple[jax.stages.Compiled, list[KernelCode]]:
     """Compile `fn` for the card and take apart every GPU kernel in it.
 
-    Returns the compiled program and its kernels, XLA's own fusions included, in PTX order.
+    Args:
+      card: whose compiler is asked.
+      fn: what to compile, and its arguments, as `compile_for` takes them.
+      sass: disassemble the kernels as well. nvdisasm takes longer than XLA does for a kernel.
+
+    Returns:
+      The compiled program and its kernels, XLA's own fusions included, in PTX order.
     """
     with tempfile.TemporaryDirectory() as folder, _mosaic_dump(folder):
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
@@ -205,8 +216,9 @@ def inspect_kernels(
         launches = _launches(Path(folder))
         kernels = []
         for path in sorted(Path(folder).rglob("*.ptx")):
-            if path.stat().st_size:
-                kernels += _take_apart(card, path.read_text(), launches)
+            # XLA leaves a module without kernels, too: its constants.
+            if ".entry" in (ptx := path.read_text()):
+                kernels += _take_apart(card, ptx, launches, sass)
     return compiled, list({kernel.name: kernel for kernel in kernels}.values())
 
 
@@ -249,10 +261,12 @@ def _launches(folder: Path) -> dict[str, _Launch]:
     return found
 
 
-def _take_apart(card: Card, ptx: str, launches: dict[str, _Launch]) -> list[KernelCode]:
+def _take_apart(
+    card: Card, ptx: str, launches: dict[str, _Launch], with_sass: bool
+) -> list[KernelCode]:
     parts = re.split(r"(?=^[ \t]*(?:\.visible |\.weak )?\.entry )", ptx, flags=re.MULTILINE)
     header, entries = parts[0], parts[1:]
-    usage, sass = _assemble(card, ptx)
+    usage, sass = _assemble(card, ptx, with_sass)
     kernels = []
     for entry in entries:
         named = re.search(r"\.entry\s+([\w.$]+)", entry)
@@ -292,9 +306,11 @@ _USAGE = re.compile(
 )
 
 
-def _assemble(card: Card, ptx: str) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+def _assemble(
+    card: Card, ptx: str, with_sass: bool
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     """name -> (registers, spilled bytes), name -> SASS; empty where the tools are missing."""
-    ptxas, nvdisasm = find_tool("ptxas"), find_tool("nvdisasm")
+    ptxas, nvdisasm = find_tool("ptxas"), find_tool("nvdisasm") if with_sass else None
     if ptxas is None:
         return {}, {}
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 def load_x(m, plan, x, lane, warp, row):
     """This lane's part of the warp's columns of one row of x, per turn; zeros past the end."""
-    words = 2 * plan.config.steps
+    words = plan.chunk // 64
     turns = []
     for turn in range(plan.turns):
         first = ((turn * plan.config.warps + warp) * 32 + lane) * (2 * words)
@@ -43,7 +43,7 @@ def stage_x(m, plan, turns, zero, lane, warp, row):
             ]
             for got in turns
         ]
-    words = 2 * plan.config.steps
+    words = plan.chunk // 64
     for turn, got in enumerate(turns):
         at = ((turn * plan.config.warps + warp) * 32 + lane) * (4 * words)
         at = at + (plan.x_at + row * plan.x_stride)

@@ -13,6 +13,7 @@ warp's next chunk, of the next unit's first one as well, are issued before the p
 from pallas_kernels._mosaic_decoder import byte_planes
 from pallas_kernels.nf4_gemv.mosaic_ends import load_x, stage_x, write_out
 from pallas_kernels.nf4_gemv.mosaic_lora import add_slice, load_slice, slices
+from pallas_kernels.nf4_gemv.mosaic_plan import STEP
 from pallas_kernels.nf4_gemv.mosaic_weight import Reader
 
 
@@ -42,8 +43,10 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
         fills.append((at, when, m.load(tables, ((at >> 4) * 2 + (at >> 3 & 1)) * 4, when=when)))
     early = plan.m * plan.turns <= 8
     rows_x = [load_x(m, plan, x, lane, warp, row) for row in range(plan.m)] if early else None
-    zero_words = (plan.x_at - plan.zeros_at) // 16
-    m.shared_store((tid << 4) + plan.zeros_at, [m.word(0)] * 4, when=tid < zero_words)
+    zeros = (plan.x_at - plan.zeros_at) // 16
+    for first in range(0, zeros, plan.threads):
+        at = ((tid + first) << 4) + plan.zeros_at
+        m.shared_store(at, [m.word(0)] * 4, when=tid + first < zeros)
     # Everything above is on its way before anything below waits for a part of it: the compiler
     # moves no load down across a barrier, and nothing up that needs this zero from behind it.
     m.barrier()
@@ -103,7 +106,7 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
                 for group in range(plan.groups):
                     for h in (0, 1):
                         for column in columns:
-                            part = sums_here[group][2 * h + column]
+                            part = reader.own(sums_here[group][2 * h : 2 * h + 2], column)
                             totals[i] = m.fma(part, scale[r][h][c], totals[i])
                             i += 1
             next_held.append(row_held)
@@ -120,16 +123,17 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
 
         carry = [zero] * sums + list(flat)
         carry = body(m.word(0), carry) if plan.turns == 1 else m.loop(plan.turns, body, carry)
-        totals, i = carry[:sums], 0
+        totals = carry[:sums]
         low = [[[zero] * 4 for _ in range(plan.groups)] for _ in reader.tiles]
-        for turn in range(slices(plan)):
-            held = first_slice if turn == 0 else load_slice(m, plan, reader, lora, unit, turn)
-            low = add_slice(m, plan, reader, held, turn, low)
+        for i in range(slices(plan)):
+            words = load_slice(m, plan, reader, lora, unit, i) if i else first_slice
+            low = add_slice(m, plan, reader, words, i, low)
+        i = 0
         for r in reader.tiles:
             for group in range(plan.groups):
                 for h in (0, 1):
                     for column in columns:
-                        value = totals[i] + m.shuffle_xor(totals[i], 2)
+                        value = reader.whole(totals[i])
                         i += 1
                         row_x = 2 * reader.t + (4 * group + column)
                         back = unscale[min(4 * group + column, plan.m - 1)]
@@ -140,8 +144,8 @@ def lane_program(m, plan, x, codes, absmax, nested, offset, bias, tables, *rest)
                         if lora:
                             value = value + low[r][group][2 * h + column]
                         at = ((index * cfg.warps + warp) * plan.m + row_x) * plan.rows
-                        at = (at + reader.g + (16 * r + 8 * h)) * 4 + plan.partial_at
-                        when = (reader.t < 2) & (row_x < plan.m)
+                        at = (at + reader.row + reader.below(r, h)) * 4 + plan.partial_at
+                        when = reader.stores() & (row_x < plan.m)
                         m.shared_store(at, [m.as_word(value)], when=when)
         return list(carry[sums:])
 
@@ -159,8 +163,17 @@ def _x_columns(m, plan, reader):
     starts, strides, active = [], [], []
     for group in range(plan.groups):
         row_x = (reader.g & 3) + 4 * group
-        real = (reader.odd == (reader.g >> 2)) & (row_x < plan.m)
-        at = row_x * plan.x_stride + reader.warp * (plan.chunk * 2) + reader.t * 64 + plan.x_at
+        # With segments the four columns are those of the one row, 128 elements apart.
+        several = plan.config.segments > 1
+        real = (reader.odd == (reader.g >> 2)) & (
+            row_x < (plan.config.segments if several else plan.m)
+        )
+        at = (
+            row_x * (2 * STEP if several else plan.x_stride)
+            + reader.warp * (plan.chunk * 2)
+            + reader.t * 64
+            + plan.x_at
+        )
         # Zeros are read from banks that the other lanes of the phase leave free.
         zero = (1 - (reader.g >> 1 & 1)) * 32 + plan.zeros_at
         starts.append(m.where(real, at, zero))
@@ -171,7 +184,9 @@ def _x_columns(m, plan, reader):
         out = []
         for start, stride, when in zip(starts, strides, active, strict=True):
             at = start + turn * stride
-            column = [m.shared_load(at, 4, offset=c * 256 + 16 * j, when=when) for j in range(4)]
+            column = [
+                m.shared_load(at, 4, offset=c * 2 * plan.step + 16 * j, when=when) for j in range(4)
+            ]
             out.append([word for words in column for word in words])
         return out
 

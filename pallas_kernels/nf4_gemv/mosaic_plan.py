@@ -1,7 +1,8 @@
 """How the Hopper gemv is cut: its configuration, and all sizes and addresses that follow from it.
 
 A *unit* of work is `16 · tiles` rows of W; the warps of a block share a unit's columns and take
-*chunks* of `128 · steps` of them in turn. Shared memory holds, in this order, the look-up tables,
+*chunks* of `128 · steps` of them in turn (with `segments`, so many times fewer rows and more
+columns). Shared memory holds, in this order, the look-up tables,
 zeros, x as float16, and the partial sums of all units of the block.
 """
 
@@ -26,7 +27,10 @@ class GemvConfig:
         selects: of the 8 pairs of bytes that a lane loads at once, those decoded by selects in
             registers instead of look-ups in shared memory.
         skip_zeros: lanes without a row of x read nothing, instead of zeros: for 1 or 2 rows of x
-            half of the quarters of a warp, in which a 16-byte read is served, fall away.
+            (or segments) half of the quarters of a warp, in which a 16-byte read is served, fall
+            away.
+        segments: for one row of x, 1, 2 or 4: rows of the matrix A that are one row of W, each with
+            its own 128 of `128 · segments` columns, so that a load touches fewer rows of W.
     """
 
     warps: int = 8
@@ -35,6 +39,7 @@ class GemvConfig:
     ctas: int = 0
     selects: int = 0
     skip_zeros: bool = False
+    segments: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Plan:
     @property
     def rows(self) -> int:
         """Rows of W in a unit of work."""
-        return 16 * self.config.tiles
+        return 16 * self.config.tiles // self.config.segments
 
     @property
     def units(self) -> int:
@@ -81,7 +86,12 @@ class Plan:
     @property
     def chunk(self) -> int:
         """Columns of a chunk."""
-        return STEP * self.config.steps
+        return self.step * self.config.steps
+
+    @property
+    def step(self) -> int:
+        """Columns of W that a load covers."""
+        return STEP * self.config.segments
 
     @property
     def turns(self) -> int:
@@ -163,26 +173,38 @@ def fits(plan: Plan) -> bool:
     return plan.shared_bytes <= SHARED_LIMIT and not spills
 
 
+OTHER_CUTS = (*CUTS, GemvConfig(16, 2, 1), GemvConfig(8, 4, 1), GemvConfig(8, 1, 4))
+SEGMENTED_CUTS = (
+    GemvConfig(8, 4, 1, segments=4),
+    GemvConfig(8, 2, 2, segments=2),
+    GemvConfig(16, 2, 1, segments=2),
+    GemvConfig(20, 1, 1, segments=2),
+)
+
+
 def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
     """The candidates among which a card's cuts are measured; `choose_config`'s comes first.
 
-    Its cut with every way to decode that can win, then the two most even other cuts with two. More
-    than three pairs of bytes by selects would take the integer units longer than the look-ups take
-    (docs/kernels.md); lanes without a row of x make whole quarters of a warp for 1 or 2 rows.
+    Its cut with every way to decode that can win, then the most even other cuts with the likeliest.
+    More than three pairs of bytes by selects would take the integer units longer than the look-ups
+    take (docs/kernels.md); what `skip_zeros` and `segments` are good for ends with few rows of x.
     """
     first = choose_config(m, n, k)
     if first is None:
         return []
-    cuts = (*CUTS, GemvConfig(16, 2, 1), GemvConfig(8, 4, 1), GemvConfig(8, 1, 4))
-    plans = [Plan(m, n, k, "bfloat16", True, False, config) for config in cuts if config != first]
-    plans = sorted(filter(fits, plans), key=lambda plan: -plan.efficiency)
-    skips = (False, True) if m <= 2 else (False,)
-    found = [
-        dataclasses.replace(first, selects=selects, skip_zeros=skip)
-        for selects in range(4)
-        for skip in skips
-    ]
-    for plan in plans[:2]:
-        other = dataclasses.replace(plan.config, selects=2, skip_zeros=skips[-1])
-        found += [plan.config, other]
+
+    def most_even(cuts: tuple[GemvConfig, ...]) -> list[GemvConfig]:
+        plans = [Plan(m, n, k, "bfloat16", True, False, cut) for cut in cuts if cut != first]
+        return [plan.config for plan in sorted(filter(fits, plans), key=lambda p: -p.efficiency)]
+
+    skip = m <= 2
+    found = [dataclasses.replace(first, selects=selects) for selects in range(4)]
+    if skip:
+        found += [
+            dataclasses.replace(first, selects=selects, skip_zeros=True) for selects in (0, 2)
+        ]
+    others = most_even(OTHER_CUTS)[:1] + (most_even(SEGMENTED_CUTS)[:2] if m == 1 else [])
+    for cut in others:
+        few = skip and cut.segments <= 2
+        found += [cut, dataclasses.replace(cut, selects=2, skip_zeros=few)]
     return found

@@ -63,11 +63,7 @@ def nf4_gemv_mosaic(
         rank=low[0].shape[1] if low else 0,
         quant_type=layout.quant_type,
     )
-    if plan.shared_bytes > SHARED_LIMIT:
-        raise ValueError(
-            f"config is {config}, which for {rows} rows of {k} takes {plan.shared_bytes} bytes of "
-            f"shared memory; expected at most {SHARED_LIMIT}: take fewer warps or tiles"
-        )
+    _check_config(plan)
     unused = jnp.zeros((1,), jnp.float32)
     inputs = (
         x.reshape(rows, k),
@@ -88,6 +84,21 @@ def nf4_gemv_mosaic(
         name="nf4_gemv",
     )(*inputs)
     return y.reshape(*x.shape[:-1], n)
+
+
+def _check_config(plan: Plan) -> None:
+    allowed = (1, 2, 4) if plan.m == 1 else (1,)
+    if plan.config.segments not in allowed:
+        raise ValueError(
+            f"config has segments={plan.config.segments}; "
+            f"expected one of {allowed} for {plan.m} rows of x"
+        )
+    if plan.shared_bytes > SHARED_LIMIT:
+        raise ValueError(
+            f"config is {plan.config}, which for {plan.m} rows of {plan.k} takes "
+            f"{plan.shared_bytes} bytes of shared memory; expected at most {SHARED_LIMIT}: "
+            "take fewer warps or tiles"
+        )
 
 
 def _pad_rank(matrix: Array) -> Array:

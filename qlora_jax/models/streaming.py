@@ -230,6 +230,12 @@ def _fetch_weights(stacks: list[Array], index: Array) -> list[Array]:
         return _fetch(stacks, index)
 
 
+def _await_after(computed: PyTree, following: list[Array]) -> tuple[PyTree, list[Array]]:
+    """Both as they are, and what is fetched is awaited once all the rest is computed: from jax 0.11
+    on, XLA would await it before a layer's last products, where room for it is free already."""
+    return jax.lax.optimization_barrier((computed, following)) if following else (computed, [])
+
+
 def _on_host(stacks: list[Array]) -> list[Array]:
     return [jax.device_put(stack, _HOST) for stack in stacks]
 
@@ -253,6 +259,7 @@ def _run(
         # The last layer is fetched once more, for want of a next one.
         following = _fetch_weights(moving, jnp.minimum(index + 1, loop.depth - 1))
         y, output = loop.step(x, loop.layer(here, stays, learns), *closure)
+        y, following = _await_after(y, following)
         kept = None
         if keep:
             kept = jax.device_put(x, _HOST) if loop.offload else x
@@ -332,7 +339,8 @@ def _backward(loop: _Loop, residuals: tuple, gradients: tuple[Any, Any]) -> tupl
         mine, around = [stays[i] for i in trained], [closure[i] for i in outside]
         learns = [learner.at(index) for learner in learning]
         _, pull = jax.vjp(again, x, mine, learns, around)
-        to_x, to_mine, to_learns, to_around = pull((to_y, to_output))
+        pulled, following = _await_after(pull((to_y, to_output)), following)
+        to_x, to_mine, to_learns, to_around = pulled
         learning = [a.updated(index, b) for a, b in zip(learning, to_learns, strict=True)]
         sums = [a + b.astype(a.dtype) for a, b in zip(sums, to_around, strict=True)]
         return (to_x, following, learning, sums), to_mine

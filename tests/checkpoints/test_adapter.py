@@ -11,12 +11,13 @@ from qlora_jax.checkpoints import load_adapter, read_adapter_config, save_adapte
 from qlora_jax.models import Decoder
 from qlora_jax.nn import LoraConfig
 from tests.checkpoints.tiny import CONFIG
+from tests.random_decoder import random_decoder
 
 LORA = LoraConfig(r=4, alpha=8, lora_dropout=0.1, target_modules=("q_proj", "down_proj"))
 
 
 def model(lora: LoraConfig | None = LORA, seed: int = 0) -> Decoder:
-    return Decoder(CONFIG, lora=lora, rngs=nnx.Rngs(seed))
+    return random_decoder(CONFIG, lora=lora, seed=seed)
 
 
 @pytest.fixture

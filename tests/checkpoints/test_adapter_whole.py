@@ -24,6 +24,7 @@ from qlora_jax.checkpoints import (
 from qlora_jax.models import FAMILIES, Decoder, module_names
 from qlora_jax.nn import LoraConfig, TrainedParam, add_lora
 from tests.checkpoints.tiny import CONFIG, IDS, write_model
+from tests.random_decoder import random_decoder
 from tests.shared import shared_path
 
 PREFIX = "base_model.model.model.layers"
@@ -39,7 +40,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def dense() -> Decoder:
     """The base in memory, to be copied: cheaper than loading it for each case."""
-    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+    return random_decoder(CONFIG)
 
 
 def adapted(dense: Decoder, lora: LoraConfig, seed: int = 0) -> Decoder:

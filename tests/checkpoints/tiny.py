@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import save_model
 from qlora_jax.models import Decoder, DecoderConfig
+from tests.random_decoder import random_decoder
 
 CONFIG = DecoderConfig(
     vocab_size=24,
@@ -26,7 +26,7 @@ IDS = jnp.asarray([[1, 5, 9, 23], [2, 3, 4, 0]], jnp.int32)
 
 def write_model(folder: Path, config: DecoderConfig = CONFIG) -> Decoder:
     """A dense model, saved; returned as it is in memory."""
-    model = Decoder(config, rngs=nnx.Rngs(0))
+    model = random_decoder(config)
     save_model(folder, model)
     return model
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from qlora_jax.data import Batches, PackedBatches
 from qlora_jax.data.packing import pack
 from qlora_jax.evaluate import causal_lm_loss
-from qlora_jax.models import Decoder, DecoderConfig
+from qlora_jax.models import DecoderConfig
 from qlora_jax.nn import LoraConfig
+from tests.random_decoder import random_decoder
 
 
 @given(st.lists(st.integers(1, 16), max_size=60))
@@ -74,7 +75,7 @@ def test_loss_and_gradients_are_those_of_the_unpacked_examples(attention):
         num_key_value_heads=1,
         head_dim=8,
     )
-    model = Decoder(config, quant=None, lora=LoraConfig(r=2), attention=attention, rngs=nnx.Rngs(0))
+    model = random_decoder(config, quant=None, lora=LoraConfig(r=2), attention=attention)
     graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
 
     @jax.jit

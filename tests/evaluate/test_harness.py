@@ -11,7 +11,8 @@ from flax import nnx
 from qlora_jax.data import ChatTemplate, load_tokenizer
 from qlora_jax.evaluate import Harness, harness
 from qlora_jax.generate import GenerationConfig, generate_text
-from qlora_jax.models import Decoder, DecoderConfig
+from qlora_jax.models import DecoderConfig
+from tests.random_decoder import random_decoder
 from tests.shared import shared_path
 
 WINDOW = 16
@@ -34,7 +35,7 @@ def model():
         head_dim=16,
         max_position_embeddings=64,
     )
-    decoder = Decoder(config, rngs=nnx.Rngs(0))
+    decoder = random_decoder(config)
     decoder.lm_head.weight[...] *= 40
     return decoder
 

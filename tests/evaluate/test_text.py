@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from qlora_jax.data import IGNORE
 from qlora_jax.evaluate import perplexity, text_batches
-from qlora_jax.models import Decoder, DecoderConfig
+from qlora_jax.models import DecoderConfig
+from tests.random_decoder import random_decoder
 
 
 @settings(max_examples=200)
@@ -47,7 +48,7 @@ def test_perplexity_of_a_text_in_float64():
         num_key_value_heads=1,
         head_dim=8,
     )
-    model = Decoder(config, rngs=nnx.Rngs(0))
+    model = random_decoder(config)
     # Larger weights, for losses that differ from a uniform guess.
     model.lm_head.weight[...] *= 40
     ids = np.random.default_rng(0).integers(0, 32, 43)

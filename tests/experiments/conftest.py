@@ -1,19 +1,15 @@
 """A Llama of two layers and random weights, with the embedded tokenizer: enough to run a sweep."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from experiments.embedded import ROOT
 from qlora_jax.checkpoints import save_model
-from qlora_jax.models import Decoder, DecoderConfig
-
-_CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+from qlora_jax.models import DecoderConfig
+from tests.random_decoder import random_decoder
 
 
 @pytest.fixture(scope="session")
@@ -30,18 +26,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=512,
         tie_word_embeddings=True,
     )
-    save_model(folder, Decoder(config, rngs=nnx.Rngs(0)), dtype=jnp.dtype(jnp.bfloat16))
+    save_model(folder, random_decoder(config), dtype=jnp.dtype(jnp.bfloat16))
     for file in (ROOT / "tokenizer").iterdir():
         shutil.copyfile(file, folder / file.name)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One cache of compiled programs for all tests here."""
-    before = {name: getattr(jax.config, name) for name in _CACHE}
-    for name, value in zip(_CACHE, (str(tmp_path_factory.getbasetemp() / "jax"), 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)

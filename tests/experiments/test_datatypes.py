@@ -15,6 +15,8 @@ def command(out, *more: str) -> list[str]:
     return [str(model), "--text", str(text), "--out", str(out), *more]
 
 
+# It runs a real model for longer than it is compiled.
+@pytest.mark.optimized
 def test_losses_equal_bitsandbytes(tmp_path, capsys):
     """Torch, transformers and bitsandbytes on the same 32,768 tokens."""
     flags = ["--max-tokens", "32768", "--batch-size", "16", "--types", "FP32", "NF4"]

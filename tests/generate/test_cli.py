@@ -6,12 +6,12 @@ import shutil
 
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from experiments.embedded import ROOT
 from qlora_jax.checkpoints import save_model
 from qlora_jax.cli import main
-from qlora_jax.models import Decoder, DecoderConfig
+from qlora_jax.models import DecoderConfig
+from tests.random_decoder import random_decoder
 
 SMALL = ["--max-new-tokens", "5", "--temperature", "0", "--dtype", "float32", "--16-bit"]
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
         max_position_embeddings=64,
         tie_word_embeddings=True,
     )
-    save_model(folder, Decoder(config, rngs=nnx.Rngs(0)), dtype=jnp.dtype(jnp.float32))
+    save_model(folder, random_decoder(config), dtype=jnp.dtype(jnp.float32))
     for file in (ROOT / "tokenizer").iterdir():
         shutil.copyfile(file, folder / file.name)
     return folder

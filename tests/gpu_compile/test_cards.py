@@ -65,9 +65,8 @@ def test_donated_arguments_are_honoured():
 
 @needs_plugin
 def test_kernels_of_a_fusion_are_taken_apart():
-    _, kernels = harness.inspect_kernels(
-        CARDS["a100-80"], lambda x: jnp.sin(x).sum(axis=1), shape(512, 4096)
-    )
+    card, x = CARDS["a100-80"], shape(512, 4096)
+    _, kernels = harness.inspect_kernels(card, lambda x: jnp.sin(x).sum(axis=1), x, sass=True)
     assert kernels
     assert all(".entry" in kernel.ptx and kernel.threads > 0 for kernel in kernels)
     if harness.find_tool("ptxas"):
@@ -105,3 +104,19 @@ def test_programs_for_absent_cards_stay_out_of_the_persistent_cache(tmp_path):
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+@needs_plugin
+def test_a_card_s_program_is_optimized_whatever_this_machine_s_are():
+    def code(disabled: bool) -> str:
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", disabled)
+        try:
+            _, (kernel,) = harness.inspect_kernels(
+                CARDS["l40"], lambda x: jnp.sin(x).sum(axis=1), shape(512, 4096)
+            )
+        finally:
+            jax.config.update("jax_disable_most_optimizations", before)
+        return kernel.ptx
+
+    assert code(disabled=True) == code(disabled=False)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import GemvConfig, nf4_matmul
 from pallas_kernels import compile_for as harness
-from pallas_kernels import nf4_matmul
 from pallas_kernels._arguments import Layout
 from pallas_kernels.cards import CARDS
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
@@ -95,6 +95,20 @@ def test_hopper_kernel_with_an_adapter(shape_name, op, rows, rank):
     assert "gemm" not in compiled.as_text()
     padding = 0 if rank == 64 or op == "gemv" else 2 * 64 * (rows + n)
     assert compiled.memory_analysis().temp_size_in_bytes < padding + 2**20
+
+
+def test_the_hopper_gemv_with_few_look_ups_and_long_loads():
+    """The candidates that are furthest from the default still leave registers."""
+    (n, k), config = SHAPES["7b-qkvo"], GemvConfig(8, 4, 1, 0, 2, skip_zeros=True, segments=4)
+    layout = Layout((n, k), "nf4", 64, double_quant=True)
+    kernel = kernel_of("gemv")
+
+    def run(x, xa, b, *weight):
+        return kernel(x, *weight, None, lora=(xa, b), layout=layout, config=config)
+
+    x, xa, b = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, k), (1, 64), (n, 64)))
+    _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, xa, b, *packed(n, k))
+    check_kernels(kernels, "gemv")
 
 
 def test_hopper_matmul_of_few_rows_can_split_its_sum():

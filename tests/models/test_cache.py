@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax.models import Decoder, DecoderConfig, RopeConfig
+from tests.random_decoder import random_decoder
 
 PLAIN = DecoderConfig(
     vocab_size=32,
@@ -57,7 +58,7 @@ def decode(model: Decoder, tokens: jax.Array, cache) -> tuple:
     ids=["plain-left", "plain-right", "mixed-left", "mixed-right"],
 )
 def test_greedy_decoding_equals_full_forward_passes(config, side):
-    model = Decoder(config, rngs=nnx.Rngs(0))
+    model = random_decoder(config)
     ids, mask = padded(side)
     prefill = jax.jit(Decoder.prefill, static_argnames="cache_length")
     length = ids.shape[1] + NEW
@@ -106,7 +107,7 @@ def test_scalings_by_length_take_the_cache_for_it():
     rope = RopeConfig(
         rope_type="longrope", factor=2.0, original_max_position_embeddings=8, **factors
     )
-    model = Decoder(dataclasses.replace(PLAIN, rope=rope), rngs=nnx.Rngs(0))
+    model = random_decoder(dataclasses.replace(PLAIN, rope=rope))
     text = jnp.asarray([[4, 9, 2, 7, 1, 3, 8, 6, 5, 2, 4, 9, 3, 1]], jnp.int32)
     prefill = jax.jit(Decoder.prefill, static_argnames="cache_length")
     logits, cache = prefill(model, text[:, :6], cache_length=14)

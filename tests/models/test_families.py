@@ -20,6 +20,7 @@ from qlora_jax.models import FAMILIES, Decoder, family_of, next_token_loss
 from qlora_jax.nn import LoraConfig, QuantDense
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from tests.models.variants import VARIANTS
+from tests.random_decoder import random_decoder
 from tests.shared import shared_path
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 48, (2, 7)), jnp.int32)
@@ -92,15 +93,15 @@ def test_quantized_with_adapters(name):
         loss, gradient = run(adapters, rest, jax.random.key(seed))
         losses.append(float(loss))
         for leaf in jax.tree.leaves(gradient):
-            assert bool(jnp.isfinite(leaf).all())
+            assert np.isfinite(leaf).all()
             # Every layer, and every expert that a token went to, has a gradient of its own.
-            assert bool((leaf != 0).any())
+            assert np.any(leaf)
     assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("name", ["mixtral-window", "opt-350m"])
 def test_a_folder_in_4_bits_loads_byte_for_byte(name, tmp_path):
-    save_model(tmp_path / "dense", Decoder(VARIANTS[name], rngs=nnx.Rngs(0)))
+    save_model(tmp_path / "dense", random_decoder(VARIANTS[name]))
     base = open_checkpoint(tmp_path / "dense")
     save_checkpoint(tmp_path / "packed", quantized(base, linear_weights(base), QuantConfig()))
     ours, theirs = (
@@ -129,7 +130,7 @@ def test_experts_as_peft_users_name_them():
 def test_every_token_meets_exactly_its_experts():
     """Against all experts on all tokens, in float64; one expert may get everything."""
     config = VARIANTS["mixtral-window"]
-    model = Decoder(config, rngs=nnx.Rngs(3))
+    model = random_decoder(config, seed=3)
     block = jax.tree.map(lambda x: x[0], nnx.state(model.layers.block_sparse_moe))
     moe = nnx.merge(nnx.graphdef(model.layers.block_sparse_moe), block)
     x = np.random.default_rng(1).normal(size=(2, 9, 32)).astype(np.float32)
@@ -165,7 +166,7 @@ def test_learned_positions_end():
 
 
 def test_packed_rows_equal_rows_of_their_own():
-    model = Decoder(VARIANTS["gemma3_text-scaled"], rngs=nnx.Rngs(0))
+    model = random_decoder(VARIANTS["gemma3_text-scaled"])
     call = jax.jit(lambda model, ids, **options: model(ids, **options))
     packed = call(
         model,

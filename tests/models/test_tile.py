@@ -12,6 +12,7 @@ from qlora_jax.models import Decoder, DecoderConfig, next_token_loss
 from qlora_jax.models.tile import by_tile
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
+from tests.random_decoder import random_decoder
 
 CONFIG = DecoderConfig(
     vocab_size=32,
@@ -27,7 +28,7 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 7)), jnp.int32)
 
 def decoder(dtype=jnp.float32, **options):
     lora = LoraConfig(r=2, lora_dropout=0.3, target_modules=("up_proj", "down_proj"), dtype=dtype)
-    model = Decoder(CONFIG, lora=lora, rngs=nnx.Rngs(0), **options)
+    model = random_decoder(CONFIG, lora=lora, **options)
     rng = np.random.default_rng(1)
     # With a B that is not zero, so that A takes a gradient.
     drawn = jax.tree.map(

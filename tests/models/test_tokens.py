@@ -16,6 +16,7 @@ from qlora_jax.data import IGNORE, Batch, load_tokenizer
 from qlora_jax.models import Decoder
 from qlora_jax.train import TrainConfig, fit
 from tests.checkpoints.tiny import CONFIG
+from tests.random_decoder import random_decoder
 
 LORA = ql.LoraConfig(r=2, alpha=4, target_modules=("q_proj",))
 WORDS = [*"abcdefghijklmnopqrst", "<s>", "</s>"]
@@ -44,7 +45,7 @@ def tokenizer(tmp_path_factory):
 
 def model(*, tied: bool = False, embedding_bits: int | None = None) -> Decoder:
     config = dataclasses.replace(CONFIG, tie_word_embeddings=tied, num_hidden_layers=1)
-    return Decoder(config, lora=LORA, embedding_bits=embedding_bits, rngs=nnx.Rngs(0))
+    return random_decoder(config, lora=LORA, embedding_bits=embedding_bits)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from qlora_jax.optim import decay_mask, paged, resting_shardings
 
+# Bits of two programs are compared, so they are compiled as a user's are.
+pytestmark = pytest.mark.optimized
+
 
 def _params(shapes: list[tuple[int, ...]], seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)

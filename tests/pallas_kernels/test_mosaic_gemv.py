@@ -4,12 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import Layout
 from pallas_kernels._mosaic import SHARED_LIMIT
 from pallas_kernels._mosaic_decoder import byte_planes, lookup_tables, select_pairs
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
 from pallas_kernels.nf4_gemv import mosaic_plan
 from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
 from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan
+from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
 from pallas_kernels.simt.emulate import Machine
 
 
@@ -57,6 +59,10 @@ def emulate(plan, inputs):
         (5, 96, 768, "bfloat16", True, GemvConfig(warps=8, tiles=2, steps=2, ctas=2)),
         (8, 16, 512, "float16", False, GemvConfig(warps=4, tiles=1, steps=2)),
         (1, 16, 512, "bfloat16", True, GemvConfig(4, 1, 1, selects=3, skip_zeros=True)),
+        (1, 37, 2048, "bfloat16", True, GemvConfig(4, 2, 1, ctas=2, segments=4)),
+        (1, 24, 2048, "float16", True, GemvConfig(4, 1, 2, skip_zeros=True, segments=2)),
+        (1, 19, 1600, "bfloat16", True, GemvConfig(4, 2, 1, segments=4)),
+        (1, 16, 1024, "float16", False, GemvConfig(4, 1, 2, segments=4)),
     ],
 )
 def test_lane_program_is_the_product(m, n, k, dtype, double_quant, config):
@@ -91,6 +97,7 @@ def test_selects_are_the_look_up(quant_type):
     ("m", "n", "dtype", "rank", "bias"),
     [
         (1, 40, "bfloat16", 16, False),
+        (1, 27, "float16", 80, True),
         (2, 33, "float16", 8, True),
         (4, 24, "bfloat16", 80, True),  # a warp's second slice is loaded late
         (8, 47, "float16", 64, False),
@@ -99,7 +106,8 @@ def test_selects_are_the_look_up(quant_type):
 )
 def test_an_adapter_is_more_of_the_same_sum(m, n, dtype, rank, bias):
     rng = np.random.default_rng(rank)
-    k, config = 512, GemvConfig(warps=4, tiles=1 if m > 4 else 2, steps=1, ctas=1)
+    tiles, segments = 1 if m > 4 else 2, 4 if n == 27 else 1
+    k, config = 512, GemvConfig(warps=4, tiles=tiles, steps=1, ctas=1, segments=segments)
     inputs, exact = problem(rng, m, n, k, dtype, double_quant=True)
     xa, b = (np.array(jnp.asarray(rng.normal(size=s), dtype)) for s in ((m, rank), (n, rank)))
     # As large as the product that it is added to.
@@ -132,3 +140,20 @@ def test_llama_shapes_fit(m, n, k):
     plan = Plan(m, n, k, "bfloat16", True, False, mosaic_plan.choose_config(m, n, k))
     assert plan.shared_bytes <= SHARED_LIMIT
     assert plan.efficiency > 0.75
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "message"),
+    [
+        (2, GemvConfig(segments=2), r"segments=2; expected one of \(1,\) for 2 rows"),
+        (1, GemvConfig(segments=3), r"segments=3; expected one of \(1, 2, 4\)"),
+        (8, GemvConfig(warps=64), "bytes of shared memory; expected at most 230400"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(rows, config, message):
+    layout = Layout((16, 4096), "nf4", 64, double_quant=False)
+    weight = (jnp.zeros((16, 2048), jnp.uint8), jnp.ones((1024,)), None, None)
+    with pytest.raises(ValueError, match=message):
+        nf4_gemv_mosaic(
+            jnp.ones((rows, 4096), jnp.bfloat16), *weight, None, layout=layout, config=config
+        )

@@ -11,6 +11,9 @@ from qlora_jax.train import TrainConfig, init_state, make_train_step
 from qlora_jax.train.accumulate import accumulated
 from tests.train.toy import Toy, ToyBatches, toy_loss
 
+# Bits of two programs are compared, so they are compiled as a user's are.
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("least", [0, 100])

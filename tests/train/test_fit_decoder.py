@@ -16,6 +16,7 @@ from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig, fit
+from tests.random_decoder import random_decoder
 
 LORA = LoraConfig(r=4, alpha=8, lora_dropout=0.1)
 
@@ -30,7 +31,7 @@ def _decoder() -> Decoder:
         num_key_value_heads=1,
         head_dim=16,
     )
-    return Decoder(config, quant=QuantConfig(), lora=LORA, matmul="xla", rngs=nnx.Rngs(0))
+    return random_decoder(config, quant=QuantConfig(), lora=LORA, matmul="xla")
 
 
 def _examples(count: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -27,7 +27,11 @@ from qlora_jax.nn import LoraConfig
 from qlora_jax.optim import eight_bit, paged
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig, fit, init_state, make_train_step
+from tests.random_decoder import random_decoder
 from tests.train.toy import Toy, ToyBatches, toy_loss
+
+# Two programs are compared to the last bits, so they are compiled as a user's are.
+pytestmark = pytest.mark.optimized
 
 CONFIG = DecoderConfig(
     vocab_size=32,
@@ -64,7 +68,11 @@ def decoder(
     options = LoraConfig(
         r=2, lora_dropout=0.2, dtype=dtype, target_modules=("q_proj", "down_proj"), **lora
     )
-    model = Decoder(CONFIG, quant=quant, lora=options, matmul="xla", rngs=nnx.Rngs(0))
+    made: dict[str, Any] = {"quant": quant, "lora": options, "matmul": "xla"}
+    if options.use_dora:
+        model = Decoder(CONFIG, **made, rngs=nnx.Rngs(0))
+    else:
+        model = random_decoder(CONFIG, **made)
     if outside:
         unfreeze(model.norm)
         unfreeze(model.lm_head)

@@ -33,18 +33,12 @@ def test_killed_runs_end_bit_identical(tmp_path):
     held_out = {"eval_batches": [ToyBatches(4).at(1000)]}
     undisturbed, _ = train(tmp_path / "undisturbed", **held_out)
     folder = tmp_path / "killed"
-    # What one worker compiled, the next one reads: half of a worker's time.
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
     # Before any checkpoint; while the save of step 5 may still be written; just before a save.
     for where, step, resumed in (("log", 3, 0), ("log", 6, (0, 5)), ("flush", 15, (0, 5, 10))):
         done = subprocess.run(
             [sys.executable, "-m", "tests.train.worker", str(folder), where, str(step)],
             cwd=Path(__file__).parents[2],
-            env=os.environ | cache | {"JAX_PLATFORMS": "cpu"},
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
             timeout=120,
