@@ -70,14 +70,18 @@ class _Kernel(NamedTuple):
 def _matmul(
     kernel: _Kernel, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None, lora: Lora | None
 ) -> jax.Array:
-    x, w = _in_turn(x, w)
-    return nf4_matmul(x, **_arguments(w), bias=bias, lora=lora, **kernel._asdict())
+    return _forward(kernel, x, w, bias, lora)[0]
 
 
 def _forward(
     kernel: _Kernel, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None, lora: Lora | None
 ) -> tuple[jax.Array, tuple]:
-    return _matmul(kernel, x, w, bias, lora), (w, bias, lora)
+    x, tied = _in_turn(x, w)
+    y = nf4_matmul(x, **_arguments(tied), bias=bias, lora=lora, **kernel._asdict())
+    # What waits for the backward pass is the w that waits for x: a gradient that is there before a
+    # layer is computed again (its last product's) does not have w decoded beside those before it.
+    # Only if one number is tied: absmax would be kept twice where nothing is computed again.
+    return y, (tied if w.double_quant else w, bias, lora)
 
 
 def _backward(kernel: _Kernel, residuals: tuple, dy: jax.Array) -> tuple:
