@@ -38,6 +38,8 @@ MARGIN = 1.02
 """How much faster than the kernel's own choice a cut has to be."""
 
 ALL_ROWS = 2**31 - 1
+TUNED = ("matmul", "transposed", "dequantize")
+"""The ops that are kernels of their own: an adapter (`lora`) is a way to run `matmul`'s."""
 
 
 def dispatch_op(op: str, rows: int) -> str:
@@ -58,6 +60,8 @@ def tune(run: "Run", jobs: Sequence[str]) -> None:
     with concurrent.futures.ThreadPoolExecutor(run.options.threads) as pool:
         for job in jobs:
             op, rows, implementation = (*job.split(":"), "triton")[:3]
+            if op not in TUNED:
+                raise ValueError(f"{job} asks for {op!r}; the ops with candidates are {TUNED}")
             if run.left() < 10:
                 print(f"budget spent before {job}", flush=True)
                 break
@@ -248,18 +252,23 @@ def implementation_rules(run: "Run") -> list[dict[str, Any]]:
 
 
 def fusing_pays(points: list[dict[str, Any]], implementation: str, rows: int) -> bool:
-    """Whether an adapter was faster inside the kernel, by the geometric mean over all shapes."""
-    times: dict[str, dict[str, float]] = {}
+    """Whether an adapter was faster inside the kernel, by the geometric mean over all shapes.
+
+    Only where both ways were measured, and right, on each of them.
+    """
     here = [
         p
         for p in points
         if (p["op"], p["implementation"], p["rows"]) == ("lora", implementation, rows)
     ]
+    times: dict[str, dict[str, float]] = {"inside": {}, "after": {}}
     for point in here:
         if point["status"] == "ok":
-            found = times.setdefault("inside" if point["fuse_lora"] else "after", {})
-            found[point["shape_name"]] = point["seconds"]
-    return least_regret(times, {p["shape_name"] for p in here}) == "inside"
+            where = "inside" if point["fuse_lora"] else "after"
+            times[where][point["shape_name"]] = point["seconds"]
+    shapes = {p["shape_name"] for p in here}
+    both = all(set(found) == shapes for found in times.values())
+    return both and least_regret(times, shapes) == "inside"
 
 
 def cover_all_rows(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:

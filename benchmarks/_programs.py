@@ -79,15 +79,20 @@ def dense_weight(key: jax.Array, n: int, k: int) -> tuple[jax.Array]:
 
 
 def make_weights(program: Program, seed: int) -> list[tuple[jax.Array, ...]]:
-    """The program's copies, each random by itself."""
+    """The program's copies, each random by itself; an adapter's b is the last part of each."""
     point = program.point
     keys = jax.random.split(jax.random.key(seed), program.copies)
-    lora_b = [_normal(key, point.n, point.rank) for key in keys] if point.rank else []
     if point.implementation in BASELINES:
         weights: list[tuple[jax.Array, ...]] = [dense_weight(key, point.n, point.k) for key in keys]
     else:
         weights = [packed_weight(key, point.n, point.k, point.blocksize) for key in keys]
-    return [(*w, b) for w, b in zip(weights, lora_b, strict=True)] if lora_b else weights
+    if not point.rank:
+        return weights
+    # As large as the product that it is added to, or an error in one of them would not show.
+    return [
+        (*weight, 0.1 * _normal(jax.random.fold_in(key, 0), point.n, point.rank))
+        for weight, key in zip(weights, keys, strict=True)
+    ]
 
 
 def make_input(point: Point, seed: int) -> jax.Array:

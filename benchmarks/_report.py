@@ -215,5 +215,5 @@ def _names(points: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _variant(point: dict[str, Any]) -> str:
-    """`Point.variant` of a point read from a file, which may be older than adapters are."""
-    return f"{point['implementation']}{' fused' * point.get('fuse_lora', False)}"
+    """The column of a point: its `variant`, which older files and the peer's do not have."""
+    return point.get("variant", point["implementation"])

@@ -5,8 +5,8 @@
 
 Pieces run in order of importance, each in a process of its own (an allocator's peak never falls
 within one, and torch and JAX would share the card), with a share of the time that is left; one that
-fails or is late costs the others nothing. Every piece writes after each point, so what was measured
-stays. `session.json` says what ran, how long, and how it ended.
+fails or is late costs the others nothing. The long ones write after each point, so what was
+measured stays. `session.json` says what ran, how long, and how it ended.
 
 The kernels come first, because their correctness check decides whether the rest means anything;
 what they find (`rules.json`) is what the training steps are then run with.

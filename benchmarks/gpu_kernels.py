@@ -217,7 +217,8 @@ class Run:
         return entry
 
     def _add(self, point: Point, entry: dict[str, Any]) -> None:
-        self.results["points"].append(dataclasses.asdict(point) | {"label": point.label} | entry)
+        names = {"label": point.label, "variant": point.variant}
+        self.results["points"].append(dataclasses.asdict(point) | names | entry)
         self.write()
         if entry["status"] in ("ok", "wrong"):
             kernel = f" kernel {entry['kernel_s'] * 1e6:.2f}" if "kernel_s" in entry else ""

@@ -120,6 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rank", type=int, default=64)
     options = parser.parse_args(argv)
+    if options.rules and not options.rules.exists():
+        parser.error(
+            f"--rules is {options.rules}, which is not there: benchmarks.gpu_kernels makes it"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     if options.toy:
         options.models, options.batches, options.rank = ["toy"], ["1x32", "2x2x32"], 4

@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 
-from benchmarks._autotune import dispatch_op
+from benchmarks._autotune import TUNED, dispatch_op
 from benchmarks._points import SHAPES, Point
 from benchmarks._programs import make_input, op_function, packed_weight
 from pallas_kernels import compile_for, dispatch
@@ -180,7 +180,7 @@ def predict(
     Raises ValueError where no disassembler was found.
     """
     loop = hot_loop(kernel)
-    per_weight = {unit: count / weights_per_turn for unit, count in _lanes(loop, kernel).items()}
+    per_weight = lanes_per_weight(loop, kernel.threads, weights_per_turn)
     blocks = occupancy(card, kernel)
     grid = math.prod(kernel.grid) or 1
     at_once = blocks * card.cores
@@ -200,10 +200,10 @@ def hot_loop(kernel: compile_for.KernelCode) -> LoopCount:
     return count_hot_loop(kernel.sass)
 
 
-def _lanes(loop: LoopCount, kernel: compile_for.KernelCode) -> dict[str, float]:
-    """Lane-instructions of a turn of the loop in a whole block of threads."""
-    lanes = {unit: count * kernel.threads for unit, count in loop.units.items()}
-    return lanes | {"issue": loop.instructions * kernel.threads}
+def lanes_per_weight(loop: LoopCount, lanes: int, weights: float) -> dict[str, float]:
+    """Lane-instructions per weight, by unit, where so many lanes decode so many in a turn."""
+    slots = loop.units | {"issue": loop.instructions}
+    return {unit: count * lanes / weights for unit, count in slots.items()}
 
 
 def floors(
@@ -239,24 +239,19 @@ def predict_mosaic(card: Card, kernel: compile_for.KernelCode, point: Point) -> 
     loop = hot_loop(kernel)
     many = sum(count for name, count in loop.opcodes.items() if name.startswith("HGMMA"))
     few = sum(count for name, count in loop.opcodes.items() if name.startswith("HMMA"))
-    layout = Layout((point.n, point.k), "nf4", point.blocksize, double_quant=True)
-    passes, spread = mosaic_split(point, layout)
+    passes, spread = mosaic_split(point)
     # Of few rows, four share an instruction; more rows multiply the same weights again.
-    weights = 256 * (many or few / -(-point.rows // 4))
-    per_weight = {unit: 32 * count / weights for unit, count in loop.units.items()}
-    per_weight["issue"] = 32 * loop.instructions / weights
+    per_weight = lanes_per_weight(loop, 32, 256 * (many or few / -(-point.rows // 4)))
     seconds = floors(card, point, per_weight, passes, tensor=True)
     return Prediction(seconds, per_weight, 1, spread, loop)
 
 
-def mosaic_split(point: Point, layout: Layout) -> tuple[int, float]:
+def mosaic_split(point: Point) -> tuple[int, float]:
     """(times each weight is decoded, the busiest multiprocessor's share over an even one)."""
     if point.op != "transposed" and point.rows <= GEMV_ROWS:
         config = point.config or gemv_plan.choose_config(point.rows, point.n, point.k)
         assert isinstance(config, gemv_plan.GemvConfig)
-        plan = gemv_plan.Plan(
-            point.rows, point.n, point.k, "bfloat16", layout.double_quant, False, config
-        )
+        plan = gemv_plan.Plan(point.rows, point.n, point.k, "bfloat16", True, False, config)
         return 1, 1 / plan.efficiency
     matmul = point.config or matmul_plan.choose_config(point.rows)
     assert isinstance(matmul, matmul_plan.MatmulConfig)
@@ -339,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Model the chosen points and print them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--card", default="h200", choices=sorted(CARDS))
-    parser.add_argument("--op", nargs="+", default=["matmul"])
+    parser.add_argument("--op", nargs="+", default=["matmul"], choices=TUNED)
     parser.add_argument("--rows", nargs="+", type=int, default=[1])
     parser.add_argument("--shape", nargs="+", default=["7b-qkvo"], choices=sorted(SHAPES))
     parser.add_argument("--implementation", default="triton", choices=["triton", "mosaic_gpu"])

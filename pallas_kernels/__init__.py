@@ -4,7 +4,7 @@ Arrays in, arrays out; the names, bytes and block sizes are bitsandbytes'. `qlor
 them into tensors with gradients.
 """
 
-from pallas_kernels._arguments import Layout
+from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card, find_card
 from pallas_kernels.codebooks import (
@@ -33,6 +33,7 @@ __all__ = [
     "Choice",
     "GemvConfig",
     "Layout",
+    "LowRank",
     "MatmulConfig",
     "TritonConfig",
     "configs_to_try",

@@ -12,7 +12,7 @@ BLOCK = 64
 SMS = CARDS["h200"].cores
 """Blocks of threads that run side by side, one to a multiprocessor: an H100's as well."""
 
-SHARED_LIMIT = 232448 - 2048
+SHARED_LIMIT = CARDS["h200"].multiprocessor.smem_optin - 2048
 """Bytes of shared memory that a block can have, less what Mosaic takes for itself."""
 
 GEMV_ROWS = 8

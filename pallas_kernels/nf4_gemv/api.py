@@ -63,23 +63,14 @@ def nf4_gemv(
     )
     fuse = choice.fuse_lora if fuse_lora is None else fuse_lora
     cut = dispatch.config_for("nf4_gemv", choice, config)
-    weight = (codes, absmax, nested_absmax, offset)
-    inside = lora if fuse else None
+    arguments = (x, codes, absmax, nested_absmax, offset, bias, lora if fuse else None)
     if choice.implementation == "triton":
-        y = nf4_gemv_triton(
-            x,
-            *weight,
-            bias,
-            inside,
-            layout=layout,
-            config=cut,
-            interpret=interpret,
-        )
+        y = nf4_gemv_triton(*arguments, layout=layout, config=cut, interpret=interpret)
     elif choice.implementation == "mosaic_gpu":
         # Imported where it runs: it loads Mosaic, which no other implementation needs.
         from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
 
-        y = nf4_gemv_mosaic(x, *weight, bias, layout=layout, config=cut, lora=inside)
+        y = nf4_gemv_mosaic(*arguments, layout=layout, config=cut)
     else:
-        y = nf4_gemv_xla(x, *weight, bias, inside, layout=layout)
+        y = nf4_gemv_xla(*arguments, layout=layout)
     return y if lora is None or fuse else add_low_rank(y, lora)

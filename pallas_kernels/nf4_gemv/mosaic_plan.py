@@ -2,8 +2,8 @@
 
 A *unit* of work is `16 · tiles` rows of W; the warps of a block share a unit's columns and take
 *chunks* of `128 · steps` of them in turn (with `segments`, so many times fewer rows and more
-columns). Shared memory holds, in this order, the look-up tables,
-zeros, x as float16, and the partial sums of all units of the block.
+columns). Shared memory holds, in this order, the look-up tables, zeros, x as float16, and the
+partial sums of all units of the block.
 """
 
 import dataclasses
@@ -140,7 +140,7 @@ class Plan:
         return columns * self.units / (self.units_per_cta * (self.config.ctas or SMS))
 
 
-CUTS = (
+OWN_CUTS = (
     GemvConfig(),
     GemvConfig(warps=16, tiles=1),
     GemvConfig(warps=20, tiles=1),
@@ -159,7 +159,7 @@ def choose_config(m: int, n: int, k: int) -> GemvConfig | None:
     fast. None where the rows of x do not fit into shared memory.
     """
     best, best_score = None, 0.0
-    for config in CUTS:
+    for config in OWN_CUTS:
         plan = Plan(m, n, k, "bfloat16", True, False, config)
         if fits(plan) and plan.efficiency > 1.1 * best_score:
             best, best_score = config, plan.efficiency
@@ -173,7 +173,7 @@ def fits(plan: Plan) -> bool:
     return plan.shared_bytes <= SHARED_LIMIT and not spills
 
 
-OTHER_CUTS = (*CUTS, GemvConfig(16, 2, 1), GemvConfig(8, 4, 1), GemvConfig(8, 1, 4))
+OTHER_CUTS = (*OWN_CUTS, GemvConfig(16, 2, 1), GemvConfig(8, 4, 1), GemvConfig(8, 1, 4))
 SEGMENTED_CUTS = (
     GemvConfig(8, 4, 1, segments=4),
     GemvConfig(8, 2, 2, segments=2),

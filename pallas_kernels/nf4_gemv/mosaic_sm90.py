@@ -32,10 +32,10 @@ def nf4_gemv_mosaic(
     nested_absmax: Array | None,
     offset: Array | None,
     bias: Array | None,
+    lora: LowRank | None = None,
     *,
     layout: Layout,
     config: GemvConfig | None = None,
-    lora: LowRank | None = None,
 ) -> Array:
     """`nf4_gemv` on Hopper. x: [..., k] bfloat16 or float16, at most 8 rows; see `nf4_matmul`.
 

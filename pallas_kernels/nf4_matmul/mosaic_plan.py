@@ -78,7 +78,7 @@ def configs_to_try(rows: int) -> list[MatmulConfig]:
     """The candidates among which a card's cuts are measured; `choose_config`'s comes first."""
     first = choose_config(rows)
     tiles = [r for r in (first.rows, first.rows // 2) if r >= 64]
-    found = [
+    return [
         MatmulConfig(tile, stages, ahead, group)
         for tile in tiles
         for stages in (4, 3, 5)
@@ -89,7 +89,6 @@ def configs_to_try(rows: int) -> list[MatmulConfig]:
         # One departure at a time from the first: the effects are taken to be independent.
         if (stages != first.stages) + (ahead != first.ahead) + (group != first.group) <= 1
     ]
-    return found
 
 
 def split_configs_to_try(rows: int, k: int) -> list[MatmulConfig]:

@@ -164,46 +164,66 @@ def nf4_matmul_mosaic(
         ValueError: what this kernel does not do, and which argument asks for it.
     """
     n, k = layout.shape
-    batch = x.shape[:-1]
-    rows = math.prod(batch)
+    rows = math.prod(x.shape[:-1])
     check_mosaic("nf4_matmul", rows, layout, x.dtype)
     config = config or choose_config(rows)
+    weight = (codes, absmax, nested_absmax, offset)
+    if config.split == 1:
+        return _call(x, *weight, bias, lora, layout, config).reshape(*x.shape[:-1], n)
     if k // BLOCK % config.split:
         raise ValueError(
             f"config.split is {config.split}; expected a divisor of {k // BLOCK}, the blocks of 64 "
             f"in a row of a weight of shape {layout.shape}"
         )
-    whole = config.split == 1
-    inside, inside_bias = (lora, bias) if whole else (None, None)
+    if 4 * config.split * rows * n >= 1 << 32:
+        raise ValueError(
+            f"config.split is {config.split}, for {rows} rows of {n}; expected less than 4 GiB of "
+            "float32 parts: split less"
+        )
+    parts = _call(x, *weight, None, None, layout, config)
+    total = parts.reshape(config.split, *x.shape[:-1], n).sum(axis=0)
+    return complete(total, bias, lora, x.dtype)
+
+
+def _call(
+    x: Array,
+    codes: Array,
+    absmax: Array,
+    nested_absmax: Array | None,
+    offset: Array | None,
+    bias: Array | None,
+    lora: LowRank | None,
+    layout: Layout,
+    config: MatmulConfig,
+) -> Array:
+    """The kernel's result, [rows, n] in x's dtype, or the parts of its sums, [split · rows, n]."""
+    n, k = layout.shape
+    x = x.reshape(-1, k)
+    unused = jnp.zeros((1,), jnp.float32)
+    low: tuple[Array, ...] = ()
+    if lora is not None:
+        low = (_pad(lora[0].reshape(len(x), -1), 8, BLOCK), _pad(lora[1], 1, BLOCK))
     plan = Plan(
-        m=rows,
+        m=len(x),
         n=n,
         k=k,
         dtype=str(x.dtype),
         double_quant=layout.double_quant,
-        has_bias=inside_bias is not None,
+        has_bias=bias is not None,
         config=config,
-        rank=0 if inside is None else inside[1].shape[1] + -inside[1].shape[1] % BLOCK,
+        rank=low[1].shape[1] if low else 0,
     )
-    # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
-    unused = jnp.zeros((1,), jnp.float32)
-    low: tuple[Array, ...] = ()
-    if inside is not None:
-        low = (_pad(inside[0].reshape(rows, -1), 8, BLOCK), _pad(inside[1], 1, BLOCK))
-    y = _kernel(plan)(
-        _pad(x.reshape(rows, k), 8, 1),
+    return _kernel(plan)(
+        # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
+        _pad(x, 8, 1),
         *low,
         codes.reshape(-1),
         absmax,
         unused if nested_absmax is None else nested_absmax,
         unused if offset is None else offset.reshape(1),
-        unused if inside_bias is None else inside_bias.astype(jnp.float32),
+        unused if bias is None else bias.astype(jnp.float32),
         jnp.asarray(lookup_tables(layout.quant_type)),
     )
-    if whole:
-        return y.reshape(*batch, n)
-    total = y.reshape(config.split, *batch, n).sum(axis=0)
-    return complete(total, bias, lora, x.dtype)
 
 
 def _pad(matrix: Array, rows: int, columns: int) -> Array:
@@ -215,7 +235,6 @@ def _kernel(plan: Plan):
     cfg = plan.config
     dtype = jnp.dtype(plan.dtype)
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    _ref, _splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     held_type = arrays.words_type(CODE_WORDS + SCALE_WORDS)
 
     all_steps = plan.low_steps + plan.steps
@@ -228,8 +247,7 @@ def _kernel(plan: Plan):
         arrays.run(lambda m, t: fill_table(m, t, 128 * (COMPUTE + 1)), table, [tables])
 
         def place(index):
-            """First row of x and of W of the `index`-th tile of this block of threads, and the
-            part of its sum."""
+            """Of this block's `index`-th tile: its first row of x and of W, the part of its sum."""
             tile = cta + index * plan.grid
             part = jnp.int32(0)
             if cfg.split > 1:

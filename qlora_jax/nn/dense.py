@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from pallas_kernels import LowRank
 from qlora_jax.nn.dora import adapted_squares, magnify, row_squares
 from qlora_jax.nn.lora import LoraConfig, dropout, init_lora_a, lora_hidden
 from qlora_jax.nn.variables import FrozenParam
@@ -249,7 +250,7 @@ class QuantDense(nnx.Module):
         self,
         x: jax.Array,
         bias: jax.Array | None = None,
-        lora: tuple[jax.Array, jax.Array] | None = None,
+        lora: LowRank | None = None,
     ) -> jax.Array:
         """x · Wᵀ (+ b) through the frozen weight, and the adapter's `low_rank_product`."""
         weight = self.kernel.get_value()

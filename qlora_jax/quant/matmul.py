@@ -17,18 +17,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import nf4_matmul, nf4_matmul_transposed
+from pallas_kernels import LowRank, nf4_matmul, nf4_matmul_transposed
 from qlora_jax.quant.low_rank import low_rank_gradients
 from qlora_jax.quant.tensor import QuantizedTensor
-
-Lora = tuple[jax.Array, jax.Array]
 
 
 def quantized_matmul(
     x: Float[Array, "*batch in"],
     w: QuantizedTensor,
     bias: Float[Array, " out"] | None = None,
-    lora: Lora | None = None,
+    lora: LowRank | None = None,
     *,
     implementation: str | None = None,
     fuse_lora: bool | None = None,
@@ -68,13 +66,13 @@ class _Kernel(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(
-    kernel: _Kernel, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None, lora: Lora | None
+    kernel: _Kernel, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None, lora: LowRank | None
 ) -> jax.Array:
     return _forward(kernel, x, w, bias, lora)[0]
 
 
 def _forward(
-    kernel: _Kernel, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None, lora: Lora | None
+    kernel: _Kernel, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None, lora: LowRank | None
 ) -> tuple[jax.Array, tuple]:
     x, tied = _in_turn(x, w)
     y = nf4_matmul(x, **_arguments(tied), bias=bias, lora=lora, **kernel._asdict())

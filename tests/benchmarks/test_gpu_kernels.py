@@ -188,7 +188,7 @@ def test_the_rule_of_least_regret_wins_and_failures_do_not():
     assert [r["max_rows"] for r in rules] == [64, _autotune.ALL_ROWS]
 
 
-def test_rules_take_the_fastest_right_implementation_everywhere_measured():
+def test_rules_take_the_fastest_right_implementation_everywhere_measured(monkeypatch):
     def point(op, rows, implementation, seconds, status="ok", shape="a", fuse_lora=False):
         return {
             "fuse_lora": fuse_lora,
@@ -226,6 +226,9 @@ def test_rules_take_the_fastest_right_implementation_everywhere_measured():
     assert many["config"] is None
     assert many["max_rows"] == _autotune.ALL_ROWS
     assert (few["fuse_lora"], many["fuse_lora"]) == (False, True)
+    inside = [p for p in Run.results["points"] if p["op"] != "lora" or p["fuse_lora"]]
+    monkeypatch.setattr(Run, "results", {"points": inside})
+    assert not any(rule["fuse_lora"] for rule in _autotune.implementation_rules(Run()))
 
 
 def test_runs_of_one_card_are_merged_and_of_two_refused(tmp_path):

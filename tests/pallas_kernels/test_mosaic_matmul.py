@@ -1,9 +1,13 @@
 """The Hopper matmul's lane programs on NumPy: decoded fragments and stored sums, lane by lane."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import Layout
 from pallas_kernels.codebooks import CODEBOOKS
 from pallas_kernels.nf4_matmul import mosaic_sm90
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig, Plan
@@ -96,6 +100,20 @@ def test_parts_of_a_split_sum_are_stored_in_float32():
     assert np.isnan(out[:20]).all()
     np.testing.assert_array_equal(out[20:, :64], want[:, :20].T)
     np.testing.assert_array_equal(out[20:, 64:], want[:6, :20].T)
+
+
+def test_a_split_that_does_not_go_is_refused():
+    def run(config, rows):
+        layout = Layout((1024, 4096), "nf4", 64, double_quant=False)
+        weight = (jnp.zeros((1024, 2048), jnp.uint8), jnp.ones((65536,)), None, None)
+        x = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16)
+        call = functools.partial(mosaic_sm90.nf4_matmul_mosaic, layout=layout, config=config)
+        jax.eval_shape(lambda x: call(x, *weight, None), x)
+
+    with pytest.raises(ValueError, match=r"split is 3; expected a divisor of 64"):
+        run(MatmulConfig(rows=64, split=3), 64)
+    with pytest.raises(ValueError, match=r"split is 8, for 131072 rows .* split less"):
+        run(MatmulConfig(split=8), 2**17)
 
 
 def test_an_adapters_fragment_is_b():
