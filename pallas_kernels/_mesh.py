@@ -14,9 +14,12 @@ device, for which `dispatch` chooses anew. Where the arrays lie decides:
 dy · W sums over W's rows: where they stay cut, each device has a part of every sum, and the parts
 are added. Columns of x and W are never cut: they are gathered first.
 
-On one device, and inside `jax.shard_map`, nothing of this is in the program, and XLA's own
-implementation has no need of it. `jax.vmap` over an op takes it away: stacks of weights belong
-under `jax.lax.scan`.
+On one device, and inside `jax.shard_map`, nothing of this is in the program. `jax.vmap` over an op
+takes it away: stacks of weights belong under `jax.lax.scan`.
+
+XLA cuts its own implementation up by itself, but badly in one point: a fully sharded weight is
+gathered decoded, in 16 bits. `gather_packed` has the codes gathered. (It cannot be cut as the
+kernels are, because XLA for TPUs knows nothing of `custom_partitioning`: jax issue 38196.)
 """
 
 import functools
@@ -29,7 +32,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from pallas_kernels._arguments import Layout
+from pallas_kernels._arguments import Layout, rows_of
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 
 Op = Literal["forward", "transposed", "dequantize"]
@@ -215,3 +218,20 @@ def _sharding_rule(op: Op, layout: Layout, parts: Parts) -> str:
         first = "w0" if parts.codes.ndim == len(layout.shape) else "y0"
         result = " ".join([first, *(f"y{axis}" for axis in range(1, len(layout.shape)))])
     return f"{', '.join(given)} -> {result}"
+
+
+def gather_packed(x: Array, codes: Array, absmax: Array, *, layout: Layout) -> tuple[Array, Array]:
+    """codes and absmax, wanted whole on every device where that saves exchanges.
+
+    Which is where x's rows are cut, and are so many that a packed weight is less to send than they
+    and their results would be. How x is cut is not known while a program is traced: it is taken to
+    be cut where its first axis can be, on a mesh that has one axis.
+    """
+    mesh = jax.typeof(codes).sharding.mesh
+    if len(mesh.axis_types) != 1 or mesh.axis_types[0] != jax.sharding.AxisType.Auto:
+        return codes, absmax
+    activations = (x.size + rows_of(x) * layout.size // x.shape[-1]) * x.dtype.itemsize
+    if x.shape[0] % mesh.size or activations < layout.nbytes:
+        return codes, absmax
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint((codes, absmax), everywhere)
