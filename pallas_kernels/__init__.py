@@ -5,6 +5,7 @@ them into tensors with gradients.
 """
 
 from pallas_kernels._arguments import Layout, LowRank
+from pallas_kernels._mesh import mesh_of_rows
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card, find_card
 from pallas_kernels.codebooks import (
@@ -38,6 +39,7 @@ __all__ = [
     "TritonConfig",
     "configs_to_try",
     "find_card",
+    "mesh_of_rows",
     "nf4_dequantize",
     "nf4_gemv",
     "nf4_matmul",

@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout, rows_of
@@ -220,18 +220,26 @@ def _sharding_rule(op: Op, layout: Layout, parts: Parts) -> str:
     return f"{', '.join(given)} -> {result}"
 
 
-def gather_packed(x: Array, codes: Array, absmax: Array, *, layout: Layout) -> tuple[Array, Array]:
-    """codes and absmax, wanted whole on every device where that saves exchanges.
+def mesh_of_rows(x: Array) -> AbstractMesh | None:
+    """The mesh of a traced array's program, if it can cut the array's first axis, else None.
 
-    Which is where x's rows are cut, and are so many that a packed weight is less to send than they
-    and their results would be. How x is cut is not known while a program is traced: it is taken to
-    be cut where its first axis can be, on a mesh that has one axis.
+    It can where it has several devices, one axis that XLA cuts things along by itself, and divides
+    the array evenly. Whether XLA does cut the array so is not known while a program is traced.
     """
-    mesh = jax.typeof(codes).sharding.mesh
-    if len(mesh.axis_types) != 1 or mesh.axis_types[0] != jax.sharding.AxisType.Auto:
-        return codes, absmax
-    activations = (x.size + rows_of(x) * layout.size // x.shape[-1]) * x.dtype.itemsize
-    if x.shape[0] % mesh.size or activations < layout.nbytes:
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.axis_types != (AxisType.Auto,) or mesh.size == 1 or x.shape[0] % mesh.size:
+        return None
+    return mesh
+
+
+def gather_packed(x: Array, codes: Array, absmax: Array, *, layout: Layout) -> tuple[Array, Array]:
+    """codes and absmax, wanted whole on every device where x's rows are cut and are many.
+
+    They are many where they and their results would be more to send than a packed weight.
+    """
+    mesh = mesh_of_rows(x)
+    results = rows_of(x) * layout.size // x.shape[-1]
+    if mesh is None or (x.size + results) * x.dtype.itemsize < layout.nbytes:
         return codes, absmax
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.lax.with_sharding_constraint((codes, absmax), everywhere)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from qlora_jax.data import IGNORE
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.spread import cut_by_rows, devices_of_rows, whole_beside
 
 LOSS_CHUNK = 512
 """Tokens whose logits are held at once: 63 MiB of float32 at a vocabulary of 32,000, 251 MiB at
@@ -113,8 +114,8 @@ def chunked_cross_entropy(
             arrays, frozen or trained: gradients reach those that are differentiated.
         hidden: what the head reads.
         targets: int32, as `next_tokens` gives them; -100 where nothing is judged.
-        chunk: how many tokens' logits are held at once, rounded up to whole columns of the batch:
-            sequences are cut and not batches, so that a batch spread over devices stays so.
+        chunk: how many tokens' logits a device holds at once, rounded up to whole columns of the
+            batch: sequences are cut and not batches, so that a batch spread over devices stays so.
 
     Returns:
         Nats, float32.
@@ -127,7 +128,8 @@ def chunked_cross_entropy(
             f"chunk is {chunk}, but at least 1 token is needed: {LOSS_CHUNK} is usual."
         )
     batch, length, _ = hidden.shape
-    pieces = -(-length // -(-chunk // batch))
+    hidden, devices = cut_by_rows(hidden), devices_of_rows(hidden)
+    pieces = -(-length // -(-chunk // (batch // devices)))
     # Pieces of equal length, as few tokens of padding as can be.
     width = -(-length // pieces)
 
@@ -139,6 +141,8 @@ def chunked_cross_entropy(
 
     parts, wanted = cut(hidden, 0), cut(targets, IGNORE)
     closed, closure = jax.closure_convert(head, parts[0])
+    # Or each chunk would fetch the head from the devices that it is cut over.
+    closure = whole_beside(hidden, closure)
     return _summed(closed, parts, wanted, *closure)
 
 

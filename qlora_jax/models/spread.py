@@ -21,14 +21,18 @@ or not. Where weights are cut:
 A text looks up rows, and a packed head decodes some rows at a time: XLA brings a table that is cut
 by rows to every device for either. What does not divide evenly stays whole, and so does what is
 small (norms, biases, offsets, a packed vocabulary's absmax, 1/17 of it in 8 bits).
+
+What enters a layer is kept cut by rows of the batch (`cut_by_rows`). Left to itself, XLA cuts it as
+the vocabulary is cut, by columns, and every device computes for all rows.
 """
 
 from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
+from pallas_kernels import mesh_of_rows
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.nn import QuantDense
 from qlora_jax.quant import QuantizedTensor
@@ -67,6 +71,31 @@ def spread(model: nnx.Module, mesh: jax.sharding.Mesh, *, over: str | None = Non
         if isinstance(node, nnx.Variable):
             axis = None if over is None else cuts.get(id(node))
             node.set_value(_spread(node.get_value(), axis, mesh, over))
+
+
+def devices_of_rows(x: Float[Array, "batch ..."]) -> int:
+    """How many devices `cut_by_rows` cuts x over."""
+    mesh = mesh_of_rows(x)
+    return 1 if mesh is None else mesh.size
+
+
+def cut_by_rows(x: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+    """x, whose rows lie on the devices of its mesh one after another, where they divide evenly."""
+    mesh = mesh_of_rows(x)
+    if mesh is None:
+        return x
+    free = [jax.sharding.PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    at = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names[0], *free))
+    return jax.lax.with_sharding_constraint(x, at)
+
+
+def whole_beside(x: Float[Array, "batch ..."], weights: PyTree) -> PyTree:
+    """The weights, gathered here and not where they are used, if x is cut by rows."""
+    mesh = mesh_of_rows(x)
+    if mesh is None:
+        return weights
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.lax.with_sharding_constraint(weights, everywhere)
 
 
 def _spread(value: PyTree, axis: int | None, mesh: jax.sharding.Mesh, over: str | None) -> PyTree:

@@ -187,7 +187,11 @@ def stream_layers(
     leaves = [node.value if is_learner(node) else node for node in nodes]
 
     def shape(leaf: Any, axes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype)
+        # With the mesh of the program, which `step` may ask for.
+        at = jax.sharding.NamedSharding(
+            jax.typeof(leaf).sharding.mesh, jax.sharding.PartitionSpec()
+        )
+        return jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype, sharding=at)
 
     closed, closure = jax.closure_convert(
         lambda x, layer: step(x, *layer),

@@ -103,23 +103,30 @@ def test_losses_and_adapters_are_those_of_one_device(placing, tmp_path):
     for leaf in jax.tree.leaves(many.state.opt_state):
         assert leaf.sharding.memory_kind == ("pinned_host" if leaf.ndim else "device")
         assert leaf.sharding.is_fully_replicated == (placing == "whole" or not leaf.ndim)
-    _no_codes_are_gathered(many)
+    if placing == "cut":
+        _each_device_computes_its_rows(many)
     _resumes(many, tmp_path)
 
 
-def _no_codes_are_gathered(run: Run) -> None:
-    """Of weights, a layer's or a whole stack's, or of the vocabulary."""
-    codes = {leaf.shape for leaf in jax.tree.leaves(run.frozen) if leaf.dtype == jnp.uint8}
-    codes = {shape for shape in codes if len(shape) > 1}
-    assert {(VOCAB, EMBED), (LAYERS, EMBED, EMBED // 2)} <= codes
+def _each_device_computes_its_rows(run: Run) -> None:
+    """Weights come packed, a layer at a time, and no activations of the batch are brought together.
+
+    What is gathered are codes of one layer, its absmax codes and adapters, pieces of the packed
+    vocabulary, and the batch itself.
+    """
     gathered = {
-        tuple(map(int, shape.split(",")))
-        for line in run.hlo.splitlines()
-        for shape in re.findall(r"u8\[([\d,]+)\]", line.split(" all-gather")[0])
-        if " all-gather" in line
+        (dtype, tuple(map(int, shape.split(","))))
+        for dtype, shape in re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", run.hlo)
     }
-    # Constants of one layer, rows that a text looks up, a piece of the head.
-    assert not gathered & {*codes, *(shape[1:] for shape in codes if len(shape) == 3)}
+    stacks = {leaf.shape for leaf in jax.tree.leaves(run.frozen) if leaf.dtype == jnp.uint8}
+    stacks = {shape for shape in stacks if len(shape) == 3}
+    assert {("u8", (1, *shape[1:])) for shape in stacks} <= gathered
+    assert not {("u8", shape) for shape in stacks} & gathered
+    width = CONFIG.intermediate_size
+    dense = {(EMBED, EMBED), (width, EMBED), (EMBED, width), (VOCAB, EMBED)}
+    batch = (*IDS.shape[1:], EMBED), (*IDS.shape[1:], width)
+    floats = {shape for dtype, shape in gathered if dtype in ("f32", "bf16")}
+    assert not floats & {*dense, *((1, *shape) for shape in dense), *batch}
 
 
 def _resumes(run: Run, folder) -> None:
