@@ -33,7 +33,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--card", nargs="+", default=None, metavar="CARD", help=f"of {', '.join(CARDS)}"
     )
-    parser.add_argument("--batch", type=int, default=1, help="examples held at once (1)")
+    parser.add_argument(
+        "--batch", type=int, default=None, help="examples held at once, on all cards (one on each)"
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, help="cards of one machine that share a batch (1)"
+    )
+    parser.add_argument(
+        "--cut-weights", action="store_true", help="each card has its part of them, not all"
+    )
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per update (1)")
     parser.add_argument("--sequence", type=int, default=512, help="tokens of an example (512)")
     parser.add_argument(
@@ -96,6 +104,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.measure and jax.default_backend() != "gpu":
         raise ValueError("--measure runs the step on a GPU, and this machine has none.")
+    if args.measure and args.devices > 1:
+        raise ValueError(
+            f"--measure runs on one card, and --devices is {args.devices}: leave one out."
+        )
     cards = [None] if args.card is None else [find_card(name) for name in args.card]
     if args.card is not None and not gpu_compiler_available():
         raise ModuleNotFoundError(f"{PLUGIN_HINT} (140 MB, no driver needed).")
@@ -147,7 +159,7 @@ def _workload(model: str, args: argparse.Namespace) -> Workload:
         target=target,
         packed=args.packed,
         train=TrainConfig(
-            micro_batch_size=args.batch,
+            micro_batch_size=args.devices if args.batch is None else args.batch,
             gradient_accumulation_steps=args.accumulation,
             paged=not args.no_paged,
             gradients_on_host=args.gradients_on_host,
@@ -166,6 +178,8 @@ def _workload(model: str, args: argparse.Namespace) -> Workload:
         mlp_tile=args.mlp_tile,
         attention=args.attention,
         matmul=args.matmul,
+        devices=args.devices,
+        cut_weights=args.cut_weights,
     )
 
 

@@ -44,7 +44,8 @@ def spread(model: nnx.Module, mesh: jax.sharding.Mesh, *, over: str | None = Non
     """Places a model's weights and adapters on the devices of a mesh, in place.
 
     Args:
-        model: concrete; what lies in pinned host memory stays in host memory.
+        model: its arrays are moved, what lies in pinned host memory to host memory; of shapes
+            (`nnx.eval_shape`) it is noted where they would lie.
         mesh: its axes are of type Auto.
         over: the mesh's axis that weights are cut along; None gives every device all of them.
 
@@ -101,11 +102,13 @@ def whole_beside(x: Float[Array, "batch ..."], weights: PyTree) -> PyTree:
 def _spread(value: PyTree, axis: int | None, mesh: jax.sharding.Mesh, over: str | None) -> PyTree:
     """A Variable's value with its matrices [..., rows, columns] cut along one of the two axes."""
 
-    def put(leaf: Any, axis: int | None) -> jax.Array:
+    def put(leaf: Any, axis: int | None) -> Any:
         parts: list[str | None] = [None] * leaf.ndim
         if axis is not None and over is not None and leaf.shape[axis] % mesh.shape[over] == 0:
             parts[axis] = over
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*parts))
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return jax.device_put(leaf, sharding.with_memory_kind(leaf.sharding.memory_kind))
 
     if not isinstance(value, QuantizedTensor):

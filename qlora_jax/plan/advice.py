@@ -90,13 +90,13 @@ def _quantized(work: Workload) -> Workload | None:
 
 
 def _accumulated(work: Workload) -> Workload | None:
-    rows = work.train.micro_batch_size
-    if rows == 1:
+    rows, least = work.train.micro_batch_size, work.devices
+    if rows == least:
         return None
     return _train(
         work,
-        micro_batch_size=1,
-        gradient_accumulation_steps=rows * work.train.gradient_accumulation_steps,
+        micro_batch_size=least,
+        gradient_accumulation_steps=rows // least * work.train.gradient_accumulation_steps,
     )
 
 
@@ -114,7 +114,7 @@ def _host_sums(work: Workload) -> Workload | None:
 
 
 def _tiled(work: Workload) -> Workload | None:
-    tokens = work.train.micro_batch_size * work.sequence
+    tokens = work.of_one_device.train.micro_batch_size * work.sequence
     if work.mlp_tile is not None or tokens <= MLP_TILE or not _decoder(work):
         return None
     if getattr(work.config, "num_local_experts", None):
@@ -133,6 +133,12 @@ def _in_backward(work: Workload) -> Workload | None:
 
 def _offloaded(work: Workload) -> Workload | None:
     return None if work.remat == "offload" else dataclasses.replace(work, remat="offload")
+
+
+def _cut(work: Workload) -> Workload | None:
+    if work.devices == 1 or work.cut_weights:
+        return None
+    return dataclasses.replace(work, cut_weights=True)
 
 
 def _packed_vocabulary(bits: int) -> Callable[[Workload], Workload | None]:
@@ -181,7 +187,7 @@ SWITCHES = (
     ),
     Switch("remat: full", "one more forward pass per step, a third more compute", _full_remat),
     Switch(
-        "micro_batch_size: 1, the rest by accumulation",
+        "micro_batch_size: one example a device, the rest by accumulation",
         "the same update; weights are decoded once per example",
         _accumulated,
     ),
@@ -194,6 +200,11 @@ SWITCHES = (
         f"mlp_tile: {MLP_TILE}",
         "weights are decoded once a tile; LoRA dropout drops other units",
         _tiled,
+    ),
+    Switch(
+        "weights cut over the cards",
+        "each layer's are gathered, packed, up to three times per micro-batch",
+        _cut,
     ),
     Switch(
         "embedding_bits: 8",

@@ -8,11 +8,13 @@ the target and of the compiler's version: change a line of the model and it is a
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import jax
 import jaxlib
 
+import pallas_kernels
 from pallas_kernels.cards import Card
 from pallas_kernels.compile_for import compile_lowered, lower_for, with_memory_kinds
 from qlora_jax.plan.workload import Program
@@ -70,12 +73,17 @@ def program_bytes(program: Program, card: Card | None) -> ProgramBytes:
         lowered = program.fn.lower(*program.args)
         target = f"{jax.default_backend()} {jax.devices()[0].device_kind}"
     else:
-        lowered = lower_for(card, program.fn, *program.args)
+        lowered = lower_for(card, program.fn, *program.args, count=program.devices)
         if program.kinds is not None:
             lowered = with_memory_kinds(lowered, *program.kinds)
         target = card.target_config()
     options = dict(program.options) if card is not None else {}
-    key = _hash(lowered.as_text(), target, repr(options), *_versions())
+    text = lowered.as_text()
+    if program.devices > 1:
+        # An op that says how it is cut stands in the program by the address of what says so, and
+        # what it runs not at all (`pallas_kernels._mesh`).
+        text = re.sub(r'backend_config = "\d+"', "", text) + _kernel_sources()
+    key = _hash(text, target, repr(options), *_versions())
     file = cache_folder() / f"{key}.json"
     known = _read(file)
     if known is not None:
@@ -114,6 +122,12 @@ def _versions() -> tuple[str, ...]:
             continue
     flags = os.environ.get("XLA_FLAGS", "")
     return (jax.__version__, jaxlib.__version__, flags, *installed)
+
+
+@functools.cache
+def _kernel_sources() -> str:
+    folder = Path(pallas_kernels.__file__).parent
+    return "".join(file.read_text(encoding="utf-8") for file in sorted(folder.rglob("*.py")))
 
 
 def _hash(*parts: str) -> str:

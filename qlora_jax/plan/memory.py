@@ -18,6 +18,7 @@ from pallas_kernels.cards import Card, find_card
 from qlora_jax.models import AttentionName, attention_for, capability_here, is_stacked
 from qlora_jax.models.streaming import HOST_LIMIT, host_limit_for
 from qlora_jax.plan.compiled import ProgramBytes, cudnn_available, program_bytes
+from qlora_jax.plan.devices import mesh_of, with_cut_weights
 from qlora_jax.plan.shapes import find_config
 from qlora_jax.plan.workload import Step, Workload, host_bytes, training_step, tree_bytes
 from qlora_jax.train import HostTraffic, host_traffic
@@ -53,7 +54,7 @@ class Components:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A training step's memory on one card. All sizes in bytes."""
+    """A training step's memory on one card, of several on each. All sizes in bytes."""
 
     work: Workload
     card: str | None
@@ -103,7 +104,8 @@ def plan(
     if not isinstance(work, Workload):
         work = Workload(find_config(work))
     work, notes = _for_target(work, target)
-    step = training_step(work, present=target is None)
+    mesh = mesh_of(target, work.devices) if work.devices > 1 else None
+    step = training_step(work, present=target is None, mesh=mesh)
     found = program_bytes(step.program, target)
     if memory is None:
         memory = device_memory() if target is None else target.memory
@@ -113,9 +115,18 @@ def plan(
         memory=memory,
         device=_components(work, step, found),
         host=found.host,
-        traffic=host_traffic(step.program.fn, *step.placed),
-        notes=(*notes, *_about_the_host(found.host)),
+        traffic=_traffic(work, step),
+        notes=(*notes, *_about_the_host(found.host * work.devices)),
     )
+
+
+def _traffic(work: Workload, step: Step) -> HostTraffic:
+    """Of one card."""
+    if work.devices == 1:
+        return host_traffic(step.program.fn, *step.placed)
+    alone = training_step(work.of_one_device)
+    traffic = host_traffic(alone.program.fn, *alone.placed)
+    return with_cut_weights(traffic, work.devices) if work.cut_weights else traffic
 
 
 def device_memory() -> int | None:

@@ -10,6 +10,7 @@ from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.models.stream_cost import PCIE, StreamCost, stream_cost
 from qlora_jax.plan.advice import Advice, advise
 from qlora_jax.plan.compiled import program_bytes
+from qlora_jax.plan.devices import mesh_of
 from qlora_jax.plan.memory import Components, Plan, plan
 from qlora_jax.plan.search import largest_that_fits
 from qlora_jax.plan.workload import (
@@ -96,10 +97,11 @@ class Report:
     load: int
     """Largest number of device bytes while the model loads."""
     largest_batch: int | None
-    """Largest micro-batch at the plan's sequence that fits."""
+    """Largest micro-batch at the plan's sequence that fits, over all cards."""
     largest_sequence: int | None
-    """Longest sequence that fits at a micro-batch of 1, in steps of SEQUENCE_STEP."""
-    advice: tuple[Advice, ...]
+    """Longest sequence that fits at one example a card, in steps of SEQUENCE_STEP."""
+    advice: tuple[Advice, ...] | None
+    """Switches that make it fit, if it does not; None where they were not looked for."""
     streaming: Streaming | None = None
     """Where weights stream, on a card of the table."""
 
@@ -112,6 +114,8 @@ class Report:
             "sequence": made.work.sequence,
             "target": made.work.target_length,
             "batch": made.work.train.micro_batch_size,
+            "devices": made.work.devices,
+            "cut_weights": made.work.cut_weights,
             "accumulation": made.work.train.gradient_accumulation_steps,
             "rank": made.work.lora.r,
             "adapter_dtype": jnp.dtype(made.work.lora.dtype).name,
@@ -148,7 +152,7 @@ class Report:
                     "host": item.plan.host,
                     "fits": item.plan.fits,
                 }
-                for item in self.advice
+                for item in self.advice or ()
             ],
             "notes": list(made.notes),
         }
@@ -180,30 +184,36 @@ def report(
     batch = sequence = None
     if search and made.usable is not None:
         batch, sequence = _largest(made, target)
-    load = largest_load(work)
+    mesh = mesh_of(target, work.devices) if work.devices > 1 else None
+    load = largest_load(work, mesh)
     written = program_bytes(load, target)
     # Where weights stream, loading puts them on the host one by one.
     resident = made.device.base + made.device.embeddings + made.device.adapters
     # Decoding is planned with the weights on the card.
-    decoding = decoding_step(
-        dataclasses.replace(work, stream_weights=False), batch=decode_batch, length=decode_length
-    )
+    resting = dataclasses.replace(work, stream_weights=False)
+    decoding = decoding_step(resting, batch=decode_batch, length=decode_length, mesh=mesh)
     return Report(
         name=name,
         plan=made,
         decode=program_bytes(decoding, target).device,
         decode_batch=decode_batch,
         decode_length=decode_length,
-        load=resident + max(tree_bytes(load.args[1]) + written.temporaries, largest_dense(work)),
+        load=resident
+        + max(tree_bytes(load.args[1]) + written.temporaries, largest_dense(work, mesh)),
         largest_batch=batch,
         largest_sequence=sequence,
-        advice=advise(made, target) if search and made.fits is False else (),
+        advice=_advice(made, target) if search else None,
         streaming=_stream_cost(made, target),
     )
 
 
+def _advice(made: Plan, card: Card | None) -> tuple[Advice, ...]:
+    return advise(made, card) if made.fits is False else ()
+
+
 def _largest(made: Plan, card: Card | None) -> tuple[int | None, int | None]:
-    """The largest micro-batch at the plan's sequence, and the longest sequence at one example."""
+    """The largest micro-batch at the plan's sequence, and the longest sequence at one example a
+    card."""
     work, total, usable = made.work, made.device.total, made.usable
     assert usable is not None
 
@@ -211,16 +221,22 @@ def _largest(made: Plan, card: Card | None) -> tuple[int | None, int | None]:
         return plan(work.at(rows), card, memory=made.memory).device.total
 
     def with_sequence(tokens: int) -> int:
-        return plan(work.at(1, tokens), card, memory=made.memory).device.total
+        return plan(work.at(least, tokens), card, memory=made.memory).device.total
 
     # What is kept for the backward pass grows with the tokens for certain, what a layer needs
     # perhaps: half of the room by that alone lies near the answer.
-    rows = work.train.micro_batch_size
+    rows, least = work.train.micro_batch_size, work.devices
     growth = 1 + (usable - total) / (2 * max(made.device.activations, 1))
     batch = largest_that_fits(
-        with_batch, usable, most=4096, known={rows: total}, second=int(growth * rows)
+        with_batch,
+        usable,
+        start=least,
+        step=least,
+        most=4096,
+        known={rows: total},
+        second=int(growth * rows),
     )
-    alone = work.sequence % SEQUENCE_STEP == 0 and rows == 1
+    alone = work.sequence % SEQUENCE_STEP == 0 and rows == least
     sequence = largest_that_fits(
         with_sequence,
         usable,
@@ -228,7 +244,7 @@ def _largest(made: Plan, card: Card | None) -> tuple[int | None, int | None]:
         start=SEQUENCE_STEP,
         step=SEQUENCE_STEP,
         known={work.sequence: total} if alone else None,
-        second=int(growth * work.sequence * rows),
+        second=int(growth * work.sequence * rows / least),
     )
     return batch, sequence
 
@@ -247,7 +263,11 @@ def _stream_cost(made: Plan, card: Card | None) -> Streaming | None:
     if not made.work.stream_weights or card is None or not isinstance(model, Decoder):
         return None
     cost = stream_cost(model, sequence=made.work.sequence)
-    tokens = made.work.train.micro_batch_size * made.work.sequence
+    if made.work.cut_weights:
+        # A card brings in its part and gathers the rest from the others.
+        ways = made.work.devices
+        cost = dataclasses.replace(cost, host=cost.host // ways, transfer=cost.transfer // ways)
+    tokens = made.work.of_one_device.train.micro_batch_size * made.work.sequence
     return Streaming(cost, card, tokens)
 
 
@@ -267,7 +287,8 @@ def _one(item: Report) -> str:
     for field in dataclasses.fields(Components):
         lines.append(f"  {LABELS[field.name]:<20}{gib(getattr(made.device, field.name)):>8} GiB")
     total = made.device.total
-    lines.append(f"  {'device':<20}{gib(total):>8} GiB  ({total / 1e9:.2f} GB)")
+    device = "device" if made.work.devices == 1 else "each device"
+    lines.append(f"  {device:<20}{gib(total):>8} GiB  ({total / 1e9:.2f} GB)")
     lines.append(f"  {'pinned host':<20}{gib(made.host):>8} GiB")
     lines.append(f"  host traffic a step: {made.traffic}")
     if item.streaming is not None:
@@ -282,7 +303,8 @@ def _one(item: Report) -> str:
     if item.largest_batch is not None:
         lines.append(f"  largest batch at {made.work.sequence} tokens: {item.largest_batch}")
     if item.largest_sequence is not None:
-        lines.append(f"  longest sequence at batch 1: {item.largest_sequence:,} tokens")
+        least = made.work.devices
+        lines.append(f"  longest sequence at batch {least}: {item.largest_sequence:,} tokens")
     resident = ", weights on the card" if made.work.stream_weights else ""
     lines.append(
         f"  decoding {item.decode_batch} × {item.decode_length} tokens{resident}: "
@@ -299,7 +321,7 @@ def _one(item: Report) -> str:
             )
         if not item.advice[-1].plan.fits:
             lines.append("    Even so it does not fit: take a larger card, or a shorter sequence.")
-    elif made.fits is False:
+    elif made.fits is False and item.advice is not None:
         lines.append("  No switch helps: take a larger card, or a shorter sequence.")
     return "\n".join(lines)
 
@@ -320,8 +342,11 @@ def _title(item: Report) -> str:
     if work.target_length is not None:
         tokens += f" → {work.target_length}"
     tiled = f", MLP in tiles of {work.mlp_tile}" if work.mlp_tile else ""
+    where = made.card or "this device"
+    if work.devices > 1:
+        where = f"{work.devices} × {where}, weights {'cut' if work.cut_weights else 'whole'}"
     return (
-        f"{item.name} on {made.card or 'this device'}: {base}, r={work.lora.r} "
+        f"{item.name} on {where}: {base}, r={work.lora.r} "
         f"({jnp.dtype(work.lora.dtype).name}), {state}, batch {times}"
         f"{work.train.micro_batch_size} × {tokens}, remat {work.remat}"
         f"{', weights streamed' if work.stream_weights else ''}, attention {work.attention}{tiled}"

@@ -30,9 +30,11 @@ from qlora_jax.models import (
     EncoderDecoderConfig,
     is_stacked,
     module_names,
+    spread,
 )
 from qlora_jax.models.streaming import compiler_options, streams
 from qlora_jax.nn import FrozenParam, LoraConfig, add_lora
+from qlora_jax.plan.devices import AXIS, beside, by_rows
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from qlora_jax.train import TrainConfig, init_state, make_train_step
 
@@ -60,6 +62,8 @@ class Workload:
         matmul: of `pallas_kernels`; None takes what its dispatch would.
         packed: rows of several examples (`data.PackedBatches`), apart in attention.
         loss_chunk: tokens whose logits are held at once; None holds all.
+        devices: cards of one machine that share each micro-batch (`models.spread`).
+        cut_weights: whether each of them has its part of the weights, instead of all.
     """
 
     config: DecoderConfig | EncoderDecoderConfig
@@ -78,8 +82,16 @@ class Workload:
     matmul: str | None = None
     packed: bool = False
     loss_chunk: int | None = LOSS_CHUNK
+    devices: int = 1
+    cut_weights: bool = False
 
     def __post_init__(self) -> None:
+        rows = self.train.micro_batch_size
+        if self.devices < 1 or rows % self.devices:
+            raise ValueError(
+                f"devices is {self.devices} and micro_batch_size is {rows}, but every device takes "
+                "as many rows: give a micro-batch that is a multiple of the devices."
+            )
         for name in ("sequence", "target"):
             tokens = getattr(self, name)
             if tokens is not None and tokens < 1:
@@ -107,6 +119,13 @@ class Workload:
         return self.target or self.sequence
 
     @property
+    def of_one_device(self) -> "Workload":
+        """One device's rows, on a device that has all weights."""
+        rows = self.train.micro_batch_size // self.devices
+        alone = dataclasses.replace(self, devices=1, cut_weights=False)
+        return alone.at(rows)
+
+    @property
     def tokens(self) -> int:
         """Tokens of one optimizer update, source and target together."""
         return self.train.batch_size * (self.sequence + (self.target_length or 0))
@@ -127,6 +146,8 @@ class Program(NamedTuple):
     the compiler, which finds paged state by itself (its results lie on the host)."""
     options: tuple[tuple[str, Any], ...] = ()
     """Compiler options that the program runs with on a GPU."""
+    devices: int = 1
+    """How many cards it is for."""
 
 
 class Step(NamedTuple):
@@ -144,8 +165,9 @@ class Step(NamedTuple):
     """Bytes on the device that the forward pass keeps for the backward pass."""
 
 
-def model_shapes(work: Workload) -> Decoder | EncoderDecoder:
-    """The model as training builds it (`checkpoints.load_model`), its Variables holding shapes."""
+def model_shapes(work: Workload, mesh: jax.sharding.Mesh | None = None) -> Decoder | EncoderDecoder:
+    """The model as training builds it (`checkpoints.load_model`), its Variables holding shapes,
+    which lie on the devices of the mesh, if one is given."""
     options: dict[str, Any] = {
         "quant": work.quant,
         "compute_dtype": jnp.dtype(work.compute_dtype),
@@ -167,7 +189,10 @@ def model_shapes(work: Workload) -> Decoder | EncoderDecoder:
         model = family.build(config, **options, rngs=nnx.Rngs(0))
         return add_lora(model, lora, rngs=nnx.Rngs(0), names=names)
 
-    return nnx.eval_shape(build)
+    model = nnx.eval_shape(build)
+    if mesh is not None:
+        spread(model, mesh, over=AXIS if work.cut_weights else None)
+    return model
 
 
 def batch_shapes(work: Workload) -> Any:
@@ -184,20 +209,25 @@ def batch_shapes(work: Workload) -> Any:
     return PackedBatch(ids, ids, ids, ids) if work.packed else Batch(ids, ids, mask)
 
 
-def training_step(work: Workload, *, present: bool = False) -> Step:
+def training_step(
+    work: Workload, *, present: bool = False, mesh: jax.sharding.Mesh | None = None
+) -> Step:
     """The training step of the workload, traced for shapes.
 
     Args:
         work: what is trained.
         present: for this process's default device, whose memories JAX can name; else for a card
             that is only described (`pallas_kernels.compile_for`).
+        mesh: the devices, present or described, where there are several (`devices.mesh_of`).
     """
-    model = model_shapes(work)
+    model = model_shapes(work, mesh)
     graphdef, lora, frozen = split_adapters(model)
     loss = loss_for(model, loss_chunk=work.loss_chunk)
     tx = work.train.optimizer()
     state = jax.eval_shape(lambda lora: init_state(lora, tx, seed=0), lora)
     batch = batch_shapes(work)
+    if mesh is not None:
+        state, batch = beside(lora, state, mesh), by_rows(batch, mesh)
     kinds = _resting_kinds(work, state, frozen)
     placed = (*jax.tree.map(_placed, (state, frozen), kinds), batch)
     micro = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
@@ -212,12 +242,12 @@ def training_step(work: Workload, *, present: bool = False) -> Step:
         state=placed[0] if present else None,
         compiler_options=options if present and work.stream_weights else None,
     )
-    program = Program(step, placed if present else (state, frozen, batch))
+    program = Program(step, placed if present else (state, frozen, batch), devices=work.devices)
     if not present:
         program = program._replace(kinds=((*kinds, "device"), (kinds[0], "device")))
         if work.stream_weights:
             program = program._replace(options=tuple(options.items()))
-    saved = _saved_bytes(graphdef, loss, lora, frozen, micro)
+    saved = _saved_bytes(graphdef, loss, lora, frozen, micro) // work.devices
     return Step(program, placed, lora, frozen, state.opt_state, kinds, saved)
 
 
@@ -244,18 +274,22 @@ def _placed(leaf: Any, kind: str) -> Any:
     the types of a traced program only from one that names a mesh."""
     if kind == "device":
         return leaf
-    mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]), ("device",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(), memory_kind=kind)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    sharding = leaf.sharding
+    if sharding is None:
+        mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]), ("device",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.with_memory_kind(kind))
 
 
-def decoding_step(work: Workload, *, batch: int, length: int) -> Program:
+def decoding_step(
+    work: Workload, *, batch: int, length: int, mesh: jax.sharding.Mesh | None = None
+) -> Program:
     """One token more for `batch` texts, with a key-value cache of `length` slots a text.
 
     The cache is donated; adapters are applied beside the frozen weights, as after training. An
     encoder–decoder keeps `work.sequence` keys and values of the source beside them.
     """
-    graphdef, lora, frozen = split_adapters(model_shapes(work))
+    graphdef, lora, frozen = split_adapters(model_shapes(work, mesh))
 
     def first(lora: PyTree, frozen: PyTree, prompt: jax.Array) -> Any:
         return nnx.merge(graphdef, lora, frozen).prefill(prompt, cache_length=length)[1]
@@ -267,12 +301,13 @@ def decoding_step(work: Workload, *, batch: int, length: int) -> Program:
     prompt = jax.ShapeDtypeStruct((batch, read), jnp.int32)
     cache = jax.eval_shape(first, lora, frozen, prompt)
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return Program(jax.jit(step, donate_argnums=3), (lora, frozen, tokens, cache))
+    step = jax.jit(step, donate_argnums=3)
+    return Program(step, (lora, frozen, tokens, cache), devices=work.devices)
 
 
-def largest_load(work: Workload) -> Program:
+def largest_load(work: Workload, mesh: jax.sharding.Mesh | None = None) -> Program:
     """The write of the largest weight into its stack, as `checkpoints.load_model` does it."""
-    model = model_shapes(work)
+    model = model_shapes(work, mesh)
     sides = [model] if isinstance(model, Decoder) else [model.encoder, model.decoder]
     frozen = [nnx.to_pure_dict(nnx.state(side.layers, FrozenParam)) for side in sides]
     is_tensor = lambda leaf: isinstance(leaf, QuantizedTensor)  # noqa: E731
@@ -285,13 +320,14 @@ def largest_load(work: Workload) -> Program:
     def write(stack: Any, tensor: jax.Array, index: tuple[jax.Array, ...]) -> Any:
         return put(stack, tensor, index, work.quant)
 
-    return Program(jax.jit(write, donate_argnums=0), (stack, tensor, index))
+    write_one = jax.jit(write, donate_argnums=0)
+    return Program(write_one, (stack, tensor, index), devices=work.devices)
 
 
-def largest_dense(work: Workload) -> int:
+def largest_dense(work: Workload, mesh: jax.sharding.Mesh | None = None) -> int:
     """Bytes of the largest tensor outside of the stacks that is loaded as it is: a vocabulary
     matrix lies beside its place while it is put there. 0 where none is dense."""
-    state = nnx.to_pure_dict(nnx.state(model_shapes(work), FrozenParam))
+    state = nnx.to_pure_dict(nnx.state(model_shapes(work, mesh), FrozenParam))
     flat = jax.tree_util.tree_flatten_with_path(
         state, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)
     )[0]
@@ -333,5 +369,11 @@ def host_bytes(tree: PyTree, kinds: PyTree) -> int:
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """Bytes of all leaves, arrays or shapes."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of all leaves, arrays or shapes, on one of the devices that they lie on."""
+
+    def size(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
