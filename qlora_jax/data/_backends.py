@@ -190,19 +190,29 @@ class SentencePieceBackend:
         return [self._encode_special(text, continues) for text in texts]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        """The text of ids."""
-        if skip_special:
-            return self._start.decode(list(ids))
-        # The library drops control pieces: write them out and decode what lies between.
+        """The text of ids; one that nothing stands for (a model may have rows to spare) is left
+        out, as `tokenizers` does."""
+        # The library drops control pieces and knows no ids behind its last piece: write out what
+        # is special, and decode what lies between.
         text = ""
         run: list[int] = []
         for token in ids:
-            if self._start.is_control(token):
-                text += self._start.decode(run) + self._start.id_to_piece(token)
-                run = []
-            else:
+            marker = self._marker(token)
+            if marker is None:
                 run.append(token)
+            elif not skip_special:
+                text += self._start.decode(run) + marker
+                run = []
         return text + self._start.decode(run)
+
+    def _marker(self, token: int) -> str | None:
+        """How a special token is written, "" for an id that means nothing; None for a piece."""
+        beyond = token - self._start.vocab_size()
+        if beyond < 0:
+            return self._start.id_to_piece(token) if self._start.is_control(token) else None
+        # The first sentinel has the largest id.
+        number = self._sentinels - 1 - beyond
+        return f"<extra_id_{number}>" if number >= 0 else ""
 
     @cached_property
     def _control_pieces(self) -> dict[str, int]:

@@ -268,6 +268,19 @@ def test_a_t5s_sentinels_keep_their_ids(name, content, tmp_path):
         load_tokenizer(tmp_path).with_tokens(["<|x|>"])
 
 
+def test_ids_behind_the_last_piece_decode(tmp_path):
+    """A T5 writes sentinels, and any model may write an id that only pads its vocabulary."""
+    file = shared_path("data/tokenizers/t5/spiece.model")
+    shutil.copy(file, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    t5, bare = load_tokenizer(tmp_path), load_tokenizer(file)
+    ids = [32099, 363, 19, 32098, 32110, 1]
+    # As transformers' own: T5Tokenizer(extra_ids=100).
+    assert t5.decode(ids) == "What is"
+    assert t5.decode(ids, skip_special=False) == "<extra_id_0>What is<extra_id_1></s>"
+    assert bare.decode(ids, skip_special=False) == "What is</s>"
+
+
 def test_special_tokens_come_from_where_the_folder_says(tmp_path):
     shutil.copy(shared_path("data/tokenizers/llama2/tokenizer.json"), tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match="has no eos token"):
