@@ -161,10 +161,17 @@ class Harness:
         return _Scored(before or [self._prefix], after)
 
     def _shortened(self, context: str, room: int) -> str:
-        ids = self.tokenizer.encode(context, special=self.chat_template is not None)
-        if len(ids) <= room:
-            return context
-        return self.tokenizer.decode(ids[-room:], skip_special=self.chat_template is None)
+        """The end of a context, as much of it as `room` tokens hold."""
+        special = self.chat_template is not None
+        whole = ids = self.tokenizer.encode(context, special=special)
+        count = len(whole)
+        # More than once: what is left begins with bos again, and may take other tokens than before.
+        while len(ids) > room and count:
+            count = max(count - (len(ids) - room), 0)
+            left = whole[len(whole) - count :]
+            context = self.tokenizer.decode(left, skip_special=not special)
+            ids = self.tokenizer.encode(context, special=special)
+        return context
 
     def _score(self, items: Sequence[_Scored]) -> list[tuple[float, bool]]:
         """By length, so that few programs serve all; results in the order of the items."""

@@ -111,7 +111,9 @@ def test_answers_are_those_of_generate(model, stories):
     prompts = ["Once", "Tom and Sam", "a " * 80]
     found = subject.generate_until([(prompt, options) for prompt in prompts])
     config = GenerationConfig(max_new_tokens=6, stop=("\n",))
-    cut = stories.decode(stories.encode(prompts[2])[-42:])
+    # Of 42 tokens, the first is the bos token.
+    cut = stories.decode(stories.encode(prompts[2])[-41:])
+    assert len(stories.encode(cut)) == 42
     expected = generate_text(model, stories, [*prompts[:2], cut], config, batch_size=2)
     assert found == [answer.text for answer in expected]
     sampled = harness._generation({"do_sample": True, "temperature": 0.7, "until": ["a", "b"]})
@@ -120,6 +122,18 @@ def test_answers_are_those_of_generate(model, stories):
     assert harness._generation({"temperature": 0.7}).temperature == 0.0
     with pytest.raises(ValueError, match="leaves no room for a context in max_len=48"):
         subject.generate_until([("Once", {"max_gen_toks": 48})])
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_a_long_context_fits_the_models_own_positions(model, stories, start):
+    """Cut anywhere, even inside of a word: what is left may take other tokens than before."""
+    context = ("Zyxwv qponm " * 30)[start:]
+    subject = Harness(model, stories, max_len=model.config.max_position_embeddings, batch_size=1)
+    options = {"max_gen_toks": 6, "until": "\n"}
+    assert len(subject.generate_until([(context, options)])) == 1
+    kept = subject._shortened(context, 58)
+    assert context.strip().endswith(kept.strip())
+    assert 50 < len(stories.encode(kept)) <= 58
 
 
 class Base(abc.ABC):
