@@ -95,6 +95,9 @@ class WeightFolder:
             raise FileNotFoundError(
                 f"{self.folder} is no folder: give the folder of a Hugging Face checkpoint."
             )
+        # Where there are both, transformers reads the one file.
+        if (self.folder / single).is_file():
+            return {"": self.folder / single}
         if (self.folder / INDEX).is_file():
             weight_map = read_json(self.folder / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -103,8 +106,6 @@ class WeightFolder:
                     "tensor's shard."
                 )
             return {name: self._inside(shard) for name, shard in weight_map.items()}
-        if (self.folder / single).is_file():
-            return {"": self.folder / single}
         pickles = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
         if pickles:
             raise ValueError(
@@ -136,7 +137,8 @@ class WeightFolder:
         expected = {name for name, path in self._shard_of.items() if path == shard and name}
         try:
             with safe_open(shard, framework="np") as file:
-                for name in file.keys() if not expected else expected & set(file.keys()):
+                names = file.offset_keys()
+                for name in names if not expected else filter(expected.__contains__, names):
                     view = file.get_slice(name)
                     self.shapes[name] = tuple(view.get_shape())
                     self.dtypes[name] = view.get_dtype()
