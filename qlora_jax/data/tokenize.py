@@ -171,15 +171,25 @@ def _encode(
     # The markers of a conversation come again and again: encode each distinct text once.
     ways: dict[tuple[bool, bool], dict[str, list[int]]] = {}
     for segments in segmented:
-        for index, segment in enumerate(segments):
-            ways.setdefault((index > 0, segment.special), {})[segment.text] = []
+        for segment, continues in _continuing(segments):
+            ways.setdefault((continues, segment.special), {})[segment.text] = []
     for (continues, special), texts in ways.items():
         encoded = tokenizer.encode_batch(list(texts), continues=continues, special=special)
         ways[continues, special] = dict(zip(texts, encoded, strict=True))
     for segments in segmented:
         yield [
-            ways[index > 0, segment.special][segment.text] for index, segment in enumerate(segments)
+            ways[continues, segment.special][segment.text]
+            for segment, continues in _continuing(segments)
         ]
+
+
+def _continuing(segments: Sequence[Segment]) -> Iterator[tuple[Segment, bool]]:
+    """Each segment, and whether it follows other text: behind an empty prompt the answer does
+    not."""
+    begun = False
+    for segment in segments:
+        yield segment, begun
+        begun = begun or segment.text != ""
 
 
 def _chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
