@@ -70,13 +70,7 @@ def tokenize_rows(
         ValueError: no rows, columns the format cannot read, an example longer than `max_len`,
             no example with a trained token, no eos token to append.
     """
-    for name, limit in (
-        ("source_max_len", source_max_len),
-        ("target_max_len", target_max_len),
-        ("max_len", max_len),
-    ):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{name} must be at least 1 token (None: no limit), but is {limit}.")
+    check_limits(source_max_len=source_max_len, target_max_len=target_max_len, max_len=max_len)
     if append_eos and tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer {tokenizer.name!r} names no end-of-sequence token to append: give "
@@ -129,6 +123,13 @@ def tokenize_rows(
         )
     report = TokenizeReport(count, cut_sources, cut_targets, count - kept)
     return Examples.join(parts, report)
+
+
+def check_limits(**limits: int | None) -> None:
+    """Refuses a limit of no tokens, by its name; None is no limit."""
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} must be at least 1 token (None: no limit), but is {limit}.")
 
 
 def _segments(
