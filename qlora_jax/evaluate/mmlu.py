@@ -255,17 +255,20 @@ class _Record:
             return
         head = json.dumps({"examination": dict(identity)})
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
-        if lines and lines[0] != head:
+        # A process that was killed while writing leaves its last line unfinished, or the first.
+        unfinished = len(lines) == 1 and head.startswith(lines[0])
+        if lines and lines[0] != head and not unfinished:
             raise ValueError(
                 f"{self.path} holds the answers of another examination (other prompts or another "
                 "model): give another file, or delete it."
             )
-        # A process that was killed while writing leaves its last line unfinished.
         kept = lines[1:-1]
         for line in kept:
             answer = json.loads(line)
             self.chosen[answer["question"]] = answer["chosen"]
-        self.path.write_text("".join(f"{line}\n" for line in [head, *kept]), encoding="utf-8")
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in [head, *kept]), encoding="utf-8")
+        partial.replace(self.path)
 
     def add(self, batch: Sequence[_Prompt], scores: Float[np.ndarray, "rows choices"]) -> None:
         """Notes which letter scored highest; the first of equals."""

@@ -133,6 +133,15 @@ def test_an_examination_goes_on_where_it_was_broken_off(stories, tmp_path, monke
     assert len(file.read_text().splitlines()) == 1 + 9
     with pytest.raises(ValueError, match="the answers of another examination"):
         examine(model, stories, asked, {}, identity={"adapter": "b"}, **options)
+    # Killed before its first line was whole: nothing is lost.
+    whole = file.read_text()
+    for begun in (0, 9):
+        file.write_text(whole[:begun])
+        assert examine(model, stories, asked, {}, **options) == result
+        assert file.read_text() == whole
+    file.write_text("notes of mine")
+    with pytest.raises(ValueError, match="the answers of another examination"):
+        examine(model, stories, asked, {}, **options)
 
 
 def test_shots_are_left_out_until_a_prompt_fits(llama):
