@@ -15,9 +15,10 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-# A serialized protobuf is extended by appending: this says normalizer_spec (field 3 of the model)
-# {add_dummy_prefix (field 3): false}, and a later value wins over an earlier one.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+from qlora_jax.data.protobuf import delimited, float32, integer
+
+# normalizer_spec (field 3 of the model) {add_dummy_prefix (field 3): false}, to be appended.
+_NO_DUMMY_PREFIX = delimited(3, integer(3, 0))
 
 
 class JsonBackend:
@@ -239,17 +240,9 @@ class SentencePieceBackend:
 
 
 def _control(piece: str) -> bytes:
-    """One more entry of the model's list of pieces (field 1): piece (1), score 0 (2), type (3)
+    """One more entry of the model's list of pieces (field 1): piece (1), score (2), type (3)
     CONTROL (3)."""
-    text = piece.encode()
-    entry = b"\x0a" + _varint(len(text)) + text + b"\x15\x00\x00\x00\x00\x18\x03"
-    return b"\x0a" + _varint(len(entry)) + entry
-
-
-def _varint(number: int) -> bytes:
-    """Protobuf's integers: seven bits to a byte, the lowest first; the last has no high bit."""
-    low, rest = number & 0x7F, number >> 7
-    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
+    return delimited(1, delimited(1, piece.encode()) + float32(2, 0.0) + integer(3, 3))
 
 
 def _processor(proto: bytes, file: Path) -> sentencepiece.SentencePieceProcessor:
