@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from qlora_jax.data import IGNORE
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.pieces import cut
 
 LOSS_CHUNK = 512
 """Tokens whose logits are held at once: 63 MiB of float32 at a vocabulary of 32,000, 251 MiB at
@@ -113,8 +114,7 @@ def chunked_cross_entropy(
             arrays, frozen or trained: gradients reach those that are differentiated.
         hidden: what the head reads.
         targets: int32, as `next_tokens` gives them; -100 where nothing is judged.
-        chunk: how many tokens' logits are held at once, rounded up to whole columns of the batch:
-            sequences are cut and not batches, so that a batch spread over devices stays so.
+        chunk: how many tokens' logits are held at once (`pieces.cut`).
 
     Returns:
         Nats, float32.
@@ -126,18 +126,7 @@ def chunked_cross_entropy(
         raise ValueError(
             f"chunk is {chunk}, but at least 1 token is needed: {LOSS_CHUNK} is usual."
         )
-    batch, length, _ = hidden.shape
-    pieces = -(-length // -(-chunk // batch))
-    # Pieces of equal length, as few tokens of padding as can be.
-    width = -(-length // pieces)
-
-    def cut(x: Array, filler: int) -> Array:
-        spare = [(0, 0)] * x.ndim
-        spare[1] = (0, pieces * width - length)
-        padded = jnp.pad(x, spare, constant_values=filler)
-        return jnp.moveaxis(padded.reshape(batch, pieces, width, *x.shape[2:]), 1, 0)
-
-    parts, wanted = cut(hidden, 0), cut(targets, IGNORE)
+    parts, wanted = cut(hidden, chunk), cut(targets, chunk, IGNORE)
     closed, closure = jax.closure_convert(head, parts[0])
     return _summed(closed, parts, wanted, *closure)
 

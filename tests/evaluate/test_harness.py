@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.data import ChatTemplate, load_tokenizer
-from qlora_jax.evaluate import Harness, harness
+from qlora_jax.data import IGNORE, ChatTemplate, load_tokenizer
+from qlora_jax.evaluate import Harness, harness, split_adapters
 from qlora_jax.generate import GenerationConfig, generate_text
 from qlora_jax.models import DecoderConfig
 from tests.random_decoder import random_decoder
@@ -84,6 +84,21 @@ def test_log_probabilities_in_float64(model, stories, logits):
         assert is_greedy
     assert subject._score([harness._Scored(stories.encode("Once upon"), [best])])[0][1]
     assert not subject._score([harness._Scored(stories.encode("Once upon"), [best ^ 1])])[0][1]
+
+
+def test_scores_are_the_same_in_any_pieces(model):
+    graphdef, lora, frozen = split_adapters(model)
+    rng = np.random.default_rng(0)
+    ids, targets = rng.integers(0, 512, (2, 3, 13)).astype(np.int32)
+    targets[1, :9] = targets[2] = IGNORE
+    whole, pieces = (
+        harness.make_score_step(graphdef, chunk=chunk)(lora, frozen, ids, targets)
+        for chunk in (39, 7)
+    )
+    np.testing.assert_allclose(whole[0], pieces[0], rtol=1e-6)
+    np.testing.assert_array_equal(whole[1], pieces[1])
+    assert pieces[1].tolist() == [False, False, True]
+    assert pieces[0][2] == 0
 
 
 @pytest.mark.parametrize("words", [3, 30])
