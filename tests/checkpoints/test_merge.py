@@ -180,5 +180,5 @@ def test_trained_token_rows_are_merged_and_new_ones_grow_the_vocabulary(tmp_path
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         np.testing.assert_array_equal(short.read(name), open_checkpoint(out).read(name))
     change_config(adapter, file="adapter_config.json", trainable_token_indices={"lm_head": [3]})
-    with pytest.raises(ValueError, match="holds 3 rows of trained tokens of .* names [01]: fetch"):
+    with pytest.raises(ValueError, match=r"holds 3 rows of trained tokens of .* names [01]: fetch"):
         merge(open_checkpoint(base), adapter, mode)
