@@ -7,7 +7,7 @@ needed, because neither library takes these choices per call.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from qlora_jax.data.protobuf import delimited, float32, integer
 
 # normalizer_spec (field 3 of the model) {add_dummy_prefix (field 3): false}, to be appended.
 _NO_DUMMY_PREFIX = delimited(3, integer(3, 0))
+# Types of pieces.
+_CONTROL, _USER_DEFINED = 3, 4
 
 
 class JsonBackend:
@@ -169,7 +171,30 @@ class SentencePieceBackend:
                 "transformers is installed, with `AutoTokenizer.from_pretrained(folder)"
                 ".save_pretrained(folder)`."
             )
-        return SentencePieceBackend(self._file, self._proto + b"".join(map(_control, tokens)))
+        return self._extended(_piece(token, _CONTROL) for token in tokens)
+
+    def with_added(self, added: Mapping[int, tuple[str, bool]]) -> "SentencePieceBackend":
+        """The same with what its folder says was added later: id -> (token, whether it is special);
+        one that is not is read in every text. A T5's sentinels stay as they are.
+
+        Raises:
+            ValueError: the ids do not follow the last piece one by one.
+        """
+        behind = sorted(id_ for id_ in added if id_ >= self.vocab_size)
+        if self._sentinels or not behind:
+            return self
+        if behind != list(range(self.vocab_size, self.vocab_size + len(behind))):
+            raise ValueError(
+                f"{self._file} has {self.vocab_size} pieces, but the tokens added to it have the "
+                f"ids {', '.join(map(str, behind))}, not the next ones in turn: make a "
+                "tokenizer.json beside it, once where transformers is installed, with "
+                "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`."
+            )
+        kinds = {True: _CONTROL, False: _USER_DEFINED}
+        return self._extended(_piece(added[id_][0], kinds[added[id_][1]]) for id_ in behind)
+
+    def _extended(self, pieces: Iterable[bytes]) -> "SentencePieceBackend":
+        return SentencePieceBackend(self._file, self._proto + b"".join(pieces))
 
     def files(self) -> dict[str, bytes]:
         """What to write so that it can be read again."""
@@ -239,10 +264,9 @@ class SentencePieceBackend:
         return self._continuation
 
 
-def _control(piece: str) -> bytes:
-    """One more entry of the model's list of pieces (field 1): piece (1), score (2), type (3)
-    CONTROL (3)."""
-    return delimited(1, delimited(1, piece.encode()) + float32(2, 0.0) + integer(3, 3))
+def _piece(text: str, kind: int) -> bytes:
+    """One more entry of the model's list of pieces (field 1): piece (1), score (2), type (3)."""
+    return delimited(1, delimited(1, text.encode()) + float32(2, 0.0) + integer(3, kind))
 
 
 def _processor(proto: bytes, file: Path) -> sentencepiece.SentencePieceProcessor:

@@ -5,6 +5,7 @@
 special tokens and whether the family begins its texts with bos. Which tokens are special is read
 from where Hugging Face puts it, the first that answers winning: the arguments,
 `tokenizer_config.json`, `special_tokens_map.json`, `config.json`, the SentencePiece model itself.
+Tokens that were added to a SentencePiece model stand beside it, in `added_tokens.json`.
 
 Two choices that differ from the Hugging Face default:
 
@@ -26,6 +27,7 @@ from qlora_jax.data._backends import JsonBackend, SentencePieceBackend
 
 _JSON = "tokenizer.json"
 _MODELS = ("tokenizer.model", "spiece.model")
+ADDED = "added_tokens.json"
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -156,6 +158,8 @@ def load_tokenizer(
         backend: JsonBackend | SentencePieceBackend = JsonBackend(file)
     else:
         backend = SentencePieceBackend(file, sentinels=_sentinels(config, model_config))
+        listed = read_json(folder / ADDED)
+        backend = backend.with_added(added_tokens(listed, config, token_map))
     given = {"bos": bos_token, "eos": eos_token, "pad": pad_token}
 
     def special_id(kind: str) -> int | None:
@@ -193,6 +197,26 @@ def load_tokenizer(
             name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()
         },
     )
+
+
+def added_tokens(
+    listed: Mapping[str, int], config: Mapping[str, Any], token_map: Mapping[str, Any]
+) -> dict[int, tuple[str, bool]]:
+    """What was added to a SentencePiece model: id -> (token, whether it is special).
+
+    transformers leaves the model's own file alone and keeps them beside it: in `added_tokens.json`
+    (`listed`), and since 4.34 in tokenizer_config.json, too.
+    """
+    named: set[str] = set()
+    for given in (config, token_map):
+        roles = [value for key, value in given.items() if key.endswith("_token")]
+        for token in (*roles, *(given.get("additional_special_tokens") or ())):
+            named.add(token["content"] if isinstance(token, dict) else str(token))
+    added = {id_: (token, token in named) for token, id_ in listed.items()}
+    decoder = config.get("added_tokens_decoder") or {}
+    return added | {
+        int(id_): (entry["content"], bool(entry.get("special"))) for id_, entry in decoder.items()
+    }
 
 
 def _sentinels(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> int:

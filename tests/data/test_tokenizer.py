@@ -253,6 +253,37 @@ def test_sentencepiece_itself_reads_added_tokens(tmp_path):
     assert processor.is_control(32000)
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_tokens_that_stand_beside_a_sentencepiece_model(newer, tmp_path):
+    """As folders of finetuned Llamas have them, since before there was a tokenizer.json."""
+    shutil.copy(shared_path("data/tokenizers/llama2/tokenizer.model"), tmp_path)
+    config = {"pad_token": "[PAD]", "eos_token": "</s>"}
+    listed = {"<|im|>": 32001, "[PAD]": 32000, "<s>": 1}
+    if newer:
+        config["added_tokens_decoder"] = {
+            str(id_): {"content": token, "special": token != "<|im|>"}
+            for token, id_ in listed.items()
+        }
+    else:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(listed))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.pad_token_id) == (32002, 32000)
+    # As transformers' LlamaTokenizer; only special tokens stay text where a text is only text.
+    ids = [1, 263, 29871, 32001, 289]
+    assert tokenizer.encode("a <|im|> b") == ids
+    assert tokenizer.decode(ids) == "a <|im|> b"
+    assert tokenizer.encode("[PAD]", special=True) == [1, 32000]
+    assert 32000 not in tokenizer.encode("[PAD]")
+    assert tokenizer.with_tokens(["<|z|>"]).token_id("<|z|>") == 32002
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode("a <|im|> b") == ids
+    if not newer:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(listed | {"<|x|>": 32005}))
+        with pytest.raises(ValueError, match="have the ids 32000, 32001, 32005, not the next ones"):
+            load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

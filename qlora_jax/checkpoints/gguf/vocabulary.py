@@ -15,6 +15,7 @@ import sentencepiece
 
 from qlora_jax.checkpoints.tokenizer import tokenizer_from_files
 from qlora_jax.data.protobuf import delimited, float32, integer
+from qlora_jax.data.tokenizer import ADDED, added_tokens
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _GPT2_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -90,10 +91,16 @@ def from_files(files: Mapping[str, bytes], vocab_size: int) -> Vocabulary:
         ValueError: no tokenizer, or one that llama.cpp does not have.
     """
     spec = json.loads(files["tokenizer.json"]) if "tokenizer.json" in files else None
-    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    config, token_map, listed = (
+        json.loads(files.get(name, b"{}"))
+        for name in ("tokenizer_config.json", "special_tokens_map.json", ADDED)
+    )
     piece_model = files.get("tokenizer.model")
     if piece_model is not None:
-        parts = _from_sentencepiece(piece_model, spec)
+        added = added_tokens(listed, config, token_map)
+        for entry in (spec or {}).get("added_tokens") or []:
+            added[entry["id"]] = (entry["content"], entry["special"])
+        parts = _from_sentencepiece(piece_model, added)
     elif spec is not None:
         parts = _from_json(spec)
     else:
@@ -198,7 +205,7 @@ def _essence(part: Mapping[str, Any] | None) -> list[Any]:
     return [(part["type"], part.get("individual_digits"))]
 
 
-def _from_sentencepiece(proto: bytes, spec: Mapping[str, Any] | None) -> dict[str, Any]:
+def _from_sentencepiece(proto: bytes, added: Mapping[int, tuple[str, bool]]) -> dict[str, Any]:
     pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
     size = pieces.vocab_size()
     tokens = [pieces.id_to_piece(token) for token in range(size)]
@@ -210,11 +217,11 @@ def _from_sentencepiece(proto: bytes, spec: Mapping[str, Any] | None) -> dict[st
     ]
     types = [next((kind for test, kind in kinds if test(token)), _NORMAL) for token in range(size)]
     scores = [pieces.get_score(token) for token in range(size)]
-    for added in sorted((spec or {}).get("added_tokens") or [], key=lambda added: added["id"]):
-        if added["id"] >= size:
-            tokens.append(added["content"])
-            types.append(_CONTROL if added["special"] else _USER_DEFINED)
-            scores.append(-1000.0)
+    for token in sorted(id_ for id_ in added if id_ >= size):
+        text, special = added[token]
+        tokens.append(text)
+        types.append(_CONTROL if special else _USER_DEFINED)
+        scores.append(-1000.0)
     return {
         "model": "llama",
         "pre": "default",
