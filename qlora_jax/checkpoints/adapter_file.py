@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 from qlora_jax.checkpoints.adapter_config import CONFIG, config_from_json
 from qlora_jax.checkpoints.checkpoint import DTYPES, dtype_name
-from qlora_jax.checkpoints.folder import read_json
+from qlora_jax.data.json_file import read_json
 from qlora_jax.nn import LoraConfig
 
 WEIGHTS = "adapter_model.safetensors"

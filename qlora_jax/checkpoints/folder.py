@@ -5,7 +5,6 @@ A folder holds `config.json` and either one `model.safetensors` or shards of it 
 headers only, and every check that needs no numbers happens here, before anything is computed.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -14,29 +13,11 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from qlora_jax.data.json_file import read_json
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: give a Hugging Face model folder, whole, with its {path.name}."
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} holds no readable JSON ({error}): fetch it again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, but an object is needed.")
-    return value
 
 
 def check_safetensors(path: Path) -> None:

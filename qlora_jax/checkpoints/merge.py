@@ -30,8 +30,8 @@ from qlora_jax.checkpoints.checkpoint import (
     dtype_name,
     quantized,
 )
-from qlora_jax.checkpoints.folder import read_json
 from qlora_jax.checkpoints.matching import linear_weights
+from qlora_jax.data.json_file import read_json
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 
 MODES = ("original", "dequantized", "requantized")

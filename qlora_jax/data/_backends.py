@@ -15,6 +15,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from qlora_jax.data.json_file import read_json
 from qlora_jax.data.protobuf import delimited, float32, integer
 
 # normalizer_spec (field 3 of the model) {add_dummy_prefix (field 3): false}, to be appended.
@@ -104,11 +105,8 @@ class JsonBackend:
 
 
 def _load_spec(file: Path) -> dict[str, Any]:
-    try:
-        spec = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): fetch it again.") from error
-    if not isinstance(spec, dict) or "model" not in spec:
+    spec = read_json(file)
+    if "model" not in spec:
         raise ValueError(f"{file} is not a tokenizer of `tokenizers`: it has no 'model' in it.")
     return spec
 

@@ -16,7 +16,6 @@ Two choices that differ from the Hugging Face default:
   `continues=True` leaves it out, and pieces encoded one by one decode to the text they came from.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from qlora_jax.data._backends import JsonBackend, SentencePieceBackend
+from qlora_jax.data.json_file import read_json_if_any
 
 _JSON = "tokenizer.json"
 _MODELS = ("tokenizer.model", "spiece.model")
@@ -151,14 +151,14 @@ def load_tokenizer(
     path = Path(path)
     file = _find(path)
     folder = file.parent
-    config = read_json(folder / "tokenizer_config.json")
-    token_map = read_json(folder / "special_tokens_map.json")
-    model_config = read_json(folder / "config.json")
+    config = read_json_if_any(folder / "tokenizer_config.json")
+    token_map = read_json_if_any(folder / "special_tokens_map.json")
+    model_config = read_json_if_any(folder / "config.json")
     if file.suffix == ".json":
         backend: JsonBackend | SentencePieceBackend = JsonBackend(file)
     else:
         backend = SentencePieceBackend(file, sentinels=_sentinels(config, model_config))
-        listed = read_json(folder / ADDED)
+        listed = read_json_if_any(folder / ADDED)
         backend = backend.with_added(added_tokens(listed, config, token_map))
     given = {"bos": bos_token, "eos": eos_token, "pad": pad_token}
 
@@ -249,16 +249,3 @@ def _find(path: Path) -> Path:
     if path.suffix not in (".json", ".model"):
         raise ValueError(f"{path} is not a tokenizer file: expected *.json or *.model.")
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} where there is no file; ValueError where it holds another."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object, but holds a {type(content).__name__}.")
-    return content

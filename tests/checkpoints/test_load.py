@@ -169,7 +169,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
             lambda f: change_tensors(f, lambda t: t.update({NAME: t[NAME].astype(np.int8)})),
             "is stored as I8, but",
         ),
-        (lambda f: (f / "config.json").write_text("{"), "no readable JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
         (lambda f: change_config(f, quantization_config={"quant_method": "gptq"}), "'gptq', but"),
     ],
 )

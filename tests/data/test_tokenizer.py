@@ -349,3 +349,6 @@ def test_bad_folders_and_files_are_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "none"}}')
     with pytest.raises(ValueError, match="is not a tokenizer of `tokenizers`"):
         load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        load_tokenizer(tmp_path)
