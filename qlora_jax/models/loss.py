@@ -87,8 +87,8 @@ def _cross_entropy_backward(
     gradient = jnp.where(targets != IGNORE, gradient, 0.0)[..., None]
     probability = jnp.exp(logits.astype(jnp.float32) - normaliser[..., None])
     # An ignored target, -100, equals no index.
-    words = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    hit = words == targets[..., None]
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    hit = ids == targets[..., None]
     to_logits = (jnp.where(hit, probability - 1.0, probability) * gradient).astype(logits.dtype)
     return to_logits, np.zeros(targets.shape, jax.dtypes.float0)
 
