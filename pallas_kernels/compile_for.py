@@ -53,38 +53,52 @@ def gpu_compiler_available() -> bool:
 
 
 @functools.cache
-def card_mesh(card: Card) -> jax.sharding.Mesh:
-    """A mesh of one described device, to lay arguments out on. RuntimeError without the plugin."""
+def card_mesh(card: Card, count: int = 1) -> jax.sharding.Mesh:
+    """A mesh ("data") of so many described cards of one machine, to lay arguments out on.
+
+    Raises:
+      RuntimeError: without the plugin.
+    """
     if not gpu_compiler_available():
         raise RuntimeError(PLUGIN_HINT)
+    form = f"1x1x{count}"
     topology = topologies.get_topology_desc(
-        "1x1x1", platform="cuda", target_config=card.target_config(), topology="1x1x1"
+        form, platform="cuda", target_config=card.target_config(), topology=form
     )
-    return topologies.make_mesh(topology, (1,), ("x",))
+    return topologies.make_mesh(topology, (count,), ("data",))
 
 
-def on_card(card: Card, tree: Any) -> Any:
-    """The tree's arrays (or shapes) as shapes on the card, replicated over its one device."""
-    sharding = jax.sharding.NamedSharding(card_mesh(card), jax.sharding.PartitionSpec())
+def on_card(card: Card, tree: Any, *, count: int = 1) -> Any:
+    """The tree's arrays (or shapes) as shapes on so many cards.
+
+    A leaf cut over a mesh of as many devices, whose axis is called "data", is cut over the cards;
+    of any other, each card has all.
+    """
+    mesh = card_mesh(card, count)
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jax.dtypes.result_type(leaf)
+        at, spec = getattr(leaf, "sharding", None), jax.sharding.PartitionSpec()
+        if isinstance(at, jax.sharding.NamedSharding) and count > 1 and at.mesh.size == count:
+            spec = at.spec
+        sharding = jax.sharding.NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(np.shape(leaf), dtype, sharding=sharding)
 
     return jax.tree.map(place, tree)
 
 
-def lower_for(card: Card, fn: Callable[..., Any], *args: Any) -> jax.stages.Lowered:
-    """Trace and lower `fn` (jitted already or not) for the card; arguments may be shapes."""
+def lower_for(card: Card, fn: Callable[..., Any], *args: Any, count: int = 1) -> jax.stages.Lowered:
+    """Trace and lower `fn` (jitted already or not) for so many cards; arguments may be shapes."""
     jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-    with jax.sharding.use_abstract_mesh(card_mesh(card).abstract_mesh):
-        return jitted.lower(*on_card(card, args))
+    with jax.sharding.use_abstract_mesh(card_mesh(card, count).abstract_mesh):
+        return jitted.lower(*on_card(card, args, count=count))
 
 
 def compile_for(
     card: Card,
     fn: Callable[..., Any],
     *args: Any,
+    count: int = 1,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> jax.stages.Compiled:
     """Compile `fn` for the card. Raises RuntimeError where the plugin wheels are missing.
@@ -92,13 +106,15 @@ def compile_for(
     Args:
       card: the target; nothing of it needs to be in this machine.
       fn: a function, or the result of `jax.jit` (static and donated arguments are honoured).
-      *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are read.
+      *args: pytrees of arrays or `jax.ShapeDtypeStruct`; shapes and dtypes are read, and for
+        several cards how they are cut (see `on_card`).
+      count: how many cards of one machine the program is for.
       compiler_options: XLA options for this compile alone.
 
     Returns:
       `jax.stages.Compiled`: `.memory_analysis()` in bytes, `.as_text()`, `.cost_analysis()`.
     """
-    return compile_lowered(lower_for(card, fn, *args), compiler_options)
+    return compile_lowered(lower_for(card, fn, *args, count=count), compiler_options)
 
 
 _OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import check_float, check_packed
+from pallas_kernels._mesh import Call, Parts, over_devices
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_dequantize.reference import nf4_dequantize_xla
 from pallas_kernels.nf4_dequantize.triton import nf4_dequantize_triton
@@ -72,13 +73,25 @@ def nf4_dequantize(
     )
     cut = dispatch.config_for("nf4_dequantize", choice, config)
     weight = (codes, absmax, nested_absmax, offset)
+    if choice.implementation == "xla":
+        return nf4_dequantize_xla(*weight, layout=layout, dtype=dtype)
     if choice.implementation == "triton":
-        return nf4_dequantize_triton(
-            *weight, layout=layout, dtype=dtype, config=cut, interpret=interpret
+        kernel = Call(
+            nf4_dequantize_triton, layout=layout, dtype=dtype, config=cut, interpret=interpret
         )
-    if choice.implementation == "jax_triton":
+    else:
         # Imported where it runs: it needs the extra [triton].
         from pallas_kernels.nf4_dequantize.jax_triton import nf4_dequantize_jax_triton
 
-        return nf4_dequantize_jax_triton(*weight, layout=layout, dtype=dtype, config=cut)
-    return nf4_dequantize_xla(*weight, layout=layout, dtype=dtype)
+        kernel = Call(nf4_dequantize_jax_triton, layout=layout, dtype=dtype, config=cut)
+    again = Call(
+        nf4_dequantize,
+        dtype=dtype,
+        quant_type=quant_type,
+        blocksize=blocksize,
+        implementation=implementation,
+        config=config,
+        interpret=interpret,
+    )
+    parts = Parts(None, *weight)
+    return over_devices(parts, op="dequantize", layout=layout, whole=kernel, part=again)

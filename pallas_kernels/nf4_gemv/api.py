@@ -4,6 +4,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import LowRank, check_lora, check_matmul, check_packed, rows_of
+from pallas_kernels._mesh import Call, Parts, over_devices
 from pallas_kernels.nf4_gemv.reference import nf4_gemv_xla
 from pallas_kernels.nf4_gemv.triton import nf4_gemv_triton
 from pallas_kernels.nf4_matmul.reference import add_low_rank
@@ -63,14 +64,25 @@ def nf4_gemv(
     )
     fuse = choice.fuse_lora if fuse_lora is None else fuse_lora
     cut = dispatch.config_for("nf4_gemv", choice, config)
-    arguments = (x, codes, absmax, nested_absmax, offset, bias, lora if fuse else None)
-    if choice.implementation == "triton":
-        y = nf4_gemv_triton(*arguments, layout=layout, config=cut, interpret=interpret)
-    elif choice.implementation == "mosaic_gpu":
-        # Imported where it runs: it loads Mosaic, which no other implementation needs.
-        from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
-
-        y = nf4_gemv_mosaic(*arguments, layout=layout, config=cut)
+    parts = Parts(x, codes, absmax, nested_absmax, offset, bias, lora if fuse else None)
+    if choice.implementation == "xla":
+        y = nf4_gemv_xla(*parts, layout=layout)
     else:
-        y = nf4_gemv_xla(*arguments, layout=layout)
+        if choice.implementation == "triton":
+            kernel = Call(nf4_gemv_triton, layout=layout, config=cut, interpret=interpret)
+        else:
+            # Imported where it runs: it loads Mosaic, which no other implementation needs.
+            from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
+
+            kernel = Call(nf4_gemv_mosaic, layout=layout, config=cut)
+        again = Call(
+            nf4_gemv,
+            quant_type=quant_type,
+            blocksize=blocksize,
+            implementation=implementation,
+            fuse_lora=fuse,
+            config=config,
+            interpret=interpret,
+        )
+        y = over_devices(parts, op="forward", layout=layout, whole=kernel, part=again)
     return y if lora is None or fuse else add_low_rank(y, lora)

@@ -8,6 +8,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels._arguments import Layout, LowRank
+from pallas_kernels._decode import decode_absmax, decode_columns
+from pallas_kernels._mesh import gather_packed
 from pallas_kernels.nf4_dequantize.reference import nf4_dequantize_xla
 
 
@@ -65,5 +67,28 @@ def nf4_matmul_xla(
     layout: Layout,
 ) -> Float[Array, "*batch n"]:
     """x · Wᵀ + xa · bᵀ + bias with W rounded to x's dtype and sums in float32."""
-    weight = nf4_dequantize_xla(codes, absmax, nested_absmax, offset, layout=layout, dtype=x.dtype)
-    return matmul_dense(x, weight, bias, lora)
+    codes, absmax = gather_packed(x, codes, absmax, layout=layout)
+    weight = (codes, absmax, nested_absmax, offset)
+    whole = functools.partial(_by_weight, layout=layout)
+    if not layout.rows_are_whole_blocks:
+        return whole(x, weight, bias, lora)
+    columns = functools.partial(_by_columns, layout=layout)
+    return jax.lax.platform_dependent(x, weight, bias, lora, tpu=columns, default=whole)
+
+
+def _by_weight(
+    x: Array, weight: tuple, bias: Array | None, lora: LowRank | None, layout: Layout
+) -> Array:
+    dense = nf4_dequantize_xla(*weight, layout=layout, dtype=x.dtype)
+    return matmul_dense(x, dense, bias, lora)
+
+
+def _by_columns(
+    x: Array, weight: tuple, bias: Array | None, lora: LowRank | None, layout: Layout
+) -> Array:
+    """Even columns of W with those of x, odd with odd: see `_decode`."""
+    codes, *absmax = weight
+    columns = decode_columns(codes, decode_absmax(*absmax), layout, x.dtype)
+    parts = [_product(x[..., i :: len(columns)], part) for i, part in enumerate(columns)]
+    total = functools.reduce(jnp.add, parts)
+    return complete(total, bias, lora, x.dtype)

@@ -4,6 +4,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import check_matmul, check_packed, rows_of
+from pallas_kernels._mesh import Call, Parts, over_devices
 from pallas_kernels.nf4_matmul_transposed.reference import nf4_matmul_transposed_xla
 from pallas_kernels.nf4_matmul_transposed.triton import nf4_matmul_transposed_triton
 
@@ -60,13 +61,22 @@ def nf4_matmul_transposed(
     )
     cut = dispatch.config_for("nf4_matmul_transposed", choice, config)
     weight = (codes, absmax, nested_absmax, offset)
+    if choice.implementation == "xla":
+        return nf4_matmul_transposed_xla(dy, *weight, layout=layout)
     if choice.implementation == "triton":
-        return nf4_matmul_transposed_triton(
-            dy, *weight, layout=layout, config=cut, interpret=interpret
-        )
-    if choice.implementation == "mosaic_gpu":
+        kernel = Call(nf4_matmul_transposed_triton, layout=layout, config=cut, interpret=interpret)
+    else:
         # Imported where it runs: it loads Mosaic, which no other implementation needs.
         from pallas_kernels.nf4_matmul_transposed.mosaic_sm90 import nf4_matmul_transposed_mosaic
 
-        return nf4_matmul_transposed_mosaic(dy, *weight, layout=layout, config=cut)
-    return nf4_matmul_transposed_xla(dy, *weight, layout=layout)
+        kernel = Call(nf4_matmul_transposed_mosaic, layout=layout, config=cut)
+    again = Call(
+        nf4_matmul_transposed,
+        quant_type=quant_type,
+        blocksize=blocksize,
+        implementation=implementation,
+        config=config,
+        interpret=interpret,
+    )
+    parts = Parts(dy, *weight)
+    return over_devices(parts, op="transposed", layout=layout, whole=kernel, part=again)

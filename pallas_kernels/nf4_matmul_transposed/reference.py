@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels._arguments import Layout
+from pallas_kernels._decode import decode_absmax, decode_columns
+from pallas_kernels._mesh import gather_packed
 from pallas_kernels.nf4_dequantize.reference import nf4_dequantize_xla
 
 
@@ -35,5 +37,23 @@ def nf4_matmul_transposed_xla(
     layout: Layout,
 ) -> Float[Array, "*batch k"]:
     """dy · W with W rounded to dy's dtype and sums in float32."""
-    weight = nf4_dequantize_xla(codes, absmax, nested_absmax, offset, layout=layout, dtype=dy.dtype)
-    return matmul_transposed_dense(dy, weight)
+    codes, absmax = gather_packed(dy, codes, absmax, layout=layout)
+    weight = (codes, absmax, nested_absmax, offset)
+    whole = functools.partial(_by_weight, layout=layout)
+    if not layout.rows_are_whole_blocks:
+        return whole(dy, weight)
+    columns = functools.partial(_by_columns, layout=layout)
+    return jax.lax.platform_dependent(dy, weight, tpu=columns, default=whole)
+
+
+def _by_weight(dy: Array, weight: tuple, layout: Layout) -> Array:
+    dense = nf4_dequantize_xla(*weight, layout=layout, dtype=dy.dtype)
+    return matmul_transposed_dense(dy, dense)
+
+
+def _by_columns(dy: Array, weight: tuple, layout: Layout) -> Array:
+    """Even and odd columns of dx from those of W: see `_decode`."""
+    codes, *absmax = weight
+    columns = decode_columns(codes, decode_absmax(*absmax), layout, dy.dtype)
+    dx = jnp.stack([matmul_transposed_dense(dy, part) for part in columns], axis=-1)
+    return dx.reshape(*dy.shape[:-1], layout.shape[1])

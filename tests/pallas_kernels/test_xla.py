@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import nf4_dequantize, nf4_gemv, nf4_matmul, nf4_matmul_transposed
+from pallas_kernels import (
+    DYNAMIC_SIGNED,
+    nf4_dequantize,
+    nf4_gemv,
+    nf4_matmul,
+    nf4_matmul_transposed,
+)
+from pallas_kernels._decode import decode_absmax
 from tests.pallas_kernels.base import (
     activations,
     adapter,
@@ -90,3 +97,41 @@ def test_a_broken_scale_is_not_hidden():
     codes, absmax, nested, offset = case.arrays
     out = nf4_dequantize(codes, absmax, nested * jnp.nan, offset, dtype=jnp.float32)
     assert np.isnan(np.asarray(out)).any()
+
+
+@pytest.fixture
+def as_on_a_tpu(monkeypatch):
+    """Programs take the branch that a TPU runs."""
+
+    def tpus_branch(*args, tpu, default):
+        return tpu(*args)
+
+    jax.clear_caches()
+    monkeypatch.setattr(jax.lax, "platform_dependent", tpus_branch)
+    yield
+    jax.clear_caches()
+
+
+def test_what_a_tpu_runs(as_on_a_tpu):
+    for quant_type, double_quant, dtype in (
+        ("nf4", True, "bfloat16"),
+        ("int4", False, "float32"),
+        ("int8", True, "float16"),
+    ):
+        case = make_case(7, 36, 192, quant_type, double_quant=double_quant)
+        dense = nf4_dequantize(*case.arrays, dtype=dtype, **case.keywords)
+        np.testing.assert_array_equal(
+            np.asarray(dense).astype(np.float64), case.weight_as(dtype), strict=True
+        )
+        x, dy = activations(8, 5, case.k, dtype), activations(9, 5, case.n, dtype)
+        lora, bias = adapter(10, 5, case.n, 4, dtype), jnp.arange(case.n, dtype=dtype)
+        y = nf4_matmul(x, *case.arrays, bias, lora, fuse_lora=True, **case.keywords)
+        assert_adapted(y, x, case.weight, lora, bias, True)
+        assert_product(nf4_matmul_transposed(dy, *case.arrays, **case.keywords), dy, case.weight.T)
+
+
+def test_a_tpu_looks_up_absmax_to_the_last_bit(as_on_a_tpu):
+    """All 256 codes of double quantization, through its tree of selects."""
+    codes = np.arange(256, dtype=np.uint8)
+    absmax = decode_absmax(jnp.asarray(codes), jnp.ones(1), jnp.zeros(()))
+    np.testing.assert_array_equal(absmax, DYNAMIC_SIGNED)

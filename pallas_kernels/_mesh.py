@@ -1,0 +1,237 @@
+"""An op on the devices of a mesh: each runs the kernel on its own part.
+
+XLA cuts a program up over devices by itself (GSPMD, arXiv 2105.04663), but a kernel is one piece to
+it: it would bring all of x and W to every device and have each compute all of y. So an op says how
+it may be cut (`jax.experimental.custom_partitioning`), and is called once more on the arrays of one
+device, for which `dispatch` chooses anew. Where the arrays lie decides:
+
+| rows of x | rows of W | what a device computes of y = x · Wᵀ |
+|---|---|---|
+| cut | whole | its rows: data parallel |
+| cut | cut along the same axis of the mesh | its rows, having gathered W, packed: fully sharded |
+| whole, or cut along another axis | cut | its columns: tensor parallel |
+
+dy · W sums over W's rows: where they stay cut, each device has a part of every sum, and the parts
+are added. Columns of x and W are never cut: they are gathered first.
+
+On one device, and inside `jax.shard_map`, nothing of this is in the program. `jax.vmap` over an op
+takes it away: stacks of weights belong under `jax.lax.scan`.
+
+XLA cuts its own implementation up by itself, but badly in one point: a fully sharded weight is
+gathered decoded, in 16 bits. `gather_packed` has the codes gathered. (It cannot be cut as the
+kernels are, because XLA for TPUs knows nothing of `custom_partitioning`: jax issue 38196.)
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from pallas_kernels._arguments import Layout, rows_of
+from pallas_kernels.codebooks import NESTED_BLOCKSIZE
+
+Op = Literal["forward", "transposed", "dequantize"]
+"""x · Wᵀ, dy · W, or W itself."""
+
+
+class Parts(NamedTuple):
+    """An op's arrays in the order of its arguments, or what belongs to each; None: not given."""
+
+    x: Any
+    codes: Any
+    absmax: Any
+    nested_absmax: Any
+    offset: Any
+    bias: Any = None
+    lora: Any = None
+
+
+_TAKES: dict[Op, slice] = {
+    "forward": slice(0, 7),
+    "transposed": slice(0, 5),
+    "dequantize": slice(1, 5),
+}
+"""op -> its arguments among `Parts`."""
+
+
+class Call:
+    """A function with keyword arguments, equal to another of the same: a key for `jax.jit`."""
+
+    def __init__(self, function: Callable[..., Array], **options: Any) -> None:
+        self._function, self._options = function, tuple(sorted(options.items()))
+
+    def __call__(self, *arrays: Any, **more: Any) -> Array:
+        return self._function(*arrays, **dict(self._options), **more)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Call) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple:
+        return self._function, self._options
+
+
+@functools.partial(jax.jit, static_argnames=("op", "layout", "whole", "part"))
+def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Call) -> Array:
+    """Run an op on one device or several.
+
+    Args:
+        parts: its arrays.
+        op: which one.
+        layout: of the weight.
+        whole: the kernel for these arrays, where one device has them all.
+        part: the op for a device's part of them: takes `shape`, the part's of the weight.
+
+    Returns:
+        What `whole` returns.
+    """
+    takes = _TAKES[op]
+
+    @custom_partitioning
+    def cut(parts: Parts) -> Array:
+        # Jitted, because the kernels' tables are constants, which only an inner jit may hold.
+        return jax.jit(lambda parts: whole(*parts[takes]))(parts)
+
+    def partition(mesh: Mesh, shapes: tuple[Parts], _result: Any) -> tuple:
+        places = _places(op, layout, mesh, shapes[0])
+
+        def on_one_device(parts: Parts) -> Array:
+            shape = (layout.shape[0] // _ways(mesh, places.rows), *layout.shape[1:])
+            # `dispatch` and Pallas ask the mesh for the card.
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                result = part(*parts[takes], shape=shape)
+            return jax.lax.psum(result, places.added) if places.added else result
+
+        return mesh, on_one_device, places.result, (places.parts,)
+
+    cut.def_partition(partition, sharding_rule=_sharding_rule(op, layout, parts))
+
+    @jax.custom_batching.custom_vmap
+    def one(parts: Parts) -> Array:
+        return cut(parts)
+
+    @one.def_vmap
+    def many(_size: int, is_stack: list[Parts], parts: Parts) -> tuple[Array, bool]:
+        axes = jax.tree.map(lambda stack: 0 if stack else None, is_stack[0])
+        return jax.vmap(lambda parts: whole(*parts[takes]), in_axes=(axes,))(parts), True
+
+    return one(parts)
+
+
+class _Places(NamedTuple):
+    """Where a device's part of an op lies in the whole."""
+
+    parts: Parts
+    result: NamedSharding
+    rows: Any
+    """What W's rows are cut along: an entry of a PartitionSpec."""
+    added: tuple[str, ...]
+    """Axes of the mesh along which results are parts of a sum."""
+
+
+def _places(op: Op, layout: Layout, mesh: Mesh, parts: Parts) -> _Places:
+    """The cut of an op whose arrays lie as `parts` (shapes with shardings) do."""
+    x = () if parts.x is None else _leading(mesh, parts.x)
+    rows = _rows_of_weight(layout, mesh, parts.codes)
+    if set(_axes(rows)) & {axis for entry in x for axis in _axes(entry)}:
+        rows = None
+
+    def at(*entries: Any) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    places = Parts(
+        x=None if parts.x is None else at(*x, rows if op == "transposed" else None),
+        codes=at(rows, *[None] * (parts.codes.ndim - 1)),
+        absmax=at(rows),
+        nested_absmax=None if parts.nested_absmax is None else at(rows),
+        offset=None if parts.offset is None else at(),
+        bias=None if parts.bias is None else at(rows),
+        lora=None if parts.lora is None else (at(*x, None), at(rows, None)),
+    )
+    if op == "dequantize":
+        return _Places(places, at(rows, *[None] * (len(layout.shape) - 1)), rows, ())
+    if op == "transposed":
+        return _Places(places, at(*x, None), rows, _axes(rows))
+    return _Places(places, at(*x, rows), rows, ())
+
+
+def _leading(mesh: Mesh, x: Any) -> tuple:
+    """What the axes of x but the last are cut along; None for one that does not divide evenly."""
+    entries = zip(_spec(x)[:-1], x.shape[:-1], strict=True)
+    return tuple(entry if size % _ways(mesh, entry) == 0 else None for entry, size in entries)
+
+
+def _rows_of_weight(layout: Layout, mesh: Mesh, codes: Any) -> Any:
+    """What W's rows are cut along, if its parts are weights again; else None.
+
+    A part needs its own rows of codes, whole blocks of them, and whole nested blocks of those.
+    """
+    if codes.ndim != len(layout.shape) or not layout.rows_are_whole_blocks:
+        return None
+    rows = _spec(codes)[0]
+    ways = _ways(mesh, rows)
+    divides = NESTED_BLOCKSIZE * ways if layout.double_quant else ways
+    return rows if layout.shape[0] % ways == 0 and layout.blocks % divides == 0 else None
+
+
+def _spec(array: Any) -> tuple:
+    """The entries of an array's PartitionSpec, one for each of its axes."""
+    if not isinstance(array.sharding, NamedSharding):
+        raise ValueError(
+            f"an array of shape {array.shape} lies on devices that are no mesh ({array.sharding}); "
+            "expected a jax.sharding.NamedSharding: place the program's arguments with one"
+        )
+    spec = tuple(array.sharding.spec)
+    return (*spec, *[None] * (array.ndim - len(spec)))
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The axes of the mesh in an entry of a PartitionSpec."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _ways(mesh: Mesh, entry: Any) -> int:
+    """Into how many parts an entry of a PartitionSpec cuts."""
+    return math.prod(mesh.shape[axis] for axis in _axes(entry))
+
+
+def _sharding_rule(op: Op, layout: Layout, parts: Parts) -> str:
+    """Which axes of the arrays are one, for XLA's decision where the result lies (Shardy).
+
+    Rows of x are rows of y. That rows of W are columns of y is not said: XLA would cut y by columns
+    wherever weights are cut, and bring it back to rows again.
+    """
+    names = {"x": "... x", "absmax": "a", "nested_absmax": "b", "offset": "", "bias": "c"}
+    names["codes"] = " ".join(f"w{axis}" for axis in range(parts.codes.ndim))
+    names["lora"] = "... d, e f"
+    given = [names[name] for name, part in parts._asdict().items() if part is not None]
+    result = "... y"
+    if op == "dequantize":
+        first = "w0" if parts.codes.ndim == len(layout.shape) else "y0"
+        result = " ".join([first, *(f"y{axis}" for axis in range(1, len(layout.shape)))])
+    return f"{', '.join(given)} -> {result}"
+
+
+def gather_packed(x: Array, codes: Array, absmax: Array, *, layout: Layout) -> tuple[Array, Array]:
+    """codes and absmax, wanted whole on every device where that saves exchanges.
+
+    Which is where x's rows are cut, and are so many that a packed weight is less to send than they
+    and their results would be. How x is cut is not known while a program is traced: it is taken to
+    be cut where its first axis can be, on a mesh that has one axis.
+    """
+    mesh = jax.typeof(codes).sharding.mesh
+    if len(mesh.axis_types) != 1 or mesh.axis_types[0] != jax.sharding.AxisType.Auto:
+        return codes, absmax
+    activations = (x.size + rows_of(x) * layout.size // x.shape[-1]) * x.dtype.itemsize
+    if x.shape[0] % mesh.size or activations < layout.nbytes:
+        return codes, absmax
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint((codes, absmax), everywhere)
