@@ -41,6 +41,7 @@ _OPTIONAL = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 _WINDOW_BASE = 10000.0
+"""`rope_theta` of Gemma 3's windows, for which llama.cpp has no key."""
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor by which llama.cpp's frequencies are divided: Llama 3's scaling."""
 
@@ -236,7 +237,6 @@ def to_metadata(config: Mapping[str, Any]) -> tuple[Metadata, dict[str, np.ndarr
 def _rope(config: Mapping[str, Any]) -> tuple[RopeConfig, float]:
     """Rotary frequencies, and the share of a head that is turned."""
     given = config.get("rope_parameters") or {}
-    # Gemma 3: llama.cpp knows the windows' own base, the file only the other one.
     base = config.get("rope_local_base_freq")
     if "full_attention" in given:
         base = given["sliding_attention"]["rope_theta"]
