@@ -349,6 +349,23 @@ def test_a_tensor_that_fails_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_tokens_beside_a_sentencepiece_model_go_into_the_file():
+    model = shared_path("data/tokenizers/llama2/tokenizer.model").read_bytes()
+    files = {
+        "tokenizer.model": model,
+        "added_tokens.json": json.dumps({"[PAD]": 32000, "<|im|>": 32001}).encode(),
+        "tokenizer_config.json": b'{"pad_token": "[PAD]", "eos_token": "</s>"}',
+    }
+    words = from_files(files, 32003)
+    assert words.tokens[32000:] == ["[PAD]", "<|im|>", "[PAD32002]"]
+    assert words.special["padding"] == 32000
+    there = tokenizer_from_files(files)
+    back = tokenizer_from_files(tokenizer_files(from_metadata(vocabulary_metadata(words))))
+    for text in ("a <|im|> b", "Hello [PAD]"):
+        assert back.encode(text) == there.encode(text)
+        assert back.encode(text, special=True) == there.encode(text, special=True)
+
+
 def test_several_files_in_a_folder(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.gguf").touch()
