@@ -154,7 +154,7 @@ def save_adapter(
     """Writes all that a model has trained for PEFT, in the dtype it has here.
 
     Args:
-        folder: made if missing; both files are put in place whole or not at all.
+        folder: made if missing; each file is put in place whole or not at all, the weights first.
         model: with adapters.
         lora_config: what they were built with.
         base_name: the base model's name or folder, as PEFT should find it.

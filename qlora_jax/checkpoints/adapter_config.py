@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.checkpoints.folder import read_json
+from qlora_jax.data.json_file import read_json
 from qlora_jax.nn import LoraConfig
 
 CONFIG = "adapter_config.json"

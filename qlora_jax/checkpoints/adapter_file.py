@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 from qlora_jax.checkpoints.adapter_config import CONFIG, config_from_json
 from qlora_jax.checkpoints.checkpoint import DTYPES, dtype_name
-from qlora_jax.checkpoints.folder import read_json
+from qlora_jax.data.json_file import read_json
 from qlora_jax.nn import LoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
@@ -129,13 +129,20 @@ def token_indices(raw: Mapping[str, Any], named: Iterable[str]) -> dict[str, tup
     """The ids of the trained rows by module.
 
     Args:
-        raw: adapter_config.json.
+        raw: adapter_config.json, which names a module by the end of its name, or gives one list for
+            the input embedding, whatever its name.
         named: the tensors beside it, with or without PEFT's prefix.
+
+    Returns:
+        By the modules' whole names; what no tensor is there for, by the name that the file gives.
     """
     tokens = raw.get("trainable_token_indices") or {}
+    plain = (name.removeprefix(PREFIX) for name in named)
+    modules = [name.removesuffix(f".{TOKENS}") for name in plain if name.endswith(f".{TOKENS}")]
     if not isinstance(tokens, dict):
-        # A bare list means the input embedding, whatever its name.
-        plain = (name.removeprefix(PREFIX) for name in named)
-        modules = [name.removesuffix(f".{TOKENS}") for name in plain if name.endswith(TOKENS)]
-        tokens = dict.fromkeys(modules, tokens)
-    return {module: tuple(map(int, ids)) for module, ids in tokens.items()}
+        return dict.fromkeys(modules, tuple(map(int, tokens)))
+    found: dict[str, tuple[int, ...]] = {}
+    for end, ids in tokens.items():
+        meant = [module for module in modules if f".{module}".endswith(f".{end}")]
+        found |= dict.fromkeys(meant or [end], tuple(map(int, ids)))
+    return found

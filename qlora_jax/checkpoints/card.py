@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from qlora_jax.checkpoints.folder import read_json
+from qlora_jax.data.json_file import read_json
 
 CARD = "README.md"
 _RUN_FILES = ("config.json", "result.json")

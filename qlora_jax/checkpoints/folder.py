@@ -5,7 +5,6 @@ A folder holds `config.json` and either one `model.safetensors` or shards of it 
 headers only, and every check that needs no numbers happens here, before anything is computed.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -14,29 +13,11 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from qlora_jax.data.json_file import read_json
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: give a Hugging Face model folder, whole, with its {path.name}."
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} holds no readable JSON ({error}): fetch it again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, but an object is needed.")
-    return value
 
 
 def check_safetensors(path: Path) -> None:
@@ -95,6 +76,9 @@ class WeightFolder:
             raise FileNotFoundError(
                 f"{self.folder} is no folder: give the folder of a Hugging Face checkpoint."
             )
+        # Where there are both, transformers reads the one file.
+        if (self.folder / single).is_file():
+            return {"": self.folder / single}
         if (self.folder / INDEX).is_file():
             weight_map = read_json(self.folder / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -103,8 +87,6 @@ class WeightFolder:
                     "tensor's shard."
                 )
             return {name: self._inside(shard) for name, shard in weight_map.items()}
-        if (self.folder / single).is_file():
-            return {"": self.folder / single}
         pickles = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
         if pickles:
             raise ValueError(
@@ -136,7 +118,8 @@ class WeightFolder:
         expected = {name for name, path in self._shard_of.items() if path == shard and name}
         try:
             with safe_open(shard, framework="np") as file:
-                for name in file.keys() if not expected else expected & set(file.keys()):
+                names = file.offset_keys()
+                for name in names if not expected else filter(expected.__contains__, names):
                     view = file.get_slice(name)
                     self.shapes[name] = tuple(view.get_shape())
                     self.dtypes[name] = view.get_dtype()

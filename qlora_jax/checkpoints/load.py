@@ -81,11 +81,10 @@ def load_model(
         stream_weights: puts the layers' frozen weights into pinned host memory, as they are read,
             and lets them come in layer by layer (`models.streaming`). Decoders only.
         mlp_tile: tokens that an MLP reads at once (`models.tile`); None for all. Decoders only.
-        attention: implementation of attention; None asks for cuDNN where this process's default
-            device is a CUDA card and the case allows it, else see `models.attention_for`, which is
-            told:
-        packed: whether rows will hold several sequences (`data.PackedBatches`), and
-        longest: tokens of the longest sequence that will be read.
+        attention: implementation of attention; None lets `models.attention_for` choose one for this
+            process's default device, from `packed` and `longest`.
+        packed: whether rows will hold several sequences (`data.PackedBatches`).
+        longest: tokens of the longest sequence that will be read; None where that is unknown.
         matmul: implementation of the 4-bit matmul; None lets the op choose.
         seed: of the adapters' initial A, and of a head that the checkpoint has not.
         overrides: fields of the model's configuration to replace, such as `{"num_labels": 3}`.

@@ -30,8 +30,8 @@ from qlora_jax.checkpoints.checkpoint import (
     dtype_name,
     quantized,
 )
-from qlora_jax.checkpoints.folder import read_json
 from qlora_jax.checkpoints.matching import linear_weights
+from qlora_jax.data.json_file import read_json
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 
 MODES = ("original", "dequantized", "requantized")
@@ -178,7 +178,13 @@ class AdapterFile:
         name = key.removeprefix(_PREFIX)
         if name.endswith(f".{TOKENS}"):
             module = name.removesuffix(f".{TOKENS}")
-            self._rows[f"{module}.weight"] = (key, np.asarray(self._tokens[module]))
+            ids = self._tokens.get(module, ())
+            if len(ids) != shape[0]:
+                raise ValueError(
+                    f"{self._path} holds {shape[0]} rows of trained tokens of {module!r}, but its "
+                    f"adapter_config.json names {len(ids)}: fetch both again, of one revision."
+                )
+            self._rows[f"{module}.weight"] = (key, np.asarray(ids))
             return
         suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
         part = "whole" if suffix is None else _PARTS[suffix]

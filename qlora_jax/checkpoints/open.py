@@ -13,8 +13,9 @@ from qlora_jax.checkpoints.bitsandbytes import (
     read_state,
 )
 from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, dtype_name
-from qlora_jax.checkpoints.folder import INDEX, PICKLES, SINGLE, WeightFolder, read_json
+from qlora_jax.checkpoints.folder import INDEX, PICKLES, SINGLE, WeightFolder
 from qlora_jax.checkpoints.gguf import open_gguf
+from qlora_jax.data.json_file import read_json
 from qlora_jax.quant import QuantizedTensor
 
 COMPANIONS = (

@@ -18,6 +18,7 @@ from flax import nnx
 from qlora_jax.checkpoints.bitsandbytes import QUANT_TYPES, packed_tensors, quantization_config
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, cast, dtype_name
 from qlora_jax.checkpoints.dense_modules import skip_modules, with_kept_dense
+from qlora_jax.checkpoints.folder import INDEX, SINGLE
 from qlora_jax.checkpoints.matching import is_vocabulary, node_at
 from qlora_jax.checkpoints.safetensors_writer import ShardedWriter, parse_size
 from qlora_jax.checkpoints.staging import new_folder
@@ -27,6 +28,8 @@ from qlora_jax.quant import QuantConfig, QuantizedTensor
 
 MAX_SHARD_SIZE = "5GB"
 _PARTS_PER_WEIGHT = 6
+# What holds a model's weights in a folder: one file, or shards and their index.
+_WEIGHTS = (SINGLE, "model-*-of-*.safetensors", INDEX)
 
 
 def save_checkpoint(
@@ -62,7 +65,8 @@ def save_model(
     """Writes a model's base weights, for `load_model` and transformers: dense, or in 4 bits.
 
     Args:
-        folder: made if missing; each file is put in place whole or not at all, the config last.
+        folder: made if missing; each file is put in place whole or not at all, the config last, and
+            takes the place of a model's that was there.
         model: without adapters.
         dtype: of the dense weights in the file; None keeps each one's own.
         max_shard_size: as in `save_checkpoint`.
@@ -81,8 +85,12 @@ def save_model(
     with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as partial:
         _write(Path(partial), checkpoint, max_shard_size)
         written = sorted(Path(partial).iterdir(), key=lambda path: path.suffix == ".json")
+        # What an earlier model of other shards left would be read beside, or instead of, this one.
+        stale = {path.name for pattern in _WEIGHTS for path in folder.glob(pattern)}
         for path in written:
             path.replace(folder / path.name)
+        for name in stale - {path.name for path in written}:
+            (folder / name).unlink()
 
 
 def model_checkpoint(model: Any) -> Checkpoint:

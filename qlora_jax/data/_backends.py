@@ -7,7 +7,7 @@ needed, because neither library takes these choices per call.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,13 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-# A serialized protobuf is extended by appending: this says normalizer_spec (field 3 of the model)
-# {add_dummy_prefix (field 3): false}, and a later value wins over an earlier one.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+from qlora_jax.data.json_file import read_json
+from qlora_jax.data.protobuf import delimited, float32, integer
+
+# normalizer_spec (field 3 of the model) {add_dummy_prefix (field 3): false}, to be appended.
+_NO_DUMMY_PREFIX = delimited(3, integer(3, 0))
+# Types of pieces.
+_CONTROL, _USER_DEFINED = 3, 4
 
 
 class JsonBackend:
@@ -101,11 +105,8 @@ class JsonBackend:
 
 
 def _load_spec(file: Path) -> dict[str, Any]:
-    try:
-        spec = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): fetch it again.") from error
-    if not isinstance(spec, dict) or "model" not in spec:
+    spec = read_json(file)
+    if "model" not in spec:
         raise ValueError(f"{file} is not a tokenizer of `tokenizers`: it has no 'model' in it.")
     return spec
 
@@ -168,7 +169,30 @@ class SentencePieceBackend:
                 "transformers is installed, with `AutoTokenizer.from_pretrained(folder)"
                 ".save_pretrained(folder)`."
             )
-        return SentencePieceBackend(self._file, self._proto + b"".join(map(_control, tokens)))
+        return self._extended(_piece(token, _CONTROL) for token in tokens)
+
+    def with_added(self, added: Mapping[int, tuple[str, bool]]) -> "SentencePieceBackend":
+        """The same with what its folder says was added later: id -> (token, whether it is special);
+        one that is not is read in every text. A T5's sentinels stay as they are.
+
+        Raises:
+            ValueError: the ids do not follow the last piece one by one.
+        """
+        behind = sorted(id_ for id_ in added if id_ >= self.vocab_size)
+        if self._sentinels or not behind:
+            return self
+        if behind != list(range(self.vocab_size, self.vocab_size + len(behind))):
+            raise ValueError(
+                f"{self._file} has {self.vocab_size} pieces, but the tokens added to it have the "
+                f"ids {', '.join(map(str, behind))}, not the next ones in turn: make a "
+                "tokenizer.json beside it, once where transformers is installed, with "
+                "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`."
+            )
+        kinds = {True: _CONTROL, False: _USER_DEFINED}
+        return self._extended(_piece(added[id_][0], kinds[added[id_][1]]) for id_ in behind)
+
+    def _extended(self, pieces: Iterable[bytes]) -> "SentencePieceBackend":
+        return SentencePieceBackend(self._file, self._proto + b"".join(pieces))
 
     def files(self) -> dict[str, bytes]:
         """What to write so that it can be read again."""
@@ -190,19 +214,29 @@ class SentencePieceBackend:
         return [self._encode_special(text, continues) for text in texts]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        """The text of ids."""
-        if skip_special:
-            return self._start.decode(list(ids))
-        # The library drops control pieces: write them out and decode what lies between.
+        """The text of ids; one that nothing stands for (a model may have rows to spare) is left
+        out, as `tokenizers` does."""
+        # The library drops control pieces and knows no ids behind its last piece: write out what
+        # is special, and decode what lies between.
         text = ""
         run: list[int] = []
         for token in ids:
-            if self._start.is_control(token):
-                text += self._start.decode(run) + self._start.id_to_piece(token)
-                run = []
-            else:
+            marker = self._marker(token)
+            if marker is None:
                 run.append(token)
+            elif not skip_special:
+                text += self._start.decode(run) + marker
+                run = []
         return text + self._start.decode(run)
+
+    def _marker(self, token: int) -> str | None:
+        """How a special token is written, "" for an id that means nothing; None for a piece."""
+        beyond = token - self._start.vocab_size()
+        if beyond < 0:
+            return self._start.id_to_piece(token) if self._start.is_control(token) else None
+        # The first sentinel has the largest id.
+        number = self._sentinels - 1 - beyond
+        return f"<extra_id_{number}>" if number >= 0 else ""
 
     @cached_property
     def _control_pieces(self) -> dict[str, int]:
@@ -228,18 +262,9 @@ class SentencePieceBackend:
         return self._continuation
 
 
-def _control(piece: str) -> bytes:
-    """One more entry of the model's list of pieces (field 1): piece (1), score 0 (2), type (3)
-    CONTROL (3)."""
-    text = piece.encode()
-    entry = b"\x0a" + _varint(len(text)) + text + b"\x15\x00\x00\x00\x00\x18\x03"
-    return b"\x0a" + _varint(len(entry)) + entry
-
-
-def _varint(number: int) -> bytes:
-    """Protobuf's integers: seven bits to a byte, the lowest first; the last has no high bit."""
-    low, rest = number & 0x7F, number >> 7
-    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
+def _piece(text: str, kind: int) -> bytes:
+    """One more entry of the model's list of pieces (field 1): piece (1), score (2), type (3)."""
+    return delimited(1, delimited(1, text.encode()) + float32(2, 0.0) + integer(3, kind))
 
 
 def _processor(proto: bytes, file: Path) -> sentencepiece.SentencePieceProcessor:

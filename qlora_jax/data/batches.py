@@ -63,6 +63,26 @@ def length_buckets(longest: int, *, smallest: int = 64) -> tuple[int, ...]:
     return (*lengths, top)
 
 
+def lengths_of(
+    examples: Sequence[Example] | Sequence[tuple[np.ndarray, np.ndarray]],
+) -> Int64[np.ndarray, " examples"]:
+    """The tokens of each example.
+
+    Raises:
+        ValueError: there is none, or one is without a token.
+    """
+    if len(examples) == 0:
+        raise ValueError("there are no examples to batch: the dataset is empty.")
+    lengths = (
+        examples.lengths
+        if isinstance(examples, Examples)
+        else np.array([len(ids) for ids, _ in examples], np.int64)
+    )
+    if lengths.min() < 1:
+        raise ValueError(f"example {int(lengths.argmin())} has no tokens: leave it out.")
+    return lengths
+
+
 class Batches:
     """Every example exactly once per epoch, in batches of a few fixed shapes, reachable by step.
 
@@ -79,7 +99,8 @@ class Batches:
         shuffle: False keeps the order of `examples` (for evaluation); excludes `group_by_length`.
 
     Raises:
-        ValueError: no examples, an example longer than the largest bucket, nonsensical sizes.
+        ValueError: no examples, one without tokens or longer than the largest bucket, nonsensical
+            sizes.
     """
 
     def __init__(
@@ -103,14 +124,8 @@ class Batches:
             raise ValueError(f"seed must not be negative, but is {seed}.")
         if group_by_length and not shuffle:
             raise ValueError("group_by_length reorders the examples: it needs shuffle=True.")
-        if len(examples) == 0:
-            raise ValueError("there are no examples to batch: the dataset is empty.")
         self._examples = examples
-        self._lengths = (
-            examples.lengths
-            if isinstance(examples, Examples)
-            else np.array([len(ids) for ids, _ in examples], np.int64)
-        )
+        self._lengths = lengths_of(examples)
         longest = int(self._lengths.max())
         self.buckets = tuple(sorted(set(length_buckets(longest) if buckets is None else buckets)))
         if not self.buckets or self.buckets[0] < 1:

@@ -34,6 +34,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from qlora_jax.data.json_file import read_json_if_any
 from qlora_jax.data.segments import (
     Row,
     Segment,
@@ -43,7 +44,6 @@ from qlora_jax.data.segments import (
     turns_of,
     with_system,
 )
-from qlora_jax.data.tokenizer import read_json
 
 # Noncharacters: Unicode keeps them for a program's own use and no text may hold them.
 _GENERATION, _CONTENT = ("\ufdd0", "\ufdd1"), ("\ufdd2", "\ufdd3")
@@ -169,7 +169,7 @@ def load_chat_template(path: str | Path, name: str | None = None) -> ChatTemplat
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: expected a folder with a tokenizer.")
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_json_if_any(folder / "tokenizer_config.json")
     found = config.get("chat_template")
     if isinstance(found, str):
         found = {"default": found}
@@ -186,7 +186,7 @@ def load_chat_template(path: str | Path, name: str | None = None) -> ChatTemplat
             f"{folder} has no chat template {wanted!r} ({has}): put one in chat_template.jinja, or "
             "use the format 'messages' or 'messages-chatml'."
         )
-    tokens = {**read_json(folder / "special_tokens_map.json"), **config}
+    tokens = {**read_json_if_any(folder / "special_tokens_map.json"), **config}
     special = {
         key: value["content"] if isinstance(value, dict) else value
         for key, value in tokens.items()

@@ -45,8 +45,14 @@ def tokenize_texts(
         max_len: cut to so many tokens, the frame's included.
 
     Raises:
-        ValueError: the tokenizer has no bos or no eos.
+        ValueError: the tokenizer has no bos or no eos, or the frame alone is longer than max_len.
     """
+    frame = 2 * max(map(len, texts), default=0)
+    if max_len < frame:
+        raise ValueError(
+            f"max_len is {max_len}, but the tokens that frame a text are {frame} already: give "
+            "more."
+        )
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is None or eos is None:
         raise ValueError(

@@ -9,7 +9,7 @@ gradient of every token are those of the unpacked batch.
 
     row       | a0 a1 a2 a3 | b0 b1 | c0 c1 c2 | padding |
     segments  |  1  1  1  1 |  2  2 |  3  3  3 |  0  0   |
-    positions |  0  1  2  3 |  0  1 |  0  1  2 |  0  1   |
+    positions |  0  1  2  3 |  0  1 |  0  1  2 |  0  0   |
 
 Which examples share a row is decided once, by best-fit decreasing: longest first, each into the
 fullest row that still has room (at most 11/9 of the fewest rows that could do, and next to none
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from qlora_jax.data.batches import Batches
+from qlora_jax.data.batches import Batches, lengths_of
 from qlora_jax.data.examples import IGNORE, Example, Examples
 
 
@@ -32,7 +32,7 @@ class PackedBatch(NamedTuple):
     """What a training step reads; all `[batch seq]`, or `[accumulation batch seq]`, int32.
 
     `input_ids` and `labels` as in `Batch`; `segments` ids of a row's examples, from 1, 0 at
-    padding; `positions` of each token in its example, from 0.
+    padding; `positions` of each token in its example, from 0, and 0 at padding.
     """
 
     input_ids: Int32[np.ndarray, "*batch seq"]
@@ -103,7 +103,7 @@ class PackedBatches:
         seed, pad_token_id, drop_last, accumulation, shuffle: as in `Batches`, for rows.
 
     Raises:
-        ValueError: no examples, an example longer than a row, nonsensical sizes.
+        ValueError: no examples, one without tokens or longer than a row, nonsensical sizes.
     """
 
     def __init__(
@@ -118,11 +118,8 @@ class PackedBatches:
         accumulation: int = 1,
         shuffle: bool = True,
     ) -> None:
-        if isinstance(examples, Examples):
-            self._lengths = np.asarray(examples.lengths)
-        else:
-            self._lengths = np.array([len(ids) for ids, _ in examples], np.int64)
-        if len(self._lengths) and self._lengths.max() > length:
+        self._lengths = lengths_of(examples)
+        if self._lengths.max() > length:
             raise ValueError(
                 f"example {int(self._lengths.argmax())} has {int(self._lengths.max())} tokens, but "
                 f"a packed row holds {length}: truncate when tokenizing (source_max_len, "
@@ -162,17 +159,16 @@ class PackedBatches:
         epoch, position = divmod(step, self.steps_per_epoch)
         shape = batch.input_ids.shape
         segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        # Padding counts on from 0 too, for want of anything better; nothing judged sees it.
+        # Padding stays at 0: no position is larger than an example's, by which some rotary scalings
+        # ("dynamic", "longrope") tell how long texts are.
         one, other = segments.reshape(-1, self.length), positions.reshape(-1, self.length)
-        other[:] = np.arange(self.length, dtype=np.int32)
         for row, packed in enumerate(self._batches.epoch(epoch)[position].tolist()):
             start = 0
             for number, index in enumerate(self.rows[packed], 1):
                 end = start + int(self._lengths[index])
                 one[row, start:end] = number
-                other[row, start:end] -= start
+                other[row, start:end] = np.arange(end - start)
                 start = end
-            other[row, start:] -= start
         return PackedBatch(batch.input_ids, batch.labels, segments, positions)
 
     def one_epoch(self, epoch: int = 0) -> Iterator[PackedBatch]:

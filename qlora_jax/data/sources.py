@@ -113,9 +113,9 @@ def _load_local(
     if path.is_dir():
         reader, options["data_files"] = str(path), data_files
     else:
-        reader = _reader(path)
-        options["data_files"] = str(path)
-        if ".tsv" in path.suffixes:
+        ending = _ending(path)
+        reader, options["data_files"] = _READERS[ending], str(path)
+        if ending == ".tsv":
             options["sep"] = "\t"
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty: there is not one row in it.")
@@ -165,7 +165,8 @@ def _load_hub(
         ) from error
 
 
-def _reader(path: Path) -> str:
+def _ending(path: Path) -> str:
+    """What tells a file's format: a key of `_READERS`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()
@@ -174,7 +175,7 @@ def _reader(path: Path) -> str:
             f"{path} has no ending that tells its format: expected {', '.join(_READERS)}, perhaps "
             f"followed by {', '.join(_COMPRESSIONS)}."
         )
-    return _READERS[suffixes[-1]]
+    return suffixes[-1]
 
 
 def _one_split(loaded: Any, source: str) -> "datasets.Dataset":

@@ -70,13 +70,7 @@ def tokenize_rows(
         ValueError: no rows, columns the format cannot read, an example longer than `max_len`,
             no example with a trained token, no eos token to append.
     """
-    for name, limit in (
-        ("source_max_len", source_max_len),
-        ("target_max_len", target_max_len),
-        ("max_len", max_len),
-    ):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{name} must be at least 1 token (None: no limit), but is {limit}.")
+    check_limits(source_max_len=source_max_len, target_max_len=target_max_len, max_len=max_len)
     if append_eos and tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer {tokenizer.name!r} names no end-of-sequence token to append: give "
@@ -131,6 +125,13 @@ def tokenize_rows(
     return Examples.join(parts, report)
 
 
+def check_limits(**limits: int | None) -> None:
+    """Refuses a limit of no tokens, by its name; None is no limit."""
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} must be at least 1 token (None: no limit), but is {limit}.")
+
+
 def _segments(
     row: Mapping[str, Any], form: Format, train_on: TrainOn, which: str
 ) -> tuple[Segment, ...]:
@@ -171,15 +172,25 @@ def _encode(
     # The markers of a conversation come again and again: encode each distinct text once.
     ways: dict[tuple[bool, bool], dict[str, list[int]]] = {}
     for segments in segmented:
-        for index, segment in enumerate(segments):
-            ways.setdefault((index > 0, segment.special), {})[segment.text] = []
+        for segment, continues in _continuing(segments):
+            ways.setdefault((continues, segment.special), {})[segment.text] = []
     for (continues, special), texts in ways.items():
         encoded = tokenizer.encode_batch(list(texts), continues=continues, special=special)
         ways[continues, special] = dict(zip(texts, encoded, strict=True))
     for segments in segmented:
         yield [
-            ways[index > 0, segment.special][segment.text] for index, segment in enumerate(segments)
+            ways[continues, segment.special][segment.text]
+            for segment, continues in _continuing(segments)
         ]
+
+
+def _continuing(segments: Sequence[Segment]) -> Iterator[tuple[Segment, bool]]:
+    """Each segment, and whether it follows other text: behind an empty prompt the answer does
+    not."""
+    begun = False
+    for segment in segments:
+        yield segment, begun
+        begun = begun or segment.text != ""
 
 
 def _chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -5,6 +5,7 @@
 special tokens and whether the family begins its texts with bos. Which tokens are special is read
 from where Hugging Face puts it, the first that answers winning: the arguments,
 `tokenizer_config.json`, `special_tokens_map.json`, `config.json`, the SentencePiece model itself.
+Tokens that were added to a SentencePiece model stand beside it, in `added_tokens.json`.
 
 Two choices that differ from the Hugging Face default:
 
@@ -15,7 +16,6 @@ Two choices that differ from the Hugging Face default:
   `continues=True` leaves it out, and pieces encoded one by one decode to the text they came from.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from qlora_jax.data._backends import JsonBackend, SentencePieceBackend
+from qlora_jax.data.json_file import read_json_if_any
 
 _JSON = "tokenizer.json"
 _MODELS = ("tokenizer.model", "spiece.model")
+ADDED = "added_tokens.json"
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -149,13 +151,15 @@ def load_tokenizer(
     path = Path(path)
     file = _find(path)
     folder = file.parent
-    config = read_json(folder / "tokenizer_config.json")
-    token_map = read_json(folder / "special_tokens_map.json")
-    model_config = read_json(folder / "config.json")
+    config = read_json_if_any(folder / "tokenizer_config.json")
+    token_map = read_json_if_any(folder / "special_tokens_map.json")
+    model_config = read_json_if_any(folder / "config.json")
     if file.suffix == ".json":
         backend: JsonBackend | SentencePieceBackend = JsonBackend(file)
     else:
         backend = SentencePieceBackend(file, sentinels=_sentinels(config, model_config))
+        listed = read_json_if_any(folder / ADDED)
+        backend = backend.with_added(added_tokens(listed, config, token_map))
     given = {"bos": bos_token, "eos": eos_token, "pad": pad_token}
 
     def special_id(kind: str) -> int | None:
@@ -195,6 +199,26 @@ def load_tokenizer(
     )
 
 
+def added_tokens(
+    listed: Mapping[str, int], config: Mapping[str, Any], token_map: Mapping[str, Any]
+) -> dict[int, tuple[str, bool]]:
+    """What was added to a SentencePiece model: id -> (token, whether it is special).
+
+    transformers leaves the model's own file alone and keeps them beside it: in `added_tokens.json`
+    (`listed`), and since 4.34 in tokenizer_config.json, too.
+    """
+    named: set[str] = set()
+    for given in (config, token_map):
+        roles = [value for key, value in given.items() if key.endswith("_token")]
+        for token in (*roles, *(given.get("additional_special_tokens") or ())):
+            named.add(token["content"] if isinstance(token, dict) else str(token))
+    added = {id_: (token, token in named) for token, id_ in listed.items()}
+    decoder = config.get("added_tokens_decoder") or {}
+    return added | {
+        int(id_): (entry["content"], bool(entry.get("special"))) for id_, entry in decoder.items()
+    }
+
+
 def _sentinels(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> int:
     """How many tokens transformers puts behind the pieces of a T5's SentencePiece model."""
     named = str(config.get("tokenizer_class", "")).startswith("T5Tokenizer")
@@ -225,16 +249,3 @@ def _find(path: Path) -> Path:
     if path.suffix not in (".json", ".model"):
         raise ValueError(f"{path} is not a tokenizer file: expected *.json or *.model.")
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} where there is no file; ValueError where it holds another."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object, but holds a {type(content).__name__}.")
-    return content

@@ -10,7 +10,6 @@ whether it is still the model that was trained. Three numbers, per token of a sa
 `token_logits` is called for each model in turn, so that only one has to be in memory.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,8 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
+from qlora_jax.evaluate.perplexity import perplexity_of
 
 
 class Drift(NamedTuple):
@@ -77,12 +78,12 @@ def drift(
     """Compares two models' `token_logits` over the same windows.
 
     Raises:
-        ValueError: they have not the same vocabulary.
+        ValueError: their vocabularies differ.
     """
     if before[0].shape != after[0].shape:
         raise ValueError(
-            f"The models have {before[0].shape[1]} and {after[0].shape[1]} words, but only models "
-            "of one vocabulary can be compared."
+            f"The models have vocabularies of {before[0].shape[1]} and {after[0].shape[1]} tokens, "
+            "but only models of one vocabulary can be compared."
         )
     largest, total, kl, losses, count = 0.0, 0.0, 0.0, [0.0, 0.0], 0
     for row, first, second in zip(ids, before, after, strict=True):
@@ -99,8 +100,8 @@ def drift(
         max_abs=largest,
         mean_abs=total / count,
         kl=kl / count,
-        perplexity_before=math.exp(losses[0] / predicted),
-        perplexity_after=math.exp(losses[1] / predicted),
+        perplexity_before=perplexity_of(losses[0] / predicted),
+        perplexity_after=perplexity_of(losses[1] / predicted),
         tokens=predicted,
     )
 

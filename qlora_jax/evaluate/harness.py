@@ -29,7 +29,8 @@ from qlora_jax.data import IGNORE, ChatTemplate, Tokenizer
 from qlora_jax.evaluate.mmlu import bucket_of
 from qlora_jax.evaluate.perplexity import split_adapters
 from qlora_jax.generate import GenerationConfig, generate_text
-from qlora_jax.models.loss import cross_entropy
+from qlora_jax.models.loss import LOSS_CHUNK, cross_entropy
+from qlora_jax.models.pieces import cut
 
 _MAX_NEW_TOKENS = 256
 
@@ -161,10 +162,17 @@ class Harness:
         return _Scored(before or [self._prefix], after)
 
     def _shortened(self, context: str, room: int) -> str:
-        ids = self.tokenizer.encode(context, special=self.chat_template is not None)
-        if len(ids) <= room:
-            return context
-        return self.tokenizer.decode(ids[-room:], skip_special=self.chat_template is None)
+        """The end of a context, as much of it as `room` tokens hold."""
+        special = self.chat_template is not None
+        whole = ids = self.tokenizer.encode(context, special=special)
+        count = len(whole)
+        # More than once: what is left begins with bos again, and may take other tokens than before.
+        while len(ids) > room and count:
+            count = max(count - (len(ids) - room), 0)
+            left = whole[len(whole) - count :]
+            context = self.tokenizer.decode(left, skip_special=not special)
+            ids = self.tokenizer.encode(context, special=special)
+        return context
 
     def _score(self, items: Sequence[_Scored]) -> list[tuple[float, bool]]:
         """By length, so that few programs serve all; results in the order of the items."""
@@ -189,12 +197,12 @@ class Harness:
 
 
 def make_score_step(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef, *, chunk: int = LOSS_CHUNK
 ) -> Callable[..., tuple[Float[Array, " b"], Bool[Array, " b"]]]:
     """A jitted (lora, frozen, input_ids [b s], targets [b s]) -> log-probabilities, greedy or not.
 
     Targets are what each position should predict, -100 where nothing is scored. Rows are padded on
-    the right, which causality hides.
+    the right, which causality hides. The logits of `chunk` tokens are held at once.
     """
 
     @jax.jit
@@ -202,10 +210,16 @@ def make_score_step(
         lora: PyTree, frozen: PyTree, input_ids: Int[Array, "b s"], targets: Int[Array, "b s"]
     ) -> tuple[Float[Array, " b"], Bool[Array, " b"]]:
         model: Any = nnx.merge(graphdef, lora, frozen)
-        logits = model.head(model.hidden(input_ids))
-        scores = -cross_entropy(logits, targets).sum(axis=-1)
-        same = (jnp.argmax(logits, axis=-1) == targets) | (targets == IGNORE)
-        return scores, same.all(axis=-1)
+
+        def score(piece: tuple[Array, Array]) -> tuple[Array, Array]:
+            hidden, targets = piece
+            logits = model.head(hidden)
+            same = (jnp.argmax(logits, axis=-1) == targets) | (targets == IGNORE)
+            return -cross_entropy(logits, targets).sum(axis=-1), same.all(axis=-1)
+
+        pieces = cut(model.hidden(input_ids), chunk), cut(targets, chunk, IGNORE)
+        scores, same = jax.lax.map(score, pieces)
+        return scores.sum(axis=0), same.all(axis=0)
 
     return step
 

@@ -13,6 +13,7 @@ through a handful of compiled programs. Answers are written down batch by batch 
 given; the same call again asks only what is missing.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,12 +143,12 @@ def examine(
     digest = hashlib.sha256(repr([(p.key, p.ids) for p in prompts]).encode()).hexdigest()
     record = _Record(answers, {"prompts": digest, **(identity or {})})
     graphdef, lora, frozen = split_adapters(model)
-    step = make_answer_step(graphdef, answer_tokens(tokenizer))
+    letters = answer_tokens(tokenizer)
     open_prompts = [p for p in prompts if p.key not in record.chosen]
     for batch in _batches(open_prompts, batch_size):
         input_ids, last = _padded(batch, batch_size, max_len, tokenizer.pad_token_id)
-        scores = np.asarray(step(lora, frozen, input_ids, last))[: len(batch)]
-        record.add(batch, scores)
+        scores = answer_scores(graphdef, lora, frozen, input_ids, last, tokens=letters)
+        record.add(batch, np.asarray(scores)[: len(batch)])
         if progress is not None:
             progress(len(record.chosen), len(prompts))
     subjects = list(dict.fromkeys(p.question.subject for p in prompts))
@@ -161,24 +162,25 @@ def examine(
     )
 
 
-def make_answer_step(
-    graphdef: nnx.GraphDef, tokens: Sequence[int]
-) -> Callable[..., Float[Array, "batch choices"]]:
-    """A jitted (lora, frozen, input_ids [b s], last [b]) -> scores of `tokens` after `last`.
+@functools.partial(jax.jit, static_argnames=("graphdef", "tokens"))
+def answer_scores(
+    graphdef: nnx.GraphDef,
+    lora: PyTree,
+    frozen: PyTree,
+    input_ids: Int[Array, "b s"],
+    last: Int[Array, " b"],
+    *,
+    tokens: tuple[int, ...],
+) -> Float[Array, "b choices"]:
+    """The scores of `tokens` after the prompts' last tokens, which stand at `last`.
 
     The rows are padded on the right, so causality hides the padding and no mask is needed.
+    Compiled once for a model and a shape, however often a model is examined while it trains.
     """
-
-    @jax.jit
-    def step(
-        lora: PyTree, frozen: PyTree, input_ids: Int[Array, "b s"], last: Int[Array, " b"]
-    ) -> Float[Array, "b choices"]:
-        model: Any = nnx.merge(graphdef, lora, frozen)
-        hidden = model.hidden(input_ids)
-        final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return model.head(final)[:, jnp.asarray(tokens)].astype(jnp.float32)
-
-    return step
+    model: Any = nnx.merge(graphdef, lora, frozen)
+    hidden = model.hidden(input_ids)
+    final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return model.head(final)[:, jnp.asarray(tokens)].astype(jnp.float32)
 
 
 def _prompts(
@@ -255,17 +257,20 @@ class _Record:
             return
         head = json.dumps({"examination": dict(identity)})
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
-        if lines and lines[0] != head:
+        # A process that was killed while writing leaves its last line unfinished, or the first.
+        unfinished = len(lines) == 1 and head.startswith(lines[0])
+        if lines and lines[0] != head and not unfinished:
             raise ValueError(
                 f"{self.path} holds the answers of another examination (other prompts or another "
                 "model): give another file, or delete it."
             )
-        # A process that was killed while writing leaves its last line unfinished.
         kept = lines[1:-1]
         for line in kept:
             answer = json.loads(line)
             self.chosen[answer["question"]] = answer["chosen"]
-        self.path.write_text("".join(f"{line}\n" for line in [head, *kept]), encoding="utf-8")
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in [head, *kept]), encoding="utf-8")
+        partial.replace(self.path)
 
     def add(self, batch: Sequence[_Prompt], scores: Float[np.ndarray, "rows choices"]) -> None:
         """Notes which letter scored highest; the first of equals."""

@@ -102,8 +102,13 @@ def evaluate(
             "give at least one example with a response."
         )
     loss = total / tokens
+    return Evaluation(loss, perplexity_of(loss), tokens)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), the loss in nats per token."""
     # Beyond 700 nats a float64 exponential overflows; such a model has no finite perplexity.
-    return Evaluation(loss, math.exp(loss) if loss < 700 else math.inf, tokens)
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def perplexity(

@@ -157,7 +157,8 @@ def system_name(stem: str) -> str:
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Not by splitlines: JSON may hold U+2028 and its like as they are.
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -8,6 +8,7 @@ The interval of the mean is that of a ratio estimator over questions (Cochran, S
 §6.4): questions are what was drawn at random, and both orders of one are not independent.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -22,7 +23,8 @@ class Percent(NamedTuple):
     """A system's points in percent of the reference's, from `judgements` judgements.
 
     `reference_first` and `system_first` are by reading order, NaN where an order was not judged;
-    `mean` is over both, and `half_width` is half its 95% interval.
+    `mean` is over both, and `half_width` is half its 95% interval, NaN where one question is all
+    there is. Against a reference without a point any points are infinitely many percent.
     """
 
     reference_first: float
@@ -63,7 +65,9 @@ def percent_of(ratings: Iterable[Rating], reference: str) -> dict[str, Percent]:
             f"{', '.join(sorted(systems)) or 'no judgements'}."
         )
     percents = {name: _percent(orders[True], orders[False]) for name, orders in found.items()}
-    return dict(sorted(percents.items(), key=lambda item: -item[1].mean))
+    return dict(
+        sorted(percents.items(), key=lambda item: (math.isnan(item[1].mean), -item[1].mean))
+    )
 
 
 def _percent(
@@ -75,22 +79,20 @@ def _percent(
         totals[question][0] += own
         totals[question][1] += other
     own, other = np.array(list(totals.values())).T
-    ratio = own.sum() / other.sum()
-    n = len(totals)
-    spread = np.std(own - ratio * other, ddof=1) / other.mean() if n > 1 else np.nan
+    n, half_width = len(totals), math.nan
+    if n > 1 and other.any():
+        spread = np.std(own - own.sum() / other.sum() * other, ddof=1) / other.mean()
+        half_width = 100 * 1.96 * float(spread) / n**0.5
     return Percent(
-        _ratio(reference_first),
-        _ratio(system_first),
-        100 * float(ratio),
-        100 * 1.96 * float(spread) / n**0.5,
-        len(both),
+        _ratio(reference_first), _ratio(system_first), _ratio(both), half_width, len(both)
     )
 
 
 def _ratio(judged: list[tuple[str, float, float]]) -> float:
-    if not judged:
-        return float("nan")
-    return 100 * sum(own for _, own, _ in judged) / sum(other for _, _, other in judged)
+    own, other = (math.fsum(row[index] for row in judged) for index in (1, 2))
+    if other == 0:
+        return math.inf if own else math.nan
+    return 100 * own / other
 
 
 def win_matrix(ratings: Iterable[Rating]) -> WinMatrix:

@@ -1,10 +1,11 @@
 """What to generate: how long, how random, and where to stop."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from qlora_jax.data.json_file import read_json_if_any
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,5 @@ def read_eos_token_ids(folder: str | Path) -> tuple[int, ...]:
 
     A chat model often ends its turns with another token than its texts, and names both there.
     """
-    path = Path(folder) / "generation_config.json"
-    if not path.is_file():
-        return ()
-    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    ids = read_json_if_any(Path(folder) / "generation_config.json").get("eos_token_id")
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)

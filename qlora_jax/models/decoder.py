@@ -279,7 +279,7 @@ class Decoder(nnx.Module):
                 )
 
             if sliding is None:
-                mixed = within(config.sliding_window)
+                mixed = within(config.sliding_window if all(config.sliding_layers) else None)
             else:
                 # Not a mask by a traced window: a static one lets an implementation skip blocks.
                 mixed = jax.lax.cond(
@@ -355,6 +355,8 @@ class Decoder(nnx.Module):
     ) -> tuple[tuple[Array, Array] | None, tuple[Array, Array] | None]:
         """cos and sin of the positions, and of sliding layers where they have their own."""
         rope, local, dim = self.config.rope, self.config.local_rope, self.config.head_dim
+        if local is not None and all(self.config.sliding_layers):
+            rope = local
         return (
             None if rope is None else rotations(positions, rope, dim, length),
             None if local is None else rotations(positions, local, dim, length),

@@ -119,7 +119,7 @@ class Embedding(nnx.Module):
         return jnp.where(hit.any(-1, keepdims=True), trained, found)
 
     def attend(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Scores of every word, float32: `x · Wᵀ` with x's dtype going in."""
+        """Scores of every token, float32: `x · Wᵀ` with x's dtype going in."""
         weight = self.weight.get_value()
         if isinstance(weight, QuantizedTensor):
             scores = row_scores(x, weight)

@@ -1,7 +1,7 @@
 """The encoder–decoder transformer: T5 v1.0, v1.1 and Flan-T5 (arXiv 1910.10683, 2210.11416).
 
-The encoder reads the whole source; the decoder writes the target word by word, and in every layer
-looks at its own words so far (`SelfAttention`), then at the encoder's output (`EncDecAttention`).
+The encoder reads the whole source; the decoder writes the target token by token, and in every layer
+looks at its own tokens so far (`SelfAttention`), then at the encoder's output (`EncDecAttention`).
 What sets it apart from a decoder-only model:
 
 - **Positions are biases** on the scores, by distance, from one table for each stack
@@ -42,13 +42,13 @@ from qlora_jax.quant import QuantConfig
 
 
 class EncoderDecoderCache(NamedTuple):
-    """What generation keeps between words; the leading axis of keys and values is the layers'.
+    """What generation keeps between tokens; the leading axis of keys and values is the layers'.
 
     Attributes:
-        key, value: of the decoder's words, as in `Cache`, with a group for each head.
+        key, value: of the decoder's tokens, as in `Cache`, with a group for each head.
         source_key, source_value: of the encoder's output, likewise.
         source_mask: where the source is real, `[batch, source]`.
-        filled: how many slots are filled; a row's words all stand at the same positions.
+        filled: how many slots are filled; a row's tokens all stand at the same positions.
     """
 
     key: Float[Array, "layers batch heads length d_kv"]
@@ -220,12 +220,12 @@ class EncoderDecoder(nnx.Module):
         *,
         cache_length: int,
     ) -> tuple[Float[Array, "batch vocab"], EncoderDecoderCache]:
-        """Reads the source and writes the start token: logits of the first word, and the cache.
+        """Reads the source and writes the start token: logits of the first token, and the cache.
 
         Args:
             input_ids: of the source, padded on either side.
             attention_mask: nonzero where it is real; None: everywhere.
-            cache_length: slots for the target's words, the start token's included.
+            cache_length: slots for the target's tokens, the start token's included.
         """
         if attention_mask is None:
             attention_mask = jnp.ones(input_ids.shape, bool)
@@ -252,7 +252,7 @@ class EncoderDecoder(nnx.Module):
     def decode_step(
         self, tokens: Int[Array, " batch"], cache: EncoderDecoderCache
     ) -> tuple[Float[Array, "batch vocab"], EncoderDecoderCache]:
-        """One word more: logits of the next, and the cache with this one in it."""
+        """One token more: logits of the next, and the cache with this one in it."""
         length = cache.key.shape[3]
         slots = jnp.arange(length)
         bias = self.decoder.bias(cache.filled[None], slots, longest=length)

@@ -158,17 +158,18 @@ class DecoderLayer(nnx.Module):
         view: View,
         source_view: View,
     ) -> tuple[Float[Array, "batch 1 embed"], Pair]:
-        """One word: what comes out, and what `mix` kept.
+        """One token: what comes out, and what `mix` kept.
 
         Args:
-            x: the word.
-            mix: takes its keys and values, and gives what is to be kept and those of all words.
+            x: the token.
+            mix: takes its keys and values, and gives what is to be kept and those of all tokens so
+                far.
             source: keys and values of the encoder's output.
-            view, source_view: of the words and of the source.
+            view, source_view: of the tokens so far and of the source.
         """
         y = self.layer_norm_0(x)
-        kept, words = mix(self.SelfAttention.sources(y, draw(None, 2)))
-        x = x + self.SelfAttention(y, *words, view, draw(None, LAYER_KEYS))
+        kept, target = mix(self.SelfAttention.sources(y, draw(None, 2)))
+        x = x + self.SelfAttention(y, *target, view, draw(None, LAYER_KEYS))
         return self._rest(x, *source, source_view, draw(None, LAYER_KEYS)), kept
 
     def _rest(self, x: Array, key: Array, value: Array, source_view: View, keys: Keys) -> Array:

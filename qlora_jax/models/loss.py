@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from qlora_jax.data import IGNORE
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.pieces import cut
 from qlora_jax.models.spread import cut_by_rows, devices_of_rows, whole_beside
 
 LOSS_CHUNK = 512
@@ -87,8 +88,8 @@ def _cross_entropy_backward(
     gradient = jnp.where(targets != IGNORE, gradient, 0.0)[..., None]
     probability = jnp.exp(logits.astype(jnp.float32) - normaliser[..., None])
     # An ignored target, -100, equals no index.
-    words = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    hit = words == targets[..., None]
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    hit = ids == targets[..., None]
     to_logits = (jnp.where(hit, probability - 1.0, probability) * gradient).astype(logits.dtype)
     return to_logits, np.zeros(targets.shape, jax.dtypes.float0)
 
@@ -114,8 +115,7 @@ def chunked_cross_entropy(
             arrays, frozen or trained: gradients reach those that are differentiated.
         hidden: what the head reads.
         targets: int32, as `next_tokens` gives them; -100 where nothing is judged.
-        chunk: how many tokens' logits a device holds at once, rounded up to whole columns of the
-            batch: sequences are cut and not batches, so that a batch spread over devices stays so.
+        chunk: how many tokens' logits a device holds at once (`pieces.cut`).
 
     Returns:
         Nats, float32.
@@ -127,19 +127,8 @@ def chunked_cross_entropy(
         raise ValueError(
             f"chunk is {chunk}, but at least 1 token is needed: {LOSS_CHUNK} is usual."
         )
-    batch, length, _ = hidden.shape
-    hidden, devices = cut_by_rows(hidden), devices_of_rows(hidden)
-    pieces = -(-length // -(-chunk // (batch // devices)))
-    # Pieces of equal length, as few tokens of padding as can be.
-    width = -(-length // pieces)
-
-    def cut(x: Array, filler: int) -> Array:
-        spare = [(0, 0)] * x.ndim
-        spare[1] = (0, pieces * width - length)
-        padded = jnp.pad(x, spare, constant_values=filler)
-        return jnp.moveaxis(padded.reshape(batch, pieces, width, *x.shape[2:]), 1, 0)
-
-    parts, wanted = cut(hidden, 0), cut(targets, IGNORE)
+    hidden, at_once = cut_by_rows(hidden), chunk * devices_of_rows(hidden)
+    parts, wanted = cut(hidden, at_once), cut(targets, at_once, IGNORE)
     closed, closure = jax.closure_convert(head, parts[0])
     # Or each chunk would fetch the head from the devices that it is cut over.
     closure = whole_beside(hidden, closure)

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from qlora_jax.models.pieces import cut, joined
+
 MLP_TILE = 4096
 """Tokens of a tile that keep products efficient, and decodes few: a good value to set."""
 
@@ -66,21 +68,15 @@ def by_tile(
         x: what it reads.
         dropout_keys: each tile draws from keys of its own, so with LoRA dropout other units fall
             out than without tiles.
-        tile: tokens of a tile, rounded up to whole columns of the batch: sequences are cut and not
-            batches, so that a batch spread over devices stays so.
+        tile: tokens of a tile (`pieces.cut`).
 
     Raises:
         ValueError: tile is not positive.
     """
     check_mlp_tile(tile)
-    batch, length, embed = x.shape
-    pieces = -(-length // -(-tile // batch))
-    if pieces == 1:
+    tiles = cut(x, tile)
+    if len(tiles) == 1:
         return module(x, dropout_keys=dropout_keys)
-    # Tiles of equal length, as few tokens of padding as can be.
-    width = -(-length // pieces)
-    padded = jnp.pad(x, ((0, 0), (0, pieces * width - length), (0, 0)))
-    tiles = jnp.moveaxis(padded.reshape(batch, pieces, width, embed), 1, 0)
     parts: tuple[Any, ...] = nnx.split(module, nnx.LoRAParam, ...)
     graphdef, trained, frozen = parts
     # The values stay those of a narrower dtype; their gradients are summed as they are.
@@ -97,5 +93,5 @@ def by_tile(
     def step(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
         return None, one(*given)
 
-    _, done = jax.lax.scan(step, None, (jnp.arange(pieces), tiles))
-    return jnp.moveaxis(done, 0, 1).reshape(batch, pieces * width, -1)[:, :length]
+    _, done = jax.lax.scan(step, None, (jnp.arange(len(tiles)), tiles))
+    return joined(done, x.shape[1])

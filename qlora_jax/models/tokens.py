@@ -4,7 +4,7 @@ vocabulary stays frozen.
     tokenizer = add_tokens(model, tokenizer, ["<|im_start|>", "<|im_end|>"])
 
 The frozen matrix grows where it has to, by the mean of its rows (as transformers does by default:
-a new word is then as likely as an average one), and a small trained matrix holds the new rows
+a new token is then as likely as an average one), and a small trained matrix holds the new rows
 beside it. A tied head follows by itself, a head of its own gets trained rows too. Adapters save the
 trained rows as PEFT's `trainable_token_indices` do.
 """

@@ -1,6 +1,6 @@
 """x · Wᵀ in float32 through a frozen matrix of packed rows, which is never decoded whole.
 
-A head has a row for every word, so decoded it would be as large as before. Here a piece of its
+A head has a row for every token, so decoded it would be as large as before. Here a piece of its
 rows is decoded, multiplied and dropped, and only scores come out: float32 [..., rows], of which the
 loss asks for a chunk of tokens at a time (`models.loss`). The backward pass goes through the same
 pieces,

@@ -6,6 +6,7 @@ of 2e-4, Adam with b2 = 0.999, gradients clipped to a global norm of 0.3, 16 exa
 
 import dataclasses
 import math
+import numbers
 
 import optax
 
@@ -88,6 +89,13 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not isinstance(value, numbers.Integral):
+                raise ValueError(f"{field.name}={value!r} must be a whole number.")
+            # YAML reads 2e-4, without a point, as a text.
+            if field.type is float and not isinstance(value, numbers.Real):
+                raise ValueError(f"{field.name}={value!r} must be a number, such as 2.0e-4.")
         at_least_one = (
             "steps",
             "micro_batch_size",

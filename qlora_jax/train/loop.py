@@ -12,7 +12,6 @@ goes on from its latest checkpoint and ends with the same bits.
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -36,6 +35,7 @@ from qlora_jax.evaluate import (
 from qlora_jax.models import check_remat, streaming
 from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard
 from qlora_jax.train.checkpoint import Checkpoints
+from qlora_jax.train.clock import Clock
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.progress import ProgressDisplay, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.run_folder import check_or_write_config, describe_run, locked_run_folder
@@ -198,7 +198,7 @@ class _Run:
         )
         self.eval_step = make_eval_step(graphdef, loss_fn, compiler_options=options)
         self.graphdef, self.probes, self.say = graphdef, probes, say
-        self.clock = _Clock()
+        self.clock = Clock()
         # What the program of each shape of batches moves over the bus; a new shape compiles one.
         self.compiled: dict[Any, HostTraffic] = {}
         self.traffic: HostTraffic | None = None
@@ -327,37 +327,6 @@ class _Run:
             else f"The last good checkpoint, step {step}, is kept in {self.checkpoints.folder}"
         )
         return f"{kept}; try a lower learning_rate or a warmup in a new run folder."
-
-
-class _Clock:
-    """Seconds per step and tokens per second, over steps that neither compiled nor waited."""
-
-    def __init__(self) -> None:
-        self._mark: float | None = None
-        self._seconds, self._tokens, self._steps = 0.0, 0, 0
-
-    def step_done(self, tokens: int) -> None:
-        """A step has ended; 0 tokens: it is not to be counted."""
-        now = time.perf_counter()
-        if self._mark is not None and tokens:
-            self._seconds += now - self._mark
-            self._tokens += tokens
-            self._steps += 1
-        self._mark = now
-
-    def pause(self) -> None:
-        """What happened since the last step was no step."""
-        self._mark = time.perf_counter()
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Mean so far; None before the first counted step."""
-        return self._tokens / self._seconds if self._steps else None
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Mean so far; 0 before the first counted step."""
-        return self._seconds / max(self._steps, 1)
 
 
 @jax.jit

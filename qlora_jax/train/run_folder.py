@@ -139,6 +139,10 @@ def check_or_write_config(folder: Path, description: dict[str, Any], *, started:
         partial.replace(path)
         return
     before = json.loads(path.read_text())
+    # A field that there was not yet when the run began: it did what is the default now.
+    defaults = dataclasses.asdict(TrainConfig())
+    known = {name: defaults[name] for name in description["train"] if name in defaults}
+    before["train"] = known | before.get("train", {})
     differing = [
         f"{name} (was {old}, is {new})"
         for section in ("train", "run")
@@ -156,7 +160,7 @@ def _differences(
     before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, str, str]]:
     for name in dict.fromkeys((*before, *after)):
-        # A field that there was not yet is as one that is not set.
+        # Likewise in what the caller names, where None is the default that can be known.
         old, new = before.get(name), after.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, f"{prefix}{name}.")

@@ -22,7 +22,7 @@ from qlora_jax.checkpoints import (
     save_gguf,
 )
 from qlora_jax.checkpoints.gguf import FILE_TYPES
-from qlora_jax.checkpoints.gguf.architecture import swap_rows, to_metadata
+from qlora_jax.checkpoints.gguf.architecture import swap_rows, to_config, to_metadata
 from qlora_jax.checkpoints.gguf.vocabulary import from_files, from_metadata, tokenizer_files
 from qlora_jax.checkpoints.gguf.vocabulary import to_metadata as vocabulary_metadata
 from qlora_jax.checkpoints.tokenizer import tokenizer_from_files
@@ -70,6 +70,46 @@ def test_every_architecture_comes_back_with_its_weights_and_its_logits(name, tmp
     options = {"quant": None, "lora": None, "compute_dtype": np.float32}
     ours, theirs = (logits(load_model(c, **options), ids, None) for c in (back, original))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+# As published; google/gemma-2-27b and the text of google/gemma-3-27b-pt.
+_LARGEST = {
+    "gemma2": {
+        "hidden_size": 4608,
+        "intermediate_size": 36864,
+        "num_hidden_layers": 46,
+        "query_pre_attn_scalar": 144,
+    },
+    "gemma3_text": {
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_hidden_layers": 62,
+        "query_pre_attn_scalar": 168,
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", _LARGEST)
+def test_the_largest_gemmas_scale_by_more_than_a_heads_width(model_type):
+    """No key says it: llama.cpp takes hidden_size / heads where a Gemma has their depth."""
+    shape = {
+        "model_type": model_type,
+        "vocab_size": 256000,
+        "max_position_embeddings": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+    }
+    metadata, _ = to_metadata(shape | _LARGEST[model_type])
+    metadata["general.architecture"] = model_type.removesuffix("_text")
+    config = to_config(metadata, {}, None)
+    assert config["query_pre_attn_scalar"] == _LARGEST[model_type]["query_pre_attn_scalar"]
+    scale = FAMILIES[model_type].read_config(config).attention_scale
+    assert scale == pytest.approx((config["hidden_size"] / 32) ** -0.5)
+    with pytest.raises(ValueError, match=r"query_pre_attn_scalar is 128, but llama\.cpp takes 1"):
+        to_metadata(shape | _LARGEST[model_type] | {"query_pre_attn_scalar": 128})
 
 
 def test_the_names_and_keys_are_those_of_llama_cpps_own_files(tmp_path):
@@ -281,7 +321,12 @@ def checkpoint(**config) -> Checkpoint:
         (
             {"model_type": "gemma2", "layer_types": ["full_attention"] * 2},
             "F16",
-            "every 2th layer",
+            "the last of every 2 layers",
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_local_base_freq": 5e4},
+            "F16",
+            "windows' rope_theta is 50000, but llama.cpp turns them by 10000",
         ),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "F16", "rope_type is"),
         ({}, "F16", "has no tokenizer.json and no tokenizer.model"),
@@ -302,6 +347,23 @@ def test_a_tensor_that_fails_leaves_nothing_behind(tmp_path):
     with pytest.raises(ZeroDivisionError):
         save_gguf(tmp_path / "out.gguf", Checkpoint(**parts), "F16", tokenizer=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_beside_a_sentencepiece_model_go_into_the_file():
+    model = shared_path("data/tokenizers/llama2/tokenizer.model").read_bytes()
+    files = {
+        "tokenizer.model": model,
+        "added_tokens.json": json.dumps({"[PAD]": 32000, "<|im|>": 32001}).encode(),
+        "tokenizer_config.json": b'{"pad_token": "[PAD]", "eos_token": "</s>"}',
+    }
+    words = from_files(files, 32003)
+    assert words.tokens[32000:] == ["[PAD]", "<|im|>", "[PAD32002]"]
+    assert words.special["padding"] == 32000
+    there = tokenizer_from_files(files)
+    back = tokenizer_from_files(tokenizer_files(from_metadata(vocabulary_metadata(words))))
+    for text in ("a <|im|> b", "Hello [PAD]"):
+        assert back.encode(text) == there.encode(text)
+        assert back.encode(text, special=True) == there.encode(text, special=True)
 
 
 def test_several_files_in_a_folder(tmp_path):

@@ -15,6 +15,7 @@ from qlora_jax.models import Decoder, streaming
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
 from tests.checkpoints.tiny import CONFIG, IDS, change_config, change_tensors, write_model
+from tests.random_decoder import random_decoder
 
 DENSE = {"quant": None, "lora": None, "compute_dtype": jnp.float32}
 
@@ -40,6 +41,18 @@ def same(first: Decoder, second: Decoder) -> None:
 def test_saved_model_reads_back_bit_for_bit(original):
     folder, model = original
     same(load_model(folder, **DENSE), model)
+
+
+@pytest.mark.parametrize("sizes", [("2KB", "5GB"), ("5GB", "2KB"), ("2KB", "40KB")])
+def test_a_model_takes_the_place_of_another(sizes, original, tmp_path):
+    """Of other files too: nothing of an earlier model's shards or index is read."""
+    earlier = random_decoder(CONFIG, seed=1)
+    for model, size in zip((earlier, original[1]), sizes, strict=True):
+        save_model(tmp_path, model, max_shard_size=size)
+    same(load_model(tmp_path, **DENSE), original[1])
+    save_model(tmp_path / "fresh", original[1], max_shard_size=sizes[1])
+    left = {path.name for path in tmp_path.iterdir()} - {"fresh"}
+    assert left == {path.name for path in (tmp_path / "fresh").iterdir()}
 
 
 def test_tied_model_has_no_head_in_its_file(tmp_path):
@@ -156,7 +169,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
             lambda f: change_tensors(f, lambda t: t.update({NAME: t[NAME].astype(np.int8)})),
             "is stored as I8, but",
         ),
-        (lambda f: (f / "config.json").write_text("{"), "no readable JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
         (lambda f: change_config(f, quantization_config={"quant_method": "gptq"}), "'gptq', but"),
     ],
 )

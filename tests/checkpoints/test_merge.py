@@ -18,7 +18,7 @@ from qlora_jax.checkpoints import (
 from qlora_jax.models import resize_token_embeddings, train_tokens
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor
-from tests.checkpoints.tiny import CONFIG, IDS, write_model
+from tests.checkpoints.tiny import CONFIG, IDS, change_config, write_model
 
 LORA = LoraConfig(r=4, alpha=8, target_modules=("q_proj", "down_proj"))
 F32 = {"lora": None, "compute_dtype": jnp.float32}
@@ -173,3 +173,12 @@ def test_trained_token_rows_are_merged_and_new_ones_grow_the_vocabulary(tmp_path
     ids = IDS.at[0, :3].set(jnp.asarray([3, size, size + 1]))
     assert again(ids).shape[-1] == size + 2
     np.testing.assert_allclose(again(ids), model(ids), rtol=0, atol=3e-6)
+    # As PEFT's users name them: by the end of the module's name.
+    ends = {"embed_tokens": [3, size, size + 1], "lm_head": [3, size, size + 1]}
+    change_config(adapter, file="adapter_config.json", trainable_token_indices=ends)
+    short = merge(open_checkpoint(base), adapter, mode)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        np.testing.assert_array_equal(short.read(name), open_checkpoint(out).read(name))
+    change_config(adapter, file="adapter_config.json", trainable_token_indices={"lm_head": [3]})
+    with pytest.raises(ValueError, match=r"holds 3 rows of trained tokens of .* names [01]: fetch"):
+        merge(open_checkpoint(base), adapter, mode)

@@ -39,6 +39,6 @@ def change_tensors(folder: Path, change) -> None:
     save_file(tensors, path)
 
 
-def change_config(folder: Path, **fields) -> None:
-    path = folder / "config.json"
+def change_config(folder: Path, *, file: str = "config.json", **fields) -> None:
+    path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

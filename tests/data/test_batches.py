@@ -195,6 +195,12 @@ def test_bad_input_is_refused(lengths, options, message):
         Batches(make(lengths), **{"batch_size": 2, **options})
 
 
+def test_an_example_without_tokens_is_refused():
+    pairs = [(np.ones(length, np.int32),) * 2 for length in (3, 0)]
+    with pytest.raises(ValueError, match="example 1 has no tokens: leave it out"):
+        Batches(pairs, batch_size=1)
+
+
 def test_negative_steps_are_refused():
     source = Batches(make([3]), batch_size=1)
     with pytest.raises(ValueError, match="step must not be negative"):

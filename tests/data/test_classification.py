@@ -27,6 +27,9 @@ def test_texts_are_framed_as_roberta_reads_them(tokenizer):
     short = tokenize_texts(texts, tokenizer, max_len=6)
     assert [len(ids) for ids in short] == [min(len(single), 6), 6]
     assert all(ids[-1] == eos for ids in short)
+    assert tokenize_texts(texts, tokenizer, max_len=4)[1].tolist() == [bos, eos, eos, eos]
+    with pytest.raises(ValueError, match="max_len is 3, but the tokens that frame a text are 4"):
+        tokenize_texts(texts, tokenizer, max_len=3)
 
 
 @pytest.mark.parametrize(

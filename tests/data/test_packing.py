@@ -58,6 +58,8 @@ def test_an_epoch_holds_every_example_in_a_segment_of_its_own():
                 own = segments == number
                 np.testing.assert_array_equal(positions[own], np.arange(own.sum()))
                 found.append((ids[own].tolist(), labels[own].tolist()))
+            # A scaling that goes by the largest position sees that of an example.
+            assert not positions[segments == 0].any()
     # Nothing before an example's first token belongs to it.
     wanted = [(ids.tolist(), [-100, *labels[1:].tolist()]) for ids, labels in made]
     assert sorted(found) == sorted(wanted)

@@ -62,6 +62,8 @@ def test_rows_that_have_no_source(tokenizer):
         tokenize_pairs([row], FORMATS["messages"], tokenizer)
     with pytest.raises(ValueError, match="is empty"):
         tokenize_pairs([], FORM, tokenizer)
+    with pytest.raises(ValueError, match="source_max_len must be at least 1 token"):
+        tokenize_pairs(ROWS, FORM, tokenizer, source_max_len=0)
 
 
 def pairs(count: int) -> list[Pair]:

@@ -33,7 +33,9 @@ def write(path, rows=ROWS):
         elif suffix == ".jsonl":
             file.writelines(json.dumps(row) + "\n" for row in rows)
         else:
-            writer = csv.DictWriter(file, rows[0], delimiter="\t" if suffix == ".tsv" else ",")
+            writer = csv.DictWriter(
+                file, rows[0], delimiter="\t" if suffix.lower() == ".tsv" else ","
+            )
             writer.writeheader()
             writer.writerows(rows)
 
@@ -41,7 +43,7 @@ def write(path, rows=ROWS):
 @pytest.mark.parametrize(
     "ending",
     [
-        *(".json", ".jsonl", ".csv", ".tsv", ".parquet"),
+        *(".json", ".jsonl", ".csv", ".tsv", ".TSV", ".parquet"),
         *(".json.gz", ".jsonl.gz", ".csv.gz", ".jsonl.bz2"),
     ],
 )

@@ -253,6 +253,37 @@ def test_sentencepiece_itself_reads_added_tokens(tmp_path):
     assert processor.is_control(32000)
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_tokens_that_stand_beside_a_sentencepiece_model(newer, tmp_path):
+    """As folders of finetuned Llamas have them, since before there was a tokenizer.json."""
+    shutil.copy(shared_path("data/tokenizers/llama2/tokenizer.model"), tmp_path)
+    config = {"pad_token": "[PAD]", "eos_token": "</s>"}
+    listed = {"<|im|>": 32001, "[PAD]": 32000, "<s>": 1}
+    if newer:
+        config["added_tokens_decoder"] = {
+            str(id_): {"content": token, "special": token != "<|im|>"}
+            for token, id_ in listed.items()
+        }
+    else:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(listed))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.pad_token_id) == (32002, 32000)
+    # As transformers' LlamaTokenizer; only special tokens stay text where a text is only text.
+    ids = [1, 263, 29871, 32001, 289]
+    assert tokenizer.encode("a <|im|> b") == ids
+    assert tokenizer.decode(ids) == "a <|im|> b"
+    assert tokenizer.encode("[PAD]", special=True) == [1, 32000]
+    assert 32000 not in tokenizer.encode("[PAD]")
+    assert tokenizer.with_tokens(["<|z|>"]).token_id("<|z|>") == 32002
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode("a <|im|> b") == ids
+    if not newer:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(listed | {"<|x|>": 32005}))
+        with pytest.raises(ValueError, match="have the ids 32000, 32001, 32005, not the next ones"):
+            load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -266,6 +297,19 @@ def test_a_t5s_sentinels_keep_their_ids(name, content, tmp_path):
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"100 sentinels .* make a tokenizer.json"):
         load_tokenizer(tmp_path).with_tokens(["<|x|>"])
+
+
+def test_ids_behind_the_last_piece_decode(tmp_path):
+    """A T5 writes sentinels, and any model may write an id that only pads its vocabulary."""
+    file = shared_path("data/tokenizers/t5/spiece.model")
+    shutil.copy(file, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    t5, bare = load_tokenizer(tmp_path), load_tokenizer(file)
+    ids = [32099, 363, 19, 32098, 32110, 1]
+    # As transformers' own: T5Tokenizer(extra_ids=100).
+    assert t5.decode(ids) == "What is"
+    assert t5.decode(ids, skip_special=False) == "<extra_id_0>What is<extra_id_1></s>"
+    assert bare.decode(ids, skip_special=False) == "What is</s>"
 
 
 def test_special_tokens_come_from_where_the_folder_says(tmp_path):
@@ -304,4 +348,7 @@ def test_bad_folders_and_files_are_refused(tmp_path):
             load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "none"}}')
     with pytest.raises(ValueError, match="is not a tokenizer of `tokenizers`"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         load_tokenizer(tmp_path)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.data import ChatTemplate, load_tokenizer
-from qlora_jax.evaluate import Harness, harness
+from qlora_jax.data import IGNORE, ChatTemplate, load_tokenizer
+from qlora_jax.evaluate import Harness, harness, split_adapters
 from qlora_jax.generate import GenerationConfig, generate_text
 from qlora_jax.models import DecoderConfig
 from tests.random_decoder import random_decoder
@@ -86,6 +86,21 @@ def test_log_probabilities_in_float64(model, stories, logits):
     assert not subject._score([harness._Scored(stories.encode("Once upon"), [best ^ 1])])[0][1]
 
 
+def test_scores_are_the_same_in_any_pieces(model):
+    graphdef, lora, frozen = split_adapters(model)
+    rng = np.random.default_rng(0)
+    ids, targets = rng.integers(0, 512, (2, 3, 13)).astype(np.int32)
+    targets[1, :9] = targets[2] = IGNORE
+    whole, pieces = (
+        harness.make_score_step(graphdef, chunk=chunk)(lora, frozen, ids, targets)
+        for chunk in (39, 7)
+    )
+    np.testing.assert_allclose(whole[0], pieces[0], rtol=1e-6)
+    np.testing.assert_array_equal(whole[1], pieces[1])
+    assert pieces[1].tolist() == [False, False, True]
+    assert pieces[0][2] == 0
+
+
 @pytest.mark.parametrize("words", [3, 30])
 def test_documents_are_scored_with_as_long_a_context_as_fits(model, stories, logits, words):
     text = " ".join(["Tom", "ran", "home"] * 10)[: words * 5].strip()
@@ -111,7 +126,9 @@ def test_answers_are_those_of_generate(model, stories):
     prompts = ["Once", "Tom and Sam", "a " * 80]
     found = subject.generate_until([(prompt, options) for prompt in prompts])
     config = GenerationConfig(max_new_tokens=6, stop=("\n",))
-    cut = stories.decode(stories.encode(prompts[2])[-42:])
+    # Of 42 tokens, the first is the bos token.
+    cut = stories.decode(stories.encode(prompts[2])[-41:])
+    assert len(stories.encode(cut)) == 42
     expected = generate_text(model, stories, [*prompts[:2], cut], config, batch_size=2)
     assert found == [answer.text for answer in expected]
     sampled = harness._generation({"do_sample": True, "temperature": 0.7, "until": ["a", "b"]})
@@ -120,6 +137,18 @@ def test_answers_are_those_of_generate(model, stories):
     assert harness._generation({"temperature": 0.7}).temperature == 0.0
     with pytest.raises(ValueError, match="leaves no room for a context in max_len=48"):
         subject.generate_until([("Once", {"max_gen_toks": 48})])
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_a_long_context_fits_the_models_own_positions(model, stories, start):
+    """Cut anywhere, even inside of a word: what is left may take other tokens than before."""
+    context = ("Zyxwv qponm " * 30)[start:]
+    subject = Harness(model, stories, max_len=model.config.max_position_embeddings, batch_size=1)
+    options = {"max_gen_toks": 6, "until": "\n"}
+    assert len(subject.generate_until([(context, options)])) == 1
+    kept = subject._shortened(context, 58)
+    assert context.strip().endswith(kept.strip())
+    assert 50 < len(stories.encode(kept)) <= 58
 
 
 class Base(abc.ABC):

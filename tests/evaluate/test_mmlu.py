@@ -133,6 +133,15 @@ def test_an_examination_goes_on_where_it_was_broken_off(stories, tmp_path, monke
     assert len(file.read_text().splitlines()) == 1 + 9
     with pytest.raises(ValueError, match="the answers of another examination"):
         examine(model, stories, asked, {}, identity={"adapter": "b"}, **options)
+    # Killed before its first line was whole: nothing is lost.
+    whole = file.read_text()
+    for begun in (0, 9):
+        file.write_text(whole[:begun])
+        assert examine(model, stories, asked, {}, **options) == result
+        assert file.read_text() == whole
+    file.write_text("notes of mine")
+    with pytest.raises(ValueError, match="the answers of another examination"):
+        examine(model, stories, asked, {}, **options)
 
 
 def test_shots_are_left_out_until_a_prompt_fits(llama):
@@ -159,18 +168,20 @@ def test_few_programs_for_all_lengths():
     assert mmlu.bucket_of(900, 1000) == 1000
 
 
-def test_compiles_once_per_bucket(stories, monkeypatch):
+def test_compiles_once_per_bucket_and_not_again(stories):
     traced = []
-    plain = Parrot.hidden
 
-    def counted(self, input_ids):
-        traced.append(input_ids.shape)
-        return plain(self, input_ids)
+    class Counted(Parrot):
+        def hidden(self, input_ids):
+            traced.append(input_ids.shape)
+            return super().hidden(input_ids)
 
-    monkeypatch.setattr(Parrot, "hidden", counted)
     asked = {"virology": [ask("virology", "C", "Why? " * (i % 40)) for i in range(120)]}
-    examine(parrot(stories, {}), stories, asked, {}, shots=0, max_len=512, batch_size=4)
-    assert len(traced) == len(set(traced)) <= 5
+    table = parrot(stories, {}).table[...]
+    for _ in range(2):  # as a probe of a training run does
+        model = Counted(table + len(traced))
+        examine(model, stories, asked, {}, shots=0, max_len=512, batch_size=4)
+        assert 2 <= len(traced) == len(set(traced)) <= 5
 
 
 def test_letters_are_tokens(llama, stories):

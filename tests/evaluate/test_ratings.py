@@ -52,7 +52,8 @@ def test_metadata_names_the_systems_where_it_does(tmp_path):
         "question_id": 1, "answer1_id": "a", "answer2_id": "b", "score": 2, "text": "2",
         "metadata": {"system1": "cat", "system2": "dog"},
     }  # fmt: skip
-    (tmp_path / "anything.jsonl").write_text(json.dumps(row))
+    row["text"] = "One line\u2028to Unicode, another\x85to Python.\n2"
+    (tmp_path / "anything.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
     (tmp_path / "not-begun.jsonl").touch()
     rating = read_ratings(tmp_path.iterdir()).ratings[0]
     assert (rating.first, rating.second, rating.points) == ("cat", "dog", (0.0, 1.0))

@@ -31,6 +31,21 @@ def test_percent_by_hand():
     assert math.isnan(found["y"].half_width)
 
 
+def test_a_reference_that_won_nothing():
+    ratings = [
+        Rating("1", "ref", "none", (0.0, 0.0)),
+        Rating("1", "ref", "some", (0.0, 1.0)),
+        Rating("2", "ref", "some", (0.0, 0.0)),
+        Rating("1", "ref", "half", (2.0, 1.0)),
+    ]
+    found = percent_of(ratings, "ref")
+    assert list(found) == ["some", "half", "none"]
+    assert (found["some"].mean, found["some"].reference_first) == (math.inf, math.inf)
+    assert found["half"].mean == 50
+    assert math.isnan(found["none"].mean)
+    assert all(math.isnan(percent.half_width) for percent in found.values())
+
+
 def test_an_unknown_reference_is_refused():
     with pytest.raises(ValueError, match="'chatgpt' was not judged against any system"):
         percent_of(RATINGS, "chatgpt")

@@ -156,6 +156,24 @@ def test_every_token_meets_exactly_its_experts():
         np.testing.assert_allclose(call(moe, x), expected, atol=2e-5)
 
 
+def test_layers_that_are_all_of_one_type():
+    """What each type has of its own holds where there is no layer of the other."""
+    windows = VARIANTS["gemma3_text-windows"]
+    assert windows.layer_types is None
+    same = {
+        windows: dataclasses.replace(windows, rope=windows.local_rope, local_rope=None),
+        dataclasses.replace(windows, layer_types=("full_attention",) * 3): dataclasses.replace(
+            windows, sliding_window=None, local_rope=None
+        ),
+    }
+    outputs = []
+    for config, plain in same.items():
+        one, other = (jax.jit(random_decoder(each))(IDS) for each in (config, plain))
+        np.testing.assert_array_equal(one, other)
+        outputs.append(one)
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
+
+
 def test_learned_positions_end():
     config = dataclasses.replace(VARIANTS["opt-unbiased"], max_position_embeddings=6)
     model = abstract(config)

@@ -40,6 +40,8 @@ _FILES: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 1e4,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
+    # As deep as a Gemma 3 that has no layer with full attention yet.
+    "gemma3_text-windows": {**_GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
     "phi3-long": {
         "rope_scaling": _LONGROPE,
         "original_max_position_embeddings": 8,

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -34,6 +35,19 @@ from qlora_jax.train import TrainConfig
 def test_bad_values_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field}="):
         TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("warmup_steps", 0.03), ("learning_rate", "2e-4"), ("eps", None)]
+)
+def test_values_of_another_kind_are_named(field, value):
+    # Without the tests' own check of dtypes, which is not there for users.
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match=f"{field}={value!r} must be a "):
+            TrainConfig(**{field: value})
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_defaults_are_the_papers():

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from qlora_jax.train.run_folder import check_or_write_config, locked_run_folder
+from qlora_jax.train import TrainConfig
+from qlora_jax.train.run_folder import check_or_write_config, describe_run, locked_run_folder
 
 
 def test_a_held_folder_is_refused_and_freed_on_leaving(tmp_path):
@@ -82,6 +83,18 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
         locked_run_folder(tmp_path / "file" / "run"),
     ):
         pass
+
+
+def test_a_run_goes_on_after_fields_were_added(tmp_path):
+    """What an older version did not write is what it did: the default."""
+    written = describe_run(TrainConfig(steps=2, paged=False), {})
+    for name in ("gradients_on_host", "master_weights", "optim"):
+        del written["train"][name]
+    check_or_write_config(tmp_path, written, started=False)
+    check_or_write_config(tmp_path, describe_run(TrainConfig(2, paged=False), {}), started=True)
+    other = describe_run(TrainConfig(2, paged=False, master_weights=True), {})
+    with pytest.raises(ValueError, match=r"differ: master_weights \(was False, is True\)\."):
+        check_or_write_config(tmp_path, other, started=True)
 
 
 def test_a_field_that_there_was_not_yet_is_one_that_is_not_set(tmp_path):

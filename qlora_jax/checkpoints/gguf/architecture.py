@@ -40,6 +40,8 @@ _OPTIONAL = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+_WINDOW_BASE = 10000.0
+"""`rope_theta` of Gemma 3's windows, for which llama.cpp has no key."""
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor by which llama.cpp's frequencies are divided: Llama 3's scaling."""
 
@@ -82,36 +84,52 @@ def _windows(config: Mapping[str, Any], every: int) -> list[str]:
     ]
 
 
-def _check_gemma(every: int) -> Callable[[Mapping[str, Any]], None]:
+def _gemma_scalar(config: Mapping[str, Any], largest: int) -> int:
+    """llama.cpp's `query_pre_attn_scalar`: the head's width, but for the model of 27B weights,
+    which it knows by its depth."""
+    if config["num_hidden_layers"] == largest:
+        return config["hidden_size"] // config["num_attention_heads"]
+    return head_dim(config)
+
+
+def _check_gemma(every: int, largest: int) -> Callable[[Mapping[str, Any]], None]:
     def check(config: Mapping[str, Any]) -> None:
-        scale = config.get("query_pre_attn_scalar", head_dim(config))
-        if scale != head_dim(config):
+        known = _gemma_scalar(config, largest)
+        scale = config.get("query_pre_attn_scalar", known)
+        if scale != known:
             raise ValueError(
-                f"query_pre_attn_scalar is {scale}, but llama.cpp scales by the head's width, "
-                f"{head_dim(config)}, and a GGUF file cannot say otherwise: export to safetensors."
+                f"query_pre_attn_scalar is {scale}, but llama.cpp takes {known} for a model of "
+                "this shape, and a GGUF file cannot say otherwise: export to safetensors."
             )
         layers = config.get("layer_types")
         if layers is not None and list(layers) != _windows(config, every):
             raise ValueError(
-                f"layer_types is {list(layers)}, but llama.cpp has full attention in every "
-                f"{every}th layer, and a GGUF file cannot say otherwise: export to safetensors."
+                f"layer_types is {list(layers)}, but llama.cpp has full attention in the last of "
+                f"every {every} layers, and a GGUF file cannot say otherwise: export to "
+                "safetensors."
             )
 
     return check
 
 
+# Every so many layers one that sees everything; the layers of the model of 27B weights.
+_GEMMA2, _GEMMA3 = (2, 46), (6, 62)
+
+
 def _gemma2(config: Mapping[str, Any]) -> dict[str, Any]:
+    every, largest = _GEMMA2
     return {
-        "query_pre_attn_scalar": head_dim(config),
-        "layer_types": _windows(config, 2),
+        "query_pre_attn_scalar": _gemma_scalar(config, largest),
+        "layer_types": _windows(config, every),
     }
 
 
 def _gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
+    every, largest = _GEMMA3
     return {
-        "query_pre_attn_scalar": head_dim(config),
-        "layer_types": _windows(config, 6),
-        "rope_local_base_freq": 10000.0,
+        "query_pre_attn_scalar": _gemma_scalar(config, largest),
+        "layer_types": _windows(config, every),
+        "rope_local_base_freq": _WINDOW_BASE,
     }
 
 
@@ -128,7 +146,7 @@ ARCHITECTURES = (
         "Gemma2ForCausalLM",
         norm_offset=1.0,
         activation=_GELU,
-        check=_check_gemma(2),
+        check=_check_gemma(*_GEMMA2),
         extra=_gemma2,
     ),
     Architecture(
@@ -137,7 +155,7 @@ ARCHITECTURES = (
         "Gemma3ForCausalLM",
         norm_offset=1.0,
         activation=_GELU,
-        check=_check_gemma(6),
+        check=_check_gemma(*_GEMMA3),
         extra=_gemma3,
     ),
 )
@@ -219,15 +237,16 @@ def to_metadata(config: Mapping[str, Any]) -> tuple[Metadata, dict[str, np.ndarr
 def _rope(config: Mapping[str, Any]) -> tuple[RopeConfig, float]:
     """Rotary frequencies, and the share of a head that is turned."""
     given = config.get("rope_parameters") or {}
+    base = config.get("rope_local_base_freq")
     if "full_attention" in given:
-        # Gemma 3: llama.cpp knows the windows' own base, the file only the other one.
-        if given["sliding_attention"]["rope_theta"] != 10000:
-            raise ValueError(
-                f"The windows' rope_theta is {given['sliding_attention']['rope_theta']:g}, but "
-                "llama.cpp turns them by 10000: export to safetensors."
-            )
+        base = given["sliding_attention"]["rope_theta"]
         config = dict(config) | {"rope_parameters": given["full_attention"]}
         given = given["full_attention"]
+    if base not in (None, _WINDOW_BASE):
+        raise ValueError(
+            f"The windows' rope_theta is {base:g}, but llama.cpp turns them by {_WINDOW_BASE:g}: "
+            "export to safetensors."
+        )
     rotary = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     return read_rope(config), rotary
 
