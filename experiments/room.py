@@ -1,9 +1,11 @@
 """Is there room for the run? Asked before any weight is loaded (`qlora_jax.plan.check_fits`).
 
 What is planned is the run's own step: its TrainConfig, its adapters, its way of storing, attending
-and recomputing, and the longest rows that its data will be batched to.
+and recomputing, and the longest rows that its data will be batched to. Of a run on several devices
+it is one device's: its rows of the micro-batch, beside all of the weights.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -37,18 +39,20 @@ def workload(
     sequence: int,
     target: int | None = None,
 ) -> Workload:
-    """The run's training step, for `qlora_jax.plan`.
+    """The run's training step, for `qlora_jax.plan`; on several devices that of one of them, with
+    all of the weights.
 
     Args:
         run: what is to be trained.
         config: the shape of its base model.
         sequence, target: of the longest rows, as `row_lengths` gives them.
     """
+    rows = run.train.micro_batch_size // run.devices.count
     return Workload(
         config,
         sequence=sequence,
         target=target,
-        train=run.train,
+        train=dataclasses.replace(run.train, micro_batch_size=rows),
         lora=run.lora,
         quant=run.quant,
         compute_dtype=run.model.compute_dtype,
@@ -73,6 +77,8 @@ def check_room(
 ) -> None:
     """Raise where the device's memory is known and the run's longest step does not fit it.
 
+    Runs whose weights are cut are not checked: what a part of them takes is not planned.
+
     Args:
         run: what is to be trained.
         folder: its base model.
@@ -82,7 +88,7 @@ def check_room(
     Raises:
         ValueError: by how much, and what would make it fit.
     """
-    if os.environ.get(OVERRIDE):
+    if os.environ.get(OVERRIDE) or run.devices.parts > 1:
         return
     try:
         check_fits(workload(run, find_config(folder), sequence, target), memory=memory)

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from qlora_jax.data import Tokenizer
 from qlora_jax.evaluate.mmlu_questions import GROUPS, LETTERS, SUBJECTS, Question, prompt_of
 from qlora_jax.evaluate.perplexity import split_adapters
+from qlora_jax.models.spread import spread_rows
 
 _SHORTEST_BUCKET = 64
 
@@ -145,8 +146,8 @@ def examine(
     step = make_answer_step(graphdef, answer_tokens(tokenizer))
     open_prompts = [p for p in prompts if p.key not in record.chosen]
     for batch in _batches(open_prompts, batch_size):
-        input_ids, last = _padded(batch, batch_size, max_len, tokenizer.pad_token_id)
-        scores = np.asarray(step(lora, frozen, input_ids, last))[: len(batch)]
+        rows = _padded(batch, batch_size, max_len, tokenizer.pad_token_id)
+        scores = np.asarray(step(lora, frozen, *spread_rows(rows, frozen)))[: len(batch)]
         record.add(batch, scores)
         if progress is not None:
             progress(len(record.chosen), len(prompts))

@@ -8,7 +8,7 @@ A module's name is its dotted path in the tree, or, where the caller has other o
 one for each layer of a stack), those.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ def add_lora(
     rngs: nnx.Rngs,
     names: Names | None = None,
     starts: Starts | None = None,
+    place: Callable[[nnx.Module], None] | None = None,
 ) -> nnx.Module:
     """Makes trainable what a `LoraConfig` names: `QuantDense` layers get adapters, modules to save
     and biases become `TrainedParam`.
@@ -45,6 +46,7 @@ def add_lora(
         names: tree path of a module → what `lora` is to call it: one name, or one for each layer of
             a stack; None calls every module by its tree path.
         starts: by name, A and B to start from (`start_from_weight`).
+        place: called with each layer once it has its adapter, to move that to where it belongs.
 
     Returns:
         The same module.
@@ -80,6 +82,8 @@ def add_lora(
                 for name, config in zip(own, configs, strict=True)
             ]
         layer.adapt(configs, rngs, rngs if names is None else None, start)
+        if place is not None:
+            place(layer)
         return layer
 
     replace_layers(module, nnx.Linear, freeze)
