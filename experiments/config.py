@@ -1,8 +1,8 @@
 """What a run is, as frozen dataclasses, and how a tree of options becomes one.
 
 A run's configuration has the sections `model`, `data`, `quant`, `lora`, `train`, `devices`, `mmlu`.
-Three of them are the library's own dataclasses. A file names only what differs from the defaults; the
-resolved tree is written beside a run's results and can be given back as a file.
+Three of them are the library's own dataclasses. A file names only what differs from the defaults;
+the resolved tree is written beside a run's results and can be given back as a file.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def spread_rows(batch: PyTree, weights: PyTree, *, axis: int = 0) -> PyTree:
     meshes = (
         leaf.sharding.mesh
         for leaf in jax.tree.leaves(weights)
-        if isinstance(leaf.sharding, jax.sharding.NamedSharding)
+        if isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding)
     )
     mesh = next(meshes, None)
     if mesh is None or mesh.size == 1:
