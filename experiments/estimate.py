@@ -151,8 +151,8 @@ def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
         # One layer's gradients.
         copies = 1 + 1 / config.num_hidden_layers
     moments = math.ceil(8 * trained / parts)
-    rows = run.train.micro_batch_size // run.devices.count
-    tokens = rows * length
+    batch = run.train.micro_batch_size // run.devices.count
+    tokens = batch * length
     widest = max(config.intermediate_size, config.hidden_size)
     per_token = 6 * config.hidden_size + 3 * config.intermediate_size
     saved = config.num_hidden_layers * tokens * config.hidden_size * compute
@@ -161,7 +161,7 @@ def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
     # In 16 bits a GPU's attention is cuDNN's, which holds no scores.
     scores = 0
     if compute == 4:
-        scores = rows * config.num_attention_heads * length**2 * 4
+        scores = batch * config.num_attention_heads * length**2 * 4
     # In a layer: its activations and their gradients, one decoded weight. At the head: logits and
     # their gradient in float32. The two are not there at once.
     layer = 2 * tokens * per_token * compute + 2 * scores + widest * config.hidden_size * compute

@@ -192,7 +192,7 @@ def load_model(
         # checkpoint has is then read over it.
         trained = jax.jit(lambda key: nnx.state(build(key), nnx.LoRAParam))
         nnx.update(model, trained(key))
-    starts: dict[str, tuple[Array, Array]] = {}
+    starts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     quantized_here = None if stored is not None else quant
     prepare = _preparation(lora, quantized_here, starts)
     places = {} if mesh is None else shardings_of(model, mesh, over=over)
@@ -272,7 +272,9 @@ def _fill(
 
 
 def _preparation(
-    lora: LoraConfig | None, quant: QuantConfig | None, starts: dict[str, tuple[Array, Array]]
+    lora: LoraConfig | None,
+    quant: QuantConfig | None,
+    starts: dict[str, tuple[np.ndarray, np.ndarray]],
 ) -> Callable[[str, tuple[str, ...], Any], Any]:
     """(name, path, tensor) → what to store of it: itself, or where an adapter starts from a linear
     layer's weight, the base that this leaves; A and B then go into `starts`, by module."""
@@ -285,7 +287,8 @@ def _preparation(
         if own is None or isinstance(tensor, QuantizedTensor):
             return tensor
         base, a, b = start_from_weight(jnp.asarray(tensor), quant, own)
-        starts[module] = (a, b)
+        # To the host: on the device those of all layers would lie beside the model.
+        starts[module] = jax.device_get((a, b))
         return base
 
     return prepare

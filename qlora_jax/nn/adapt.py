@@ -11,17 +11,16 @@ one for each layer of a stack), those.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 from flax import nnx
 
 from qlora_jax.nn.convert import children, quantize_module, replace_layers
-from qlora_jax.nn.dense import QuantDense
+from qlora_jax.nn.dense import Factors, QuantDense
 from qlora_jax.nn.lora import LoraConfig
 from qlora_jax.nn.variables import FrozenParam, TrainedParam
 from qlora_jax.quant import QuantizedTensor
 
 Names = Mapping[str, Sequence[str]]
-Starts = Mapping[str, tuple[jax.Array, jax.Array]]
+Starts = Mapping[str, Factors]
 
 
 def add_lora(
@@ -109,7 +108,7 @@ def _names_of(path: str, layer: QuantDense, called: Names) -> Sequence[str]:
 
 def _start(
     name: str, config: LoraConfig | None, lora: LoraConfig, starts: Starts | None
-) -> tuple[jax.Array, jax.Array] | None:
+) -> Factors | None:
     if config is None:
         return None
     if starts is None or name not in starts:

@@ -1,6 +1,7 @@
 """A model that is spread over devices as it is read: the bits of one device, and no device ever
 holds more than its part and a tensor or two."""
 
+import dataclasses
 import gc
 import math
 from collections import Counter
@@ -27,7 +28,10 @@ CONFIG = DecoderConfig(
     head_dim=32,
 )
 MESH = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-LORA = LoraConfig(r=4)
+LORA = LoraConfig(r=4, target_modules=("q_proj", "down_proj"))
+DORA = dataclasses.replace(LORA, use_dora=True)
+LOFTQ = LoraConfig(r=4, target_modules=("q_proj",), init_lora_weights="loftq")
+ADAPTERS = 4 * LORA.r * CONFIG.num_hidden_layers * (CONFIG.intermediate_size + CONFIG.hidden_size)
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +81,36 @@ def most(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"quant": QuantConfig(), "embedding_bits": 8}, {"quant": None}]
+    "options",
+    [
+        {"quant": QuantConfig(), "embedding_bits": 8},
+        pytest.param({"quant": None, "lora": DORA}, marks=pytest.mark.slow),
+        pytest.param({"stream_weights": True, "lora": LOFTQ}, marks=pytest.mark.slow),
+    ],
 )
-def test_each_device_gets_its_part_and_the_bits_are_those_of_one_device(folder, options, most):
-    cut = load_model(folder, lora=LORA, mesh=MESH, over="data", **options)
+def test_each_device_gets_its_part_and_the_bits_are_those_of_one_device(
+    folder, options, most, monkeypatch
+):
+    monkeypatch.setattr(streaming, "MIN_STREAM_BYTES", 2**10)
+    options = {"lora": LORA, **options}
+    cut = load_model(folder, mesh=MESH, over="data", **options)
     held = dict(most)
-    one = load_model(folder, lora=LORA, **options)
+    one = load_model(folder, **options)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(one)))
     spread(one, MESH, over="data")
     leaves = list(map(jax.tree.leaves, (nnx.state(cut), nnx.state(one))))
     for ours, theirs in zip(*leaves, strict=True):
         assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+        assert ours.sharding.memory_kind == theirs.sharding.memory_kind
         np.testing.assert_array_equal(ours, theirs)
     parts = bytes_by_device(leaves[0])
-    # The embedding in bfloat16, or one module's adapters of all layers before they are cut.
-    largest = 2 * CONFIG.vocab_size * CONFIG.hidden_size
-    adapters = 4 * LORA.r * CONFIG.num_hidden_layers * 3 * CONFIG.hidden_size
+    # One tensor and what becomes of it, or a module's adapters of all layers, before it is cut.
+    beside = max(3 * CONFIG.vocab_size * CONFIG.hidden_size, ADAPTERS)
     for device in MESH.devices.flat:
-        assert parts[device.id] <= held[device.id] < parts[device.id] + largest + adapters
+        assert parts[device.id] <= held[device.id] < parts[device.id] + beside
         assert held[device.id] < whole / 2
+
+
+def test_an_axis_without_a_mesh_is_refused(folder):
+    with pytest.raises(ValueError, match="over is 'data', but names an axis of a mesh"):
+        load_model(folder, over="data")
