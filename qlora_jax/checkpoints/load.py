@@ -323,12 +323,14 @@ def _brought(tensor: Any, stack: Any, axes: int, quant: QuantConfig | None) -> A
     if isinstance(tensor, QuantizedTensor) != isinstance(stack, QuantizedTensor):
         tensor = _in_form(jax.tree.map(jnp.asarray, tensor), stack, quant)
 
-    def part(leaf: Any, whole: Array) -> Array:
-        spec = jax.sharding.PartitionSpec(*whole.sharding.spec[axes:])
-        return jax.device_put(leaf, jax.sharding.NamedSharding(whole.sharding.mesh, spec))
-
-    parts = map(part, jax.tree.leaves(tensor), jax.tree.leaves(stack))
-    return jax.tree.unflatten(jax.tree.structure(tensor), parts)
+    leaves, treedef = jax.tree.flatten(tensor)
+    places: list[Any] = [whole.sharding for whole in jax.tree.leaves(stack)]
+    parts = []
+    for leaf, place in zip(leaves, places, strict=True):
+        # In the device's own memory, also where the stack rests on the host: `put` goes on.
+        spec = jax.sharding.PartitionSpec(*place.spec[axes:])
+        parts.append(jax.device_put(leaf, jax.sharding.NamedSharding(place.mesh, spec)))
+    return jax.tree.unflatten(treedef, parts)
 
 
 def _dense(tensor: np.ndarray | QuantizedTensor) -> np.ndarray:

@@ -41,6 +41,13 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def packed_folder(folder, tmp_path_factory):
+    packed = tmp_path_factory.mktemp("packed")
+    save_model(packed, load_model(folder, lora=None))
+    return packed
+
+
 def bytes_by_device(arrays) -> Counter:
     held = Counter()
     for array in arrays:
@@ -109,6 +116,15 @@ def test_each_device_gets_its_part_and_the_bits_are_those_of_one_device(
     for device in MESH.devices.flat:
         assert parts[device.id] <= held[device.id] < parts[device.id] + beside
         assert held[device.id] < whole / 2
+
+
+def test_what_is_packed_already_passes_through_no_device(packed_folder, most):
+    model = load_model(packed_folder, lora=None, mesh=MESH, over="data")
+    parts = bytes_by_device(jax.tree.leaves(nnx.state(model)))
+    # Beside what it keeps a device holds its part of one tensor, and what is too small to be cut.
+    largest = 2 * CONFIG.vocab_size * CONFIG.hidden_size // 4
+    for device in MESH.devices.flat:
+        assert most[device.id] < parts[device.id] + largest + 2**12
 
 
 def test_an_axis_without_a_mesh_is_refused(folder):
