@@ -1,8 +1,8 @@
 """What a run is, as frozen dataclasses, and how a tree of options becomes one.
 
-A run's configuration has the sections `model`, `data`, `quant`, `lora`, `train`, `mmlu`. Three of
-them are the library's own dataclasses. A file names only what differs from the defaults; the
-resolved tree is written beside a run's results and can be given back as a file.
+A run's configuration has the sections `model`, `data`, `quant`, `lora`, `train`, `devices`, `mmlu`.
+Three of them are the library's own dataclasses. A file names only what differs from the defaults;
+the resolved tree is written beside a run's results and can be given back as a file.
 """
 
 from __future__ import annotations
@@ -105,6 +105,31 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class DevicesConfig:
+    """Over which of this machine's devices a run is spread (`qlora_jax.models.spread`).
+
+    Results differ by rounding alone, so that a run may be resumed on other devices.
+
+    Attributes:
+        count: of devices, from the first on; each takes its rows of every micro-batch.
+        weights: "whole", all of them on every device, or "cut": a part of codes, absmax, adapters
+            and moments on each.
+    """
+
+    count: int = 1
+    weights: Literal["whole", "cut"] = "whole"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count={self.count} must be at least 1.")
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts weights are cut."""
+        return self.count if self.weights == "cut" else 1
+
+
+@dataclass(frozen=True)
 class MmluConfig:
     """How a run is examined on MMLU.
 
@@ -149,6 +174,7 @@ class RunConfig:
         lora: the adapters.
         train: the optimizer and the loop; `train.seed` also decides the adapters' initial values
             and the batch order.
+        devices: how many of them, and what each holds.
         mmlu: the examination; None: none.
     """
 
@@ -157,7 +183,16 @@ class RunConfig:
     quant: QuantConfig | None = field(default_factory=QuantConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
     mmlu: MmluConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.train.micro_batch_size % self.devices.count:
+            raise ValueError(
+                f"devices.count={self.devices.count} does not divide train.micro_batch_size="
+                f"{self.train.micro_batch_size}, whose rows are dealt out to the devices: make "
+                "that a multiple of it."
+            )
 
 
 def named_source(known: Iterable[str], value: Any, what: str) -> Tree:

@@ -43,8 +43,9 @@ class CellEstimate:
         rows: training rows; None where they are not at hand.
         tokens: read in training; an upper bound where `rows` is None.
         flops: of training; None where the model's shape is not at hand, as the others.
-        device_bytes: in a step.
-        host_bytes: of the paged optimizer.
+        device_bytes: in a step, on each device.
+        host_bytes: of the paged optimizer, for all devices.
+        devices: that share the work.
     """
 
     rows: int | None
@@ -52,6 +53,7 @@ class CellEstimate:
     flops: float | None
     device_bytes: int | None
     host_bytes: int | None
+    devices: int = 1
 
 
 def estimate(run: RunConfig, *, compiled_for: Card | None = None) -> CellEstimate:
@@ -70,14 +72,14 @@ def estimate(run: RunConfig, *, compiled_for: Card | None = None) -> CellEstimat
     examples = run.train.steps * run.train.batch_size
     tokens = None if mean is None else round(mean * examples)
     if config is None or tokens is None or longest is None:
-        return CellEstimate(rows, tokens, None, None, None)
+        return CellEstimate(rows, tokens, None, None, None, run.devices.count)
     flops = tokens * flops_per_token(config, run.lora, longest, run.model.remat)
     if compiled_for is not None:
         device, host = _compiled(run, config, longest, compiled_for)
     else:
         held = memory(config, run, longest)
         device, host = held.device, held.host
-    return CellEstimate(rows, tokens, flops, device, host)
+    return CellEstimate(rows, tokens, flops, device, host, run.devices.count)
 
 
 def _model_at_hand(run: RunConfig) -> Path | None:
@@ -120,7 +122,7 @@ def _lengths(run: RunConfig, folder: Path | None) -> tuple[int | None, float | N
 
 def _compiled(run: RunConfig, config: DecoderConfig, length: int, card: Card) -> tuple[int, int]:
     found = plan(workload(run, config, length), card)
-    return found.device.total, found.host
+    return found.device.total, found.host * run.devices.count
 
 
 def dry_run(
@@ -156,6 +158,11 @@ def dry_run(
     notes = [
         f"device and host: GiB in a step ({how}); under a card: hours, – where it is too small."
     ]
+    if any(cell.run.devices.count > 1 for cell in sweep.cells):
+        notes.append(
+            "of cells on several devices: each device's GiB, the host's for all, hours of all "
+            "together at work."
+        )
     if bounded:
         notes.append("≤: rows or tokenizer not at hand, the most tokens that the lengths allow.")
     console.print("\n".join(notes), highlight=False)
@@ -193,7 +200,7 @@ def _hours_on(found: CellEstimate, card: Card) -> float | None:
         return None
     if found.device_bytes > USABLE * card.memory:
         return None
-    return hours(found.flops, card)
+    return hours(found.flops, card) / found.devices
 
 
 def _time(time: float | None) -> str:

@@ -106,14 +106,14 @@ def flops_per_token(config: DecoderConfig, lora: LoraConfig, length: int, remat:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device in a training step; the paged optimizer's own are on the host.
+    """Bytes on each device in a training step; the paged optimizer's own are on the host.
 
     Attributes:
         base: the frozen weights.
         adapters: their values and gradients (and accumulated gradients).
         optimizer: Adam's moments that stay on the device.
         activations: what is saved for the backward pass, and the largest temporaries.
-        host: Adam's moments that are paged to the host.
+        host: Adam's moments that are paged to the host, those of all devices.
     """
 
     base: int
@@ -129,7 +129,12 @@ class Memory:
 
 
 def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
-    """What a run's step holds, at its longest sequence of `length` tokens."""
+    """What a run's step holds, at its longest sequence of `length` tokens.
+
+    Of weights that are cut, each device is taken to hold its part: what stays whole (norms) is
+    little.
+    """
+    parts = run.devices.parts
     compute = _BYTES[run.model.compute_dtype]
     stored = _BYTES[run.model.param_dtype or run.model.compute_dtype]
     linear = linear_parameters(config)
@@ -145,8 +150,9 @@ def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
     if run.train.update_in_backward:
         # One layer's gradients.
         copies = 1 + 1 / config.num_hidden_layers
-    moments = 8 * trained
-    tokens = run.train.micro_batch_size * length
+    moments = math.ceil(8 * trained / parts)
+    batch = run.train.micro_batch_size // run.devices.count
+    tokens = batch * length
     widest = max(config.intermediate_size, config.hidden_size)
     per_token = 6 * config.hidden_size + 3 * config.intermediate_size
     saved = config.num_hidden_layers * tokens * config.hidden_size * compute
@@ -155,17 +161,17 @@ def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
     # In 16 bits a GPU's attention is cuDNN's, which holds no scores.
     scores = 0
     if compute == 4:
-        scores = run.train.micro_batch_size * config.num_attention_heads * length**2 * 4
+        scores = batch * config.num_attention_heads * length**2 * 4
     # In a layer: its activations and their gradients, one decoded weight. At the head: logits and
     # their gradient in float32. The two are not there at once.
     layer = 2 * tokens * per_token * compute + 2 * scores + widest * config.hidden_size * compute
     logits = 2 * tokens * config.vocab_size * 4
     return Memory(
-        base=math.ceil(base) + others,
-        adapters=math.ceil(copies * 4 * trained),
+        base=math.ceil((math.ceil(base) + others) / parts),
+        adapters=math.ceil(copies * 4 * trained / parts),
         optimizer=0 if run.train.paged else moments,
         activations=saved + max(layer, logits),
-        host=moments if run.train.paged else 0,
+        host=moments * run.devices.count if run.train.paged else 0,
     )
 
 

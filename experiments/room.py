@@ -1,7 +1,8 @@
 """Is there room for the run? Asked before any weight is loaded (`qlora_jax.plan.check_fits`).
 
 What is planned is the run's own step: its TrainConfig, its adapters, its way of storing, attending
-and recomputing, and the longest rows that its data will be batched to.
+and recomputing, and the longest rows that its data will be batched to. Of a run on several devices
+it is what each of them holds.
 """
 
 import os
@@ -60,6 +61,8 @@ def workload(
         attention=run.model.attention,
         packed=run.data.packing,
         loss_chunk=run.model.loss_chunk,
+        devices=run.devices.count,
+        cut_weights=run.devices.parts > 1,
     )
 
 

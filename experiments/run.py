@@ -29,13 +29,13 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from experiments.config import RunConfig, build_run
+from experiments.config import DevicesConfig, RunConfig, build_run
 from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
 from experiments.room import check_room, row_lengths
 from experiments.rows import context_length, examples_of, model_config
-from experiments.tree import differences, read_yaml, to_tree, to_yaml
+from experiments.tree import differences, option_names, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
 from qlora_jax.data import (
     Batches,
@@ -55,6 +55,8 @@ from qlora_jax.train.progress import peak_device_bytes, peak_host_bytes
 from qlora_jax.train.run_folder import locked_run_folder
 
 CONFIG = "config.yaml"
+
+_AXIS = "data"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def check(run: RunConfig) -> Checked:
         stream_weights=run.model.stream_weights,
         update_in_backward=run.train.update_in_backward,
     )
+    mesh_of(run.devices)
     folder = model_folder(run)
     longest = run.data.max_len or context_length(folder)
     train, validation, pad = examples_of(run.data, folder, longest)
@@ -95,6 +98,24 @@ def check(run: RunConfig) -> Checked:
         answer_tokens(load_tokenizer(folder))
         check_questions(run.mmlu)
     return Checked(folder, train, validation, pad)
+
+
+def mesh_of(devices: DevicesConfig) -> jax.sharding.Mesh | None:
+    """The devices that a run is spread over; None for one.
+
+    Raises:
+        ValueError: this machine has fewer.
+    """
+    there = jax.local_devices()
+    if devices.count > len(there):
+        raise ValueError(
+            f"devices.count is {devices.count}, but this machine has {len(there)} "
+            f"({there[0].device_kind}): set it to that or less."
+        )
+    if devices.count == 1:
+        return None
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((devices.count,), (_AXIS,), auto, devices=there[: devices.count])
 
 
 def model_folder(run: RunConfig) -> Path:
@@ -134,12 +155,21 @@ def with_own_adapters(run: RunConfig, given: Collection[str]) -> RunConfig:
 class _FirstWords:
     """Writes config.yaml once the folder's lock is held, and forgets an earlier failure."""
 
-    def __init__(self, run: RunConfig, folder: Path) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, run: RunConfig, folder: Path, console: Console) -> None:
+        self.run, self.folder, self.console = run, folder, console
 
     def start(self, step: int) -> None:
-        """The run begins."""
-        write_atomically(self.folder / CONFIG, to_yaml(self.run))
+        """The run begins, or goes on."""
+        path = self.folder / CONFIG
+        if step and path.is_file():
+            before, now = build_run(read_yaml(path), str(path)).devices, self.run.devices
+            if before != now:
+                self.console.print(
+                    f"begun on {_described(before)}, going on on {_described(now)}: the result is "
+                    "the same to rounding, but not to the bit.",
+                    highlight=False,
+                )
+        write_atomically(path, to_yaml(self.run))
         (self.folder / ERROR).unlink(missing_ok=True)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -166,6 +196,7 @@ def execute(
         ValueError, OSError, RuntimeError: as `check` and `qlora_jax.train.fit` do.
     """
     began = time.perf_counter()
+    console = console or Console()
     checked = check(run)
     length, target = row_lengths(run.data, checked.train)
     check_room(run, checked.folder, length, target)
@@ -188,6 +219,8 @@ def execute(
         packed=run.data.packing,
         longest=length,
         seed=train.seed,
+        mesh=mesh_of(run.devices),
+        over=_AXIS if run.devices.parts > 1 else None,
     )
 
     def batches(examples: Examples | Pairs, **options: Any) -> Batches | Seq2SeqBatches:
@@ -228,13 +261,14 @@ def execute(
         identity=identity(run),
         save_adapter=save,
         probes=probes(run.mmlu, tokenizer, context),
-        callbacks=[_FirstWords(run, folder), *callbacks],
+        callbacks=[_FirstWords(run, folder, console), *callbacks],
         console=console,
     )
     examined = final(model, tokenizer, run.mmlu, context, folder, console)
     result = _result(model, folder, labels) | {
         **examined,
         "seconds": round(time.perf_counter() - began, 1),
+        "devices": run.devices.count,
         "train_rows": len(checked.train),
         "validation_rows": len(checked.validation),
     }
@@ -243,7 +277,8 @@ def execute(
 
 
 def identity(run: RunConfig) -> dict[str, Any]:
-    """What decides a run beside its TrainConfig, for the trainer to compare on resuming."""
+    """What decides a run beside its TrainConfig, for the trainer to compare on resuming: not the
+    devices, which change nothing beyond rounding."""
     tree = to_tree(run)
     return {name: tree[name] for name in ("model", "data", "quant", "lora")}
 
@@ -258,6 +293,7 @@ def is_finished(run: RunConfig, folder: Path) -> bool:
         return False
     saved = build_run(read_yaml(folder / CONFIG), str(folder / CONFIG))
     free = {f"train.{name}" for name in FREE_ON_RESUME}
+    free |= {f"devices.{name}" for name in option_names(DevicesConfig)}
     other = [text for text in differences(run, saved) if text.split(":")[0] not in free]
     if other:
         raise ValueError(
@@ -291,6 +327,10 @@ def delete_run(folder: Path) -> None:
         raise ValueError(f"{folder} is not empty and no run folder: it is not deleted.")
     with locked_run_folder(folder):
         shutil.rmtree(folder)
+
+
+def _described(devices: DevicesConfig) -> str:
+    return "1 device" if devices.count == 1 else f"{devices.count} devices ({devices.weights})"
 
 
 def _result(model: nnx.Module, folder: Path, labels: Mapping[str, str]) -> dict[str, Any]:

@@ -7,6 +7,10 @@ compared with it, and only then are numbers read. A tensor is quantized on the d
 into its layer's slice of a stack that is donated and updated in place, so that neither the host nor
 the device ever holds more than the result and a few tensors: no full-precision copy of the model
 exists.
+
+On several devices (`mesh`) the stacks are made where `models.spread` would put them, and a tensor's
+parts go to the devices that hold those of its stack. What is still to be quantized passes through
+the first device, one tensor at a time, and so has the same codes on any number of them.
 """
 
 import dataclasses
@@ -36,6 +40,8 @@ from qlora_jax.models import (
     capability_here,
     family_of,
     module_names,
+    shardings_of,
+    spread,
     streaming,
     unfreeze,
 )
@@ -60,6 +66,8 @@ def load_model(
     longest: int | None = None,
     matmul: str | None = None,
     seed: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+    over: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Any:
@@ -87,16 +95,22 @@ def load_model(
         longest: tokens of the longest sequence that will be read; None where that is unknown.
         matmul: implementation of the 4-bit matmul; None lets the op choose.
         seed: of the adapters' initial A, and of a head that the checkpoint has not.
+        mesh: the devices that the model is spread over as it is read; None for one.
+        over: the mesh's axis that weights are cut along (`models.spread`); None gives every device
+            all of them.
         overrides: fields of the model's configuration to replace, such as `{"num_labels": 3}`.
         progress: shows a bar on standard error, if that is a terminal.
 
     Returns:
-        The model, its arrays on JAX's default device.
+        The model, its arrays on JAX's default device, or spread over the mesh.
 
     Raises:
         FileNotFoundError: the folder, its config or a shard is missing.
-        ValueError: an unknown architecture, a damaged file, or tensors that contradict config.json.
+        ValueError: an unknown architecture, a damaged file, tensors that contradict config.json, or
+            a mesh that does not serve.
     """
+    if over is not None and mesh is None:
+        raise ValueError(f"over is {over!r}, but names an axis of a mesh: give mesh=, too.")
     if trainable_base and quant is not None:
         raise ValueError(
             f"trainable_base is set together with quant={quant}, but codes cannot be trained: give "
@@ -168,21 +182,28 @@ def load_model(
     model = nnx.eval_shape(build, key)
     keep_dense(model, checkpoint, family.weight_names(config), param_dtype)
     if stream_weights:
-        streaming.check_host_memory_limit(streaming.host_bytes(model.layers), jax.default_backend())
+        copies = mesh.size if mesh is not None and over is None else 1
+        needed = copies * streaming.host_bytes(model.layers)
+        streaming.check_host_memory_limit(needed, jax.default_backend())
     slots = matching(checkpoint, family, model)
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
         # Only what is trained is asked for, so the compiler drops the random base. A head that the
         # checkpoint has is then read over it.
         trained = jax.jit(lambda key: nnx.state(build(key), nnx.LoRAParam))
         nnx.update(model, trained(key))
-    starts: dict[str, tuple[Array, Array]] = {}
+    starts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     quantized_here = None if stored is not None else quant
     prepare = _preparation(lora, quantized_here, starts)
-    _fill(model, checkpoint, slots, quantized_here, prepare, progress, stream_weights)
+    places = {} if mesh is None else shardings_of(model, mesh, over=over)
+    _fill(model, checkpoint, slots, quantized_here, prepare, progress, stream_weights, places)
+    place = None if mesh is None else functools.partial(spread, mesh=mesh, over=over)
     if lora is not None:
         # Adapters come last: some are made from the weights.
         names = module_names(family.weight_names(config))
-        add_lora(model, lora, rngs=nnx.Rngs(params=key), names=names, starts=starts)
+        add_lora(model, lora, rngs=nnx.Rngs(params=key), names=names, starts=starts, place=place)
+    if place is not None:
+        # What was not read: a fresh head.
+        place(model)
     if trainable_base:
         unfreeze(model)
     return model
@@ -196,12 +217,14 @@ def _fill(
     prepare: Callable[[str, tuple[str, ...], Any], Any],
     progress: bool,
     stream_weights: bool,
+    places: Mapping[tuple, Any],
 ) -> None:
     """Reads every tensor into its place; the abstract Variables become arrays on the device.
 
     `quant` is how dense tensors of the file are quantized; None where they are packed already.
     `prepare` (see `_preparation`) sees every linear weight first. With `stream_weights` the large
-    leaves of stacks become arrays in pinned host memory.
+    leaves of stacks become arrays in pinned host memory. `places` says where on several devices the
+    arrays of each path lie (`shardings_of`).
     """
     filled: dict[tuple[str, ...], Any] = {}
     console = Console(stderr=True)
@@ -223,7 +246,7 @@ def _fill(
             struct = node_at(model, path).get_value()
             if path not in filled:
                 hosted = stream_weights and bool(slot.stack_index)
-                filled[path] = jax.tree.map(functools.partial(_empty, hosted=hosted), struct)
+                filled[path] = _empty(struct, hosted, places.get(path))
             if isinstance(struct, QuantizedTensor) and is_vocabulary(model, slot):
                 filled[path] = _put_vocabulary(filled[path], _dense(checkpoint.read(name)))
                 bar.advance(task, sizes[name])
@@ -231,7 +254,12 @@ def _fill(
             # The tensor has no name here: it would outlive its turn and lie beside the next one.
             filled[path] = put(
                 filled[path],
-                prepare(name, path, jax.tree.map(jnp.asarray, checkpoint.read(name))),
+                _brought(
+                    prepare(name, path, checkpoint.read(name)),
+                    filled[path],
+                    len(slot.stack_index),
+                    quant,
+                ),
                 tuple(map(jnp.int32, slot.stack_index)),
                 quant,
             )
@@ -243,7 +271,9 @@ def _fill(
 
 
 def _preparation(
-    lora: LoraConfig | None, quant: QuantConfig | None, starts: dict[str, tuple[Array, Array]]
+    lora: LoraConfig | None,
+    quant: QuantConfig | None,
+    starts: dict[str, tuple[np.ndarray, np.ndarray]],
 ) -> Callable[[str, tuple[str, ...], Any], Any]:
     """(name, path, tensor) → what to store of it: itself, or where an adapter starts from a linear
     layer's weight, the base that this leaves; A and B then go into `starts`, by module."""
@@ -255,19 +285,51 @@ def _preparation(
         own = lora.at(module) if path[-1] == "kernel" else None
         if own is None or isinstance(tensor, QuantizedTensor):
             return tensor
-        base, a, b = start_from_weight(tensor, quant, own)
-        starts[module] = (a, b)
+        base, a, b = start_from_weight(jnp.asarray(tensor), quant, own)
+        # To the host: on the device those of all layers would lie beside the model.
+        starts[module] = jax.device_get((a, b))
         return base
 
     return prepare
 
 
-def _empty(leaf: Any, *, hosted: bool) -> Array:
-    """Zeros, in the memory where `streaming` looks for them."""
-    if hosted and streaming.streams(leaf):
-        # Made on the host: zeros from the device would need room for the whole stack there.
-        return streaming.to_host(np.zeros(leaf.shape, leaf.dtype))
-    return jnp.zeros(leaf.shape, leaf.dtype)
+def _empty(struct: Any, hosted: bool, place: Any) -> Any:
+    """Zeros of these shapes, in the memory where `streaming` looks for them, and where `place` says
+    on several devices (None: on the default one)."""
+
+    def zeros(leaf: Any, sharding: Any) -> Array:
+        if hosted and streaming.streams(leaf):
+            # Made on the host: zeros from the device would need room for the whole stack there.
+            return streaming.to_host(np.zeros(leaf.shape, leaf.dtype), sharding)
+        return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+
+    if place is None:
+        return jax.tree.map(lambda leaf: zeros(leaf, None), struct)
+    return jax.tree.map(zeros, struct, place)
+
+
+def _brought(tensor: Any, stack: Any, axes: int, quant: QuantConfig | None) -> Any:
+    """A file's tensor on the device; or, of a stack on several, its parts beside the stack's.
+
+    Args:
+        tensor: dense, or packed.
+        stack: as `put` takes it.
+        axes: how many leading axes the stack has that the tensor has not.
+        quant: as `put` takes it.
+    """
+    if not isinstance(jax.tree.leaves(stack)[0].sharding, jax.sharding.NamedSharding):
+        return jax.tree.map(jnp.asarray, tensor)
+    if isinstance(tensor, QuantizedTensor) != isinstance(stack, QuantizedTensor):
+        tensor = _in_form(jax.tree.map(jnp.asarray, tensor), stack, quant)
+
+    leaves, treedef = jax.tree.flatten(tensor)
+    places: list[Any] = [whole.sharding for whole in jax.tree.leaves(stack)]
+    parts = []
+    for leaf, place in zip(leaves, places, strict=True):
+        # In the device's own memory, also where the stack rests on the host: `put` goes on.
+        spec = jax.sharding.PartitionSpec(*place.spec[axes:])
+        parts.append(jax.device_put(leaf, jax.sharding.NamedSharding(place.mesh, spec)))
+    return jax.tree.unflatten(treedef, parts)
 
 
 def _dense(tensor: np.ndarray | QuantizedTensor) -> np.ndarray:
@@ -283,8 +345,8 @@ def _put_vocabulary(codes: QuantizedTensor, matrix: np.ndarray) -> QuantizedTens
     config = QuantConfig(codes.quant_type, codes.blocksize, codes.double_quant)
     size = rows_at_once(codes.shape[1])
     for start in range(0, codes.shape[0], size):
-        piece = jnp.asarray(matrix[start : start + size])
-        codes = put_piece(codes, quantize(piece, config), jnp.int32(start))
+        piece = quantize(jnp.asarray(matrix[start : start + size]), config)
+        codes = put_piece(codes, _brought(piece, codes, 0, None), jnp.int32(start))
         jax.block_until_ready(codes)
     return codes
 
@@ -308,12 +370,7 @@ def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | 
         index: where, along the leading axes.
         quant: how a dense tensor is quantized, from the file's own numbers; None where it is not.
     """
-    packed = isinstance(tensor, QuantizedTensor)
-    if isinstance(stack, QuantizedTensor):
-        if not packed and quant is not None:
-            tensor = quantize(tensor, quant)
-    elif packed:
-        tensor = tensor.dequantize(stack.dtype)
+    tensor = _in_form(tensor, stack, quant)
     wholes, treedef = jax.tree.flatten(stack)
     # The tree's static part is the stack's: its dtype is what the model computes in.
     filled = []
@@ -324,3 +381,11 @@ def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | 
         start = (*index, *[jnp.int32(0)] * (whole.ndim - len(index)))
         filled.append(jax.lax.dynamic_update_slice(whole, part, start))
     return jax.tree.unflatten(treedef, filled)
+
+
+def _in_form(tensor: Any, stack: Any, quant: QuantConfig | None) -> Any:
+    """A tensor quantized or dequantized, where its stack is in the other form."""
+    packed = isinstance(tensor, QuantizedTensor)
+    if isinstance(stack, QuantizedTensor):
+        return tensor if packed or quant is None else quantize(tensor, quant)
+    return tensor.dequantize(stack.dtype) if packed else tensor

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from qlora_jax.data import Tokenizer
 from qlora_jax.evaluate.mmlu_questions import GROUPS, LETTERS, SUBJECTS, Question, prompt_of
 from qlora_jax.evaluate.perplexity import split_adapters
+from qlora_jax.models.spread import spread_rows
 
 _SHORTEST_BUCKET = 64
 
@@ -146,7 +147,8 @@ def examine(
     letters = answer_tokens(tokenizer)
     open_prompts = [p for p in prompts if p.key not in record.chosen]
     for batch in _batches(open_prompts, batch_size):
-        input_ids, last = _padded(batch, batch_size, max_len, tokenizer.pad_token_id)
+        rows = _padded(batch, batch_size, max_len, tokenizer.pad_token_id)
+        input_ids, last = spread_rows(rows, frozen)
         scores = answer_scores(graphdef, lora, frozen, input_ids, last, tokens=letters)
         record.add(batch, np.asarray(scores)[: len(batch)])
         if progress is not None:

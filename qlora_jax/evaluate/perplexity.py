@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from qlora_jax.models.loss import LOSS_CHUNK, next_token_loss
+from qlora_jax.models.spread import spread_rows
 
 LossFn = Callable[[Any, Any, Any], tuple[Float[Array, ""], Int[Array, ""]]]
 """(model, batch, dropout key or None) -> (sum of token losses in nats, number of trained tokens).
@@ -93,7 +94,7 @@ def evaluate(
 ) -> Evaluation:
     """Run `make_eval_step`'s step over all batches. ValueError where no token is trained on."""
     # float64 on the host: a float32 sum over millions of tokens would lose the last digits.
-    sums = jax.device_get([step(lora, frozen, batch) for batch in batches])
+    sums = jax.device_get([step(lora, frozen, spread_rows(batch, lora)) for batch in batches])
     total = math.fsum(float(np.float64(loss)) for loss, _ in sums)
     tokens = sum(int(count) for _, count in sums)
     if tokens == 0:

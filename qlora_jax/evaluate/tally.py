@@ -89,7 +89,7 @@ def _percent(
 
 
 def _ratio(judged: list[tuple[str, float, float]]) -> float:
-    own, other = (math.fsum(row[index] for row in judged) for index in (1, 2))
+    own, other = math.fsum(row[1] for row in judged), math.fsum(row[2] for row in judged)
     if other == 0:
         return math.inf if own else math.nan
     return 100 * own / other

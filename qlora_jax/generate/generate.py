@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Int32, Key, UInt32
 
 from qlora_jax.generate.config import GenerationConfig
 from qlora_jax.generate.decode import Generative, Written, advance, start
+from qlora_jax.models import spread_rows
 
 OnTokens = Callable[[int, tuple[int, ...]], bool | None]
 """(index of the prompt, all its tokens so far) -> True to end it there.
@@ -79,13 +80,11 @@ def generate(
         input_ids, mask = left_padded([prompts[i] for i in rows], length, batch_size)
         # Rows that fill the batch up have ended before they begin.
         filled = [*rows, *rows[:1] * (batch_size - len(rows))]
+        ended = np.arange(batch_size) >= len(rows)
         written = start(
             graphdef,
             state,
-            input_ids,
-            mask,
-            keys[jnp.array(filled)],
-            jnp.arange(batch_size) >= len(rows),
+            *spread_rows((input_ids, mask, keys[jnp.array(filled)], ended), state),
             config=config,
             cache_length=_cache_length(model, length, config),
         )

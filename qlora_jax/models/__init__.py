@@ -24,7 +24,7 @@ from qlora_jax.models.loss import (
 from qlora_jax.models.remat import REMAT, STREAMABLE, check_remat
 from qlora_jax.models.rope import RopeConfig
 from qlora_jax.models.seq2seq_loss import seq2seq_loss, shift_right
-from qlora_jax.models.spread import spread
+from qlora_jax.models.spread import shardings_of, spread, spread_rows
 from qlora_jax.models.stack import is_stacked
 from qlora_jax.models.tile import MLP_TILE
 from qlora_jax.models.tokens import (
@@ -72,8 +72,10 @@ __all__ = [
     "next_tokens",
     "resize_token_embeddings",
     "seq2seq_loss",
+    "shardings_of",
     "shift_right",
     "spread",
+    "spread_rows",
     "streaming",
     "t5_lora",
     "train_rows_of",

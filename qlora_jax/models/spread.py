@@ -6,9 +6,9 @@ by placing its weights, before the training state is made, and a batch by placin
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread(model, mesh)                    # data parallel: all weights on every device
     spread(model, mesh, over="data")       # fully sharded: an eighth of them on each
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
-    batch = jax.device_put(batch, rows)    # leaves are [accumulation, batch, ...]
+    spread_rows(batch, model_state)        # each device its rows; `fit` and `evaluate` do it
 
+A model that is too large for one device is placed as it is read: `load_model(..., mesh=, over=)`.
 Adapters are cut as the weights beside them, and the optimizer's state follows the adapters, paged
 or not. Where weights are cut:
 
@@ -46,6 +46,31 @@ def spread(model: nnx.Module, mesh: jax.sharding.Mesh, *, over: str | None = Non
     Args:
         model: its arrays are moved, what lies in pinned host memory to host memory; of shapes
             (`nnx.eval_shape`) it is noted where they would lie.
+        mesh, over: as `shardings_of` takes them.
+
+    Raises:
+        ValueError: as `shardings_of`.
+    """
+    shardings = shardings_of(model, mesh, over=over)
+
+    def put(leaf: Any, sharding: jax.sharding.NamedSharding) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.device_put(leaf, sharding.with_memory_kind(leaf.sharding.memory_kind))
+
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Variable):
+            node.set_value(jax.tree.map(put, node.get_value(), shardings[path]))
+
+
+def shardings_of(
+    model: nnx.Module, mesh: jax.sharding.Mesh, *, over: str | None = None
+) -> dict[tuple, PyTree]:
+    """Where a model's weights and adapters go, by the path of their Variable: a NamedSharding for
+    each array, in the device's own memory.
+
+    Args:
+        model: concrete, or shapes alone (`nnx.eval_shape`).
         mesh: its axes are of type Auto.
         over: the mesh's axis that weights are cut along; None gives every device all of them.
 
@@ -68,10 +93,61 @@ def spread(model: nnx.Module, mesh: jax.sharding.Mesh, *, over: str | None = Non
             cuts |= {id(node.kernel): _ROWS, id(node.lora_A): _COLUMNS, id(node.lora_B): _ROWS}
         elif isinstance(node, Embedding):
             cuts[id(node.weight)] = _COLUMNS
-    for _, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Variable):
-            axis = None if over is None else cuts.get(id(node))
-            node.set_value(_spread(node.get_value(), axis, mesh, over))
+    return {
+        path: _shardings(node.get_value(), cuts.get(id(node)), mesh, over)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Variable)
+    }
+
+
+def _shardings(value: PyTree, axis: int | None, mesh: jax.sharding.Mesh, over: str | None) -> Any:
+    """Of a Variable's value, its matrices [..., rows, columns] cut along one of the two axes."""
+
+    def cut(leaf: Any, axis: int | None) -> jax.sharding.NamedSharding:
+        parts: list[str | None] = [None] * leaf.ndim
+        if axis is not None and over is not None and leaf.shape[axis] % mesh.shape[over] == 0:
+            parts[axis] = over
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*parts))
+
+    if not isinstance(value, QuantizedTensor):
+        return jax.tree.map(lambda leaf: cut(leaf, axis), value)
+    # Codes that are flat (rows of odd length) have no rows to cut.
+    matrix = value.codes.ndim - len(value.stack_shape) == 2
+    axis = axis if matrix else None
+    leaves, treedef = jax.tree.flatten(value)
+    # codes | absmax, row after row | what double quantization adds
+    axes = [axis, -1 if axis == _ROWS else None, *[None] * (len(leaves) - 2)]
+    return jax.tree.unflatten(treedef, [cut(leaf, a) for leaf, a in zip(leaves, axes, strict=True)])
+
+
+def spread_rows(batch: PyTree, weights: PyTree, *, axis: int = 0) -> PyTree:
+    """A batch, its rows dealt out evenly to the devices that a model is spread over.
+
+    Args:
+        batch: NumPy's arrays, or JAX's: such as lie on several devices already stay there.
+        weights: the model's arrays, or some of them; they say which mesh, and rows are cut along
+            its first axis. Where they lie on one device, the batch is returned as it is.
+        axis: of the rows in every array of the batch; one whose rows do not divide stays whole, and
+            every device computes all of it.
+    """
+    meshes = (
+        leaf.sharding.mesh
+        for leaf in jax.tree.leaves(weights)
+        if isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding)
+    )
+    mesh = next(meshes, None)
+    if mesh is None or mesh.size == 1:
+        return batch
+    along = mesh.axis_names[0]
+
+    def put(leaf: Any) -> Any:
+        placed = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+        if placed or leaf.ndim <= axis or leaf.shape[axis] % mesh.shape[along]:
+            return leaf
+        spec = jax.sharding.PartitionSpec(*[None] * axis, along)
+        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, batch)
 
 
 def devices_of_rows(x: Float[Array, "batch ..."]) -> int:
@@ -97,26 +173,3 @@ def whole_beside(x: Float[Array, "batch ..."], weights: PyTree) -> PyTree:
         return weights
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.lax.with_sharding_constraint(weights, everywhere)
-
-
-def _spread(value: PyTree, axis: int | None, mesh: jax.sharding.Mesh, over: str | None) -> PyTree:
-    """A Variable's value with its matrices [..., rows, columns] cut along one of the two axes."""
-
-    def put(leaf: Any, axis: int | None) -> Any:
-        parts: list[str | None] = [None] * leaf.ndim
-        if axis is not None and over is not None and leaf.shape[axis] % mesh.shape[over] == 0:
-            parts[axis] = over
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*parts))
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return jax.device_put(leaf, sharding.with_memory_kind(leaf.sharding.memory_kind))
-
-    if not isinstance(value, QuantizedTensor):
-        return jax.tree.map(lambda leaf: put(leaf, axis), value)
-    # Codes that are flat (rows of odd length) have no rows to cut.
-    matrix = value.codes.ndim - len(value.stack_shape) == 2
-    axis = axis if matrix else None
-    leaves, treedef = jax.tree.flatten(value)
-    # codes | absmax, row after row | what double quantization adds
-    axes = [axis, -1 if axis == _ROWS else None, *[None] * (len(leaves) - 2)]
-    return jax.tree.unflatten(treedef, [put(leaf, a) for leaf, a in zip(leaves, axes, strict=True)])

@@ -73,11 +73,12 @@ def compiler_options(platform: str) -> dict[str, Any]:
     }
 
 
-def to_host(x: Any) -> Array:
-    """An array in pinned host memory: its own devices', or for NumPy's the default one's."""
-    if isinstance(x, jax.Array):
+def to_host(x: Any, sharding: jax.sharding.Sharding | None = None) -> Array:
+    """An array in pinned host memory: its own devices', or for NumPy's the default one's; or where
+    `sharding` says."""
+    if sharding is None and isinstance(x, jax.Array):
         sharding = x.sharding
-    else:
+    elif sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.device_put(x, sharding.with_memory_kind("pinned_host"))
 

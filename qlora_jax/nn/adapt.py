@@ -8,20 +8,19 @@ A module's name is its dotted path in the tree, or, where the caller has other o
 one for each layer of a stack), those.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 from flax import nnx
 
 from qlora_jax.nn.convert import children, quantize_module, replace_layers
-from qlora_jax.nn.dense import QuantDense
+from qlora_jax.nn.dense import Factors, QuantDense
 from qlora_jax.nn.lora import LoraConfig
 from qlora_jax.nn.variables import FrozenParam, TrainedParam
 from qlora_jax.quant import QuantizedTensor
 
 Names = Mapping[str, Sequence[str]]
-Starts = Mapping[str, tuple[jax.Array, jax.Array]]
+Starts = Mapping[str, Factors]
 
 
 def add_lora(
@@ -31,6 +30,7 @@ def add_lora(
     rngs: nnx.Rngs,
     names: Names | None = None,
     starts: Starts | None = None,
+    place: Callable[[nnx.Module], None] | None = None,
 ) -> nnx.Module:
     """Makes trainable what a `LoraConfig` names: `QuantDense` layers get adapters, modules to save
     and biases become `TrainedParam`.
@@ -45,6 +45,7 @@ def add_lora(
         names: tree path of a module → what `lora` is to call it: one name, or one for each layer of
             a stack; None calls every module by its tree path.
         starts: by name, A and B to start from (`start_from_weight`).
+        place: called with each layer once it has its adapter, to move that to where it belongs.
 
     Returns:
         The same module.
@@ -80,6 +81,8 @@ def add_lora(
                 for name, config in zip(own, configs, strict=True)
             ]
         layer.adapt(configs, rngs, rngs if names is None else None, start)
+        if place is not None:
+            place(layer)
         return layer
 
     replace_layers(module, nnx.Linear, freeze)
@@ -105,7 +108,7 @@ def _names_of(path: str, layer: QuantDense, called: Names) -> Sequence[str]:
 
 def _start(
     name: str, config: LoraConfig | None, lora: LoraConfig, starts: Starts | None
-) -> tuple[jax.Array, jax.Array] | None:
+) -> Factors | None:
     if config is None:
         return None
     if starts is None or name not in starts:

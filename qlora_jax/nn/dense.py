@@ -38,6 +38,9 @@ from qlora_jax.quant import (
 # As nnx.Linear, for a weight [out, in].
 _KERNEL_INIT = nnx.initializers.lecun_normal(in_axis=1, out_axis=0)
 
+Factors = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
+"""A layer's A and B."""
+
 
 class QuantDense(nnx.Module):
     """A drop-in linear layer: 4-bit frozen weight, optional bias, optional LoRA.
@@ -142,7 +145,7 @@ class QuantDense(nnx.Module):
         loras: Sequence[LoraConfig | None],
         rngs: nnx.Rngs,
         dropout_rngs: nnx.Rngs | None = None,
-        start: Sequence[tuple[jax.Array, jax.Array] | None] | None = None,
+        start: Sequence[Factors | None] | None = None,
     ) -> None:
         """Attaches fresh adapters, or none, in place.
 
@@ -285,7 +288,10 @@ def _drawn(
 
 
 def _stacked(
-    parts: Sequence[jax.Array | None], stack: tuple[int, ...], shape: tuple[int, int], dtype: Any
+    parts: Sequence[jax.Array | np.ndarray | None],
+    stack: tuple[int, ...],
+    shape: tuple[int, int],
+    dtype: Any,
 ) -> jax.Array:
     """The layers' own A or B as one array of a stack, filled up with zeros."""
     whole = np.zeros((len(parts), *shape), dtype)

@@ -202,7 +202,7 @@ SWITCHES = (
         _tiled,
     ),
     Switch(
-        "weights cut over the cards",
+        "devices.weights: cut",
         "each layer's are gathered, packed, up to three times per micro-batch",
         _cut,
     ),

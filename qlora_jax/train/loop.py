@@ -32,7 +32,7 @@ from qlora_jax.evaluate import (
     make_eval_step,
     split_adapters,
 )
-from qlora_jax.models import check_remat, streaming
+from qlora_jax.models import check_remat, spread_rows, streaming
 from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.clock import Clock
@@ -105,7 +105,8 @@ def fit(
 
     Args:
       model: any NNX module with LoRA parameters; its adapters are trained, and updated even where
-        the run is broken off.
+        the run is broken off. Where it is spread over devices (`models.spread`), each of them gets
+        its rows of every micro-batch that divides evenly.
       batches: `batches.at(step)` for steps from 0.
       config: hyperparameters.
       run_folder: belongs to this run; where it holds checkpoints of the same run, that is resumed.
@@ -243,19 +244,20 @@ class _Run:
     def dispatch(self, step: int, batch: Any) -> None:
         """Start one step, then read the metrics of the one before."""
         shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
+        rows = spread_rows(batch, self.state.lora, axis=1)
         if shape in self.compiled:
             self.traffic = self.compiled[shape]
-            self.state, metrics = self.train_step(self.state, self.frozen, batch)
+            self.state, metrics = self.train_step(self.state, self.frozen, rows)
             self.report()
             self.pending = (step, metrics, _real_tokens(batch), self.traffic)
             return
         # A step that compiles is waited for and not timed.
         self.report()
-        traffic = host_traffic(self.train_step, self.state, self.frozen, batch)
+        traffic = host_traffic(self.train_step, self.state, self.frozen, rows)
         if traffic.total and not self.compiled:
             self.say(f"host traffic a step: {traffic}")
         self.compiled[shape] = self.traffic = traffic
-        self.state, metrics = self.train_step(self.state, self.frozen, batch)
+        self.state, metrics = self.train_step(self.state, self.frozen, rows)
         self.pending = (step, metrics, 0, traffic)
         self.report()
 

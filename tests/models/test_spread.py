@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.models import Decoder, DecoderConfig, spread, streaming
+from qlora_jax.models import Decoder, DecoderConfig, shardings_of, spread, spread_rows, streaming
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 
@@ -78,6 +79,35 @@ def test_what_rests_on_the_host_stays_there(monkeypatch):
     codes = model.layers.self_attn.q_proj.kernel.get_value().codes
     assert codes.sharding.memory_kind == "pinned_host"
     assert codes.addressable_shards[0].data.shape == (3, 64 // 4, 32)
+
+
+def test_shapes_alone_say_where_arrays_will_lie():
+    def build():
+        return decoder(quant=QuantConfig(), embedding_bits=8)
+
+    planned = shardings_of(nnx.eval_shape(build), MESH, over="data")
+    model = build()
+    spread(model, MESH, over="data")
+    variables = dict(nnx.iter_graph(model))
+    for path, shardings in planned.items():
+        lie = jax.tree.map(lambda leaf: leaf.sharding, variables[path].get_value())
+        assert jax.tree.leaves(lie) == jax.tree.leaves(shardings)
+
+
+def test_rows_go_where_the_model_is():
+    model = decoder()
+    batch = {"ids": np.arange(24).reshape(8, 3), "odd": np.arange(6), "all": np.float32(1)}
+    assert spread_rows(batch, nnx.state(model)) is batch
+    spread(model, MESH)
+    placed = spread_rows(batch, nnx.state(model))
+    assert [shard.data.shape for shard in placed["ids"].addressable_shards] == [(2, 3)] * 4
+    np.testing.assert_array_equal(placed["ids"], batch["ids"])
+    # What does not divide is every device's.
+    assert placed["odd"] is batch["odd"]
+    assert placed["all"] is batch["all"]
+    micro = spread_rows(np.zeros((2, 4, 3)), nnx.state(model), axis=1)
+    assert micro.addressable_shards[0].data.shape == (2, 1, 3)
+    assert spread_rows(micro, nnx.state(model)) is micro
 
 
 def test_meshes_that_do_not_serve_are_refused():

@@ -79,7 +79,7 @@ def test_cutting_is_advised_where_whole_weights_do_not_fit():
     tight = plan(WORK, "l40", memory=int((made.device.total - made.device.base // 2) / 0.95))
     assert tight.fits is False
     advised = advise(tight, "l40")
-    assert "weights cut over the cards" in [item.switch.name for item in advised]
+    assert "devices.weights: cut" in [item.switch.name for item in advised]
     assert advised[-1].plan.fits
 
 
