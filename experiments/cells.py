@@ -86,6 +86,11 @@ def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = Non
         if key not in LISTS and key not in sections:
             raise unknown_key(str(key), [*LISTS, *sections], "", where)
     base = {key: value for key, value in tree.items() if key in sections}
+    for key in ("lora", "train"):
+        _section(base.get(key), key, where)
+    name = str(tree.get("name") or Path(where).stem)
+    if name != Path(name).name or name == "..":
+        raise ValueError(f"name in {where} is {name!r}, but a folder in runs/ is called by it.")
     # The file of a single run is a sweep of one cell.
     models = _sources(tree.get("models", [base.get("model", {})]), MODELS, "models", where)
     datasets = _sources(tree.get("datasets", [base.get("data", {})]), DATASETS, "datasets", where)
@@ -116,7 +121,7 @@ def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = Non
         if cell.name in cells:
             raise ValueError(f"{where} makes two cells called {cell.name}: give them other labels.")
         cells[cell.name] = cell
-    return Sweep(str(tree.get("name", Path(where).stem)), tuple(cells.values()))
+    return Sweep(name, tuple(cells.values()))
 
 
 def _with_all(tree: Tree, options: Mapping[str, Any]) -> Tree:
@@ -173,9 +178,12 @@ def _axes(given: Any, where: str) -> dict[str, dict[str, Tree]]:
     axes: dict[str, dict[str, Tree]] = {}
     for axis, values in given.items():
         if isinstance(values, list) and values:
-            axes[axis] = {_shown(value): {axis: value} for value in values}
+            axes[str(axis)] = {_shown(value): {str(axis): value} for value in values}
         elif isinstance(values, dict) and values:
-            axes[axis] = {str(label): dict(options or {}) for label, options in values.items()}
+            axes[str(axis)] = {
+                str(label): _section(options, f"axes.{axis}.{label}", where)
+                for label, options in values.items()
+            }
         else:
             raise ValueError(
                 f"the axis {axis} in {where} is {values!r}, but should be a list of values, or "
@@ -193,12 +201,21 @@ def _rules(given: Any, keys: list[str], where: str) -> list[tuple[dict[str, set[
                 "set: {option: value}}."
             )
         condition = {}
-        for key, value in rule["when"].items():
+        for key, value in _section(rule["when"], "a rule's when", where).items():
             if key not in keys:
                 raise unknown_key(str(key), keys, "when", where)
             condition[key] = {str(v) for v in (value if isinstance(value, list) else [value])}
-        rules.append((condition, dict(_dotted(rule["set"]))))
+        rules.append((condition, dict(_dotted(_section(rule["set"], "a rule's set", where)))))
     return rules
+
+
+def _section(given: Any, what: str, where: str) -> Tree:
+    """Options under their names; none where nothing is given."""
+    if isinstance(given, dict) or given is None:
+        return {str(key): value for key, value in (given or {}).items()}
+    raise ValueError(
+        f"{what} in {where} is {given!r}, but should be a section, such as {{train.steps: 100}}."
+    )
 
 
 def _dotted(options: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:

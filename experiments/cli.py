@@ -14,6 +14,7 @@ from rich.console import Console
 
 from experiments.config import RunConfig
 from experiments.tree import parse_setting, to_tree
+from qlora_jax.cli import in_one_sentence
 from qlora_jax.train import Callback, WandB
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
@@ -24,10 +25,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 
 def refuse(error: Exception) -> int:
     """Says in one sentence what is wrong, on standard error; returns the exit status."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if isinstance(error, OSError) and error.filename and str(error.filename) not in text:
-        text = f"{error.filename}: {text}"
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"error: {in_one_sentence(error)}", file=sys.stderr)
     return 2
 
 

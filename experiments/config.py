@@ -52,6 +52,14 @@ class ModelConfig:
     attention: Literal["xla", "cudnn", "chunked"] | None = None
     loss_chunk: int | None = LOSS_CHUNK
 
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("source is empty: give a name, a folder or a hub name.")
+        for name in ("mlp_tile", "loss_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be 1 token or more; null for all at once.")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -102,6 +110,16 @@ class DataConfig:
     buckets: tuple[int, ...] | None = None
     packing: bool = False
     packed_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("source is empty: give a name, a file, a folder or a hub name.")
+        for name in ("validation_rows", "max_rows", "packed_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more.")
+        if self.buckets is not None and not (self.buckets and min(self.buckets) > 0):
+            raise ValueError(f"buckets={list(self.buckets)} must be lengths of 1 token or more.")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ is not repeated.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import traceback
 from pathlib import Path
@@ -39,7 +40,8 @@ from experiments.cli import (
     refuse,
     wandb_callbacks,
 )
-from experiments.config import RunConfig, build_run
+from experiments.config import RunConfig, build_run, named_source
+from experiments.embedded import DATASETS, MODELS
 from experiments.report import ERROR, duration, write_atomically
 from experiments.run import (
     check,
@@ -92,6 +94,9 @@ def read_run(options: argparse.Namespace) -> RunConfig:
     if file is None and options.model is None and options.data is None:
         file = CONFIGS / "finetune.yaml"
     tree = {} if file is None else read_yaml(file)
+    for section, known in (("model", MODELS), ("data", DATASETS)):
+        if section in tree:
+            tree[section] = named_source(known, tree[section], f"{section} in {file}")
     flags = {
         "model": {"source": options.model, "stream_weights": options.stream_weights or None},
         "data": {"source": options.data},
@@ -99,9 +104,7 @@ def read_run(options: argparse.Namespace) -> RunConfig:
     for section, values in flags.items():
         over = {name: value for name, value in values.items() if value is not None}
         if over:
-            given = tree.get(section)
-            base = {"source": given} if isinstance(given, str) else given or {}
-            tree = {**tree, section: merged(base, over)}
+            tree[section] = merged(tree.get(section, {}), over)
     if options.stream_weights and tree["model"].get("remat") not in STREAMABLE:
         tree = with_setting(tree, "model.remat", "full")
     for key, value in read_settings(options.set).items():
@@ -144,10 +147,14 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"{run.model.source} on {run.data.source}, in {folder}", highlight=False)
     try:
         result = execute(run, folder, labels=labels, callbacks=callbacks, console=console)
-    except (FloatingPointError, ValueError) as error:
-        # What `fit` refuses (a folder of another run, say), or a training that blew up.
-        write_atomically(folder / ERROR, traceback.format_exc())
-        return refuse(error)
+    except (FloatingPointError, ValueError, OSError, RuntimeError) as error:
+        # What `fit` refuses (a folder of another run, say), a training that blew up, a full disk or
+        # device.
+        status = refuse(error)
+        with contextlib.suppress(OSError):
+            write_atomically(folder / ERROR, traceback.format_exc())
+            print(f"the traceback is in {folder / ERROR}", file=sys.stderr)
+        return status
     before, after = result["before"], result["after"]
     console.print(
         f"held-out loss {before['loss']:.4f} → {after['loss']:.4f}, "

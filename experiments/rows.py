@@ -85,12 +85,13 @@ def examples_of(
     if data.max_rows is not None:
         train_rows = _first(train_rows, data.max_rows)
     name = f"{data.source} (validation)"
+    trained = f"{data.source} (training)"
     if isinstance(model_config(folder), EncoderDecoderConfig):
-        train_pairs = _pairs(train_rows, form, data, tokenizer, data.source)
+        train_pairs = _pairs(train_rows, form, data, tokenizer, trained)
         held_out = _pairs(validation_rows, form, data, tokenizer, name)
         by_source = sorted(held_out, key=lambda pair: len(pair.source))
         return train_pairs, Pairs(by_source), tokenizer.pad_token_id
-    train = _tokenize(train_rows, form, data, tokenizer, longest, data.source)
+    train = _tokenize(train_rows, form, data, tokenizer, longest, trained)
     validation = _tokenize(validation_rows, form, data, tokenizer, longest, name)
     # The loss does not depend on the order, the padding does.
     by_length = sorted(validation, key=lambda example: len(example.input_ids))

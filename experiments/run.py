@@ -81,6 +81,11 @@ def check(run: RunConfig) -> Checked:
         update_in_backward=run.train.update_in_backward,
     )
     mesh_of(run.devices)
+    if run.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"model.attention is 'cudnn', but this machine computes on {jax.default_backend()}: "
+            "leave it out for the best that is here."
+        )
     folder = model_folder(run)
     longest = run.data.max_len or context_length(folder)
     train, validation, pad = examples_of(run.data, folder, longest)

@@ -122,7 +122,7 @@ def read_sweep(options: argparse.Namespace) -> Sweep:
         if chosen is not None:
             tree[name] = _chosen(tree.get(name), chosen)
     for text in options.axis:
-        key, values = parse_setting(text)
+        key, values = parse_setting(text, "--axis")
         if isinstance(values, str):
             values = yaml.safe_load(f"[{values}]")
         axes = tree.get("axes") or {}
@@ -141,7 +141,7 @@ def _tree(options: argparse.Namespace) -> tuple[Tree, str]:
     """The tree that a file or a preset gives, and what to call it."""
     if options.preset is None:
         if options.scale is not None:
-            raise ValueError("--scale belongs to a --preset.")
+            raise ValueError(f"--scale is {options.scale}, but belongs to a --preset.")
         file = options.config or CONFIGS / "embedded.yaml"
         return read_yaml(file), str(file)
     if options.config is not None:
@@ -224,6 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         sweep = read_sweep(options)
         out = _out(options, sweep.name)
+        if options.compile and not options.dry_run:
+            raise ValueError("--compile is given, but belongs to --dry-run.")
         if options.dry_run:
             cards = [find_card(name) for name in options.cards]
             dry_run(sweep, out, console, cards, compiled=options.compile)

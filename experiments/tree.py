@@ -46,15 +46,18 @@ def read_yaml(path: Path) -> Tree:
     return tree
 
 
-def parse_setting(text: str) -> tuple[str, Any]:
-    """`"train.learning_rate=1e-3"` as its dotted key and its value, read as YAML."""
+def parse_setting(text: str, flag: str = "--set") -> tuple[str, Any]:
+    """`"train.learning_rate=1e-3"` as its dotted key and its value, read as YAML.
+
+    `flag` is what gave it, for the message of a ValueError.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"--set {text!r} should read key=value, as in train.learning_rate=1e-3.")
+        raise ValueError(f"{flag} {text!r} should read key=value, as in train.learning_rate=1e-3.")
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ValueError(f"--set {text!r}: the value is not valid YAML.") from error
+        raise ValueError(f"{flag} {text!r}: the value is not valid YAML.") from error
 
 
 def with_setting(tree: Tree, key: str, value: Any) -> Tree:
@@ -100,10 +103,6 @@ def convert(value: Any, kind: Any, key: str, where: str) -> Any:
         if isinstance(value, list | tuple):
             return tuple(convert(item, arguments[0], key, where) for item in value)
         raise _wrong(value, "a list", key, where)
-    if origin in (dict, Mapping):
-        if isinstance(value, Mapping):
-            return {str(k): convert(v, arguments[1], f"{key}.{k}", where) for k, v in value.items()}
-        raise _wrong(value, "a section of names and values", key, where)
     return _convert_plain(value, kind, key, where)
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from qlora_jax.checkpoints.card import CARD, model_card, read_facts
 from qlora_jax.checkpoints.folder import PICKLES, check_safetensors
@@ -111,19 +112,7 @@ def push(
         ConnectionError: the hub cannot be reached.
     """
     folder = Path(folder)
-    weights = [path for pattern in ("*.safetensors", "*.gguf") for path in folder.glob(pattern)]
-    if not weights:
-        raise FileNotFoundError(
-            f"{folder} holds no safetensors or GGUF file: give the folder of an adapter or a model."
-        )
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise ValueError(
-            f"{folder} holds {pickles[0]}, a pickle, which can run code on the machine of whoever "
-            "loads it: remove it, the safetensors are enough."
-        )
-    for path in folder.glob("*.safetensors"):
-        check_safetensors(path)
+    check_publishable(folder, name)
     card = None
     if not (folder / CARD).is_file():
         card = model_card(name, read_facts(folder) if facts is None else facts)
@@ -148,3 +137,27 @@ def push(
             allow_patterns=list(PUBLISHED),
         )
     return str(commit.commit_url)
+
+
+def check_publishable(folder: Path, name: str) -> None:
+    """Refuses what `push` would not upload, without asking the hub.
+
+    Raises:
+        FileNotFoundError: `name` is none of the hub's, or there is nothing to publish.
+        ValueError: there are pickles in the folder, or safetensors that are not whole.
+    """
+    with plain_words(name):
+        validate_repo_id(name)
+    weights = [path for pattern in ("*.safetensors", "*.gguf") for path in folder.glob(pattern)]
+    if not weights:
+        raise FileNotFoundError(
+            f"{folder} holds no safetensors or GGUF file: give the folder of an adapter or a model."
+        )
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{folder} holds {pickles[0]}, a pickle, which can run code on the machine of whoever "
+            "loads it: remove it, the safetensors are enough."
+        )
+    for path in folder.glob("*.safetensors"):
+        check_safetensors(path)

@@ -26,6 +26,14 @@ SUBCOMMANDS = {
 """Name, which is the module's too → one line for `qlora-jax --help`."""
 
 
+def in_one_sentence(error: Exception) -> str:
+    """What is wrong, on one line; of the operating system's errors what it met, and where."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, OSError) and error.filename and str(error.filename) not in text:
+        text = f"{error.filename}: {text}"
+    return " ".join(text.split())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns its exit code.
 
@@ -48,5 +56,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"qlora-jax {args.command}: {error}", file=sys.stderr)
+        print(f"qlora-jax {args.command}: {in_one_sentence(error)}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from qlora_jax.cli import SUBCOMMANDS
 from qlora_jax.cli.writing import add_writing, load_writer
 from qlora_jax.data import load_chat_template
 from qlora_jax.generate import chat
+from qlora_jax.pretrained import find_source
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -27,13 +28,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads turns from standard input and answers on standard output."""
-    model, tokenizer, config, path, key = load_writer(args)
+    # Before a large model is read.
+    path = find_source(args.model, revision=args.revision)
     if not path.is_dir():
         raise ValueError(
             f"{path} is one file, and its conversations have no template that is read here: give a "
             "model folder, or continue texts with qlora-jax generate."
         )
-    template = load_chat_template(path)
+    try:
+        template = load_chat_template(path)
+    except ValueError as error:
+        raise ValueError(f"{error} Without one, qlora-jax generate continues texts.") from error
+    model, tokenizer, config, key = load_writer(args, path)
     messages = [] if args.system is None else [{"role": "system", "content": args.system}]
     while True:
         print("> ", end="", flush=True)

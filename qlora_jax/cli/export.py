@@ -101,6 +101,11 @@ def _merged(args: argparse.Namespace) -> Checkpoint:
 def _export_adapter(source: Path, out: Path) -> None:
     """A run's adapter, or an adapter's folder, with a card beside it."""
     folder = source / "adapter" if (source / "adapter" / CONFIG).is_file() else source
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{source} holds no adapter: --format peft copies one out of a run folder, or out of "
+            f"its own with {CONFIG}."
+        )
     read_adapter(folder)  # whole, or nothing is written
     facts = read_facts(folder)
     with new_folder(out) as partial:

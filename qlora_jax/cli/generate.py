@@ -7,6 +7,7 @@ import sys
 from qlora_jax.cli import SUBCOMMANDS
 from qlora_jax.cli.writing import add_writing, load_writer
 from qlora_jax.generate import generate_text
+from qlora_jax.pretrained import find_source
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -26,7 +27,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the prompts and their continuations on standard output."""
-    model, tokenizer, config, _, key = load_writer(args)
+    path = find_source(args.model, revision=args.revision)
+    model, tokenizer, config, key = load_writer(args, path)
     config = dataclasses.replace(config, stop=tuple(args.stop))
     prompts = args.prompt or [sys.stdin.read()]
     if len(prompts) == 1:

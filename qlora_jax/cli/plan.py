@@ -111,6 +111,12 @@ def run(args: argparse.Namespace) -> int:
     cards = [None] if args.card is None else [find_card(name) for name in args.card]
     if args.card is not None and not gpu_compiler_available():
         raise ModuleNotFoundError(f"{PLUGIN_HINT} (140 MB, no driver needed).")
+    if args.decode_batch < 1:
+        raise ValueError(f"--decode-batch is {args.decode_batch}, but 1 text or more is needed.")
+    # Before minutes of compiling.
+    for option, file in (("--json", args.json), ("--plot", args.plot)):
+        if file is not None and not file.parent.is_dir():
+            raise FileNotFoundError(f"{option} is {file}, but there is no folder {file.parent}.")
     configs = [find_config(model) for model in args.models]
     if args.target is not None and not any(isinstance(c, EncoderDecoderConfig) for c in configs):
         raise ValueError(

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from qlora_jax.checkpoints.card import CARD, model_card, read_facts
-from qlora_jax.checkpoints.hub import push
+from qlora_jax.checkpoints.hub import check_publishable, push
 from qlora_jax.cli import SUBCOMMANDS
 
 
@@ -32,10 +32,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Uploads, or prints the card."""
     folder = Path(args.folder)
+    check_publishable(folder, args.name)
     facts = read_facts(folder) | ({"license": args.license} if args.license else {})
     if args.dry_run:
         given = folder / CARD
-        print(given.read_text() if given.is_file() else model_card(args.name, facts), end="")
+        print(
+            given.read_text(encoding="utf-8") if given.is_file() else model_card(args.name, facts),
+            end="",
+        )
         return 0
     url = push(
         folder,

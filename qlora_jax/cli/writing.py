@@ -11,7 +11,7 @@ from qlora_jax.checkpoints.checkpoint import DTYPES, dtype_name
 from qlora_jax.cli.arguments import SOURCE_HELP, add_quant, quant_config
 from qlora_jax.data import Tokenizer
 from qlora_jax.generate import GenerationConfig, read_eos_token_ids
-from qlora_jax.pretrained import find_source, load_pretrained
+from qlora_jax.pretrained import load_pretrained
 
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +38,9 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
 
 
 def load_writer(
-    args: argparse.Namespace,
-) -> tuple[Any, Tokenizer, GenerationConfig, Path, jax.Array]:
-    """The model, its tokenizer, how to sample, where the model lies, and the key of the samples."""
+    args: argparse.Namespace, path: Path
+) -> tuple[Any, Tokenizer, GenerationConfig, jax.Array]:
+    """The model that lies at `path`, its tokenizer, how to sample, and the key of the samples."""
     # Refused before a large model is read.
     config = GenerationConfig(
         max_new_tokens=args.max_new_tokens,
@@ -48,7 +48,6 @@ def load_writer(
         top_k=args.top_k,
         top_p=args.top_p,
     )
-    path = find_source(args.model, revision=args.revision)
     model, tokenizer = load_pretrained(
         path,
         quant=None if args.dense else quant_config(args),
@@ -59,4 +58,4 @@ def load_writer(
     if args.adapter is not None:
         load_adapter(args.adapter, model)
     config = config.with_eos(read_eos_token_ids(path))
-    return model, tokenizer, config, path, jax.random.key(args.seed)
+    return model, tokenizer, config, jax.random.key(args.seed)

@@ -120,11 +120,16 @@ def _load_local(
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty: there is not one row in it.")
     try:
-        with _no_bars():
-            return _one_split(
+        if reader == "csv":
+            options |= _cells_as_text(path, options.get("sep", ","))
+        with _quietly():
+            rows = _one_split(
                 datasets.load_dataset(reader, split=split, cache_dir=cache_dir, **options),
                 str(path),
             )
+        # Text that is not UTF-8 passes the JSON reader, to fail only where a row is looked at.
+        rows.data.validate(full=True)
+        return rows
     except (
         datasets.exceptions.DatasetGenerationError,
         pyarrow.ArrowException,
@@ -137,6 +142,16 @@ def _load_local(
             f"{path} cannot be read as a dataset{'' if split is None else f' (split {split!r})'}: "
             f"{_reason(error)}"
         ) from error
+
+
+def _cells_as_text(path: Path, separator: str) -> dict[str, Any]:
+    """Options of the CSV reader, which else makes 7 of an answer 007, and nothing of one NA."""
+    import datasets
+    import pandas
+
+    columns = pandas.read_csv(path, sep=separator, nrows=0).columns
+    features = datasets.Features({str(name): datasets.Value("string") for name in columns})
+    return {"features": features, "keep_default_na": False}
 
 
 def _load_hub(
@@ -197,15 +212,17 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the progress bars of `datasets`: a local file takes less time than reading them."""
+def _quietly() -> Iterator[None]:
+    """Without the progress bars of `datasets`, as a local file takes less time than reading them,
+    and without its own account of an error, which its caller tells."""
     import datasets
 
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
+    shown, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        datasets.logging.set_verbosity(verbosity)
+        if shown:
+            datasets.enable_progress_bars()

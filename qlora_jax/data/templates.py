@@ -292,7 +292,7 @@ def detect_format(columns: Iterable[str], *, source: str = "the dataset") -> For
     if len(fitting) > 1:
         raise ValueError(
             f"{source} has the columns {', '.join(found)}, which the formats {', '.join(fitting)} "
-            "all take: name the one you mean."
+            "all take: name the one you mean as the format (data.format of a run)."
         )
     return FORMATS[fitting[0]]
 

@@ -33,6 +33,9 @@ from qlora_jax.data.tokenizer import Tokenizer
 _CHUNK = 1024
 # With fewer rows than this a progress bar would be gone before it is read.
 _PROGRESS_FROM = 5_000
+# Characters of a row that cannot be read: enough to find it, as its number is of no use where rows
+# were drawn from a file.
+_TOLD = 120
 
 
 def tokenize_rows(
@@ -138,7 +141,9 @@ def _segments(
     try:
         return form.segments(row, train_on)
     except ValueError as error:
-        raise ValueError(f"{which}: {error}") from error
+        text = str(dict(row))
+        told = text if len(text) <= _TOLD else f"{text[:_TOLD]} …"
+        raise ValueError(f"{which}: {error} The row: {told}") from error
 
 
 # The ids and the labels of one part of an example.

@@ -8,7 +8,8 @@ A module's name is its dotted path in the tree, or, where the caller has other o
 one for each layer of a stack), those.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -90,10 +91,15 @@ def add_lora(
     if not found:
         raise ValueError(
             f"target_modules is {lora.target_modules!r}, which names no linear layer of "
-            f"{type(module).__name__}; it has {', '.join(sorted(set(seen))) or 'none'}"
+            f"{type(module).__name__}; it has {_listed(seen)}"
         )
     _train_whole(module, lora, called)
     return module
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names for a message, those of all layers as one."""
+    return ", ".join(sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names})) or "none"
 
 
 def _names_of(path: str, layer: QuantDense, called: Names) -> Sequence[str]:
@@ -150,7 +156,7 @@ def _train_whole(module: nnx.Module, lora: LoraConfig, called: Names) -> None:
     if lora.modules_to_save and not saved:
         raise ValueError(
             f"modules_to_save is {lora.modules_to_save!r}, which names no module of "
-            f"{type(module).__name__}; it has {', '.join(sorted(set(modules)))}"
+            f"{type(module).__name__}; it has {_listed(modules)}"
         )
 
 

@@ -5,7 +5,6 @@ config.json only. The table holds the published config.json of each model, witho
 have no say in memory or that the family fills in.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from qlora_jax.checkpoints.folder import read_json
 from qlora_jax.models import DecoderConfig, EncoderDecoderConfig, family_of
 
 
@@ -136,7 +136,7 @@ def find_config(model: str | Path | Mapping[str, Any] | Shape) -> Shape:
             f"model is {str(model)!r}, but a folder with a config.json, a hub name org/name, or "
             f"one of these shapes is needed: {', '.join(SHAPES)}."
         )
-    return find_config(json.loads(file.read_text(encoding="utf-8")))
+    return find_config(read_json(file))
 
 
 def _from_hub(name: str) -> Path:

@@ -166,7 +166,7 @@ def other_adapter(models):
         (None, [*MERGE, "--sample", "none.txt"], "none.txt does not exist: give --sample"),
         (None, [*MERGE, "--sample", "base/model.safetensors"], "is no text in UTF-8"),
         (None, ["export", "base", "--format", "gguf"], "a GGUF file holds its tokenizer"),
-        (None, ["export", "base", "--format", "peft"], "adapter_config.json does not exist"),
+        (None, ["export", "base", "--format", "peft"], "base holds no adapter: --format peft"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
@@ -187,6 +187,29 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "base", "base/config.json/out"], "config.json: File exists"),
+        (["push", "nowhere", "org/name", "--dry-run"], "holds no safetensors or GGUF file"),
+        (["push", "base", "no name", "--dry-run"], "nor a hub name of the form org/name"),
+        (["chat", "base"], "Without one, qlora-jax generate continues texts."),
+        (["plan", "base", "--card", "l40", "--decode-batch", "0"], "--decode-batch is 0"),
+        (["plan", "base", "--card", "l40", "--json", "no/x.json"], "there is no folder no."),
+        (["plan", "broken", "--card", "l40"], "config.json holds no readable JSON"),
+    ],
+)
+def test_other_bad_input_is_one_sentence(arguments, message, models, capsys, monkeypatch):
+    monkeypatch.chdir(models)
+    monkeypatch.setattr("qlora_jax.cli.plan.gpu_compiler_available", lambda: True)
+    (models / "broken").mkdir()
+    (models / "broken" / "config.json").write_text("{")
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
 
 
 def test_an_adapter_that_does_not_fit_is_seen_before_anything_is_written(models, tmp_path, capsys):

@@ -58,6 +58,15 @@ def test_every_format_gives_the_same_rows(ending, tmp_path, cache):
     assert len(load_rows(path, "train[:50%]", cache_dir=cache)) == 10
 
 
+def test_cells_of_a_csv_file_are_the_text_that_stands_there(tmp_path, cache):
+    (tmp_path / "rows.csv").write_text('input,output\n1.50,007\n,NA\nnull,"a,b"\n')
+    assert list(load_rows(tmp_path / "rows.csv", cache_dir=cache)) == [
+        {"input": "1.50", "output": "007"},
+        {"input": "", "output": "NA"},
+        {"input": "null", "output": "a,b"},
+    ]
+
+
 def test_text_files_are_one_row_a_line(tmp_path, cache):
     (tmp_path / "rows.txt").write_text("one\ntwo\n")
     assert list(load_rows(tmp_path / "rows.txt", cache_dir=cache)) == [

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from experiments import finetune, run, sweep
 
@@ -37,6 +38,10 @@ def test_data(tiny_model, tmp_path, capsys):
     few = write_rows(tmp_path / "few.jsonl", [{"input": "a", "output": "b"}] * 5)
     long = write_rows(tmp_path / "long.jsonl", [{"input": "a", "output": "b " * 700}] * 9)
     blank = write_rows(tmp_path / "blank.jsonl", [{"input": "a", "output": 3}] * 9)
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"input": "café", "output": "b"}\n'.encode("latin-1") * 9)
+    plain = tmp_path / "plain.txt"
+    plain.write_text("a line\n" * 9)
     cases = [
         ([odd], "has the columns question, reply"),
         ([odd, "data.format=alpaca"], "needs instruction, output"),
@@ -44,9 +49,16 @@ def test_data(tiny_model, tmp_path, capsys):
         ([empty], "is empty"),
         ([few], "5 rows, but 200 are to be held out"),
         ([few, "data.validation_split=test"], "test"),
-        ([few, "data.validation_rows=1", "data.max_rows=0"], "empty"),
+        ([few, "data.validation_rows=1", "data.max_rows=0"], "max_rows=0 must be 1 or more"),
+        ([few, "data.validation_rows=0"], "validation_rows=0 must be 1 or more"),
+        ([few, "data.buckets=[]"], "must be lengths of 1 token or more"),
+        ([few, "data.buckets=[-8]"], "must be lengths of 1 token or more"),
+        ([""], "source is empty"),
         ([long, "data.validation_rows=1", "data.target_max_len=null"], "at most 512 are allowed"),
-        ([blank, "data.validation_rows=1"], "expects text in the column 'output'"),
+        # The number counts rows that are left after some were drawn; the row itself is shown.
+        ([blank, "data.validation_rows=1"], "The row: {'input': 'a', 'output': 3}"),
+        ([latin, "data.validation_rows=1"], "latin.jsonl cannot be read as a dataset"),
+        ([plain, "data.validation_rows=1"], "name the one you mean as the format (data.format"),
         ([tmp_path / "absent.jsonl"], "does not exist"),
     ]
     for (data, *settings), words in cases:
@@ -105,8 +117,63 @@ def test_options_and_files(tiny_model, tmp_path, capsys):
         assert words in sentence(capsys)
     assert sweep.main(["--set", "steps"]) == 2
     assert "key=value" in sentence(capsys)
+    assert sweep.main(["--axis", "lora.r"]) == 2
+    assert "--axis 'lora.r' should read key=value" in sentence(capsys)
+    assert sweep.main(["--compile"]) == 2
+    assert "belongs to --dry-run" in sentence(capsys)
     assert sweep.main(["--models", str(tiny_model), "--only", "nothing-like-this"]) == 2
     assert "matches no cell" in sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: 5", "train in {file} is 5, but should be a section"),
+        ("axes: {method: {QLoRA: 3}}", "axes.method.QLoRA in {file} is 3"),
+        ("axes: {1: [2]}", "there is no option 1"),
+        ("rules: [{when: 3, set: {}}]", "a rule's when in {file} is 3"),
+        ("rules: [{when: {}, set: 3}]", "a rule's set in {file} is 3"),
+        ("name: ../elsewhere", "is '../elsewhere', but a folder in runs/ is called by it"),
+        ("seeds: [0, 0]", "makes two cells called describe--stdlib-1m--seed0"),
+    ],
+)
+def test_a_sweeps_file(text, words, tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    assert sweep.main([str(file)]) == 2
+    assert words.format(file=file) in sentence(capsys)
+
+
+def test_a_model_by_name_in_a_file_keeps_its_name_beside_options(tiny_model, tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"model: {tiny_model}\ndata: chat\n")
+    flags = ["--config", str(file), "--set", "model.remat=none", "--set", "data.max_rows=8"]
+    assert finetune.main([*flags, "--print-config"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert tree["model"]["source"] == str(tiny_model)
+    assert tree["model"]["remat"] == "none"
+    assert tree["data"]["source"] == "chat"
+
+
+def test_cudnn_on_a_machine_without_a_gpu(tiny_model, tmp_path, capsys):
+    command = ["--model", str(tiny_model), "--out", str(tmp_path / "o")]
+    assert finetune.main([*command, "--set", "model.attention=cudnn"]) == 2
+    assert "this machine computes on cpu" in sentence(capsys)
+
+
+def test_what_fails_in_the_run_is_a_sentence_and_a_traceback_in_its_folder(
+    tiny_model, tmp_path, capsys, monkeypatch
+):
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device", "adapter")
+
+    monkeypatch.setattr(run, "load_pretrained", full)
+    out = tmp_path / "o"
+    assert finetune.main(["--model", str(tiny_model), "--data", "chat", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: adapter: No space left on device\n")
+    assert str(out / "error.txt") in error
+    assert "Traceback" in (out / "error.txt").read_text()
 
 
 def test_output_folders(tiny_model, tmp_path, capsys):
