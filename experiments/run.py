@@ -170,8 +170,8 @@ class _FirstWords:
             before, now = build_run(read_yaml(path), str(path)).devices, self.run.devices
             if before != now:
                 self.console.print(
-                    f"begun on {_described(before)}, going on on {_described(now)}: the result is "
-                    "the same to rounding, but not to the bit.",
+                    f"begun on {_described(before)}, going on with {_described(now)}: the result "
+                    "is the same to rounding, but not to the bit.",
                     highlight=False,
                 )
         write_atomically(path, to_yaml(self.run))

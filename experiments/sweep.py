@@ -8,9 +8,9 @@ With no arguments: configs/embedded.yaml, two tiny pretrained Llamas × the embe
     python -m experiments.sweep --preset paper-table5 --dry-run       # the paper's sweeps, and
     python -m experiments.sweep --preset paper-table5 --scale tiny    # what they would cost
 
-A sweep's file holds the sections of a single run (model, data, quant, lora, train) for what all
-cells share, and lists of what differs: models, datasets, seeds, axes (any option), rules (options
-for some cells only); see experiments/cells.py and experiments/configs/.
+A sweep's file holds the sections of a single run (model, data, quant, lora, train, devices) for
+what all cells share, and lists of what differs: models, datasets, seeds, axes (any option), rules
+(options for some cells only); see experiments/cells.py and experiments/configs/.
 
 Each cell is a run folder, OUT/CELL, as `python -m experiments.finetune` makes it. The same command
 again skips finished cells, resumes a killed one to the same bits, and tries failed ones again; a

@@ -100,9 +100,7 @@ def test_a_run_broken_off_goes_on_to_the_same_bits_or_elsewhere_to_rounding(
 
     assert finetune.main(command(tmp_path / "other", 1, "whole")) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert (
-        "begun on 4 devices (cut), going on on 1 device: the result is the same to rounding" in told
-    )
+    assert "begun on 4 devices (cut), going on with 1 device: the result is the same" in told
     np.testing.assert_allclose(numbers(tmp_path / "other"), numbers(whole), rtol=1e-5)
     saved = build_run(read_yaml(tmp_path / "other" / "config.yaml"), "the folder")
     assert saved.devices == DevicesConfig()
