@@ -63,8 +63,12 @@ class CellReport:
 def read_cell(cell: Cell, folder: Path) -> CellReport:
     """The report of one cell from its run folder."""
     if (folder / RESULT).is_file():
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        lines = read_metrics(folder / METRICS)
+        try:
+            result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            lines = read_metrics(folder / METRICS)
+        except (OSError, ValueError) as error:
+            why = f"{RESULT} or {METRICS} is damaged ({error}): delete the folder to run it again"
+            return CellReport(cell, "failed", error=why)
         train = tuple((line["step"], line["loss"]) for line in lines if "loss" in line)
         held_out = tuple((line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line)
         return CellReport(cell, "finished", result, None, train, held_out)

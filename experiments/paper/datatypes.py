@@ -116,7 +116,10 @@ def read_tokens(path: Path, tokenizer: Tokenizer) -> list[int]:
                 "in a column `text`."
             )
         return tokenizer.encode("\n\n".join(rows["text"]))
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}).") from error
     if _END_OF_TEXT not in text:
         return tokenizer.encode(text)
     parts = (part.strip() for part in text.split(_END_OF_TEXT))

@@ -126,6 +126,8 @@ def pickle_only(models):
 
 
 def outside(models):
+    # Beside one file with all of the weights an index is not read.
+    (models / "base" / "model.safetensors").unlink()
     index = {"weight_map": {"a": "../model.safetensors"}}
     (models / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -198,7 +200,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
         (["chat", "base"], "Without one, qlora-jax generate continues texts."),
         (["plan", "base", "--card", "l40", "--decode-batch", "0"], "--decode-batch is 0"),
         (["plan", "base", "--card", "l40", "--json", "no/x.json"], "there is no folder no."),
-        (["plan", "broken", "--card", "l40"], "config.json holds no readable JSON"),
+        (["plan", "broken", "--card", "l40"], "config.json is not valid JSON"),
     ],
 )
 def test_other_bad_input_is_one_sentence(arguments, message, models, capsys, monkeypatch):
