@@ -16,7 +16,7 @@ or not. Where weights are cut:
 |---|---|---|
 | W [out, in], its codes and absmax | rows | packed columns share bytes; rows are whole blocks |
 | LoRA's A [r, in], B [out, r] | in, out | r is small |
-| vocabulary [words, embed] | columns | of a table cut by rows, every device would get all |
+| vocabulary [tokens, embed] | columns | of a table cut by rows, every device would get all |
 
 A text looks up rows, and a packed head decodes some rows at a time: XLA brings a table that is cut
 by rows to every device for either. What does not divide evenly stays whole, and so does what is
