@@ -10,6 +10,7 @@ device, for which `dispatch` chooses anew. Where the arrays lie decides:
 | cut | whole | its rows: data parallel |
 | cut | cut along the same axis of the mesh | its rows, having gathered W, packed: fully sharded |
 | whole, or cut along another axis | cut | its columns: tensor parallel |
+| few, cut | cut along the same axis | its columns of all rows: x is less to gather than W |
 
 dy · W sums over W's rows: where they stay cut, each device has a part of every sum, and the parts
 are added. Columns of x and W are never cut: they are gathered first.
@@ -32,7 +33,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from pallas_kernels._arguments import Layout, rows_of
+from pallas_kernels._arguments import Layout
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 
 Op = Literal["forward", "transposed", "dequantize"]
@@ -141,7 +142,10 @@ def _places(op: Op, layout: Layout, mesh: Mesh, parts: Parts) -> _Places:
     """The cut of an op whose arrays lie as `parts` (shapes with shardings) do."""
     x = () if parts.x is None else _leading(mesh, parts.x)
     rows = _rows_of_weight(layout, mesh, parts.codes)
-    if set(_axes(rows)) & {axis for entry in x for axis in _axes(entry)}:
+    both = {axis for entry in x for axis in _axes(entry)} & set(_axes(rows))
+    if both and _is_less_to_send(layout, parts.x):
+        x = tuple(tuple(axis for axis in _axes(entry) if axis not in both) for entry in x)
+    elif both:
         rows = None
 
     def at(*entries: Any) -> NamedSharding:
@@ -161,6 +165,12 @@ def _places(op: Op, layout: Layout, mesh: Mesh, parts: Parts) -> _Places:
     if op == "transposed":
         return _Places(places, at(*x, None), rows, _axes(rows))
     return _Places(places, at(*x, rows), rows, ())
+
+
+def _is_less_to_send(layout: Layout, x: Any) -> bool:
+    """Whether rows of activations and their results are less than a packed weight: in decoding."""
+    rows = x.size // x.shape[-1]
+    return rows * sum(layout.shape) * x.dtype.itemsize < layout.nbytes
 
 
 def _leading(mesh: Mesh, x: Any) -> tuple:
@@ -238,8 +248,7 @@ def gather_packed(x: Array, codes: Array, absmax: Array, *, layout: Layout) -> t
     They are many where they and their results would be more to send than a packed weight.
     """
     mesh = mesh_of_rows(x)
-    results = rows_of(x) * layout.size // x.shape[-1]
-    if mesh is None or (x.size + results) * x.dtype.itemsize < layout.nbytes:
+    if mesh is None or _is_less_to_send(layout, x):
         return codes, absmax
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.lax.with_sharding_constraint((codes, absmax), everywhere)

@@ -145,6 +145,19 @@ def test_a_single_row_does_not_gather_the_weight():
     assert np.all(error <= 8 * ROUNDOFF["float32"] * size)
 
 
+def test_few_rows_are_gathered_instead_of_the_weight():
+    """Four texts on four devices, a token each: all of x is less than a packed weight."""
+    x, dy, w, bias, lora = arguments(8)
+    args = (x[:4], dy[:4], w, bias, (lora[0][:4], lora[1]))
+    there = placed(args, LINE, "data", "data")
+    for op in (forward, transposed):
+        compiled = jax.jit(op).lower(*there).compile()
+        assert not {dtype for _, dtype, _ in collectives(compiled.as_text())} & {"u8"}
+        result = compiled(*there)
+        want, size = exact(op, args)
+        assert np.all(np.abs(np.asarray(result) - want) <= 8 * ROUNDOFF["float32"] * size)
+
+
 @st.composite
 def cut_cases(draw):
     """Weights whose rows divide by four, but whose parts are not always weights again."""
