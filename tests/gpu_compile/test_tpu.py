@@ -23,6 +23,8 @@ AUTO = (jax.sharding.AxisType.Auto,)
 def chips(monkeypatch):
     """Four chips in a row."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    # Several workers may compile at once: none of them has a chip to itself.
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2x1")
     return topologies.make_mesh(topology, (4,), ("data",)).devices
 
