@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.remat import check_remat, run_layers
-from qlora_jax.models.spread import cut_by_rows
+from qlora_jax.models.spread import cut_by_rows, whole_beside
 from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense
 from qlora_jax.quant import QuantConfig
 
@@ -119,7 +119,10 @@ def scan_layers(
     def step(x: Any, frozen: Any, own: tuple[Any, Any]) -> tuple[Any, Any]:
         rest, given = own
         # Decoding's x is no single array; its few rows go where the weights lie.
-        x = cut_by_rows(x) if isinstance(x, jax.Array) else x
+        if isinstance(x, jax.Array):
+            x = cut_by_rows(x)
+            # Cut, adapters would cut their products by columns: activations would be exchanged.
+            rest = whole_beside(x, rest)
         return apply(nnx.merge(graphdef, frozen, rest), x, given)
 
     return run_layers(
