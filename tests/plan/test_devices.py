@@ -13,6 +13,7 @@ from qlora_jax.plan import Workload, compiled, find_config, plan
 from qlora_jax.plan.advice import advise
 from qlora_jax.plan.devices import mesh_of
 from qlora_jax.plan.workload import training_step, tree_bytes
+from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig
 from tests.memory.goals import GIB, needs_compiler
 from tests.plan.test_plan import TINY
@@ -67,7 +68,8 @@ def test_the_answer_is_kept(monkeypatch):
 
 
 @needs_compiler
-def test_activations_stay_with_their_rows():
+@pytest.mark.parametrize("quant", [QuantConfig(), None], ids=["nf4", "bf16"])
+def test_activations_stay_with_their_rows(quant):
     """Of the batch only looked-up rows of the vocabulary are exchanged, whose columns are cut.
 
     At a 7B layer's width: XLA exchanges no activations of a narrow one, whatever it is told.
@@ -75,7 +77,9 @@ def test_activations_stay_with_their_rows():
     card, tokens = CARDS["rtx-4090"], 512
     config = dataclasses.replace(find_config("llama-2-7b"), num_hidden_layers=2)
     train = TrainConfig(micro_batch_size=2)
-    work = Workload(config, tokens, train=train, attention="xla", devices=2, cut_weights=True)
+    work = Workload(
+        config, tokens, train=train, quant=quant, attention="xla", devices=2, cut_weights=True
+    )
     program = training_step(work, mesh=mesh_of(card, 2)).program
     hlo = compile_for(card, program.fn, *program.args, count=2).as_text()
     ops = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
