@@ -32,6 +32,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -48,8 +49,14 @@ PLUGIN_HINT = (
 
 def gpu_compiler_available() -> bool:
     """Whether the XLA plugin for CUDA is installed (a GPU is not needed)."""
-    names = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-    return any(importlib.util.find_spec(name) is not None for name in names)
+    return _plugin() is not None
+
+
+def _plugin() -> str | None:
+    """The name that JAX finds XLA's plugin for CUDA by."""
+    versions = ("cuda13", "cuda12")
+    installed = (v for v in versions if importlib.util.find_spec(f"jax_{v}_plugin"))
+    return next((f"jax_plugins.xla_{version}" for version in installed), None)
 
 
 @functools.cache
@@ -62,10 +69,30 @@ def card_mesh(card: Card, count: int = 1) -> jax.sharding.Mesh:
     if not gpu_compiler_available():
         raise RuntimeError(PLUGIN_HINT)
     form = f"1x1x{count}"
-    topology = topologies.get_topology_desc(
-        form, platform="cuda", target_config=card.target_config(), topology=form
+    describe = functools.partial(
+        topologies.get_topology_desc,
+        form,
+        platform="cuda",
+        target_config=card.target_config(),
+        topology=form,
     )
+    try:
+        topology = describe()
+    except NotImplementedError:
+        _load_plugin()
+        topology = describe()
     return topologies.make_mesh(topology, (count,), ("data",))
+
+
+def _load_plugin() -> None:
+    """Loads XLA's GPU plugin where JAX refused it, for want of libraries that only running needs.
+
+    JAX asks for them unless JAX_PLATFORMS leaves GPUs out.
+    """
+    plugin = _plugin()
+    assert plugin is not None
+    with mock.patch.dict(os.environ, JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
+        importlib.import_module(plugin).initialize()
 
 
 def on_card(card: Card, tree: Any, *, count: int = 1) -> Any:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -265,6 +268,19 @@ def test_the_command(tmp_path, capsys):
     assert "vocabulary in 8 bits" in printed
     assert (found["embedding_bits"], parts["embeddings"]) == (8, 2 * 256 * 128 * 8.5 / 8)
     assert figure.stat().st_size > 1000
+
+
+@needs_compiler
+def test_the_command_says_nothing_of_devices_that_are_not_here(tmp_path):
+    """Without JAX_PLATFORMS, JAX would look for GPUs with the plugin that is here to compile."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    program = "import sys; from qlora_jax.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "plan", tmp_path, "--card", "l40"]
+    command += ["--no-search", "--sequence", "32", "--decode-length", "16"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "device" in done.stdout
+    assert done.stderr == ""
 
 
 def test_the_command_needs_a_card(capsys):
