@@ -13,6 +13,9 @@ tokens · k / b + experts blocks, so no more than experts · b rows are padding 
 tokens would be tokens · experts rows). The backward pass runs a block's forward again: otherwise
 the scan would keep a copy of the expert's weights for every block.
 
+Of a batch that is cut over devices, each device routes its own rows: sorted together, all tokens
+would be computed on every device. In a step of decoding the few rows go where the experts lie.
+
 The router stays dense and is not adapted, as in transformers 5, where it is no linear layer.
 """
 
@@ -24,6 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from pallas_kernels import mesh_of_rows
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.mlp import MLP
 from qlora_jax.models.stack import Storage, split_key, stack_layers
@@ -60,6 +64,42 @@ class MixtureOfExperts(nnx.Module):
         dropout_keys: Mapping[str, Key[Array, ""] | None],
     ) -> Float[Array, "batch seq embed"]:
         """The same shape and dtype as x; one dropout key a projection, by its name."""
+        mesh = mesh_of_rows(x)
+        if mesh is None or x.shape[1] == 1:
+            return self._route(x, dropout_keys)
+        return self._on_each_device(x, dropout_keys, mesh)
+
+    def _on_each_device(
+        self,
+        x: Float[Array, "batch seq embed"],
+        dropout_keys: Mapping[str, Key[Array, ""] | None],
+        mesh: jax.sharding.AbstractMesh,
+    ) -> Float[Array, "batch seq embed"]:
+        """`_route` for a device's own rows, with all experts beside them and dropout of its own."""
+        (axis,) = mesh.axis_names
+        graphdef, state = nnx.split(self)
+
+        def on_one(x: Array, state: Any, keys: Mapping[str, Any]) -> Array:
+            device = jax.lax.axis_index(axis)
+            own = jax.tree.map(lambda key: jax.random.fold_in(key, device), keys)
+            return nnx.merge(graphdef, state)._route(x, own)
+
+        by_rows, everywhere = jax.P(axis), jax.P()
+        run = jax.shard_map(
+            on_one,
+            mesh=mesh,
+            in_specs=(by_rows, everywhere, everywhere),
+            out_specs=by_rows,
+            # Pallas' kernels do not say along which axes their results differ.
+            check_vma=False,
+        )
+        return run(x, state, dropout_keys)
+
+    def _route(
+        self,
+        x: Float[Array, "batch seq embed"],
+        dropout_keys: Mapping[str, Key[Array, ""] | None],
+    ) -> Float[Array, "batch seq embed"]:
         experts, chosen = self.config.num_local_experts, self.config.num_experts_per_tok
         tokens = x.reshape(-1, x.shape[-1])
         scores = jnp.einsum("te,xe->tx", tokens, self.gate[...].astype(x.dtype))

@@ -79,6 +79,11 @@ def a_batch(model: Any) -> Any:
 
 
 def loss_and_gradient(model: Any) -> tuple[Any, Any]:
+    step, arguments = of_loss(model)
+    return step(*arguments)
+
+
+def of_loss(model: Any) -> tuple[Any, tuple[Any, Any, Any]]:
     # With a B that is not zero, so that A takes a gradient.
     rng = np.random.default_rng(1)
     adapters = nnx.state(model, nnx.LoRAParam)
@@ -98,7 +103,7 @@ def loss_and_gradient(model: Any) -> tuple[Any, Any]:
 
         return jax.value_and_grad(mean)(lora)
 
-    return run(moved, rest, batch)
+    return run, (moved, rest, batch)
 
 
 @pytest.mark.parametrize("build", [streamed, experts, dora, dense, encoder_decoder])
@@ -111,3 +116,13 @@ def test_as_on_one_device(build: Callable[[], Any], monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(found, loss, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_each_device_routes_its_own_tokens() -> None:
+    model = experts()
+    spread(model, MESH)
+    step, arguments = of_loss(model)
+    program = step.lower(*arguments).compile().as_text()
+    # Two experts for each of 96 tokens, 24 a device, in blocks of a fourth of them for an expert.
+    assert "f32[12,128]" in program
+    assert "f32[48,128]" not in program
