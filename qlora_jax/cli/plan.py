@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     # lines that read like errors. "1" is what JAX sets where the user says nothing.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    if args.card is not None and not args.measure and not jax.config.read("jax_platforms"):
+    if args.card is not None and not args.measure and not os.environ.get("JAX_PLATFORMS"):
         # Nothing runs on an accelerator here, and JAX would look for one with that plugin.
         jax.config.update("jax_platforms", "cpu")
     if args.card is None and jax.default_backend() != "gpu":
