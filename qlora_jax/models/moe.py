@@ -19,7 +19,7 @@ would be computed on every device. In a step of decoding the few rows go where t
 The router stays dense and is not adapted, as in transformers 5, where it is no linear layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int, Key
 from pallas_kernels import mesh_of_rows
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.mlp import MLP
+from qlora_jax.models.spread import GathersItself, shardings_of
 from qlora_jax.models.stack import Storage, split_key, stack_layers
 from qlora_jax.nn import FrozenParam
 
@@ -37,7 +38,7 @@ BLOCK = 512
 """Most rows of a block: more would be padding, fewer would decode each weight more often."""
 
 
-class MixtureOfExperts(nnx.Module):
+class MixtureOfExperts(GathersItself):
     """Σ over a token's experts of router weight · expert(x).
 
     Attributes:
@@ -64,9 +65,14 @@ class MixtureOfExperts(nnx.Module):
         dropout_keys: Mapping[str, Key[Array, ""] | None],
     ) -> Float[Array, "batch seq embed"]:
         """The same shape and dtype as x; one dropout key a projection, by its name."""
+        graphdef, stacked = nnx.split(self.experts)
+
+        def expert_at(index: Array) -> Any:
+            return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], stacked))
+
         mesh = mesh_of_rows(x)
         if mesh is None or x.shape[1] == 1:
-            return self._route(x, dropout_keys)
+            return self._route(x, self.gate[...], expert_at, dropout_keys)
         return self._on_each_device(x, dropout_keys, mesh)
 
     def _on_each_device(
@@ -77,32 +83,53 @@ class MixtureOfExperts(nnx.Module):
     ) -> Float[Array, "batch seq embed"]:
         """`_route` for a device's own rows, with all experts beside them and dropout of its own."""
         (axis,) = mesh.axis_names
-        graphdef, state = nnx.split(self)
+        graphdef, stacked = nnx.split(self.experts)
+        leaves, treedef = jax.tree.flatten(stacked)
+        places = shardings_of(self.experts, mesh, over=self.over)
+        specs = [
+            at.spec
+            for path, _ in nnx.to_flat_state(stacked)
+            for at in jax.tree.leaves(places[path])
+        ]
 
-        def on_one(x: Array, state: Any, keys: Mapping[str, Any]) -> Array:
+        def on_one(x: Array, gate: Array, leaves: list[Array], keys: Mapping[str, Any]) -> Array:
+            gathered = [
+                jax.lax.all_gather(leaf, axis) if axis in spec else leaf
+                for leaf, spec in zip(leaves, specs, strict=True)
+            ]
+
+            def expert_at(index: Array) -> Any:
+                own = [
+                    _join(leaf[:, index], spec.index(axis) - 1) if axis in spec else leaf[index]
+                    for leaf, spec in zip(gathered, specs, strict=True)
+                ]
+                return nnx.merge(graphdef, jax.tree.unflatten(treedef, own))
+
             device = jax.lax.axis_index(axis)
             own = jax.tree.map(lambda key: jax.random.fold_in(key, device), keys)
-            return nnx.merge(graphdef, state)._route(x, own)
+            return self._route(x, gate, expert_at, own)
 
         by_rows, everywhere = jax.P(axis), jax.P()
         run = jax.shard_map(
             on_one,
             mesh=mesh,
-            in_specs=(by_rows, everywhere, everywhere),
+            in_specs=(by_rows, everywhere, specs, everywhere),
             out_specs=by_rows,
             # Pallas' kernels do not say along which axes their results differ.
             check_vma=False,
         )
-        return run(x, state, dropout_keys)
+        return run(x, self.gate[...], leaves, dropout_keys)
 
     def _route(
         self,
         x: Float[Array, "batch seq embed"],
+        gate: Float[Array, "experts embed"],
+        expert_at: Callable[[Array], Any],
         dropout_keys: Mapping[str, Key[Array, ""] | None],
     ) -> Float[Array, "batch seq embed"]:
         experts, chosen = self.config.num_local_experts, self.config.num_experts_per_tok
         tokens = x.reshape(-1, x.shape[-1])
-        scores = jnp.einsum("te,xe->tx", tokens, self.gate[...].astype(x.dtype))
+        scores = jnp.einsum("te,xe->tx", tokens, gate.astype(x.dtype))
         share, expert = jax.lax.top_k(jax.nn.softmax(scores.astype(jnp.float32)), chosen)
         share /= share.sum(axis=-1, keepdims=True)
 
@@ -113,13 +140,11 @@ class MixtureOfExperts(nnx.Module):
         rows = (
             jnp.full((count * size,), len(tokens)).at[slots].set(jnp.arange(expert.size) // chosen)
         )
-        graphdef, stacked = nnx.split(self.experts)
 
         def step(_: None, block: tuple[Array, Array, Any]) -> tuple[None, Array]:
             owner, rows, keys = block
-            state = jax.tree.map(lambda leaf: leaf[owner], stacked)
             given = tokens.at[rows].get(mode="fill", fill_value=0)
-            return None, nnx.merge(graphdef, state)(given, dropout_keys=keys)
+            return None, expert_at(owner)(given, dropout_keys=keys)
 
         step = jax.checkpoint(
             step, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False
@@ -128,6 +153,12 @@ class MixtureOfExperts(nnx.Module):
         _, blocks = jax.lax.scan(step, None, (owners, rows.reshape(count, size), keys))
         outputs = blocks.reshape(count * size, -1)[slots].reshape(*expert.shape, -1)
         return (outputs * share[..., None]).sum(axis=1).astype(x.dtype).reshape(x.shape)
+
+
+def _join(parts: Array, axis: int) -> Array:
+    """Parts [parts, ...] of an array, one after another along an axis of it."""
+    parts = jnp.moveaxis(parts, 0, axis)
+    return parts.reshape(*parts.shape[:axis], -1, *parts.shape[axis + 2 :])
 
 
 def _blocks(

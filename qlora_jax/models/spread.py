@@ -15,12 +15,13 @@ or not. Where weights are cut:
 | weight | along | because |
 |---|---|---|
 | W [out, in], its codes and absmax | rows | packed columns share bytes; rows are whole blocks |
-| LoRA's A [r, in], B [out, r] | in, out | r is small |
+| LoRA's A [r, in], B [out, r] | rows; A's columns if r does not divide | rows lie in one piece |
 | vocabulary [tokens, embed] | columns | of a table cut by rows, every device would get all |
 
-A text looks up rows, and a packed head decodes some rows at a time: XLA brings a table that is cut
-by rows to every device for either. What does not divide evenly stays whole, and so does what is
-small (norms, biases, offsets, a packed vocabulary's absmax, 1/17 of it in 8 bits).
+To gather a stack's columns layer by layer, XLA first lays all of it out anew. A text looks up rows,
+and a packed head decodes some rows at a time: XLA brings a table that is cut by rows to every
+device for either. What does not divide evenly stays whole, and so does what is small (norms,
+biases, offsets, a packed vocabulary's absmax, 1/17 of it in 8 bits).
 
 What enters a layer is kept cut by rows of the batch (`cut_by_rows`). Left to itself, XLA cuts it as
 the vocabulary is cut, by columns, and every device computes for all rows.
@@ -39,6 +40,18 @@ from qlora_jax.quant import QuantizedTensor
 
 _ROWS, _COLUMNS = -2, -1
 
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+class GathersItself(nnx.Module):
+    """A module that gathers its weights on its own, and so has to know how they lie.
+
+    Attributes:
+        over: the axis of the mesh that they are cut along, set by `spread`; None: not cut.
+    """
+
+    over: str | None = None
+
 
 def spread(model: nnx.Module, mesh: jax.sharding.Mesh, *, over: str | None = None) -> None:
     """Places a model's weights and adapters on the devices of a mesh, in place.
@@ -52,6 +65,9 @@ def spread(model: nnx.Module, mesh: jax.sharding.Mesh, *, over: str | None = Non
         ValueError: as `shardings_of`.
     """
     shardings = shardings_of(model, mesh, over=over)
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, GathersItself):
+            node.over = over
 
     def put(leaf: Any, sharding: jax.sharding.NamedSharding) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -64,7 +80,7 @@ def spread(model: nnx.Module, mesh: jax.sharding.Mesh, *, over: str | None = Non
 
 
 def shardings_of(
-    model: nnx.Module, mesh: jax.sharding.Mesh, *, over: str | None = None
+    model: nnx.Module, mesh: AnyMesh, *, over: str | None = None
 ) -> dict[tuple, PyTree]:
     """Where a model's weights and adapters go, by the path of their Variable: a NamedSharding for
     each array, in the device's own memory.
@@ -87,37 +103,43 @@ def shardings_of(
             f"the mesh's axes are of types {mesh.axis_types}, but XLA is to cut the work up by "
             "itself: make it with axis_types=(jax.sharding.AxisType.Auto,) for each axis."
         )
-    cuts: dict[int, int] = {}
+    # The axes of matrices to be cut along, the first of them that divides.
+    cuts: dict[int, tuple[int, ...]] = {}
     for _, node in nnx.iter_graph(model):
         if isinstance(node, QuantDense):
-            cuts |= {id(node.kernel): _ROWS, id(node.lora_A): _COLUMNS, id(node.lora_B): _ROWS}
+            cuts |= {id(node.kernel): (_ROWS,), id(node.lora_B): (_ROWS,)}
+            cuts[id(node.lora_A)] = (_ROWS, _COLUMNS)
         elif isinstance(node, Embedding):
-            cuts[id(node.weight)] = _COLUMNS
+            cuts[id(node.weight)] = (_COLUMNS,)
     return {
-        path: _shardings(node.get_value(), cuts.get(id(node)), mesh, over)
+        path: _shardings(node.get_value(), cuts.get(id(node), ()), mesh, over)
         for path, node in nnx.iter_graph(model)
         if isinstance(node, nnx.Variable)
     }
 
 
-def _shardings(value: PyTree, axis: int | None, mesh: jax.sharding.Mesh, over: str | None) -> Any:
-    """Of a Variable's value, its matrices [..., rows, columns] cut along one of the two axes."""
+def _shardings(value: PyTree, axes: tuple[int, ...], mesh: AnyMesh, over: str | None) -> Any:
+    """Of a Variable's value: its matrices [..., rows, columns] are cut along the first axis of
+    `axes` that divides."""
 
-    def cut(leaf: Any, axis: int | None) -> jax.sharding.NamedSharding:
+    def cut(leaf: Any, axes: tuple[int, ...]) -> jax.sharding.NamedSharding:
         parts: list[str | None] = [None] * leaf.ndim
-        if axis is not None and over is not None and leaf.shape[axis] % mesh.shape[over] == 0:
-            parts[axis] = over
+        if over is not None:
+            divide = (axis for axis in axes if leaf.shape[axis] % mesh.shape[over] == 0)
+            axis = next(divide, None)
+            if axis is not None:
+                parts[axis] = over
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*parts))
 
     if not isinstance(value, QuantizedTensor):
-        return jax.tree.map(lambda leaf: cut(leaf, axis), value)
+        return jax.tree.map(lambda leaf: cut(leaf, axes), value)
     # Codes that are flat (rows of odd length) have no rows to cut.
     matrix = value.codes.ndim - len(value.stack_shape) == 2
-    axis = axis if matrix else None
+    axes = axes if matrix else ()
     leaves, treedef = jax.tree.flatten(value)
     # codes | absmax, row after row | what double quantization adds
-    axes = [axis, -1 if axis == _ROWS else None, *[None] * (len(leaves) - 2)]
-    return jax.tree.unflatten(treedef, [cut(leaf, a) for leaf, a in zip(leaves, axes, strict=True)])
+    each = [axes, (-1,) if axes == (_ROWS,) else (), *[()] * (len(leaves) - 2)]
+    return jax.tree.unflatten(treedef, [cut(leaf, a) for leaf, a in zip(leaves, each, strict=True)])
 
 
 def spread_rows(batch: PyTree, weights: PyTree, *, axis: int = 0) -> PyTree:
@@ -173,3 +195,22 @@ def whole_beside(x: Float[Array, "batch ..."], weights: PyTree) -> PyTree:
         return weights
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.lax.with_sharding_constraint(weights, everywhere)
+
+
+def gather_dense(layer: nnx.Module, *, beside: Float[Array, "batch ..."]) -> None:
+    """Has a layer's adapters and dense weights whole, in place, if the rows that it takes are cut.
+
+    Left cut they would cut their products by columns, and activations would be exchanged. Packed
+    weights are left as they lie: their products gather them, or the rows where these are less.
+    """
+    gathered_elsewhere = {
+        id(variable)
+        for _, node in nnx.iter_graph(layer)
+        if isinstance(node, GathersItself)
+        for _, variable in nnx.iter_graph(node)
+    }
+    for _, node in nnx.iter_graph(layer):
+        if not isinstance(node, nnx.Variable) or id(node) in gathered_elsewhere:
+            continue
+        if not isinstance(node.get_value(), QuantizedTensor):
+            node.set_value(whole_beside(beside, node.get_value()))

@@ -16,9 +16,9 @@ from jaxtyping import Array, Key
 
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.remat import check_remat, run_layers
-from qlora_jax.models.spread import cut_by_rows, whole_beside
+from qlora_jax.models.spread import cut_by_rows, gather_dense
 from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense
-from qlora_jax.quant import QuantConfig, QuantizedTensor
+from qlora_jax.quant import QuantConfig
 
 Keys = Iterator[Key[Array, ""] | None]
 """Dropout keys, drawn one after another; without dropout each of them is None."""
@@ -118,28 +118,15 @@ def scan_layers(
 
     def step(x: Any, frozen: Any, own: tuple[Any, Any]) -> tuple[Any, Any]:
         rest, given = own
+        layer = nnx.merge(graphdef, frozen, rest)
         # Decoding's x is no single array; its few rows go where the weights lie.
         if isinstance(x, jax.Array):
             x = cut_by_rows(x)
-            # Left cut, they would cut their products by columns: activations would be exchanged.
-            frozen, rest = _dense_whole_beside(x, frozen), whole_beside(x, rest)
-        return apply(nnx.merge(graphdef, frozen, rest), x, given)
+            gather_dense(layer, beside=x)
+        return apply(layer, x, given)
 
     return run_layers(
         step, x, frozen, (rest, per_layer), remat=remat, stream_weights=stream_weights
-    )
-
-
-def _dense_whole_beside(x: jax.Array, frozen: Any) -> Any:
-    """`whole_beside`, but of packed weights: their products gather them, or x where it is less."""
-
-    def is_packed(value: Any) -> bool:
-        return isinstance(value, QuantizedTensor)
-
-    return jax.tree.map(
-        lambda value: value if is_packed(value) else whole_beside(x, value),
-        frozen,
-        is_leaf=is_packed,
     )
 
 
