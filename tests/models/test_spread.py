@@ -55,6 +55,13 @@ def test_codes_absmax_and_adapters_are_cut_with_their_rows():
         assert (a == b).all()
 
 
+def test_a_is_cut_by_rows_if_they_divide():
+    lora = LoraConfig(r=8, target_modules=("q_proj",))
+    model = Decoder(CONFIG, lora=lora, rngs=nnx.Rngs(0))
+    spread(model, MESH, over="data")
+    assert shards(model)["self_attn.q_proj.lora_A"] == (3, 8 // 4, 64)
+
+
 def test_dense_weights_are_cut_and_what_does_not_divide_is_whole():
     model = decoder()
     model.layers.mlp.down_proj.lora_A.set_value(jnp.zeros((3, 2, 30)))
