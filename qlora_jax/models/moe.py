@@ -86,28 +86,27 @@ class MixtureOfExperts(GathersItself):
         graphdef, stacked = nnx.split(self.experts)
         leaves, treedef = jax.tree.flatten(stacked)
         places = shardings_of(self.experts, mesh, over=self.over)
-        specs = [
-            at.spec
-            for path, _ in nnx.to_flat_state(stacked)
-            for at in jax.tree.leaves(places[path])
-        ]
+        paths = [path for path, _ in nnx.to_flat_state(stacked)]
+        specs = [at.spec for path in paths for at in jax.tree.leaves(places[path])]
+        # Of each leaf the axis that is cut, or None.
+        cuts = [spec.index(axis) if axis in spec else None for spec in specs]
 
         def on_one(x: Array, gate: Array, leaves: list[Array], keys: Mapping[str, Any]) -> Array:
-            gathered = [
-                jax.lax.all_gather(leaf, axis) if axis in spec else leaf
-                for leaf, spec in zip(leaves, specs, strict=True)
+            whole = [
+                leaf if cut is None else jax.lax.all_gather(leaf, axis)
+                for leaf, cut in zip(leaves, cuts, strict=True)
             ]
 
             def expert_at(index: Array) -> Any:
-                own = [
-                    _join(leaf[:, index], spec.index(axis) - 1) if axis in spec else leaf[index]
-                    for leaf, spec in zip(gathered, specs, strict=True)
+                picked = [
+                    leaf[index] if cut is None else _join(leaf[:, index], cut - 1)
+                    for leaf, cut in zip(whole, cuts, strict=True)
                 ]
-                return nnx.merge(graphdef, jax.tree.unflatten(treedef, own))
+                return nnx.merge(graphdef, jax.tree.unflatten(treedef, picked))
 
             device = jax.lax.axis_index(axis)
-            own = jax.tree.map(lambda key: jax.random.fold_in(key, device), keys)
-            return self._route(x, gate, expert_at, own)
+            keys = jax.tree.map(lambda key: jax.random.fold_in(key, device), keys)
+            return self._route(x, gate, expert_at, keys)
 
         by_rows, everywhere = jax.P(axis), jax.P()
         run = jax.shard_map(
