@@ -1,12 +1,16 @@
 """What does a QLoRA step of a whole model cost on this card: tokens per second, and peak bytes?
 
     python -m benchmarks.gpu_training --out benchmarks/results/h200 --budget 300
+    python -m benchmarks.gpu_training --out benchmarks/results/2xrtx-4090 --devices 1 2 2-cut
 
 A Llama-shaped model with random NF4 weights made on the device (no download), LoRA of rank 64 on
 all linear layers, AdamW with its moments in pinned host memory, the project's own training step.
 For each model × base × matmul implementation × batch: compile time, the compiler's own account of
 memory, median seconds per step, tokens per second, and the peak that the allocator saw. The same
 seed everywhere, so the first loss must agree between implementations: it is written down.
+
+On several devices each takes the batch that is asked for, so that tokens per second would grow with
+their number if nothing were exchanged; memory is that of one device, the one with the highest peak.
 
 Cases run from small to large, because an allocator's peak never falls within a process; where a
 case did not raise it, its peak is null. Results are written after every case: `training.json`,
@@ -16,7 +20,9 @@ case did not raise it, its peak is null. Results are written after every case: `
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
+import re
 import statistics
 import sys
 import time
@@ -33,7 +39,14 @@ from benchmarks._report import machine
 from pallas_kernels._table import TABLE, using_table
 from qlora_jax.data.batches import Batch
 from qlora_jax.evaluate import split_adapters
-from qlora_jax.models import Decoder, DecoderConfig, RopeConfig, attention_for
+from qlora_jax.models import (
+    Decoder,
+    DecoderConfig,
+    RopeConfig,
+    attention_for,
+    spread,
+    spread_rows,
+)
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig, init_state, make_train_step
@@ -81,19 +94,29 @@ class Case:
     matmul: str | None
     """Implementation of the 4-bit matmuls; None lets the dispatch choose."""
     batch: int
+    """Rows of a micro-batch on each device."""
     accumulation: int
     seq: int
+    devices: int = 1
+    cut: bool = False
+    """Whether each device has its part of the weights, not all of them."""
 
     @property
     def tokens(self) -> int:
         """Tokens per optimizer update."""
-        return self.batch * self.accumulation * self.seq
+        return self.devices * self.batch * self.accumulation * self.seq
 
     @property
     def label(self) -> str:
         """A short name for tables."""
         shape = f"{self.accumulation}x" * (self.accumulation > 1) + f"{self.batch}x{self.seq}"
-        return f"{self.model} {self.base} {self.matmul or 'auto'} {shape}"
+        where = "" if self.place == "1" else f" on {self.place}"
+        return f"{self.model} {self.base} {self.matmul or 'auto'} {shape}{where}"
+
+    @property
+    def place(self) -> str:
+        """The devices, as `--devices` takes them."""
+        return f"{self.devices}-cut" if self.cut else str(self.devices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="BATCHxSEQ or ACCUMULATIONxBATCHxSEQ, small to large",
     )
     parser.add_argument(
+        "--devices", nargs="+", default=["1"], help="how many; N-cut cuts the weights over them"
+    )
+    parser.add_argument(
         "--rules", type=Path, help="a table for 'auto', as gpu_kernels writes: rules.json"
     )
     parser.add_argument("--attention", default="auto", choices=["auto", "xla", "cudnn"])
@@ -124,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"--rules is {options.rules}, which is not there: benchmarks.gpu_kernels makes it"
         )
+    for place in options.devices:
+        if not re.fullmatch(r"[1-9]\d*(-cut)?", place):
+            parser.error(f"--devices names {place!r}, but numbers are needed, or N-cut")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.toy:
         options.models, options.batches, options.rank = ["toy"], ["1x32", "2x2x32"], 4
@@ -162,14 +191,19 @@ def cases(options: argparse.Namespace) -> list[Case]:
                 sizes = [int(n) for n in batch.split("x")]
                 accumulation, rows, seq = sizes if len(sizes) == 3 else (1, *sizes)
                 matmuls = options.matmuls if base == "nf4" else ["xla"]
-                for matmul in matmuls:
+                for matmul, place in itertools.product(matmuls, options.devices):
                     name = None if matmul == "auto" else matmul
-                    found.append(Case(model, base, name, rows, accumulation, seq))
+                    count, _, cut = place.partition("-")
+                    where = int(count), cut == "cut"
+                    found.append(Case(model, base, name, rows, accumulation, seq, *where))
     return found
 
 
 def make_model(case: Case, attention: str, rank: int) -> tuple[nnx.GraphDef, Any, Any]:
-    """(graphdef, adapters, frozen weights), all made on the device, none ever held in 16 bits."""
+    """(graphdef, adapters, frozen weights), all made on the device, none ever held in 16 bits.
+
+    For several devices they are made on the first, and then dealt out.
+    """
     config = MODELS[case.model]
     chosen = attention_for(jax.default_backend(), jnp.bfloat16, config.head_dim)
     if attention != "auto":
@@ -187,7 +221,14 @@ def make_model(case: Case, attention: str, rank: int) -> tuple[nnx.GraphDef, Any
     )
     graphdef, lora, frozen = split_adapters(shapes)
     fill = functools.partial(jax.tree_util.tree_map_with_path, _random_leaf)
-    return graphdef, fill(lora), fill(frozen)
+    lora, frozen = fill(lora), fill(frozen)
+    if case.devices == 1:
+        return graphdef, lora, frozen
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((case.devices,), ("data",), auto, devices=jax.devices()[: case.devices])
+    model = nnx.merge(graphdef, lora, frozen)
+    spread(model, mesh, over="data" if case.cut else None)
+    return split_adapters(model)
 
 
 def _random_leaf(path: Any, leaf: Any) -> jax.Array:
@@ -212,7 +253,7 @@ def _random_leaf(path: Any, leaf: Any) -> jax.Array:
 
 def make_batch(case: Case, seed: int = 0) -> Batch:
     """Random tokens, every one of them trained on."""
-    shape = (case.accumulation, case.batch, case.seq)
+    shape = (case.accumulation, case.devices * case.batch, case.seq)
     ids = np.random.default_rng(seed).integers(0, MODELS[case.model].vocab_size, shape)
     labels = ids.astype(np.int32)
     labels[..., 0] = -100
@@ -226,7 +267,7 @@ def run_case(case: Case, options: argparse.Namespace, earlier_peak: int) -> dict
     optimizer = settings.optimizer()
     state = init_state(lora, optimizer, seed=0)
     step = make_train_step(graphdef, optimizer, state=state)
-    batch = jax.device_put(make_batch(case))
+    batch = jax.device_put(spread_rows(make_batch(case), frozen, axis=1))
     began = time.perf_counter()
     compiled = step.lower(state, frozen, batch).compile()  # type: ignore[attr-defined]
     compile_s = time.perf_counter() - began
@@ -238,8 +279,8 @@ def run_case(case: Case, options: argparse.Namespace, earlier_peak: int) -> dict
         losses.append(float(metrics.loss))
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times[2:])
-    stats = jax.devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
+    stats = [device.memory_stats() or {} for device in jax.devices()[: case.devices]]
+    peak = max(each.get("peak_bytes_in_use", 0) for each in stats)
     device_bytes = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -274,12 +315,15 @@ def markdown(results: dict[str, Any]) -> str:
         "Random weights, LoRA on all linears, paged AdamW, remat per layer; "
         "written by benchmarks/gpu_training.py.",
         "",
-        "| model | base | matmul | batch | s/step | tokens/s | planned GiB | peak GiB | loss |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | base | matmul | on | batch "
+        "| s/step | tokens/s | planned GiB | peak GiB | loss |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in results["cases"]:
         batch = f"{case['accumulation']} · {case['batch']} × {case['seq']}"
-        head = f"| {case['model']} | {case['base']} | {case['matmul'] or 'auto'} | {batch} | "
+        place = f"{case['devices']}{'-cut' * case['cut']}"
+        what = (case["model"], case["base"], case["matmul"] or "auto", place, batch)
+        head = f"| {' | '.join(what)} | "
         if case["status"] != "ok":
             lines.append(head + f"{case['status']}: {case['error'][:120]} | | | | |")
             continue
