@@ -36,6 +36,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from jax._src import xla_bridge
 from jax.experimental import topologies
 from jaxlib.mlir import ir
 
@@ -93,6 +94,9 @@ def _load_plugin() -> None:
     assert plugin is not None
     with mock.patch.dict(os.environ, JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
         importlib.import_module(plugin).initialize()
+    # As JAX does with the plugins that it loads itself: how calls are cut over devices.
+    for register in xla_bridge._plugin_callbacks:
+        register(c_api=xla_bridge._backend_factories["cuda"].c_api)
 
 
 def on_card(card: Card, tree: Any, *, count: int = 1) -> Any:

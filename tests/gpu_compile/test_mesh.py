@@ -5,7 +5,10 @@ over layers or before it, and how many rows a kernel is given.
 """
 
 import functools
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -127,3 +130,19 @@ def test_a_cut_weight_comes_packed_and_layer_by_layer(card):
 def test_of_whole_weights_only_gradients_are_sent():
     sent = {(op, text) for op, shapes in exchanges(step("h200", None).as_text()) for text in shapes}
     assert sent == {("all-reduce", f"bf16[{RANK * (IN + OUT)}]"), ("all-reduce", "f32[]")}
+
+
+def test_where_jax_refused_the_plugin_calls_are_cut():
+    """As it does where CUDA's libraries are missing and JAX_PLATFORMS says nothing of the CPU."""
+    program = f"""
+import jax
+jax.devices()
+from {__name__} import step
+print("left" if "CustomSPMDPartitioning" in step("l40", "data").as_text() else "cut")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "cut"
