@@ -124,6 +124,38 @@ def test_hopper_matmul_of_few_rows_can_split_its_sum():
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 8 * rows * n + 2**16
 
 
+@pytest.mark.parametrize(("op", "rows"), [("gemv", 1), ("matmul", 64), ("transposed", 64)])
+def test_hopper_kernels_of_stacked_weights_under_vmap(op, rows):
+    """A loop over the stack: Pallas cannot batch a kernel of transformed references."""
+    layout, kernel = Layout((512, 512), "nf4", 64, True), kernel_of(op)
+    after = () if op == "transposed" else (None,)
+    x = jax.ShapeDtypeStruct((2, rows, 512), jnp.bfloat16)
+    stack = [jax.ShapeDtypeStruct((2, *part.shape), part.dtype) for part in packed(512, 512)]
+
+    def run(x, *weight):
+        return kernel(x, *weight, *after, layout=layout)
+
+    compiled, kernels = harness.inspect_kernels(CARDS["h200"], jax.vmap(run), x, *stack)
+    check_kernels(kernels, op)
+    assert compiled.out_info.shape == (2, rows, 512)
+    shared = jax.vmap(run, (0, *[None] * 4))
+    harness.compile_for(CARDS["h200"], shared, x, *packed(512, 512))
+
+
+@pytest.mark.parametrize(("op", "rows"), [("gemv", 1), ("matmul", 64), ("transposed", 64)])
+def test_hopper_kernels_in_64_bit_mode(op, rows):
+    layout, kernel = Layout((512, 512), "nf4", 64, True), kernel_of(op)
+    x = jax.ShapeDtypeStruct((rows, 512), jnp.bfloat16)
+    after = () if op == "transposed" else (None,)
+
+    def run(x, *weight):
+        return kernel(x, *weight, *after, layout=layout)
+
+    with jax.enable_x64(True):
+        _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(512, 512))
+    check_kernels(kernels, op)
+
+
 def check_kernels(kernels, op: str) -> None:
     own = [k for k in kernels if "mosaic_gpu" in k.name]
     assert own, [k.name for k in kernels]
