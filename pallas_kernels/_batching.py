@@ -1,32 +1,35 @@
 """`jax.vmap` over a kernel that has no batching rule."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array
 
 
 def in_turn(function: Callable[..., Array]) -> Callable[..., Array]:
-    """`function` of arrays, which under `jax.vmap` runs once for each element of the mapped axis.
+    """`function`, which under `jax.vmap` runs once for each element of the mapped axis.
 
     Args:
-        function: of any number of arrays; returns one.
+        function: of any number of arrays, tuples of arrays, or None; returns an array.
 
     Returns:
         A function that does the same; mapped, it is a loop, and so it is when mapped twice.
     """
 
     @jax.custom_batching.custom_vmap
-    def call(*arrays: Array) -> Array:
-        return function(*arrays)
+    def call(*arguments: Any) -> Array:
+        return function(*arguments)
 
     @call.def_vmap
-    def _loop(_size: int, is_stack: list[bool], *arrays: Array) -> tuple[Array, bool]:
+    def _loop(_size: int, is_stack: list[Any], *arguments: Any) -> tuple[Array, bool]:
+        arrays, tree = jax.tree.flatten(arguments)
+        marked = list(zip(arrays, jax.tree.leaves(is_stack), strict=True))
+
         def one(stacked: list[Array]) -> Array:
             own = iter(stacked)
-            return call(*(next(own) if s else a for a, s in zip(arrays, is_stack, strict=True)))
+            return call(*tree.unflatten([next(own) if stack else a for a, stack in marked]))
 
-        stacks = [a for a, s in zip(arrays, is_stack, strict=True) if s]
-        return jax.lax.map(one, stacks), True
+        return jax.lax.map(one, [a for a, stack in marked if stack]), True
 
     return call

@@ -111,6 +111,18 @@ def test_the_hopper_gemv_with_few_look_ups_and_long_loads():
     check_kernels(kernels, "gemv")
 
 
+@pytest.mark.parametrize(("rows", "k"), [(12, 512), (8, 28672)])
+def test_asked_for_by_name_the_hopper_matmul_takes_what_the_gemv_cannot(rows, k):
+    """More rows than eight, or rows that do not fit into shared memory."""
+    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+
+    def run(x, *weight):
+        return nf4_matmul(x, *weight, implementation="mosaic_gpu")
+
+    _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(256, k))
+    check_kernels(kernels, "matmul")
+
+
 def test_hopper_matmul_of_few_rows_can_split_its_sum():
     """A tile of 32 rows, eight of its parts at work at once: a quarter of the weight in float32."""
     (n, k), rows, config = SHAPES["7b-qkvo"], 32, MatmulConfig(rows=32, split=8)
