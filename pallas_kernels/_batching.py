@@ -28,7 +28,8 @@ def in_turn(function: Callable[..., Array]) -> Callable[..., Array]:
 
         def one(stacked: list[Array]) -> Array:
             own = iter(stacked)
-            return call(*tree.unflatten([next(own) if stack else a for a, stack in marked]))
+            leaves = [next(own) if stack else array for array, stack in marked]
+            return call(*jax.tree.unflatten(tree, leaves))
 
         return jax.lax.map(one, [a for a, stack in marked if stack]), True
 

@@ -88,7 +88,7 @@ def target() -> str:
     device = None if mesh is None or mesh.empty else getattr(mesh, "abstract_device", None)
     if device is None:
         # A device, the name of a platform, or None.
-        device = jax.config.jax_default_device
+        device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None or isinstance(device, str):
         device = jax.devices(device)[0]
     return str(device.device_kind)

@@ -3,7 +3,14 @@
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
-from pallas_kernels._arguments import Layout, LowRank, check_lora, check_matmul, check_packed, rows_of
+from pallas_kernels._arguments import (
+    Layout,
+    LowRank,
+    check_lora,
+    check_matmul,
+    check_packed,
+    rows_of,
+)
 from pallas_kernels._mesh import Call, Parts, over_devices
 from pallas_kernels._mosaic import why_not_mosaic
 from pallas_kernels._triton import TritonConfig

@@ -161,7 +161,9 @@ def test_a_rule_says_whether_the_adapter_is_fused(tmp_path):
             assert choice.config == TritonConfig(16, 16, 64, num_warps=1)
         np.testing.assert_array_equal(run(), run(fuse_lora=True))
         assert (run() != run(fuse_lora=False)).any()
-    assert len(rules()) > 1
+        before = rules()
+    # What the file does not speak of stands as ever.
+    assert before[1:] == rules()
 
 
 def test_the_table_names_what_exists():
