@@ -14,6 +14,7 @@ case did not raise it, its peak is null. Results are written after every case: `
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -29,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks._report import machine
-from pallas_kernels._table import TABLE, using_table
+from benchmarks._report import machine, require_gpu
+from pallas_kernels._table import using_table
 from qlora_jax.data.batches import Batch
 from qlora_jax.evaluate import split_adapters
 from qlora_jax.models import Decoder, DecoderConfig, RopeConfig, attention_for
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="BATCHxSEQ or ACCUMULATIONxBATCHxSEQ, small to large",
     )
     parser.add_argument(
-        "--rules", type=Path, help="a table for 'auto', as gpu_kernels writes: rules.json"
+        "--rules", type=Path, help="rules that go before the table's, as gpu_kernels writes them"
     )
     parser.add_argument("--attention", default="auto", choices=["auto", "xla", "cudnn"])
     parser.add_argument("--steps", type=int, default=6)
@@ -124,10 +125,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"--rules is {options.rules}, which is not there: benchmarks.gpu_kernels makes it"
         )
+    if not options.toy:
+        require_gpu(parser)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.toy:
         options.models, options.batches, options.rank = ["toy"], ["1x32", "2x2x32"], 4
-    with using_table(options.rules or TABLE):
+    with using_table(options.rules) if options.rules else contextlib.nullcontext():
         return measure(options)
 
 
