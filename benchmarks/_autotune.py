@@ -18,16 +18,27 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks._points import Point
-from benchmarks._programs import compile_check, compile_program, make_input, make_weights, timing
+from benchmarks._programs import (
+    Program,
+    compile_check,
+    compile_program,
+    compile_threads,
+    make_input,
+    make_weights,
+    timing,
+)
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import Layout
+from pallas_kernels._mosaic import why_not_mosaic
 from pallas_kernels.nf4_gemv.api import MAX_ROWS
 
 if TYPE_CHECKING:
@@ -49,34 +60,54 @@ def dispatch_op(op: str, rows: int) -> str:
     return {"transposed": "nf4_matmul_transposed", "dequantize": "nf4_dequantize"}[op]
 
 
-def tune(run: "Run", jobs: Sequence[str]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to tune: an op's kernel of one implementation, for so many rows."""
+
+    op: str
+    rows: int
+    implementation: str
+
+    @classmethod
+    def read(cls, text: str) -> "Job":
+        """The job of "op:rows" or "op:rows:implementation"; a ValueError for any other."""
+        parts = re.fullmatch(rf"({'|'.join(TUNED)}):(\d+)(?::(triton|mosaic_gpu))?", text)
+        if parts is None:
+            raise ValueError(
+                f"{text!r} is no job; expected OP:ROWS or OP:ROWS:mosaic_gpu, with OP one of "
+                f"{', '.join(TUNED)}"
+            )
+        return cls(parts[1], int(parts[2]), parts[3] or "triton")
+
+    @property
+    def name(self) -> str:
+        """The op as the dispatch's table knows it."""
+        return dispatch_op(self.op, self.rows)
+
+
+def tune(run: "Run", texts: Sequence[str]) -> None:
     """Tune each "op:rows" or "op:rows:implementation" until the budget is spent.
 
-    The files are written after each.
+    The rules and cuts are written after each, the times after each shape.
     """
     rules: list[dict[str, Any]] = []
     cuts: list[dict[str, Any]] = []
     times: list[dict[str, Any]] = []
-    with concurrent.futures.ThreadPoolExecutor(run.options.threads) as pool:
-        for job in jobs:
-            op, rows, implementation = (*job.split(":"), "triton")[:3]
-            if op not in TUNED:
-                raise ValueError(f"{job} asks for {op!r}; the ops with candidates are {TUNED}")
+    with compile_threads(run.options.threads) as pool:
+        for job in map(Job.read, texts):
             if run.left() < 10:
                 print(f"budget spent before {job}", flush=True)
                 break
-            measured = measure_candidates(run, op, int(rows), implementation, pool)
+            measured = measure_candidates(run, job, pool, times)
             found: list[dict[str, Any]]
-            if implementation == "triton":
-                found = [rule for rule in [best_rule(run, op, int(rows), measured)] if rule]
+            if job.implementation == "triton":
+                found = [rule for rule in [best_rule(run, job.op, job.rows, measured)] if rule]
                 rules += found
             else:
-                found = best_cuts(run, op, int(rows), measured, times)
+                found = best_cuts(run, job.op, job.rows, measured, times)
                 cuts += found
-            times += measured
             for entry in found:
                 print("found", json.dumps(entry), flush=True)
-            write_json(run, "autotune.json", times)
             write_json(run, "tuned.json", cover_all_rows(rules))
             write_json(run, "cuts.json", cuts)
 
@@ -88,57 +119,85 @@ def write_json(run: "Run", name: str, entries: list[dict[str, Any]]) -> None:
 
 
 def measure_candidates(
-    run: "Run", op: str, rows: int, implementation: str, pool: concurrent.futures.Executor
+    run: "Run", job: Job, pool: concurrent.futures.Executor, times: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Time every candidate on every shape: one entry per pair, wrong and failed ones included."""
-    name = dispatch_op(op, rows)
-    points = [
-        Point(op, implementation, rows, shape_name, n, k, config=config)
-        for shape_name, (n, k) in run.shapes().items()
-        for config in dispatch.configs_to_try(name, max(rows, 1), n, k, implementation)
-    ]
+    """Time every candidate on every shape: one entry per pair, wrong and failed ones included.
+
+    They join `times`, which is written after each shape.
+    """
     began = time.monotonic()
-    programs = [run.program(point) for point in points]
-    of_shape = {program.point.shape_name: program for program in programs}
-    checks = {shape: pool.submit(compile_check, p) for shape, p in of_shape.items()}
-    compiled = [pool.submit(compile_program, program) for program in programs]
-    concurrent.futures.wait(compiled, timeout=max(run.left() * 0.7, 1))
-    print(
-        f"{op}:{rows}:{implementation}: {len(points)} candidates, {time.monotonic() - began:.0f} s",
-        flush=True,
+    of_shape = {
+        shape: [
+            run.program(Point(job.op, job.implementation, job.rows, shape, n, k, config=config))
+            for config in dispatch.configs_to_try(
+                job.name, max(job.rows, 1), n, k, job.implementation
+            )
+        ]
+        for shape, (n, k) in run.shapes().items()
+    }
+    checks = {s: pool.submit(compile_check, found[0]) for s, found in of_shape.items() if found}
+    compiled = {
+        program.point: pool.submit(compile_program, program)
+        for programs in of_shape.values()
+        for program in programs
+    }
+    concurrent.futures.wait(
+        [*compiled.values(), *checks.values()], timeout=max(run.left() * 0.7, 1)
     )
-    entries = []
-    shape_name, weights, x, error = "", [], None, None
-    for program, job in zip(programs, compiled, strict=True):
-        point = program.point
-        entry: dict[str, Any] = {"op": op, "rows": rows, "shape": point.shape_name}
-        entry["implementation"] = implementation
-        entry["config"] = dataclasses.asdict(point.config) if point.config else None
-        if not job.done() or run.left() < 3:
-            job.cancel()
+    print(f"{job}: {len(compiled)} candidates, {time.monotonic() - began:.0f} s", flush=True)
+    entries: list[dict[str, Any]] = []
+    for shape, check in checks.items():
+        here = measure_shape(run, job, of_shape[shape], compiled, check)
+        entries += here
+        times += here
+        write_json(run, "autotune.json", times)
+        tell(shape, here)
+    return entries
+
+
+def measure_shape(
+    run: "Run",
+    job: Job,
+    programs: Sequence[Program],
+    compiled: dict[Point, concurrent.futures.Future],
+    check: concurrent.futures.Future,
+) -> list[dict[str, Any]]:
+    """Check and time one shape's candidates, on the same weights."""
+    entries: list[dict[str, Any]] = []
+    inputs: tuple[Any, Any] | None = None
+    for program in programs:
+        point, executable = program.point, compiled[program.point]
+        if not (executable.done() and check.done()) or run.left() < 3:
+            executable.cancel()
             continue
-        if point.shape_name != shape_name:
-            shape_name = point.shape_name
-            weights, x = make_weights(program, run.seed), make_input(point, run.seed + 1)
-            error = checks[shape_name].result()
+        entry: dict[str, Any] = {"op": job.op, "rows": job.rows, "shape": point.shape_name}
+        entry["implementation"] = job.implementation
+        entry["config"] = dataclasses.asdict(point.config) if point.config else None
+        # The first candidate of a Hopper kernel is what it takes unasked.
+        entry["own"] = job.implementation == "mosaic_gpu" and program is programs[0]
         try:
-            executable, _ = job.result()
-            last_x, out, _ = jax.block_until_ready(executable(x, weights))
-            entry["error"] = float(error(last_x, weights[0], out)) if error else math.nan
+            if inputs is None:
+                inputs = make_input(point, run.seed + 1), make_weights(program, run.seed)
+            run_once, _ = executable.result()
+            last_x, out, _ = jax.block_until_ready(run_once(*inputs))
+            entry["error"] = float(check.result()(last_x, inputs[1][0], out))
             if entry["error"] < TOLERANCE:
-                entry |= timing(executable, program, x, weights, 5)
+                entry |= timing(run_once, program, *inputs, 5)
         except Exception as failure:  # a candidate that breaks is a finding
             entry["failure"] = str(failure)[:300]
         entries.append(entry)
-    for shape in dict.fromkeys(entry["shape"] for entry in entries):
-        timed = [e for e in entries if e["shape"] == shape and "seconds" in e]
-        for entry in sorted(timed, key=lambda e: e["seconds"])[:4]:
-            config = json.dumps(entry["config"])
-            print(f"  {shape} {entry['seconds'] * 1e6:8.2f} us {config}", flush=True)
-        bad = [e for e in entries if e["shape"] == shape and "seconds" not in e]
-        if bad:
-            print(f"  {shape}: {len(bad)} wrong or failed, e.g. {bad[0]}"[:500], flush=True)
     return entries
+
+
+def tell(shape: str, entries: Sequence[dict[str, Any]]) -> None:
+    """Print a shape's fastest candidates, and an example of what is wrong or failed."""
+    timed = [entry for entry in entries if "seconds" in entry]
+    for entry in sorted(timed, key=lambda e: e["seconds"])[:4]:
+        config = json.dumps(entry["config"])
+        print(f"  {shape} {entry['seconds'] * 1e6:8.2f} us {config}", flush=True)
+    bad = [entry for entry in entries if "seconds" not in entry]
+    if bad:
+        print(f"  {shape}: {len(bad)} wrong or failed, e.g. {bad[0]}"[:500], flush=True)
 
 
 def least_regret(times: dict[str, dict[str, float]], shapes: set[str]) -> str | None:
@@ -185,24 +244,31 @@ def best_cuts(
     entries: list[dict[str, Any]],
     before: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Per shape the fastest candidate, if it beats the first one, which the kernel takes unasked.
+    """Per shape the fastest candidate, if it beats what the kernel takes unasked.
 
-    A cut holds from the rows after those that were measured `before`, or for these alone.
+    A cut holds from the rows after those that were measured `before` for the same kernel, or for
+    these alone.
     """
     found = []
-    same = [e["rows"] for e in before if (e["op"], e["implementation"]) == (op, "mosaic_gpu")]
+    kernel = dispatch_op(op, rows)
+    same = [
+        entry["rows"]
+        for entry in before
+        if entry["implementation"] == "mosaic_gpu"
+        and dispatch_op(entry["op"], entry["rows"]) == kernel
+    ]
     above = max((measured for measured in same if measured < rows), default=rows - 1)
     for shape, (n, k) in run.shapes().items():
-        here = [e for e in entries if e["shape"] == shape]
-        timed = [e for e in here if "seconds" in e]
-        if not timed or "seconds" not in here[0]:
+        timed = [e for e in entries if e["shape"] == shape and "seconds" in e]
+        own = next((e["seconds"] for e in timed if e["own"]), None)
+        if own is None:
             continue
         best = min(timed, key=lambda e: e["seconds"])
-        if best["seconds"] * MARGIN > here[0]["seconds"]:
+        if best["seconds"] * MARGIN > own:
             continue
         found.append(
             {
-                "op": dispatch_op(op, rows),
+                "op": kernel,
                 "card": dispatch.card_name(run.device.device_kind) or run.device.device_kind,
                 "min_rows": above + 1,
                 "max_rows": rows,
@@ -225,7 +291,7 @@ def implementation_rules(run: "Run") -> list[dict[str, Any]]:
         here = [p for p in points if (p["op"], p["rows"]) == (op, rows)]
         times: dict[str, dict[str, float]] = {}
         for point in here:
-            if point["status"] == "ok":
+            if point["status"] == "ok" and _is_the_rules_kernel(point):
                 found = times.setdefault(point["implementation"], {})
                 found[point["shape_name"]] = point["seconds"]
         name = least_regret(times, {p["shape_name"] for p in here})
@@ -251,6 +317,18 @@ def implementation_rules(run: "Run") -> list[dict[str, Any]]:
     return cover_all_rows(rules)
 
 
+def _is_the_rules_kernel(point: dict[str, Any]) -> bool:
+    """Whether a rule for the point's op and rows would run what was measured.
+
+    Where the Hopper gemv cannot run, `nf4_matmul` runs the Hopper matmul by that name instead.
+    """
+    if point["implementation"] != "mosaic_gpu":
+        return True
+    layout = Layout((point["n"], point["k"]), "nf4", 64, double_quant=True)
+    op = dispatch_op(point["op"], point["rows"])
+    return why_not_mosaic(op, point["rows"], layout, jnp.bfloat16) is None
+
+
 def fusing_pays(points: list[dict[str, Any]], implementation: str, rows: int) -> bool:
     """Whether an adapter was faster inside the kernel, by the geometric mean over all shapes.
 
@@ -267,8 +345,8 @@ def fusing_pays(points: list[dict[str, Any]], implementation: str, rows: int) ->
             where = "inside" if point["fuse_lora"] else "after"
             times[where][point["shape_name"]] = point["seconds"]
     shapes = {p["shape_name"] for p in here}
-    both = all(set(found) == shapes for found in times.values())
-    return both and least_regret(times, shapes) == "inside"
+    both = shapes and all(set(found) == shapes for found in times.values())
+    return bool(both) and least_regret(times, shapes) == "inside"
 
 
 def cover_all_rows(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:

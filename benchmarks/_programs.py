@@ -9,12 +9,14 @@ compiler can neither drop a call nor merge equal ones nor move one out. The cost
 is one tiny kernel per round.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -188,6 +190,16 @@ def compiler_options(point: Point) -> dict[str, Any]:
     if point.implementation != "bf16" or jax.default_backend() != "gpu":
         return {}
     return {"xla_gpu_enable_triton_gemm": False}
+
+
+@contextlib.contextmanager
+def compile_threads(count: int) -> Iterator[concurrent.futures.Executor]:
+    """Threads to compile in. At the end nothing is waited for: results are to be written first."""
+    pool = concurrent.futures.ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def compile_program(program: Program) -> tuple[jax.stages.Compiled, float]:

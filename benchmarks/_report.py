@@ -1,5 +1,6 @@
 """From numbers to a table, a roofline plot, and a kernel's own time out of a trace."""
 
+import argparse
 import collections
 import datetime
 import json
@@ -29,6 +30,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def require_gpu(parser: argparse.ArgumentParser) -> None:
+    """End the program where JAX has no GPU: a CPU would take hours over numbers of no use."""
+    if jax.default_backend() != "gpu":
+        parser.error(
+            f"JAX runs on {jax.devices()[0].device_kind} and sees no GPU: install jax[cuda13], "
+            "or pass --toy to try the program"
+        )
+
+
 def _driver() -> str:
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -38,13 +48,28 @@ def _driver() -> str:
 
 
 def kernel_times(run: Callable[[], Any], program: Program) -> dict[str, Any]:
-    """Seconds the GPU was busy per call, and the busiest kernels, from JAX's profiler (CUPTI)."""
+    """Seconds the GPU was busy per call, and the busiest kernels, from JAX's profiler (CUPTI).
+
+    Where the profiler fails, its error: it must not cost the point the time that is measured.
+    """
+    try:
+        busy = _busy(run)
+    except Exception as error:
+        return {"kernel_error": f"{type(error).__name__}: {error}"[:300]}
+    if not busy:
+        return {"kernel_error": "the trace holds no GPU kernels"}
+    calls = program.copies * program.rounds
+    top = {name: seconds / calls for name, seconds in busy.most_common(4)}
+    return {"kernel_s": sum(busy.values()) / calls, "kernels": top}
+
+
+def _busy(run: Callable[[], Any]) -> collections.Counter[str]:
+    """Kernel -> seconds, of one traced run."""
+    busy: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
-        paths = sorted(Path(folder).rglob("*.xplane.pb"))
-        busy: collections.Counter[str] = collections.Counter()
-        for path in paths:
+        for path in sorted(Path(folder).rglob("*.xplane.pb")):
             for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
                 if "/device:GPU" not in plane.name:
                     continue
@@ -52,11 +77,7 @@ def kernel_times(run: Callable[[], Any], program: Program) -> dict[str, Any]:
                     if line.name.startswith("Stream"):
                         for event in line.events:
                             busy[event.name] += event.duration_ns * 1e-9
-    calls = program.copies * program.rounds
-    if not busy:
-        return {"kernel_error": "the trace holds no GPU kernels"}
-    top = {name: seconds / calls for name, seconds in busy.most_common(4)}
-    return {"kernel_s": sum(busy.values()) / calls, "kernels": top}
+    return busy
 
 
 def merge(paths: Sequence[Path]) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Piece:
     share: float
     takes_budget: bool = True
     environment: tuple[tuple[str, str], ...] = ()
+    takes_file: tuple[str, Path] | None = None
+    """An option, and a file of an earlier piece to give it, if that piece has written it."""
 
 
 def pieces(out: Path, memory_fraction: float) -> list[Piece]:
@@ -44,7 +46,7 @@ def pieces(out: Path, memory_fraction: float) -> list[Piece]:
         Piece("kernels", (*kernels, "--kernel-times"), 0.4),
         Piece("peer", ("benchmarks.gpu_bitsandbytes", "--out", str(out)), 0.15),
         Piece("table", (*kernels, "--merge", str(out / "kernels.json")), 0.2, takes_budget=False),
-        Piece("training", (*training, "--rules", str(out / "rules.json")), 0.6),
+        Piece("training", training, 0.6, takes_file=("--rules", out / "rules.json")),
         Piece("memory", (*memory, str(out / "memory.json")), 0.6, False, limit),
         Piece("streamed", (*memory, str(out / "streamed.json"), "--stream"), 1.0, False, limit),
     ]
@@ -90,6 +92,8 @@ def run(wanted: Sequence[Piece], report: Path, budget: float) -> int:
 def run_piece(piece: Piece, seconds: float) -> dict[str, object]:
     """How a piece ended: "ok", "late" or its exit status."""
     command = [sys.executable, "-m", *piece.arguments]
+    if piece.takes_file and piece.takes_file[1].exists():
+        command += map(str, piece.takes_file)
     if piece.takes_budget:
         # Its own clock stops it before ours does, so that it can finish its files.
         command += ["--budget", f"{seconds * 0.9:.0f}"]

@@ -52,14 +52,25 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             if point.op == "dequantize" and point.implementation == "torch-bf16":
                 continue
-            entry = dataclasses.asdict(point) | {"label": point.label, "status": "ok"}
-            entry |= {"bytes": _bytes(point), "flop": point.flops} | time_point(point)
-            entry["bytes_per_s"] = entry["bytes"] / entry["seconds"]
-            entry["flop_per_s"] = entry["flop"] / entry["seconds"]
+            entry = measure(point)
             results["points"].append(entry)
-            print(f"{point.label:48s} {entry['seconds'] * 1e6:9.2f} us", flush=True)
+            told = entry.get("error") or f"{entry['seconds'] * 1e6:9.2f} us"
+            print(f"{point.label:48s} {told}", flush=True)
             (options.out / "bitsandbytes.json").write_text(json.dumps(results, indent=1))
     return 0
+
+
+def measure(point: Point) -> dict[str, Any]:
+    """A point's entry in the results: its time, or why it has none."""
+    entry = dataclasses.asdict(point) | {"label": point.label}
+    try:
+        entry |= time_point(point)
+    except Exception as error:  # one point out of memory must not cost the others
+        return entry | {"status": "cannot run", "error": f"{type(error).__name__}: {error}"[:600]}
+    entry |= {"status": "ok", "bytes": _bytes(point), "flop": point.flops}
+    entry["bytes_per_s"] = entry["bytes"] / entry["seconds"]
+    entry["flop_per_s"] = entry["flop"] / entry["seconds"]
+    return entry
 
 
 def _bytes(point: Point) -> int:
@@ -79,19 +90,31 @@ def calls_of(point: Point, copies: int) -> list[Callable[[], Any]]:
         dense = torch.randn(point.n, point.k, dtype=torch.bfloat16, device="cuda") * 0.02
         if point.implementation == "torch-bf16":
             op = torch.matmul if point.op == "transposed" else torch.nn.functional.linear
-            calls.append(functools.partial(op, x, dense))
+            calls.append(_with_adapter(point, x, functools.partial(op, x, dense)))
             continue
         codes, state = bnb.functional.quantize_4bit(
             dense, blocksize=point.blocksize, compress_statistics=True, quant_type="nf4"
         )
         dequantize = functools.partial(bnb.functional.dequantize_4bit, codes, state)
-        if point.op == "matmul":
-            calls.append(functools.partial(bnb.matmul_4bit, x, codes.t(), quant_state=state))
+        if point.op in ("matmul", "lora"):
+            product = functools.partial(bnb.matmul_4bit, x, codes.t(), quant_state=state)
+            calls.append(_with_adapter(point, x, product))
         elif point.op == "transposed":
             calls.append(functools.partial(_dequantize_then_multiply, x, dequantize))
         else:
             calls.append(dequantize)
     return calls
+
+
+def _with_adapter(point: Point, x: Any, product: Callable[[], Any]) -> Callable[[], Any]:
+    """For the op "lora", the product and its adapter's, as PEFT adds them: x · A is given."""
+    import torch
+
+    if not point.rank:
+        return product
+    xa = x[:, : point.rank].contiguous()
+    b = torch.randn(point.n, point.rank, dtype=torch.bfloat16, device="cuda")
+    return lambda: product() + torch.nn.functional.linear(xa, b)
 
 
 def _dequantize_then_multiply(x: Any, dequantize: Callable[[], Any]) -> Any:

@@ -39,6 +39,7 @@ from benchmarks._programs import (
     Program,
     compile_check,
     compile_program,
+    compile_threads,
     host_error,
     make_input,
     make_weights,
@@ -56,24 +57,44 @@ IMPLEMENTATIONS = ("bf16", "triton", "mosaic_gpu", "xla", "bf16-xla")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a line per point, write the files; 1 if any kernel was wrong."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     if options.merge:
         results = _report.merge(options.merge)
         _report.add_peer(results, options.out)
         _report.write_all(results, options.out)
         return 0
+    _check(parser, options)
     run = Run(options)
+    if options.autotune:
+        run.measure_ceilings()
+        _autotune.tune(run, options.autotune)
+        return 0
     try:
         run.measure()
     finally:
-        rules = _autotune.implementation_rules(run)
-        (options.out / "rules.json").write_text(json.dumps(rules, indent=1) + "\n")
+        run.write_rules()
         _report.add_peer(run.results, options.out)
         _report.write_all(run.results, options.out)
     wrong = [p["label"] for p in run.results["points"] if p["status"] == "wrong"]
     if wrong:
         print("WRONG:", ", ".join(wrong))
     return bool(wrong)
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program before it has cost the card any time, where it cannot do what is asked."""
+    if not options.toy:
+        _report.require_gpu(parser)
+    known = TOY_SHAPES if options.toy else SHAPES
+    unknown = set(options.shapes or ()) - set(known)
+    if unknown:
+        parser.error(f"--shapes names {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    for job in options.autotune or ():
+        try:
+            _autotune.Job.read(job)
+        except ValueError as error:
+            parser.error(f"--autotune: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,18 +144,20 @@ class Run:
 
     def measure(self) -> None:
         """Ceilings, then group after group until the budget is spent."""
-        self.results["ceilings"] = ceilings(toy=self.options.toy)
-        print("ceilings", json.dumps(self.results["ceilings"]), flush=True)
-        if self.options.autotune:
-            _autotune.tune(self, self.options.autotune)
-            return
-        with concurrent.futures.ThreadPoolExecutor(self.options.threads) as pool:
+        self.measure_ceilings()
+        with compile_threads(self.options.threads) as pool:
             implementations = self.options.implementations
             for group in plan(implementations, self.shapes(), self.rows(), self.options.ops):
                 if self.left() < 5:
                     print("budget spent: the rest is not measured", flush=True)
                     break
                 self._measure_group(group, pool)
+                self.write_rules()
+
+    def measure_ceilings(self) -> None:
+        """What the card can do at best, kept with the results."""
+        self.results["ceilings"] = ceilings(toy=self.options.toy)
+        print("ceilings", json.dumps(self.results["ceilings"]), flush=True)
 
     def left(self) -> float:
         """Seconds of budget left."""
@@ -147,6 +170,11 @@ class Run:
         self.results["meta"]["seconds"] = round(time.monotonic() - self.started, 1)
         partial.write_text(json.dumps(self.results, indent=1))
         partial.replace(path)
+
+    def write_rules(self) -> None:
+        """What the dispatch should take, by the points so far."""
+        rules = _autotune.implementation_rules(self)
+        (self.options.out / "rules.json").write_text(json.dumps(rules, indent=1) + "\n")
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shapes asked for, by name."""
@@ -181,13 +209,15 @@ class Run:
         print(f"compiled {len(group)} programs in {time.monotonic() - began:.1f} s", flush=True)
         for program in programs:
             point = program.point
-            if self.left() < 3 or not jobs[point].done():
+            check = checks[_work(point)]
+            needed = [jobs[point]] if point.implementation in BASELINES else [jobs[point], check]
+            if self.left() < 3 or not all(job.done() for job in needed):
                 jobs[point].cancel()
                 self._add(point, {"status": "not measured", "error": "the budget was spent"})
                 continue
             try:
                 compiled, seconds = jobs[point].result()
-                entry = self._measure_point(program, compiled, checks[_work(point)])
+                entry = self._measure_point(program, compiled, check)
                 entry["compile_s"] = round(seconds, 2)
             except Exception as error:  # one broken kernel must not cost the others
                 entry = {"status": "cannot run", "error": f"{type(error).__name__}: {error}"[:600]}

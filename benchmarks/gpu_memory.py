@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from benchmarks._report import machine
+from benchmarks._report import machine, require_gpu
 from qlora_jax.nn import LoraConfig
 from qlora_jax.plan import Workload, find_config, measure, plan
 from qlora_jax.train import TrainConfig
@@ -35,7 +35,7 @@ TOY = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plan the step, run it, write both down."""
+    """Plan the step, run it, write both down; 1 if it could not run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", default="llama-65b")
     parser.add_argument("--batch", type=int, default=1)
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="a tiny model, for any machine")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
+    if not options.toy:
+        require_gpu(parser)
     work = Workload(
         find_config(TOY if options.toy else options.model),
         sequence=options.sequence,
@@ -58,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream_weights=options.stream,
     )
     planned = plan(work)
-    found = measure(planned.work, steps=options.steps)
     total = planned.device.total
     result = {
         "meta": machine(),
@@ -68,12 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "limit": planned.memory,
         "planned": dataclasses.asdict(planned.device)
         | {"total": total, "host": planned.host, "traffic": planned.traffic.total},
-        "measured": found._asdict(),
-        "plan_error": None if not found.peak else total / found.peak - 1,
     }
+    try:
+        found = measure(planned.work, steps=options.steps)
+        result["measured"] = found._asdict()
+        result["plan_error"] = None if not found.peak else total / found.peak - 1
+    except Exception as error:  # a step that does not fit is an answer, too
+        result["error"] = f"{type(error).__name__}: {error}"[:800]
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
-    return 0
+    return int("error" in result)
 
 
 if __name__ == "__main__":

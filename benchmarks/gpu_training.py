@@ -18,6 +18,7 @@ case did not raise it, its peak is null. Results are written after every case: `
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -35,8 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks._report import machine
-from pallas_kernels._table import TABLE, using_table
+from benchmarks._report import machine, require_gpu
+from pallas_kernels._table import using_table
 from qlora_jax.data.batches import Batch
 from qlora_jax.evaluate import split_adapters
 from qlora_jax.models import (
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--devices", nargs="+", default=["1"], help="how many; N-cut cuts the weights over them"
     )
     parser.add_argument(
-        "--rules", type=Path, help="a table for 'auto', as gpu_kernels writes: rules.json"
+        "--rules", type=Path, help="rules that go before the table's, as gpu_kernels writes them"
     )
     parser.add_argument("--attention", default="auto", choices=["auto", "xla", "cudnn"])
     parser.add_argument("--steps", type=int, default=6)
@@ -153,10 +154,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for place in options.devices:
         if not re.fullmatch(r"[1-9]\d*(-cut)?", place):
             parser.error(f"--devices names {place!r}, but numbers are needed, or N-cut")
+    if not options.toy:
+        require_gpu(parser)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.toy:
         options.models, options.batches, options.rank = ["toy"], ["1x32", "2x2x32"], 4
-    with using_table(options.rules or TABLE):
+    with using_table(options.rules) if options.rules else contextlib.nullcontext():
         return measure(options)
 
 

@@ -34,6 +34,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout
+from pallas_kernels._batching import in_turn
+from pallas_kernels._triton import MAX_INDEX
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 
 Op = Literal["forward", "transposed", "dequantize"]
@@ -122,7 +124,10 @@ def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Cal
     @one.def_vmap
     def many(_size: int, is_stack: list[Parts], parts: Parts) -> tuple[Array, bool]:
         axes = jax.tree.map(lambda stack: 0 if stack else None, is_stack[0])
-        return jax.vmap(lambda parts: whole(*parts[takes]), in_axes=(axes,))(parts), True
+        # Pallas' Triton lowering finds an element of a stack by a signed 32-bit number of elements,
+        # unless the stack has 4 GiB.
+        kernel = in_turn(whole) if parts.codes.size > MAX_INDEX else whole
+        return jax.vmap(lambda parts: kernel(*parts[takes]), in_axes=(axes,))(parts), True
 
     return one(parts)
 

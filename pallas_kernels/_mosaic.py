@@ -1,9 +1,14 @@
-"""What the Mosaic GPU kernels (Hopper) take, asked before anything is traced."""
+"""What the Mosaic GPU kernels (Hopper) take, asked before anything is traced, and their call."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout
+from pallas_kernels._batching import in_turn
 from pallas_kernels.cards import CARDS
 
 BLOCK = 64
@@ -60,3 +65,13 @@ def check_mosaic(op: str, rows: int, layout: Layout, dtype: DTypeLike) -> None:
         raise ValueError(
             f"implementation is 'mosaic_gpu', but {problem}: use implementation='triton' or 'xla'"
         )
+
+
+def call(kernel: Callable[..., Array], *operands: Array) -> Array:
+    """kernel(*operands), for a kernel of `plgpu.kernel`.
+
+    `jax.vmap` runs it once per element: Pallas cannot batch a kernel that copies from transformed
+    references. Its loops count in 32 bits, in a program in 64-bit mode as well.
+    """
+    with jax.enable_x64(False):
+        return in_turn(kernel)(*operands)

@@ -74,23 +74,24 @@ class Cut:
         return here and same and self.min_rows <= rows <= self.max_rows
 
 
-_table = contextvars.ContextVar("table", default=TABLE)
+_before = contextvars.ContextVar[Path | None]("before", default=None)
 
 
 @contextlib.contextmanager
 def using_table(path: Path) -> Iterator[None]:
-    """Let the rules of another file choose for what is traced inside, such as a card's own that
-    `benchmarks.gpu_kernels` has just written."""
-    token = _table.set(path)
+    """Let the rules of another file go before the table's for what is traced inside, such as a
+    card's own that `benchmarks.gpu_kernels` has just written."""
+    token = _before.set(path)
     try:
         yield
     finally:
-        _table.reset(token)
+        _before.reset(token)
 
 
 def rules() -> tuple[Rule, ...]:
-    """The rules that hold."""
-    return _read_rules(_table.get())
+    """The rules that hold, the first to ask first."""
+    before = _before.get()
+    return _read_rules(TABLE) if before is None else _read_rules(before) + _read_rules(TABLE)
 
 
 @functools.cache

@@ -22,6 +22,9 @@ from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
 RUN = 16
 """Bytes of codes per vector load: 32 weights of one block."""
 
+MAX_INDEX = 2**31 - 1
+"""The kernels count in signed 32-bit numbers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TritonConfig:
@@ -45,11 +48,16 @@ class TritonConfig:
     fused: bool = True
 
 
-def why_not_triton(layout: Layout) -> str | None:
-    """Why the Triton matmuls cannot take this weight, or None where they can."""
+def why_not_triton(layout: Layout, by_rows: bool) -> str | None:
+    """Why the Triton kernels cannot take this weight, or None where they can.
+
+    `by_rows`: whether it is read row by row, as the matmuls do, or as flat bytes.
+    """
     if layout.quant_type == "int8":
         return "quant_type is 'int8', and the Triton kernels decode 4-bit codes"
-    if not layout.rows_are_whole_blocks:
+    if layout.size > MAX_INDEX:
+        return f"a weight of shape {layout.shape} has more elements than 31 bits count"
+    if by_rows and not layout.rows_are_whole_blocks:
         return (
             f"blocks of {layout.blocksize} cross the rows of a weight of shape {layout.shape}, "
             "and the Triton matmuls need rows of whole blocks"

@@ -89,11 +89,6 @@ class Card:
         """Whether Pallas' Triton lowering compiles for this card: sm_80 and up."""
         return self.compute_capability >= (8, 0)
 
-    @property
-    def supports_mosaic_gpu(self) -> bool:
-        """Whether a Mosaic GPU kernel written with wgmma runs on this card: sm_90a alone."""
-        return self.compute_capability == (9, 0)
-
     def target_config(self) -> str:
         """The card as a `stream_executor.GpuTargetConfigProto` in text form, for XLA's compiler."""
         major, minor = self.compute_capability

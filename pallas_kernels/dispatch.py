@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels._arguments import Layout
-from pallas_kernels._mosaic import why_not_mosaic
+from pallas_kernels._mosaic import GEMV_ROWS, why_not_mosaic
 from pallas_kernels._table import TABLE, Config, Rule, config_type, cuts, rules
 from pallas_kernels._triton import TritonConfig, why_not_triton
 from pallas_kernels.cards import CARDS
@@ -86,7 +86,12 @@ def target() -> str:
     """The kind of device that programs traced now are for: "cpu", "TPU v5e" or a card's name."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh is None or mesh.empty else getattr(mesh, "abstract_device", None)
-    return str(device.device_kind if device is not None else jax.devices()[0].device_kind)
+    if device is None:
+        # A device, the name of a platform, or None.
+        device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
+    return str(device.device_kind)
 
 
 def card_name(kind: str) -> str | None:
@@ -95,6 +100,19 @@ def card_name(kind: str) -> str | None:
         if kind in (card.name, card.description, card.pallas_kind):
             return card.name
     return "other" if kind.startswith(("NVIDIA", "Tesla", "Quadro")) else None
+
+
+def capability(kind: str) -> tuple[int, int] | None:
+    """The compute capability of a kind of card, as CARDS or the card itself tells it, else None."""
+    name = card_name(kind)
+    if name in CARDS:
+        return CARDS[name].compute_capability
+    here = (device for device in jax.devices() if name and device.device_kind == kind)
+    version = getattr(next(here, None), "compute_capability", None)
+    if version is None:
+        return None
+    major, minor = str(version).split(".")
+    return int(major), int(minor)
 
 
 def which_implementation(
@@ -119,8 +137,11 @@ def which_implementation(
         dtype: of the activations, or of the dequantized weight.
 
     Raises:
-        ValueError: an implementation that is unknown, or cannot run there, or not on this weight.
+        ValueError: an op or an implementation that is unknown, or an implementation that cannot run
+            there, or not on this weight.
     """
+    if op not in AVAILABLE:
+        raise ValueError(f"op is {op!r}; expected one of {list(AVAILABLE)}")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation is {implementation!r}; expected None or one of {list(IMPLEMENTATIONS)}"
@@ -138,6 +159,8 @@ def which_implementation(
     name = card_name(kind)
     if implementation == "xla":
         return Choice("xla", None, "asked for")
+    if rows == 0:
+        return Choice("xla", None, "there are no rows, and so no blocks of threads for a kernel")
     if implementation is None and name is None:
         return Choice("xla", None, f"the program is for {kind!r}, which is not an NVIDIA card")
     columns = layout.shape[-1 if op == "nf4_matmul_transposed" else 0]
@@ -179,11 +202,11 @@ def why_not(
     name = card_name(kind)
     if name is None and not interpret:
         return f"it needs an NVIDIA card and the program is for {kind!r}"
-    card = CARDS.get(name or "")
+    found = capability(kind)
     if implementation == "mosaic_gpu":
         if interpret:
             return "Pallas' interpreter cannot run it (its own emulation is in the tests)"
-        if card is None or not card.supports_mosaic_gpu:
+        if found != (9, 0):
             return f"it needs compute capability 9.0 and {kind!r} has another"
         return why_not_mosaic(op, rows, layout, dtype)
     if implementation == "jax_triton":
@@ -192,11 +215,9 @@ def why_not(
         problem = missing_jax_triton()
         if problem:
             return problem
-    if card is not None and not card.supports_triton and not interpret:
+    if found is not None and found < (8, 0) and not interpret:
         return f"it needs compute capability 8.0 and {kind!r} is older"
-    if op == "nf4_dequantize":
-        return why_not_triton(layout) if layout.quant_type == "int8" else None
-    return why_not_triton(layout)
+    return why_not_triton(layout, by_rows=op != "nf4_dequantize")
 
 
 @functools.cache
@@ -231,7 +252,7 @@ def configs_to_try(
     """
     if implementation == "mosaic_gpu":
         if op == "nf4_gemv":
-            return gemv_plan.configs_to_try(rows, n, k)
+            return gemv_plan.configs_to_try(rows, n, k) if rows <= GEMV_ROWS else []
         split = matmul_plan.split_configs_to_try(rows, k) if op == "nf4_matmul" else []
         return matmul_plan.configs_to_try(rows) + split
     found: list[TritonConfig] = []

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels._arguments import Layout
+from pallas_kernels._batching import in_turn
 from pallas_kernels._triton import RUN, TritonConfig
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
 
@@ -100,21 +101,7 @@ def nf4_dequantize_jax_triton(
             **kernel_constants(layout, config.block_k // 2),
         ).reshape(layout.shape)
 
-    @jax.custom_batching.custom_vmap
-    def batched(*weight: Array) -> Array:
-        return run(*weight)
-
-    @batched.def_vmap
-    def _one_by_one(_size: int, in_batched: list[bool], *weight: Array) -> tuple[Array, bool]:
-        stacked = [w for w, b in zip(weight, in_batched, strict=True) if b]
-
-        def one(parts: list[Array]) -> Array:
-            own = iter(parts)
-            return run(*(next(own) if b else w for w, b in zip(weight, in_batched, strict=True)))
-
-        return jax.lax.map(one, stacked), True
-
-    return batched(*(w for w in (codes, absmax, nested_absmax, offset) if w is not None))
+    return in_turn(run)(*(w for w in (codes, absmax, nested_absmax, offset) if w is not None))
 
 
 def kernel_constants(layout: Layout, width: int) -> dict[str, int | bool]:

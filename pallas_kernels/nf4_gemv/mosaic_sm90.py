@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout, LowRank
-from pallas_kernels._mosaic import SHARED_LIMIT, check_mosaic
+from pallas_kernels._mosaic import SHARED_LIMIT, call, check_mosaic
 from pallas_kernels._mosaic_decoder import lookup_tables
 from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
 from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan, choose_config
@@ -75,15 +75,15 @@ def nf4_gemv_mosaic(
         jnp.asarray(lookup_tables(layout.quant_type)),
         *low,
     )
-    y = launch(
+    kernel = launch(
         functools.partial(_program, plan),
         jax.ShapeDtypeStruct((rows, n), x.dtype),
         grid=plan.grid,
         warps=plan.config.warps,
         shared_bytes=plan.shared_bytes,
         name="nf4_gemv",
-    )(*inputs)
-    return y.reshape(*x.shape[:-1], n)
+    )
+    return call(kernel, *inputs).reshape(*x.shape[:-1], n)
 
 
 def _check_config(plan: Plan) -> None:

@@ -136,9 +136,10 @@ def nf4_gemv_triton(
     """x · Wᵀ + xa · bᵀ + bias for a few rows of x; the rows of W must be whole blocks.
 
     A `config` with block_m above 1 asks for `nf4_matmul`'s tensor-core tiles, padded to that many
-    rows: from about five rows on the scalar products here cost more than reading the weight.
+    rows: from about five rows on the scalar products here cost more than reading the weight. So
+    does one that is not `fused`.
     """
-    if config.block_m > 1:
+    if config.block_m > 1 or not config.fused:
         return nf4_matmul_triton(
             x,
             codes,

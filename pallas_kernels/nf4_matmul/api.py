@@ -3,8 +3,16 @@
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
-from pallas_kernels._arguments import LowRank, check_lora, check_matmul, check_packed, rows_of
+from pallas_kernels._arguments import (
+    Layout,
+    LowRank,
+    check_lora,
+    check_matmul,
+    check_packed,
+    rows_of,
+)
 from pallas_kernels._mesh import Call, Parts, over_devices
+from pallas_kernels._mosaic import why_not_mosaic
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_gemv.api import MAX_ROWS, nf4_gemv
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
@@ -40,7 +48,8 @@ def nf4_matmul(
         bias: [n], added in float32 before the last rounding.
         lora: an adapter's (xa, b), or None: xa [..., r] is s · x · Aᵀ and b [n, r] is B, both in
             x's dtype.
-        implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "mosaic_gpu".
+        implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "mosaic_gpu", which
+            is the Hopper matmul where the rows are too many, or too long, for the Hopper gemv.
         fuse_lora: add xa · bᵀ inside the kernel, to its float32 sums, instead of by a product of
             its own that is rounded and added afterwards; None lets the table choose.
         config: how the kernel cuts its work, a `TritonConfig` for "triton", for "mosaic_gpu" a
@@ -65,7 +74,7 @@ def nf4_matmul(
     check_matmul("x", x, 1, bias, layout)
     if lora is not None:
         check_lora(lora, x, layout)
-    if 1 <= rows_of(x) <= MAX_ROWS and not _is_of_many_rows(config):
+    if _is_gemv(x, layout, implementation, config):
         return nf4_gemv(
             x,
             codes,
@@ -116,8 +125,15 @@ def nf4_matmul(
     return y if lora is None or fuse else add_low_rank(y, lora)
 
 
-def _is_of_many_rows(config: dispatch.Config | None) -> bool:
-    """Whether it asks for this op's own kernel, however few rows there are."""
+def _is_gemv(
+    x: Array, layout: Layout, implementation: str | None, config: dispatch.Config | None
+) -> bool:
+    """Whether `nf4_gemv` is to run: few rows, and nothing asks for this op's own kernel."""
+    rows = rows_of(x)
+    if not 1 <= rows <= MAX_ROWS or isinstance(config, MatmulConfig):
+        return False
     if isinstance(config, TritonConfig):
-        return config.block_m >= MAX_ROWS
-    return isinstance(config, MatmulConfig)
+        return config.block_m < MAX_ROWS
+    if implementation == "mosaic_gpu":
+        return why_not_mosaic("nf4_gemv", rows, layout, x.dtype) is None
+    return True

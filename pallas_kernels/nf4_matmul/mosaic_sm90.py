@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout, LowRank
-from pallas_kernels._mosaic import BLOCK, check_mosaic
+from pallas_kernels._mosaic import BLOCK, call, check_mosaic
 from pallas_kernels._mosaic_decoder import (
     TABLE_BYTES,
     look_up_absmax,
@@ -213,7 +213,8 @@ def _call(
         config=config,
         rank=low[1].shape[1] if low else 0,
     )
-    return _kernel(plan)(
+    return call(
+        _kernel(plan),
         # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
         _pad(x, 8, 1),
         *low,

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout
-from pallas_kernels._mosaic import BLOCK, SMS, check_mosaic
+from pallas_kernels._mosaic import BLOCK, SMS, call, check_mosaic
 from pallas_kernels._mosaic_decoder import (
     TABLE_BYTES,
     look_up_absmax,
@@ -151,7 +151,8 @@ def nf4_matmul_transposed_mosaic(
     # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
     dy = jnp.pad(dy.reshape(rows, contracted), ((0, -rows % 8), (0, 0)))
     unused = jnp.zeros((1,), jnp.float32)
-    dx = _kernel(plan)(
+    dx = call(
+        _kernel(plan),
         dy,
         codes.reshape(contracted, n // 2),
         absmax,

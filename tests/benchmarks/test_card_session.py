@@ -1,6 +1,7 @@
 """A session on a borrowed card: pieces in turn, none of which can cost the others theirs."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -29,10 +30,29 @@ def test_a_failing_and_a_late_piece_cost_the_others_nothing(tmp_path, monkeypatc
     assert 5 < int(seconds.rstrip("!")) < 20
 
 
+def test_a_file_that_an_earlier_piece_did_not_write_is_not_asked_for(tmp_path, monkeypatch):
+    """Without the kernels' rules the training steps still run, with the standing ones."""
+    commands = []
+
+    def note(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", note)
+    (training,) = [p for p in card_session.pieces(tmp_path, 0.6) if p.name == "training"]
+    rules = tmp_path / "rules.json"
+    for there in (False, True):
+        if there:
+            rules.write_text("[]")
+        assert card_session.run_piece(training, 10)["status"] == "ok"
+        assert (str(rules) in commands[-1]) == there
+
+
 def test_every_piece_is_a_benchmark_with_the_arguments_it_takes(tmp_path, capsys):
     for piece in card_session.pieces(tmp_path, 0.6):
         module = __import__(piece.arguments[0], fromlist=["main"])
         arguments = [*piece.arguments[1:], *(("--budget", "1") if piece.takes_budget else ())]
+        arguments += map(str, piece.takes_file or ())
         # An argument it does not know would stop it before the help does.
         with pytest.raises(SystemExit) as stopped:
             module.main([*arguments, "--no-such-option"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,70 @@ def test_a_spent_budget_leaves_valid_results(tmp_path):
     results = run(tmp_path, "--budget", "0")
     assert results["points"] == []
     assert (tmp_path / "kernels.md").exists()
+
+
+def test_tuning_leaves_the_results_of_a_run_alone(tmp_path, monkeypatch):
+    """A card's tables and its tuning go to one folder."""
+    monkeypatch.setattr(dispatch, "configs_to_try", lambda *_: [])
+    kept = {name: tmp_path / name for name in ("kernels.json", "kernels.md", "rules.json")}
+    for name, path in kept.items():
+        path.write_text(name)
+    base = ["--toy", "--out", str(tmp_path), "--threads", "1", "--autotune", "matmul:1"]
+    assert gpu_kernels.main(base) == 0
+    assert all(path.read_text() == name for name, path in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--toy", "--shapes", "8b"), "--shapes names 8b; there are toy, toy-down"),
+        (("--toy", "--autotune", "matmul"), "'matmul' is no job; expected OP:ROWS or"),
+        (("--toy", "--autotune", "lora:1"), "'lora:1' is no job"),
+        ((), "JAX runs on cpu and sees no GPU"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        gpu_kernels.main(["--out", str(tmp_path / "none"), *arguments])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_profiler_that_fails_does_not_cost_the_time(tmp_path, monkeypatch):
+    def broken(folder):
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    monkeypatch.setattr(jax.profiler, "trace", broken)
+    arguments = ("--implementations", "bf16", "--ops", "matmul", "--shapes", "toy", "--rows", "1")
+    (point,) = run(tmp_path, *arguments, "--kernel-times")["points"]
+    assert point["status"] == "ok"
+    assert point["seconds"] > 0
+    assert "PRIVILEGES" in point["kernel_error"]
+
+
+def test_rules_are_written_while_the_run_goes_on(tmp_path, monkeypatch):
+    """After each group, so that a run which is killed leaves those of what it measured."""
+    seen = []
+    measure = gpu_kernels.Run._measure_group
+
+    def one_more(self, group, pool):
+        path = tmp_path / "rules.json"
+        seen.append(len(json.loads(path.read_text())) if path.exists() else None)
+        measure(self, group, pool)
+
+    monkeypatch.setattr(gpu_kernels.Run, "_measure_group", one_more)
+    arguments = ("--implementations", "xla", "--shapes", "toy", "--rows", "1")
+    run(tmp_path, *arguments, "--ops", "matmul", "dequantize")
+    assert seen == [None, 1]
+
+
+def test_what_still_compiles_is_not_waited_for():
+    release = threading.Event()
+    with _programs.compile_threads(1) as pool:
+        running, queued = pool.submit(release.wait), pool.submit(print)
+    assert queued.cancelled()
+    assert not running.done()
+    release.set()
 
 
 def test_an_implementation_that_cannot_run_is_reported_not_fatal(tmp_path):
@@ -164,11 +229,54 @@ def test_a_cut_must_beat_the_kernels_own_choice():
             return {"even": (128, 256), "failed": (256, 128)}
 
     def entry(shape, selects, **found):
-        return {"shape": shape, "config": {"selects": selects}} | found
+        config = {"selects": selects}
+        return {"shape": shape, "config": config, "own": not selects} | found
 
     entries = [entry("even", 0, seconds=1.0), entry("even", 2, seconds=0.99)]
     entries += [entry("failed", 0, failure="spilled"), entry("failed", 2, seconds=0.5)]
     assert _autotune.best_cuts(Run(), "matmul", 1, entries, []) == []
+    # Nor is there a cut where the kernel's own choice was not measured.
+    unmeasured = [entry("even", 1, seconds=1.0), entry("even", 2, seconds=0.5)]
+    assert _autotune.best_cuts(Run(), "matmul", 1, unmeasured, []) == []
+
+
+def test_a_cut_of_many_rows_does_not_reach_down_to_the_gemv_s():
+    """Few rows are another kernel: what was measured there says nothing of 17 rows."""
+
+    class Run:
+        device = jax.devices()[0]
+
+        def shapes(self):
+            return {"a": (128, 256)}
+
+    def entry(op, rows, seconds, own=False):
+        found = {"op": op, "rows": rows, "shape": "a", "seconds": seconds, "own": own}
+        return found | {"implementation": "mosaic_gpu", "config": {}}
+
+    here = [entry("matmul", 4096, 2.0, own=True), entry("matmul", 4096, 1.0)]
+    for before, first in (([4], 4096), ([4, 64], 65)):
+        times = [entry("matmul", rows, 1.0) for rows in before] + [entry("transposed", 512, 1.0)]
+        (cut,) = _autotune.best_cuts(Run(), "matmul", 4096, here, times)
+        assert (cut["min_rows"], cut["max_rows"]) == (first, 4096)
+
+
+def test_weights_that_cannot_be_made_cost_only_their_shape(tmp_path, monkeypatch):
+    """As where a card is out of memory: the other shape's times are kept."""
+    candidates = [TritonConfig(1, 8, 256, num_warps=w, num_stages=1) for w in (2, 4)]
+    monkeypatch.setattr(dispatch, "configs_to_try", lambda *_: candidates)
+    honest = _autotune.make_weights
+
+    def made(program, seed):
+        if program.point.shape_name == "toy":
+            raise MemoryError("no room")
+        return honest(program, seed)
+
+    monkeypatch.setattr(_autotune, "make_weights", made)
+    base = ["--toy", "--out", str(tmp_path), "--threads", "1", "--autotune", "matmul:1"]
+    assert gpu_kernels.main(base) == 0
+    times = json.loads((tmp_path / "autotune.json").read_text())
+    assert [entry.get("failure") for entry in times] == ["no room", "no room", None, None]
+    assert all(entry["seconds"] > 0 for entry in times[2:])
 
 
 def test_the_rule_of_least_regret_wins_and_failures_do_not():
@@ -209,6 +317,9 @@ def test_rules_take_the_fastest_right_implementation_everywhere_measured(monkeyp
                 point("matmul", 1, "xla", 9.0),
                 point("matmul", 1, "triton", 2.0),
                 point("matmul", 1, "mosaic_gpu", 1.0, status="wrong"),
+                # Nine rows and more are nf4_matmul's by that name: the gemv's rule cannot run them.
+                point("matmul", 16, "xla", 3.0),
+                point("matmul", 16, "mosaic_gpu", 1.0),
                 point("matmul", 64, "triton", 3.0),
                 point("matmul", 64, "mosaic_gpu", 2.0),
                 point("matmul", 64, "bf16", 0.1),
@@ -219,13 +330,15 @@ def test_rules_take_the_fastest_right_implementation_everywhere_measured(monkeyp
             ]
         }
 
-    few, many = _autotune.implementation_rules(Run())
-    assert (few["op"], few["implementation"], few["max_rows"]) == ("nf4_gemv", "triton", 16)
+    few, sixteen, many = _autotune.implementation_rules(Run())
+    assert (few["op"], few["implementation"], few["max_rows"]) == ("nf4_gemv", "triton", 1)
+    assert (sixteen["implementation"], sixteen["max_rows"]) == ("xla", 16)
     assert TritonConfig(**few["config"])
     assert (many["op"], many["implementation"]) == ("nf4_matmul", "mosaic_gpu")
     assert many["config"] is None
     assert many["max_rows"] == _autotune.ALL_ROWS
-    assert (few["fuse_lora"], many["fuse_lora"]) == (False, True)
+    # With sixteen rows no adapter was measured.
+    assert [rule["fuse_lora"] for rule in (few, sixteen, many)] == [False, False, True]
     inside = [p for p in Run.results["points"] if p["op"] != "lora" or p["fuse_lora"]]
     monkeypatch.setattr(Run, "results", {"points": inside})
     assert not any(rule["fuse_lora"] for rule in _autotune.implementation_rules(Run()))

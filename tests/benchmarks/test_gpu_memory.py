@@ -6,6 +6,19 @@ from benchmarks import gpu_memory
 from qlora_jax.plan.compiled import CACHE_VARIABLE
 
 
+def test_a_step_that_does_not_fit_leaves_its_plan(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(gpu_memory, "measure", full)
+    out = tmp_path / "memory.json"
+    assert gpu_memory.main(["--toy", "--sequence", "16", "--out", str(out)]) == 1
+    result = json.loads(out.read_text())
+    assert result["planned"]["total"] > 0
+    assert "RESOURCE_EXHAUSTED" in result["error"]
+
+
 def test_a_toy_step_is_planned_and_measured(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     arguments = ["--toy", "--sequence", "16", "--steps", "1", "--out"]

@@ -111,6 +111,18 @@ def test_the_hopper_gemv_with_few_look_ups_and_long_loads():
     check_kernels(kernels, "gemv")
 
 
+@pytest.mark.parametrize(("rows", "k"), [(12, 512), (8, 28672)])
+def test_asked_for_by_name_the_hopper_matmul_takes_what_the_gemv_cannot(rows, k):
+    """More rows than eight, or rows that do not fit into shared memory."""
+    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+
+    def run(x, *weight):
+        return nf4_matmul(x, *weight, implementation="mosaic_gpu")
+
+    _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(256, k))
+    check_kernels(kernels, "matmul")
+
+
 def test_hopper_matmul_of_few_rows_can_split_its_sum():
     """A tile of 32 rows, eight of its parts at work at once: a quarter of the weight in float32."""
     (n, k), rows, config = SHAPES["7b-qkvo"], 32, MatmulConfig(rows=32, split=8)
@@ -122,6 +134,38 @@ def test_hopper_matmul_of_few_rows_can_split_its_sum():
     compiled, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
     check_kernels(kernels, "matmul")
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 8 * rows * n + 2**16
+
+
+@pytest.mark.parametrize(("op", "rows"), [("gemv", 1), ("matmul", 64), ("transposed", 64)])
+def test_hopper_kernels_of_stacked_weights_under_vmap(op, rows):
+    """A loop over the stack: Pallas cannot batch a kernel of transformed references."""
+    layout, kernel = Layout((512, 512), "nf4", 64, True), kernel_of(op)
+    after = () if op == "transposed" else (None,)
+    x = jax.ShapeDtypeStruct((2, rows, 512), jnp.bfloat16)
+    stack = [jax.ShapeDtypeStruct((2, *part.shape), part.dtype) for part in packed(512, 512)]
+
+    def run(x, *weight):
+        return kernel(x, *weight, *after, layout=layout)
+
+    compiled, kernels = harness.inspect_kernels(CARDS["h200"], jax.vmap(run), x, *stack)
+    check_kernels(kernels, op)
+    assert compiled.out_info.shape == (2, rows, 512)
+    shared = jax.vmap(run, (0, *[None] * 4))
+    harness.compile_for(CARDS["h200"], shared, x, *packed(512, 512))
+
+
+@pytest.mark.parametrize(("op", "rows"), [("gemv", 1), ("matmul", 64), ("transposed", 64)])
+def test_hopper_kernels_in_64_bit_mode(op, rows):
+    layout, kernel = Layout((512, 512), "nf4", 64, True), kernel_of(op)
+    x = jax.ShapeDtypeStruct((rows, 512), jnp.bfloat16)
+    after = () if op == "transposed" else (None,)
+
+    def run(x, *weight):
+        return kernel(x, *weight, *after, layout=layout)
+
+    with jax.enable_x64(True):
+        _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(512, 512))
+    check_kernels(kernels, op)
 
 
 def check_kernels(kernels, op: str) -> None:

@@ -91,6 +91,14 @@ def test_gemv(case, dtype, rows, biased, rank):
     assert_adapted(out, x, case.weight, lora, bias, fuse=True)
 
 
+def test_few_rows_too_can_be_left_to_xla():
+    """A config that is not fused decodes the weight to x's dtype; the gemv would keep float32."""
+    case, x = make_case(9, 24, 256), activations(9, 2, 256, "bfloat16")
+    run = functools.partial(nf4_matmul, x, *case.arrays)
+    np.testing.assert_array_equal(run(config=UNFUSED, **RUN), run(implementation="xla"))
+    assert (run(config=GEMV, **RUN) != run(implementation="xla")).any()
+
+
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("config", [GEMV, MATMUL, SPLIT], ids=["gemv", "matmul", "split"])
 def test_a_broken_row_stays_alone(value, config):
