@@ -185,8 +185,7 @@ class _Run:
         self.resumed = checkpoints.latest_step() is not None
         if self.resumed:
             self.state = checkpoints.restore(self.state)
-        streams = getattr(model, "stream_weights", False)
-        options = streaming.compiler_options(jax.default_backend()) if streams else None
+        options = streaming.options_for(model)
         self.train_step = make_train_step(
             graphdef,
             tx,
