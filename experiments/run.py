@@ -33,7 +33,7 @@ from experiments.config import DevicesConfig, RunConfig, build_run
 from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
-from experiments.room import check_room, row_lengths
+from experiments.room import check_lengths, check_room, row_lengths
 from experiments.rows import context_length, examples_of, model_config
 from experiments.tree import differences, option_names, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
@@ -89,6 +89,7 @@ def check(run: RunConfig) -> Checked:
     folder = model_folder(run)
     longest = run.data.max_len or context_length(folder)
     train, validation, pad = examples_of(run.data, folder, longest)
+    check_lengths(run.data, train, validation)
     if run.data.packing and isinstance(train, Pairs):
         raise ValueError(
             f"data.packing is set, but {run.model.source} is an encoder–decoder, whose pairs are "
@@ -158,7 +159,7 @@ def with_own_adapters(run: RunConfig, given: Collection[str]) -> RunConfig:
 
 
 class _FirstWords:
-    """Writes config.yaml once the run is known to be the folder's, and forgets an earlier failure."""
+    """Writes config.yaml once the folder is known to be this run's; forgets an earlier failure."""
 
     def __init__(self, run: RunConfig, folder: Path, console: Console) -> None:
         self.run, self.folder, self.console = run, folder, console

@@ -1,6 +1,7 @@
 """Two models side by side."""
 
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from qlora_jax.evaluate import drift, token_logits, windows
 class Table(nnx.Module):
     """Scores by token; notes each time it is traced."""
 
-    traced: list[tuple[int, ...]] = []
+    traced: ClassVar[list[tuple[int, ...]]] = []
 
     def __init__(self, table):
         self.table = nnx.Param(jnp.asarray(table, jnp.float32))
