@@ -29,6 +29,12 @@ def refuse(error: Exception) -> int:
     return 2
 
 
+def interrupted(folder: Path) -> int:
+    """Says how to go on after Ctrl-C, on standard error; returns the exit status, a shell's own."""
+    print(f"interrupted: the same command goes on with what is in {folder}", file=sys.stderr)
+    return 130
+
+
 def run_command(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace, Console], int],

@@ -83,7 +83,8 @@ class DataConfig:
         train_on: loss on the "response" only, or on "all"; None: as the paper did for its dataset,
             else on the response.
         source_max_len, target_max_len: tokens that prompt and response are cut to.
-        max_len: refuse longer examples; None: the model's own limit.
+        max_len: refuse longer examples; None: the model's own limit, beyond which rotary positions
+            go on, untrained.
         group_by_length: batches of examples of like length.
         buckets: lengths that batches are padded to, each one a program to compile; None: powers of
             two from 64 up to the longest row.

@@ -35,8 +35,11 @@ import sys
 import traceback
 from pathlib import Path
 
+from rich.console import Console
+
 from experiments.cli import (
     CONFIGS,
+    interrupted,
     keep_compiled_programs,
     make_console,
     read_settings,
@@ -48,7 +51,6 @@ from experiments.embedded import DATASETS, MODELS
 from experiments.report import ERROR, duration, write_atomically
 from experiments.run import (
     check,
-    check_writable,
     delete_run,
     execute,
     is_finished,
@@ -56,6 +58,8 @@ from experiments.run import (
 )
 from experiments.tree import merged, read_yaml, to_yaml, with_setting
 from qlora_jax.models import STREAMABLE
+from qlora_jax.train import Callback
+from qlora_jax.train.run_folder import locked_run_folder
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -125,26 +129,32 @@ def default_folder(run: RunConfig) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 finished, 2 refused."""
+    """Run the command; returns the exit status: 0 finished, 2 refused, 130 interrupted."""
     options = make_parser().parse_args(arguments)
     console = make_console()
-    try:
-        run = read_run(options)
-        if options.print_config:
-            console.print(to_yaml(run), end="", highlight=False, markup=False, soft_wrap=True)
-            return 0
-        folder = options.out or default_folder(run)
-        if options.overwrite:
+    with contextlib.ExitStack() as stack:
+        try:
+            run = read_run(options)
+            if options.print_config:
+                console.print(to_yaml(run), end="", highlight=False, markup=False, soft_wrap=True)
+                return 0
+            folder = options.out or default_folder(run)
+            if options.overwrite:
+                check(run)
+                delete_run(folder)
+            if is_finished(run, folder):
+                console.print(f"{folder} holds this run, finished; --overwrite repeats it.")
+                return 0
             check(run)
-            delete_run(folder)
-        if is_finished(run, folder):
-            console.print(f"{folder} holds this run, finished; --overwrite repeats it.")
-            return 0
-        check(run)
-        callbacks = wandb_callbacks(options.wandb, folder.name, run)
-        check_writable(folder)
-    except (ValueError, OSError, RuntimeError) as error:
-        return refuse(error)
+            callbacks = wandb_callbacks(options.wandb, folder.name, run)
+            stack.enter_context(locked_run_folder(folder))
+        except (ValueError, OSError, RuntimeError) as error:
+            return refuse(error)
+        return _train(run, folder, callbacks, console)
+
+
+def _train(run: RunConfig, folder: Path, callbacks: list[Callback], console: Console) -> int:
+    """The run in its folder, which is held; returns the exit status."""
     keep_compiled_programs(folder.parent / ".jax-cache")
     labels = {"dataset": run.data.source, "model": run.model.source, "seed": str(run.train.seed)}
     console.print(f"{run.model.source} on {run.data.source}, in {folder}", highlight=False)
@@ -158,6 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
             write_atomically(folder / ERROR, traceback.format_exc())
             print(f"the traceback is in {folder / ERROR}", file=sys.stderr)
         return status
+    except KeyboardInterrupt:
+        return interrupted(folder)
     before, after = result["before"], result["after"]
     console.print(
         f"held-out loss {before['loss']:.4f} → {after['loss']:.4f}, "

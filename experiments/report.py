@@ -83,8 +83,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Puts a file in place whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    """Puts a file in place whole or not at all, whoever else writes it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 

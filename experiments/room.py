@@ -32,6 +32,31 @@ def row_lengths(data: DataConfig, examples: Examples | Pairs) -> tuple[int, int 
     return max(data.buckets or length_buckets(longest)), None
 
 
+def check_lengths(data: DataConfig, train: Examples | Pairs, validation: Examples | Pairs) -> None:
+    """Refuses rows that are longer than what they are to be padded to or packed into.
+
+    Raises:
+        ValueError: how long, how much room there is, and how to mend it.
+    """
+    bucket = None if data.buckets is None else ("buckets", max(data.buckets))
+    packed = None if data.packed_length is None else ("packed_length", data.packed_length)
+    for what, examples, given in (
+        ("training", train, packed if data.packing else bucket),
+        ("validation", validation, bucket),
+    ):
+        lengths = (
+            [len(pair.source) for pair in examples]
+            if isinstance(examples, Pairs)
+            else examples.lengths
+        )
+        longest = int(max(lengths))
+        if given is not None and longest > given[1]:
+            raise ValueError(
+                f"the longest {what} row has {longest} tokens, but data.{given[0]} holds at most "
+                f"{given[1]}: raise that, or lower data.source_max_len or data.target_max_len."
+            )
+
+
 def workload(
     run: RunConfig,
     config: DecoderConfig | EncoderDecoderConfig,

@@ -33,7 +33,7 @@ from experiments.config import DevicesConfig, RunConfig, build_run
 from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
-from experiments.room import check_room, row_lengths
+from experiments.room import check_lengths, check_room, row_lengths
 from experiments.rows import context_length, examples_of, model_config
 from experiments.tree import differences, option_names, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
@@ -89,6 +89,7 @@ def check(run: RunConfig) -> Checked:
     folder = model_folder(run)
     longest = run.data.max_len or context_length(folder)
     train, validation, pad = examples_of(run.data, folder, longest)
+    check_lengths(run.data, train, validation)
     if run.data.packing and isinstance(train, Pairs):
         raise ValueError(
             f"data.packing is set, but {run.model.source} is an encoder–decoder, whose pairs are "
@@ -158,7 +159,7 @@ def with_own_adapters(run: RunConfig, given: Collection[str]) -> RunConfig:
 
 
 class _FirstWords:
-    """Writes config.yaml once the folder's lock is held, and forgets an earlier failure."""
+    """Writes config.yaml once the folder is known to be this run's; forgets an earlier failure."""
 
     def __init__(self, run: RunConfig, folder: Path, console: Console) -> None:
         self.run, self.folder, self.console = run, folder, console
@@ -196,6 +197,9 @@ def execute(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train, or go on training, in a run folder; returns (and writes) the content of result.json.
+
+    The caller holds the folder (`locked_run_folder`) from before the model is loaded until its
+    result is written, so that of several processes one does all of it.
 
     Raises:
         ValueError, OSError, RuntimeError: as `check` and `qlora_jax.train.fit` do.
@@ -261,9 +265,11 @@ def execute(
         training_batches(),
         train,
         run_folder=folder,
+        folder_is_locked=True,
         eval_batches=batches(checked.validation, shuffle=False),
         loss_fn=loss_for(model, loss_chunk=run.model.loss_chunk),
         identity=identity(run),
+        identity_defaults=identity(RunConfig()),
         save_adapter=save,
         probes=probes(run.mmlu, tokenizer, context),
         callbacks=[_FirstWords(run, folder, console), *callbacks],
@@ -296,7 +302,13 @@ def is_finished(run: RunConfig, folder: Path) -> bool:
     """
     if not (folder / CONFIG).is_file():
         return False
-    saved = build_run(read_yaml(folder / CONFIG), str(folder / CONFIG))
+    try:
+        saved = build_run(read_yaml(folder / CONFIG), str(folder / CONFIG))
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} holds a run that this version cannot read, of another version or damaged "
+            f"({error}): choose another --out, or give --overwrite to delete it."
+        ) from error
     free = {f"train.{name}" for name in FREE_ON_RESUME}
     free |= {f"devices.{name}" for name in option_names(DevicesConfig)}
     other = [text for text in differences(run, saved) if text.split(":")[0] not in free]

@@ -22,6 +22,7 @@ self-contained page with the datasets × scales matrix and the loss curves.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import gc
 import platform
@@ -40,6 +41,7 @@ from rich.console import Console
 from experiments.cells import Cell, Sweep, build_sweep
 from experiments.cli import (
     CONFIGS,
+    interrupted,
     keep_compiled_programs,
     make_console,
     read_settings,
@@ -63,6 +65,7 @@ from experiments.report import (
 from experiments.run import check, check_writable, delete_run, execute, is_finished
 from experiments.tree import Tree, parse_setting, read_yaml
 from pallas_kernels.cards import CARDS, find_card
+from qlora_jax.train.run_folder import locked_run_folder
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -182,11 +185,18 @@ def plan(sweep: Sweep, out: Path) -> list[Cell]:
 
 def run_cell(cell: Cell, folder: Path, console: Console, wandb: str | None = None) -> None:
     """Runs one cell; what goes wrong with it is written down and goes no further."""
-    try:
-        check_writable(folder)
-    except (RuntimeError, OSError) as error:  # another process works on it: not ours to write
-        console.print(f"[yellow]left alone:[/yellow] {error}", highlight=False)
-        return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked_run_folder(folder))
+        except (RuntimeError, OSError) as error:  # another process works on it: not ours to write
+            console.print(f"[yellow]left alone:[/yellow] {error}", highlight=False)
+            return
+        _run_locked(cell, folder, console, wandb)
+    # A model's arrays are in reference cycles (nnx graphs): without this, two are alive at once.
+    gc.collect()
+
+
+def _run_locked(cell: Cell, folder: Path, console: Console, wandb: str | None) -> None:
     try:
         if is_finished(cell.run, folder):  # by another process, since the sweep began
             console.print("finished by another process")
@@ -196,9 +206,8 @@ def run_cell(cell: Cell, folder: Path, console: Console, wandb: str | None = Non
     except Exception as error:  # one cell must not stop a night's sweep
         text = " ".join(str(error).split()) or type(error).__name__
         console.print(f"[red]failed:[/red] {text}", highlight=False)
-        write_atomically(folder / ERROR, f"{text}\n\n{traceback.format_exc()}")
-    # A model's arrays are in reference cycles (nnx graphs): without this, two are alive at once.
-    gc.collect()
+        with contextlib.suppress(OSError):  # a full disk
+            write_atomically(folder / ERROR, f"{text}\n\n{traceback.format_exc()}")
 
 
 def write_report(sweep: Sweep, out: Path, command: str) -> list[CellReport]:
@@ -216,7 +225,8 @@ def write_report(sweep: Sweep, out: Path, command: str) -> list[CellReport]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 all finished, 1 some cell is not, 2 refused."""
+    """Run the command; returns the exit status: 0 all finished, 1 some cell is not, 2 refused, 130
+    interrupted."""
     typed = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "experiments.sweep", *typed])
     options = make_parser().parse_args(arguments)
@@ -242,10 +252,13 @@ def main(arguments: list[str] | None = None) -> int:
         return refuse(error)
     keep_compiled_programs(out.parent / ".jax-cache")
     console.print(f"{sweep.name}: {len(sweep.cells)} cell(s), {len(todo)} to run, in {out}")
-    for number, cell in enumerate(todo, 1):
-        console.rule(f"{number}/{len(todo)} {cell.name}", align="left")
-        run_cell(cell, out / cell.name, console, options.wandb)
-        write_report(sweep, out, command)
+    try:
+        for number, cell in enumerate(todo, 1):
+            console.rule(f"{number}/{len(todo)} {cell.name}", align="left")
+            run_cell(cell, out / cell.name, console, options.wandb)
+            write_report(sweep, out, command)
+    except KeyboardInterrupt:
+        return interrupted(out)
     reports = write_report(sweep, out, command)
     console.print(terminal_table(sweep.name, reports))
     if len(reports) > 1:

@@ -11,12 +11,13 @@ whether it is still the model that was trained. Three numbers, per token of a sa
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from qlora_jax.evaluate.perplexity import perplexity_of
 
@@ -62,17 +63,20 @@ def token_logits(
 ) -> list[Float[np.ndarray, "length vocab"]]:
     """The model's float32 logits for each window, in host memory."""
     graphdef, state = nnx.split(model)
+    return [np.asarray(_logits(graphdef, state, row[None])) for row in ids]
 
-    @jax.jit
-    def forward(state: Any, row: Int[Array, "1 length"]) -> Float[Array, "length vocab"]:
-        return nnx.merge(graphdef, state)(row)[0]
 
-    return [np.asarray(forward(state, row[None])) for row in ids]
+@partial(jax.jit, static_argnames="graphdef")
+def _logits(
+    graphdef: nnx.GraphDef, state: PyTree, row: Int[Array, "1 length"]
+) -> Float[Array, "length vocab"]:
+    """Compiled once for models of one kind, however many are compared."""
+    return nnx.merge(graphdef, state)(row)[0]
 
 
 def drift(
     before: Sequence[Float[np.ndarray, "length vocab"]],
-    after: Sequence[Float[np.ndarray, "length vocab"]],
+    after: Sequence[Float[np.ndarray, "length other_vocab"]],
     ids: Int[np.ndarray, "window length"],
 ) -> Drift:
     """Compares two models' `token_logits` over the same windows.

@@ -16,6 +16,7 @@ context and continuation are the harness's: both are tokenized together, and wha
 tokens of the context alone is the continuation.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from qlora_jax.evaluate.perplexity import split_adapters
 from qlora_jax.generate import GenerationConfig, generate_text
 from qlora_jax.models.loss import LOSS_CHUNK, cross_entropy
 from qlora_jax.models.pieces import cut
+from qlora_jax.models.streaming import options_for
 
 _MAX_NEW_TOKENS = 256
 
@@ -67,7 +69,7 @@ class Harness:
         self.model, self.tokenizer, self.max_len = model, tokenizer, max_len
         self.batch_size, self.chat_template = batch_size, chat_template
         graphdef, self._lora, self._frozen = split_adapters(model)
-        self._step = make_score_step(graphdef)
+        self._step = make_score_step(graphdef, compiler_options=options_for(model))
         # What a text without a context follows.
         prefix = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
         self._prefix = next(token for token in prefix if token is not None)
@@ -197,7 +199,10 @@ class Harness:
 
 
 def make_score_step(
-    graphdef: nnx.GraphDef, *, chunk: int = LOSS_CHUNK
+    graphdef: nnx.GraphDef,
+    *,
+    chunk: int = LOSS_CHUNK,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[..., tuple[Float[Array, " b"], Bool[Array, " b"]]]:
     """A jitted (lora, frozen, input_ids [b s], targets [b s]) -> log-probabilities, greedy or not.
 
@@ -205,7 +210,7 @@ def make_score_step(
     the right, which causality hides. The logits of `chunk` tokens are held at once.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=dict(compiler_options or {}) or None)
     def step(
         lora: PyTree, frozen: PyTree, input_ids: Int[Array, "b s"], targets: Int[Array, "b s"]
     ) -> tuple[Float[Array, " b"], Bool[Array, " b"]]:

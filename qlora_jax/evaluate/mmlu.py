@@ -31,6 +31,7 @@ from qlora_jax.data import Tokenizer
 from qlora_jax.evaluate.mmlu_questions import GROUPS, LETTERS, SUBJECTS, Question, prompt_of
 from qlora_jax.evaluate.perplexity import split_adapters
 from qlora_jax.models.spread import spread_rows
+from qlora_jax.models.streaming import options_for
 
 _SHORTEST_BUCKET = 64
 
@@ -145,6 +146,7 @@ def examine(
     record = _Record(answers, {"prompts": digest, **(identity or {})})
     graphdef, lora, frozen = split_adapters(model)
     letters = answer_tokens(tokenizer)
+    answer_scores = _answer_scores(tuple(options_for(model).items()))
     open_prompts = [p for p in prompts if p.key not in record.chosen]
     for batch in _batches(open_prompts, batch_size):
         rows = _padded(batch, batch_size, max_len, tokenizer.pad_token_id)
@@ -164,25 +166,37 @@ def examine(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "tokens"))
-def answer_scores(
-    graphdef: nnx.GraphDef,
-    lora: PyTree,
-    frozen: PyTree,
-    input_ids: Int[Array, "b s"],
-    last: Int[Array, " b"],
-    *,
-    tokens: tuple[int, ...],
-) -> Float[Array, "b choices"]:
-    """The scores of `tokens` after the prompts' last tokens, which stand at `last`.
+@functools.cache
+def _answer_scores(
+    compiler_options: tuple[tuple[str, Any], ...],
+) -> Callable[..., Float[Array, "b choices"]]:
+    """(graphdef, lora, frozen, input_ids [b s], last [b], tokens=) -> the scores of `tokens` after
+    the prompts' last tokens, which stand at `last`.
 
-    The rows are padded on the right, so causality hides the padding and no mask is needed.
     Compiled once for a model and a shape, however often a model is examined while it trains.
     """
-    model: Any = nnx.merge(graphdef, lora, frozen)
-    hidden = model.hidden(input_ids)
-    final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return model.head(final)[:, jnp.asarray(tokens)].astype(jnp.float32)
+
+    @functools.partial(
+        jax.jit,
+        static_argnames=("graphdef", "tokens"),
+        compiler_options=dict(compiler_options) or None,
+    )
+    def answer_scores(
+        graphdef: nnx.GraphDef,
+        lora: PyTree,
+        frozen: PyTree,
+        input_ids: Int[Array, "b s"],
+        last: Int[Array, " b"],
+        *,
+        tokens: tuple[int, ...],
+    ) -> Float[Array, "b choices"]:
+        model: Any = nnx.merge(graphdef, lora, frozen)
+        # The rows are padded on the right, so causality hides the padding and no mask is needed.
+        hidden = model.hidden(input_ids)
+        final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        return model.head(final)[:, jnp.asarray(tokens)].astype(jnp.float32)
+
+    return answer_scores
 
 
 def _prompts(

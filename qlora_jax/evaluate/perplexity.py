@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from qlora_jax.models.loss import LOSS_CHUNK, next_token_loss
 from qlora_jax.models.spread import spread_rows
+from qlora_jax.models.streaming import options_for
 
 LossFn = Callable[[Any, Any, Any], tuple[Float[Array, ""], Int[Array, ""]]]
 """(model, batch, dropout key or None) -> (sum of token losses in nats, number of trained tokens).
@@ -123,4 +124,5 @@ def perplexity(
       loss_fn: how a batch becomes a sum of token losses and a count of tokens.
     """
     graphdef, lora, frozen = split_adapters(model)
-    return evaluate(make_eval_step(graphdef, loss_fn), lora, frozen, batches)
+    step = make_eval_step(graphdef, loss_fn, compiler_options=options_for(model))
+    return evaluate(step, lora, frozen, batches)

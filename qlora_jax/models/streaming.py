@@ -73,6 +73,13 @@ def compiler_options(platform: str) -> dict[str, Any]:
     }
 
 
+def options_for(model: Any) -> dict[str, Any]:
+    """`compiler_options` on the default backend for a program that runs this model; {} where its
+    weights do not stream."""
+    streamed = getattr(model, "stream_weights", False)
+    return compiler_options(jax.default_backend()) if streamed else {}
+
+
 def to_host(x: Any, sharding: jax.sharding.Sharding | None = None) -> Array:
     """An array in pinned host memory: its own devices', or for NumPy's the default one's; or where
     `sharding` says."""

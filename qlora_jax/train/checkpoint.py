@@ -11,6 +11,10 @@ the background; a state saved with its moments in pinned host memory restores on
 version that keeps them elsewhere; and paged and unpaged runs read each other's checkpoints.
 """
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +44,41 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Wait until everything is on disk and end Orbax's threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait until everything is on disk and end Orbax's threads. Raises as `save`."""
+        try:
+            with self._writing():
+                self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
 
     def latest_step(self) -> int | None:
         """The step of the latest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Save the state under its step; returns once the state's arrays may be overwritten."""
+        """Save the state under its step; returns once the state's arrays may be overwritten.
+
+        Raises:
+          OSError: the disk is full, perhaps since an earlier save, which went on in the background.
+        """
         # np.array copies: a view would see what the next step writes into the donated buffer.
         arrays = {name: np.array(leaf) for name, leaf in _named(state).items()}
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(arrays))
+        with self._writing():
+            self._manager.save(int(state.step), args=ocp.args.StandardSave(arrays))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax tells a full disk as a ValueError that holds the operating system's words."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"a checkpoint in {self.folder} cannot be written, for the disk is full: free some "
+                "room and run the same again, which goes on from the last whole checkpoint",
+            ) from error
 
     def restore(self, like: TrainState) -> TrainState:
         """The latest state, every array in the memory and sharding of its namesake in `like`.

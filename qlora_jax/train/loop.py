@@ -92,10 +92,12 @@ def fit(
     config: TrainConfig,
     *,
     run_folder: str | Path,
+    folder_is_locked: bool = False,
     eval_batches: EpochBatches | Sequence[Any] | None = None,
     loss_fn: LossFn = causal_lm_loss,
     tx: optax.GradientTransformation | None = None,
     identity: Mapping[str, Any] | None = None,
+    identity_defaults: Mapping[str, Any] | None = None,
     save_adapter: Callable[[Path, nnx.Module], None] | None = None,
     probes: Sequence[Probe] = (),
     callbacks: Sequence[Callback] = (),
@@ -110,12 +112,16 @@ def fit(
       batches: `batches.at(step)` for steps from 0.
       config: hyperparameters.
       run_folder: belongs to this run; where it holds checkpoints of the same run, that is resumed.
+      folder_is_locked: the caller holds it (`run_folder.locked_run_folder`); else it is held here,
+        while this call lasts.
       eval_batches: held-out data, looked at before the first step, every `config.eval_every`
         steps, and after the last.
       loss_fn: (model, batch, dropout key) -> (sum of token losses, token count).
       tx: the optimizer instead of `config.optimizer()`; name it in `identity`.
       identity: what else decides the run (model, data, adapters …), by name; kept in config.json
         and compared on resuming.
+      identity_defaults: what a run did that was begun before `identity` had a name, by name; None
+        for those that are not here.
       save_adapter: called at the end with `run_folder/adapter` and the model, for instance
         `lambda folder, model: ql.save_adapter(folder, model, lora_config, base_name)`.
       probes: further examinations of the model, such as MMLU's.
@@ -134,12 +140,14 @@ def fit(
     """
     folder = Path(run_folder)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked_run_folder(folder))
+        if not folder_is_locked:
+            stack.enter_context(locked_run_folder(folder))
         checkpoints = stack.enter_context(
             Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
         )
         started = checkpoints.latest_step() is not None
-        check_or_write_config(folder, describe_run(config, identity or {}), started=started)
+        described = describe_run(config, identity or {})
+        check_or_write_config(folder, described, started=started, defaults=identity_defaults)
         console = console or Console()
         display = ProgressDisplay(config.steps, console=console, log_every=config.log_every)
         outlets: list[Callback] = [MetricsFile(folder / "metrics.jsonl"), display, *callbacks]
@@ -185,8 +193,7 @@ class _Run:
         self.resumed = checkpoints.latest_step() is not None
         if self.resumed:
             self.state = checkpoints.restore(self.state)
-        streams = getattr(model, "stream_weights", False)
-        options = streaming.compiler_options(jax.default_backend()) if streams else None
+        options = streaming.options_for(model)
         self.train_step = make_train_step(
             graphdef,
             tx,

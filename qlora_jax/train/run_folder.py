@@ -123,11 +123,20 @@ def describe_run(config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, 
     return json.loads(json.dumps(description, default=str))
 
 
-def check_or_write_config(folder: Path, description: dict[str, Any], *, started: bool) -> None:
+def check_or_write_config(
+    folder: Path,
+    description: dict[str, Any],
+    *,
+    started: bool,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """Write config.json; or, for a run that has `started`, make sure that it is the same run.
 
     A run has started once it has a checkpoint. What failed before (a wrong batch shape, a model
     without adapters) left nothing to resume, and does not bind the folder to its configuration.
+
+    A field that there was not yet when the run began did what is its default now, of those that the
+    caller names `defaults`, or None.
 
     Raises:
       ValueError: naming every field that differs, with both values.
@@ -139,14 +148,13 @@ def check_or_write_config(folder: Path, description: dict[str, Any], *, started:
         partial.replace(path)
         return
     before = json.loads(path.read_text())
-    # A field that there was not yet when the run began: it did what is the default now.
-    defaults = dataclasses.asdict(TrainConfig())
-    known = {name: defaults[name] for name in description["train"] if name in defaults}
-    before["train"] = known | before.get("train", {})
+    known = describe_run(TrainConfig(), defaults or {})
     differing = [
         f"{name} (was {old}, is {new})"
         for section in ("train", "run")
-        for name, old, new in _differences(before.get(section, {}), description[section])
+        for name, old, new in _differences(
+            before.get(section, {}), description[section], known[section]
+        )
         if not (section == "train" and name in FREE_ON_RESUME)
     ]
     if differing:
@@ -157,12 +165,13 @@ def check_or_write_config(folder: Path, description: dict[str, Any], *, started:
 
 
 def _differences(
-    before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
+    before: Mapping[str, Any], after: Mapping[str, Any], defaults: Any, prefix: str = ""
 ) -> Iterator[tuple[str, str, str]]:
+    defaults = defaults if isinstance(defaults, dict) else {}
     for name in dict.fromkeys((*before, *after)):
-        # Likewise in what the caller names, where None is the default that can be known.
-        old, new = before.get(name), after.get(name)
+        known = defaults.get(name) if name in after else None
+        old, new = before.get(name, known), after.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
+            yield from _differences(old, new, known, f"{prefix}{name}.")
         elif old != new:
             yield f"{prefix}{name}", repr(old), repr(new)

@@ -38,6 +38,7 @@ def test_data(tiny_model, tmp_path, capsys):
     few = write_rows(tmp_path / "few.jsonl", [{"input": "a", "output": "b"}] * 5)
     long = write_rows(tmp_path / "long.jsonl", [{"input": "a", "output": "b " * 700}] * 9)
     blank = write_rows(tmp_path / "blank.jsonl", [{"input": "a", "output": 3}] * 9)
+    talk = write_rows(tmp_path / "talk.jsonl", [{"input": "a b c d e f", "output": "g h i"}] * 300)
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"input": "café", "output": "b"}\n'.encode("latin-1") * 9)
     plain = tmp_path / "plain.txt"
@@ -57,6 +58,11 @@ def test_data(tiny_model, tmp_path, capsys):
         ([long, "data.validation_rows=1", "data.target_max_len=null"], "at most 512 are allowed"),
         # The number counts rows that are left after some were drawn; the row itself is shown.
         ([blank, "data.validation_rows=1"], "The row: {'input': 'a', 'output': 3}"),
+        ([talk, "data.buckets=[8]"], "tokens, but data.buckets holds at most 8: raise"),
+        (
+            [talk, "data.packing=true", "data.packed_length=8"],
+            "tokens, but data.packed_length holds at most 8",
+        ),
         ([latin, "data.validation_rows=1"], "latin.jsonl cannot be read as a dataset"),
         ([plain, "data.validation_rows=1"], "name the one you mean as the format (data.format"),
         ([tmp_path / "absent.jsonl"], "does not exist"),

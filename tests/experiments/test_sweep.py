@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from experiments import finetune, run, sweep
 from qlora_jax.checkpoints import read_adapter_config
@@ -136,8 +137,8 @@ def test_a_run_broken_off_ends_with_the_same_adapter(tiny_model, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(run._FirstWords, "log", stop)
-        with pytest.raises(KeyboardInterrupt):
-            finetune.main(command(tmp_path / "broken"))
+        assert finetune.main(command(tmp_path / "broken")) == 130
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "broken" / "result.json").exists()
     assert finetune.main(command(tmp_path / "broken")) == 0
     assert "resumed after step 2" in capsys.readouterr().out
@@ -167,6 +168,67 @@ def test_a_cell_of_another_process_is_left_alone(sweep_file, tmp_path, capsys):
     assert "left alone" in capsys.readouterr().out
     assert not (cell / "error.txt").exists()
     assert not (cell / "result.json").exists()
+
+
+def test_a_cell_is_held_while_its_model_loads_and_while_it_is_examined(
+    sweep_file, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    command = [str(sweep_file), "--out", str(out), "--only", "describe--tiny--QLoRA*", *fast()]
+    cell = out / "describe--tiny--QLoRA--seed0"
+
+    def beside(does):
+        def both(*arguments, **options):
+            with pytest.raises(RuntimeError, match="being written"), locked_run_folder(cell):
+                pass
+            return does(*arguments, **options)
+
+        return both
+
+    monkeypatch.setattr(run, "load_pretrained", beside(run.load_pretrained))
+    monkeypatch.setattr(run, "final", beside(run.final))
+    assert sweep.main(command) == 0
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(sweep_file, tmp_path, monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "load_pretrained", stop)
+    assert sweep.main([str(sweep_file), "--out", str(tmp_path / "out"), *fast()]) == 130
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
+
+
+def test_a_run_of_another_version_goes_on_or_is_told_why_not(
+    tiny_model, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    command = ["--model", str(tiny_model), "--data", "describe", "--out", str(out), *fast()]
+
+    def stop(self, step, values):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._FirstWords, "log", stop)
+        assert finetune.main(command) == 130
+    # As a version without these options would have left it.
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    described = json.loads((out / "config.json").read_text())
+    for section, name in (("model", "loss_chunk"), ("data", "group_by_length")):
+        del settings[section][name], described["run"][section][name]
+    (out / "config.yaml").write_text(yaml.safe_dump(settings))
+    (out / "config.json").write_text(json.dumps(described))
+    assert finetune.main([*command, "--set", "model.loss_chunk=64"]) == 2
+    assert "model.loss_chunk: 64, was 512" in capsys.readouterr().err
+    # As a version with one more would have.
+    (out / "config.yaml").write_text(yaml.safe_dump({**settings, "turbo": True}))
+    assert finetune.main(command) == 2
+    assert re.search("there is no option turbo.*--overwrite", capsys.readouterr().err)
+    (out / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert finetune.main(command) == 0
+    assert "resumed after step 2" in capsys.readouterr().out
 
 
 def test_overwrite_deletes_runs_and_nothing_else(tiny_model, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """A run killed at any step and resumed ends with the same bits as one that was left alone."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -115,6 +116,31 @@ def test_another_configuration_is_refused_naming_the_fields(tmp_path):
     assert (tmp_path / "config.json").read_text() == before
     run(dataclasses.replace(short, save_every=1, log_every=2), data="a")
     assert set(json.loads(before)) == {"train", "run", "versions"}
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    state, _, _ = _state(10**9)
+    ended = []
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    close = checkpoints._manager.close
+
+    def full(*arguments, **options):
+        raise ValueError(
+            'RESOURCE_EXHAUSTED: Error writing "lora" at local file "x": Failed to write 5 bytes '
+            "to file 9: No space left on device [os_error_code='28']"
+        )
+
+    for name in ("save", "wait_until_finished"):
+        monkeypatch.setattr(checkpoints._manager, name, full)
+    monkeypatch.setattr(checkpoints._manager, "close", lambda: ended.append(True))
+    with pytest.raises(OSError, match=r"the disk is full: free some room") as caught:
+        checkpoints.save(state)
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="the disk is full"):
+        checkpoints.close()
+    assert ended
+    monkeypatch.undo()
+    close()
 
 
 def _state(min_size: int, r_seed: int = 0):

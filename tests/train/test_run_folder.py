@@ -102,6 +102,12 @@ def test_a_field_that_there_was_not_yet_is_one_that_is_not_set(tmp_path):
     check_or_write_config(tmp_path, before, started=False)
     grown = {"train": {"steps": 2, "new": None}, "run": {"model": {"source": "a", "bits": None}}}
     check_or_write_config(tmp_path, grown, started=True)
+    grown["run"]["model"]["chunk"] = 512
+    known = {"model": {"chunk": 512, "source": "b"}}
+    check_or_write_config(tmp_path, grown, started=True, defaults=known)
+    with pytest.raises(ValueError, match=r"model\.chunk \(was 256, is 512\)"):
+        check_or_write_config(tmp_path, grown, started=True, defaults={"model": {"chunk": 256}})
+    del grown["run"]["model"]["chunk"]
     grown["run"]["model"]["bits"] = 8
     with pytest.raises(ValueError, match=r"model\.bits \(was None, is 8\)"):
         check_or_write_config(tmp_path, grown, started=True)
