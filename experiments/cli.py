@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,22 @@ def refuse(error: Exception) -> int:
     return 2
 
 
+@contextlib.contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """SIGTERM, which a scheduler sends before it kills, interrupts as Ctrl-C does: a run folder is
+    given back, for a process on any host to go on with. (Signals come to the main thread alone.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def interrupted(folder: Path) -> int:
-    """Says how to go on after Ctrl-C, on standard error; returns the exit status, a shell's own."""
+    """Says how to go on, on standard error; returns the exit status, a shell's own for SIGINT."""
     print(f"interrupted: the same command goes on with what is in {folder}", file=sys.stderr)
     return 130
 
@@ -40,7 +57,8 @@ def run_command(
     run: Callable[[argparse.Namespace, Console], int],
     arguments: Sequence[str] | None,
 ) -> int:
-    """Runs a command whose mistakes are told in one sentence; returns its exit status, 2: refused.
+    """Runs a command whose mistakes are told in one sentence; returns its exit status, 2: refused,
+    130: interrupted.
 
     Args:
         parser: the command line.
@@ -52,6 +70,9 @@ def run_command(
         return run(options, make_console())
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return refuse(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def read_settings(texts: Iterable[str]) -> dict[str, Any]:

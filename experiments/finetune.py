@@ -44,6 +44,7 @@ from experiments.cli import (
     make_console,
     read_settings,
     refuse,
+    termination_interrupts,
     wandb_callbacks,
 )
 from experiments.config import RunConfig, build_run, named_source
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 finished, 2 refused, 130 interrupted."""
     options = make_parser().parse_args(arguments)
     console = make_console()
-    with contextlib.ExitStack() as stack:
+    with termination_interrupts(), contextlib.ExitStack() as stack:
         try:
             run = read_run(options)
             if options.print_config:

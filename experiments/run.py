@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -321,14 +322,19 @@ def is_finished(run: RunConfig, folder: Path) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Takes and gives back the run folder's lock.
+    """Makes the folder of several runs, which several processes may share.
 
     Raises:
         OSError: the folder cannot be made or written.
-        RuntimeError: another process is writing it.
     """
-    with locked_run_folder(folder):
-        pass
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"the folder {folder} cannot be written ({error.strerror}); choose another one",
+        ) from error
 
 
 def delete_run(folder: Path) -> None:
@@ -336,7 +342,7 @@ def delete_run(folder: Path) -> None:
 
     Raises:
         ValueError: it holds something else.
-        OSError, RuntimeError: as `check_writable`.
+        OSError, RuntimeError: as `locked_run_folder`.
     """
     if not folder.exists():
         return

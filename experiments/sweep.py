@@ -46,6 +46,7 @@ from experiments.cli import (
     make_console,
     read_settings,
     refuse,
+    termination_interrupts,
     wandb_callbacks,
 )
 from experiments.dry_run import CARDS as DRY_RUN_CARDS
@@ -210,6 +211,21 @@ def _run_locked(cell: Cell, folder: Path, console: Console, wandb: str | None) -
             write_atomically(folder / ERROR, f"{text}\n\n{traceback.format_exc()}")
 
 
+def run_all(
+    sweep: Sweep,
+    todo: Sequence[Cell],
+    out: Path,
+    console: Console,
+    command: str,
+    wandb: str | None = None,
+) -> None:
+    """Runs cells one after another, and reports after each."""
+    for number, cell in enumerate(todo, 1):
+        console.rule(f"{number}/{len(todo)} {cell.name}", align="left")
+        run_cell(cell, out / cell.name, console, wandb)
+        write_report(sweep, out, command)
+
+
 def write_report(sweep: Sweep, out: Path, command: str) -> list[CellReport]:
     """Writes results.csv and report.html from the run folders."""
     reports = [read_cell(cell, out / cell.name) for cell in sweep.cells]
@@ -253,10 +269,8 @@ def main(arguments: list[str] | None = None) -> int:
     keep_compiled_programs(out.parent / ".jax-cache")
     console.print(f"{sweep.name}: {len(sweep.cells)} cell(s), {len(todo)} to run, in {out}")
     try:
-        for number, cell in enumerate(todo, 1):
-            console.rule(f"{number}/{len(todo)} {cell.name}", align="left")
-            run_cell(cell, out / cell.name, console, options.wandb)
-            write_report(sweep, out, command)
+        with termination_interrupts():
+            run_all(sweep, todo, out, console, command, options.wandb)
     except KeyboardInterrupt:
         return interrupted(out)
     reports = write_report(sweep, out, command)

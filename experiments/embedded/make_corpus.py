@@ -360,7 +360,9 @@ def read_corpus(path: Path = ROOT / "corpus" / "stdlib.jsonl.gz") -> list[Docume
 def main(arguments: list[str] | None = None) -> None:
     """Write `corpus/`, `datasets/` and `tokenizer/` under `--out`."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments.embedded.make_corpus",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=ROOT, help="folder (default: this package's)")
     out = parser.parse_args(arguments).out

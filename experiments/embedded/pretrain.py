@@ -274,7 +274,9 @@ def write_model(folder: Path, model: Decoder, facts: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train the scales named on the command line, or both."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments.embedded.pretrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="SCALE", help=f"of {', '.join(SCALES)}; all")
     parser.add_argument(

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -163,7 +164,8 @@ def test_a_cell_of_another_process_is_left_alone(sweep_file, tmp_path, capsys):
     out = tmp_path / "out"
     command = [str(sweep_file), "--out", str(out), "--only", "describe--tiny--QLoRA*", *fast()]
     cell = out / "describe--tiny--QLoRA--seed0"
-    with locked_run_folder(cell):
+    # The folder of all cells is nobody's.
+    with locked_run_folder(cell), locked_run_folder(out):
         assert sweep.main(command) == 1
     assert "left alone" in capsys.readouterr().out
     assert not (cell / "error.txt").exists()
@@ -191,13 +193,18 @@ def test_a_cell_is_held_while_its_model_loads_and_while_it_is_examined(
     assert "failed" not in capsys.readouterr().out
 
 
-def test_an_interrupted_sweep_says_how_to_go_on(sweep_file, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_says_how_to_go_on(sweep_file, tmp_path, monkeypatch, capsys, number):
     def stop(*arguments, **options):
-        raise KeyboardInterrupt
+        assert list(tmp_path.rglob("run.lock"))
+        signal.raise_signal(number)
 
     monkeypatch.setattr(run, "load_pretrained", stop)
+    handler = signal.getsignal(signal.SIGTERM)
     assert sweep.main([str(sweep_file), "--out", str(tmp_path / "out"), *fast()]) == 130
     assert "interrupted: the same command goes on" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("run.lock"))
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_run_of_another_version_goes_on_or_is_told_why_not(
