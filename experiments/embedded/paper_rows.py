@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.embedded import DATASETS
+from experiments.report import write_atomically
 
 Row = dict[str, Any]
 # Beyond a tiny sweep's need, and quick to write.
@@ -92,7 +93,7 @@ def made_rows(dataset: str) -> Iterable[Row]:
 
 
 def write_rows(dataset: str, path: Path) -> None:
-    """Writes them as JSON lines."""
+    """Writes them as JSON lines, whole or not at all: another sweep may be about to read them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made_rows(dataset))
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, text)

@@ -1,5 +1,6 @@
 """The paper's sweeps by name: its table of hyperparameters, and the same at tiny scale."""
 
+import os
 import re
 
 import pytest
@@ -105,6 +106,16 @@ def test_rows_that_have_to_be_made_are_in_the_originals_schemas(dataset, tmp_pat
         # The same loader reads both; FLAN's made rows are in the hub's schema.
         assert (real.form == form) == (dataset != "flan-v2")
         assert real.train_on == train_on
+
+
+def test_made_rows_are_whole_or_not_there(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_rows("chip2", tmp_path / "chip2.jsonl")
+    assert not (tmp_path / "chip2.jsonl").exists()
 
 
 def test_the_command(tmp_path, capsys):
