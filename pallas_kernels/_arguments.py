@@ -9,6 +9,7 @@ is shared by 256 blocks and whose mean (`offset`) was subtracted first.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -60,6 +61,14 @@ class Layout:
     def rows_are_whole_blocks(self) -> bool:
         """Whether no block crosses a row: what the GPU kernels need."""
         return self.shape[-1] % self.blocksize == 0
+
+
+def check_fields(config: Any, **right: tuple[bool, str]) -> None:
+    """Refuse a config of which a field is not right; `right` says of each whether, and what is."""
+    for name, (is_right, wanted) in right.items():
+        if not is_right:
+            kind, value = type(config).__name__, getattr(config, name)
+            raise ValueError(f"{kind}'s {name} is {value!r}; expected {wanted}")
 
 
 def check_float(name: str, dtype: DTypeLike) -> None:
