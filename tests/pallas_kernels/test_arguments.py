@@ -50,6 +50,7 @@ def _as_users_run_it():
         ({"quant_type": "nf3"}, "quant_type is 'nf3'"),
         ({"blocksize": 48}, "blocksize is 48"),
         ({"dtype": jnp.int8}, "dtype is int8"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'; expected bfloat16"),
         ({"implementation": "cuda"}, "implementation is 'cuda'"),
     ],
 )
@@ -89,6 +90,11 @@ def test_bias():
 def test_adapter(op, xa, b, message):
     with pytest.raises(ValueError, match=message):
         op(X, **GOOD, lora=(xa, b))
+
+
+def test_an_adapter_is_a_pair():
+    with pytest.raises(ValueError, match=r"lora is a tuple; expected a pair of arrays, \(xa, b\)"):
+        nf4_matmul(X, **GOOD, lora=(X[:, :4],))
 
 
 @pytest.mark.parametrize(
