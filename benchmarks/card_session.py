@@ -9,7 +9,7 @@ fails or is late costs the others nothing. The long ones write after each point,
 measured stays. `session.json` says what ran, how long, and how it ended.
 
 The kernels come first, because their correctness check decides whether the rest means anything;
-what they find (`rules.json`) is what the training steps are then run with.
+what they find (`rules.json`) goes before the standing rules in the training steps that follow.
 """
 
 import argparse

@@ -9,6 +9,7 @@ is shared by 256 blocks and whose mean (`offset`) was subtracted first.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -62,12 +63,23 @@ class Layout:
         return self.shape[-1] % self.blocksize == 0
 
 
+def check_fields(config: Any, **right: tuple[bool, str]) -> None:
+    """Refuse a config of which a field is not right; `right` says of each whether, and what is."""
+    for name, (is_right, wanted) in right.items():
+        if not is_right:
+            kind, value = type(config).__name__, getattr(config, name)
+            raise ValueError(f"{kind}'s {name} is {value!r}; expected {wanted}")
+
+
 def check_float(name: str, dtype: DTypeLike) -> None:
     """Refuse a dtype that is not bfloat16, float16 or float32."""
-    if jnp.dtype(dtype) not in [jnp.dtype(f) for f in FLOATS]:
+    try:
+        given = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"{name} is {dtype!r}; expected bfloat16, float16 or float32") from None
+    if given not in [jnp.dtype(f) for f in FLOATS]:
         raise ValueError(
-            f"{name} is {jnp.dtype(dtype).name}; "
-            "expected bfloat16, float16 or float32: cast it first"
+            f"{name} is {given.name}; expected bfloat16, float16 or float32: cast it first"
         )
 
 
@@ -164,6 +176,8 @@ def check_matmul(
 
 def check_lora(lora: LowRank, x: Array, layout: Layout) -> None:
     """Check that an adapter's `(xa, b)` belongs to x and to a weight [n, k]."""
+    if not (isinstance(lora, tuple) and len(lora) == 2):
+        raise ValueError(f"lora is a {type(lora).__name__}; expected a pair of arrays, (xa, b)")
     xa, b = lora
     if b.ndim != 2 or b.shape[0] != layout.shape[0] or b.shape[1] < 1:
         raise ValueError(

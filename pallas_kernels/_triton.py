@@ -15,9 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from pallas_kernels._arguments import Layout, LowRank
+from pallas_kernels._arguments import Layout, LowRank, check_fields
 from pallas_kernels._decode import add_unfused
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
+
+DECODERS = ("pairs", "table")
+"""The ways from a byte to two weights, see `pallas_kernels._triton_decoder`."""
 
 RUN = 16
 """Bytes of codes per vector load: 32 weights of one block."""
@@ -46,6 +49,24 @@ class TritonConfig:
     split_k: int = 1
     decoder: str = "pairs"
     fused: bool = True
+
+    def __post_init__(self) -> None:
+        """A ValueError for what the compiler answers with an abort, or not at all."""
+        block, several = "a power of 2", "1 or more"
+        check_fields(
+            self,
+            block_m=(_is_power_of_2(self.block_m), block),
+            block_n=(_is_power_of_2(self.block_n), block),
+            block_k=(_is_power_of_2(self.block_k) and self.block_k >= 2 * RUN, "32, 64, 128, …"),
+            num_warps=(_is_power_of_2(self.num_warps) and self.num_warps <= 32, "1, 2, 4, … 32"),
+            num_stages=(self.num_stages >= 1, several),
+            split_k=(self.split_k >= 1, several),
+            decoder=(self.decoder in DECODERS, f"one of {DECODERS}"),
+        )
+
+
+def _is_power_of_2(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
 
 
 def why_not_triton(layout: Layout, by_rows: bool) -> str | None:

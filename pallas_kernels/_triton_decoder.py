@@ -27,8 +27,6 @@ from jaxtyping import Array
 
 from pallas_kernels._triton import load
 
-DECODERS = ("pairs", "table")
-
 _COPIES = 16
 _PAIR = _COPIES * 8
 _SHARED = 256 * _PAIR

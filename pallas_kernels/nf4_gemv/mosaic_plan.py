@@ -9,6 +9,7 @@ partial sums of all units of the block.
 import dataclasses
 import functools
 
+from pallas_kernels._arguments import check_fields
 from pallas_kernels._mosaic import SHARED_LIMIT, SMS
 from pallas_kernels._mosaic_decoder import TABLE_BYTES
 
@@ -40,6 +41,18 @@ class GemvConfig:
     selects: int = 0
     skip_zeros: bool = False
     segments: int = 1
+
+    def __post_init__(self) -> None:
+        """A ValueError for what would be refused, or misaligned, on the card."""
+        check_fields(
+            self,
+            warps=(self.warps in range(4, 33, 4), "a multiple of 4, up to 32"),
+            tiles=(self.tiles >= 1, "1 or more"),
+            steps=(self.steps in (1, 2, 4, 8), "1, 2, 4 or 8"),
+            ctas=(self.ctas >= 0, "0 or more"),
+            selects=(self.selects in range(9), "0 to 8"),
+            segments=(self.segments in (1, 2, 4), "1, 2 or 4"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

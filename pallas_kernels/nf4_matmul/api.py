@@ -40,7 +40,8 @@ def nf4_matmul(
     """x · Wᵀ + xa · bᵀ + bias, with W [n, k] packed as in `nf4_dequantize`.
 
     W counts in x's dtype (one rounding of table[code] · absmax; kernels for few rows keep the
-    float32 product), sums are float32, and the result is rounded once to x's dtype.
+    float32 product, those of Hopper take the table in float16), sums are float32, and the result is
+    rounded once to x's dtype.
 
     Args:
         x: [..., k] in bfloat16, float16 or float32.

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from pallas_kernels._arguments import check_fields
 from pallas_kernels._mosaic import BLOCK, SHARED_LIMIT, SMS
 from pallas_kernels._mosaic_decoder import TABLE_BYTES
 
@@ -27,6 +28,16 @@ class MatmulConfig:
     ahead: bool = True
     group: int = 16
     split: int = 1
+
+    def __post_init__(self) -> None:
+        """A ValueError for what would be undefined, or would wait forever, on the card."""
+        check_fields(
+            self,
+            rows=(self.rows % 8 == 0 and 16 <= self.rows <= 256, "a multiple of 8, 16 to 256"),
+            stages=(self.stages >= 2, "2 or more: one is read while the next is filled"),
+            group=(self.group >= 1, "1 or more"),
+            split=(self.split >= 1, "1 or more"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ is ever in memory, shared or global.
 - Codes come directly from global memory, one step ahead, in registers. A lane needs byte t of every
   word of its rows, so the four lanes of a group load the same 32 bytes (one sector) of a row.
 - A byte becomes two float16 by one look-up in shared memory (`_mosaic_decoder`); they are scaled in
-  float32 and rounded once to x's dtype, as the reference does.
+  float32 and rounded to x's dtype. The reference's table is float32: here a weight has been rounded
+  once more, to 11 bits.
 - An adapter is more of the same sum: xa · bᵀ is r / 64 steps with tiles of xa in place of x's and
   fragments of b, which need no decoding, in place of W's. They come first, while W's first codes
   are on their way.

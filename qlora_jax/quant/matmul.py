@@ -31,7 +31,7 @@ def quantized_matmul(
     implementation: str | None = None,
     fuse_lora: bool | None = None,
 ) -> Float[Array, "*batch out"]:
-    """x · wᵀ (+ bias) (+ h · Bᵀ), differentiable in x, bias, h and B.
+    """x · wᵀ (+ bias) (+ h · Bᵀ), differentiable in x, bias, h and B, in reverse, also twice.
 
     Args:
         x: float32, bfloat16 or float16; the weight is dequantized to this dtype, and products are
@@ -75,7 +75,7 @@ def _forward(
     kernel: _Kernel, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None, lora: LowRank | None
 ) -> tuple[jax.Array, tuple]:
     x, tied = _in_turn(x, w)
-    y = nf4_matmul(x, **_arguments(tied), bias=bias, lora=lora, **kernel._asdict())
+    y = _product(kernel, x, tied, bias, lora)
     # What waits for the backward pass is the w that waits for x: a gradient that is there before a
     # layer is computed again (its last product's) does not have w decoded beside those before it.
     # Only if one number is tied: absmax would be kept twice where nothing is computed again.
@@ -86,7 +86,7 @@ def _backward(kernel: _Kernel, residuals: tuple, dy: jax.Array) -> tuple:
     w, bias, lora = residuals
     dlora = None if lora is None else low_rank_gradients(lora, dy)
     dy, w = _in_turn(dy, w)
-    dx = nf4_matmul_transposed(dy, **_arguments(w), implementation=kernel.implementation)
+    dx = _transposed(kernel.implementation, dy, w)
     dbias = None
     if bias is not None:
         dbias = jnp.sum(dy, axis=range(dy.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
@@ -94,6 +94,37 @@ def _backward(kernel: _Kernel, residuals: tuple, dy: jax.Array) -> tuple:
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+# The kernels have no derivatives. A gradient's gradient differentiates the two passes above, whose
+# products are therefore functions with rules of their own.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(
+    kernel: _Kernel, x: jax.Array, w: QuantizedTensor, bias: jax.Array | None, lora: LowRank | None
+) -> jax.Array:
+    return nf4_matmul(x, **_arguments(w), bias=bias, lora=lora, **kernel._asdict())
+
+
+_product.defvjp(
+    lambda kernel, x, w, bias, lora: (_product(kernel, x, w, bias, lora), (w, bias, lora)),
+    _backward,
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _transposed(implementation: str | None, dy: jax.Array, w: QuantizedTensor) -> jax.Array:
+    return nf4_matmul_transposed(dy, **_arguments(w), implementation=implementation)
+
+
+def _transposed_backward(implementation: str | None, w: QuantizedTensor, g: jax.Array) -> tuple:
+    return _product(_Kernel(implementation, None), g, w, None, None), None
+
+
+_transposed.defvjp(
+    lambda implementation, dy, w: (_transposed(implementation, dy, w), w), _transposed_backward
+)
 
 
 def _in_turn(x: jax.Array, w: QuantizedTensor) -> tuple[jax.Array, QuantizedTensor]:

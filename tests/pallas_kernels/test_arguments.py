@@ -1,11 +1,21 @@
 """A bad argument is refused before tracing, in a sentence that names it."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import config as jaxtyping_config
 
-from pallas_kernels import nf4_dequantize, nf4_gemv, nf4_matmul, nf4_matmul_transposed
+from pallas_kernels import (
+    GemvConfig,
+    MatmulConfig,
+    TritonConfig,
+    nf4_dequantize,
+    nf4_gemv,
+    nf4_matmul,
+    nf4_matmul_transposed,
+)
 from tests.pallas_kernels.base import make_case
 
 CASE = make_case(0, 8, 128)
@@ -40,6 +50,7 @@ def _as_users_run_it():
         ({"quant_type": "nf3"}, "quant_type is 'nf3'"),
         ({"blocksize": 48}, "blocksize is 48"),
         ({"dtype": jnp.int8}, "dtype is int8"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'; expected bfloat16"),
         ({"implementation": "cuda"}, "implementation is 'cuda'"),
     ],
 )
@@ -79,6 +90,31 @@ def test_bias():
 def test_adapter(op, xa, b, message):
     with pytest.raises(ValueError, match=message):
         op(X, **GOOD, lora=(xa, b))
+
+
+def test_an_adapter_is_a_pair():
+    with pytest.raises(ValueError, match=r"lora is a tuple; expected a pair of arrays, \(xa, b\)"):
+        nf4_matmul(X, **GOOD, lora=(X[:, :4],))
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "value"),
+    [
+        (GemvConfig, "warps", 6),
+        (GemvConfig, "steps", 3),  # 24 bytes of x a lane, which no 16-byte load may begin at
+        (GemvConfig, "selects", 9),
+        (GemvConfig, "segments", 3),
+        (MatmulConfig, "rows", 100),
+        (MatmulConfig, "stages", 1),  # the dx kernel would wait for itself
+        (MatmulConfig, "split", 0),
+        (functools.partial(TritonConfig, 16, 16), "block_k", 48),
+        (functools.partial(TritonConfig, 16, 16, 64), "num_warps", 3),  # Triton aborts the process
+        (functools.partial(TritonConfig, 16, 16, 64), "decoder", "tabel"),
+    ],
+)
+def test_a_config_names_the_field_that_cannot_be(make, field, value):
+    with pytest.raises(ValueError, match=f"Config's {field} is {value!r}; expected"):
+        make(**{field: value})
 
 
 def test_a_weight_must_be_a_matrix_to_multiply():

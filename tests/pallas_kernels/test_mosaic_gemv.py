@@ -146,8 +146,7 @@ def test_llama_shapes_fit(m, n, k):
     ("rows", "config", "message"),
     [
         (2, GemvConfig(segments=2), r"segments=2; expected one of \(1,\) for 2 rows"),
-        (1, GemvConfig(segments=3), r"segments=3; expected one of \(1, 2, 4\)"),
-        (8, GemvConfig(warps=64), "bytes of shared memory; expected at most 230400"),
+        (8, GemvConfig(warps=32, tiles=8), "bytes of shared memory; expected at most 230400"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(rows, config, message):
