@@ -130,16 +130,9 @@ def dry_run(
 ) -> None:
     """Lists the cells with what they would train on and take, and which are finished."""
     count = len(sweep.cells)
-    title = f"{sweep.name}: {count} cell(s) in {out}"
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     several = len({cell.labels["seed"] for cell in sweep.cells}) > 1
     labels = [name for name in sweep.cells[0].labels if several or name != "seed"]
-    for name in labels:
-        # Where the terminal is narrow these fold, and the numbers stay whole.
-        table.add_column(name, overflow="fold")
-    numbers = ("base", "steps", "batch", "rows", "tokens", "FLOP", "device", "host")
-    for name in (*numbers, *(card.name for card in cards), "status"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows: list[dict[str, str]] = []
     totals, bounded = [0.0] * len(cards), False
     for cell in sweep.cells:
         found = estimate(cell.run, compiled_for=cards[0] if compiled else None)
@@ -147,13 +140,18 @@ def dry_run(
         totals = [total + (time or 0.0) for total, time in zip(totals, times, strict=True)]
         bounded |= found.rows is None
         status = "finished" if is_finished(cell.run, out / cell.name) else "to run"
-        described = [cell.labels[name] for name in labels] + _described(cell.run, found)
-        table.add_row(*described, *map(_time, times), status)
+        rows.append(
+            {name: cell.labels[name] for name in labels}
+            | _described(cell.run, found)
+            | _by_card(cards, times)
+            | {"status": status}
+        )
+    total = None
     if count > 1 and any(totals):
-        table.add_section()
-        blank = [""] * (len(labels) + len(numbers) - 1)
-        table.add_row("all that fit", *blank, *map(_time, totals), "")
-    console.print(table)
+        total = {labels[0]: "all that fit"} | _by_card(cards, totals)
+    console.print(f"{sweep.name}: {count} cell(s) in {out}", style="italic", highlight=False)
+    for table in _tables(console, labels, rows, total):
+        console.print(table)
     how = f"compiled for {cards[0].name}" if compiled else "experiments/estimate.py"
     notes = [
         f"device and host: GiB in a step ({how}); under a card: hours, – where it is too small."
@@ -168,20 +166,63 @@ def dry_run(
     console.print("\n".join(notes), highlight=False)
 
 
-def _described(run: RunConfig, found: CellEstimate) -> list[str]:
+def _tables(
+    console: Console,
+    labels: Sequence[str],
+    rows: Sequence[dict[str, str]],
+    total: dict[str, str] | None,
+) -> list[Table]:
+    """One table; where the terminal is too narrow, what cells train on and then what they take."""
+    numbers = [name for name in rows[0] if name not in labels]
+    whole = _table(labels, numbers, rows, total)
+    unbounded = console.options.update_width(10_000)
+    if console.measure(whole, options=unbounded).maximum <= console.width:
+        return [whole]
+    device, status = numbers.index("device"), numbers.index("status")
+    return [
+        _table(labels, [*numbers[:device], "status"], rows, None),
+        _table(labels, numbers[device:status], rows, total),
+    ]
+
+
+def _table(
+    labels: Sequence[str],
+    numbers: Sequence[str],
+    rows: Sequence[dict[str, str]],
+    total: dict[str, str] | None,
+) -> Table:
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for name in labels:
+        # Where the terminal is narrow these fold, and the numbers stay whole.
+        table.add_column(name, overflow="fold", min_width=6)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in (*labels, *numbers)))
+    if total is not None:
+        table.add_section()
+        table.add_row(*(total.get(name, "") for name in (*labels, *numbers)))
+    return table
+
+
+def _described(run: RunConfig, found: CellEstimate) -> dict[str, str]:
     quant = run.quant
     dq = "+DQ" if quant is not None and quant.double_quant else ""
     tokens = "?" if found.tokens is None else _count(found.tokens)
-    return [
-        "16-bit" if quant is None else quant.quant_type + dq,
-        f"{run.train.steps:,}",
-        str(run.train.batch_size),
-        "?" if found.rows is None else f"{found.rows:,}",
-        ("≤" if found.rows is None and found.tokens is not None else "") + tokens,
-        "?" if found.flops is None else f"{found.flops:.2e}".replace("e+", "e"),
-        _size(found.device_bytes),
-        _size(found.host_bytes),
-    ]
+    return {
+        "base": "16-bit" if quant is None else quant.quant_type + dq,
+        "steps": f"{run.train.steps:,}",
+        "batch": str(run.train.batch_size),
+        "rows": "?" if found.rows is None else f"{found.rows:,}",
+        "tokens": ("≤" if found.rows is None and found.tokens is not None else "") + tokens,
+        "FLOP": "?" if found.flops is None else f"{found.flops:.2e}".replace("e+", "e"),
+        "device": _size(found.device_bytes),
+        "host": _size(found.host_bytes),
+    }
+
+
+def _by_card(cards: Sequence[Card], times: Sequence[float | None]) -> dict[str, str]:
+    return {card.name: _time(time) for card, time in zip(cards, times, strict=True)}
 
 
 def _count(tokens: int) -> str:

@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     path = find_source(args.model, revision=args.revision)
     model, tokenizer, config, key = load_writer(args, path)
     config = dataclasses.replace(config, stop=tuple(args.stop))
+    if not args.prompt and sys.stdin.isatty():
+        print("The prompt, then Ctrl-D on a line of its own:", file=sys.stderr)
     prompts = args.prompt or [sys.stdin.read()]
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)

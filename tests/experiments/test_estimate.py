@@ -1,5 +1,6 @@
 """Costs from shapes: parameters against real models, memory and speed against the measured."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from rich.console import Console
 
+from experiments.cells import build_sweep
 from experiments.config import ModelConfig, RunConfig
-from experiments.dry_run import estimate
+from experiments.dry_run import dry_run, estimate
 from experiments.estimate import (
     UTILISATION,
     adapter_parameters,
@@ -20,7 +23,7 @@ from experiments.estimate import (
     memory,
     other_parameters,
 )
-from experiments.presets import SHAPES
+from experiments.presets import SHAPES, preset
 from pallas_kernels.cards import CARDS
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.nn import FrozenParam, LoraConfig
@@ -157,3 +160,19 @@ def test_a_run_with_rows_at_hand_counts_their_tokens():
     assert found.device_bytes is not None
     unknown = estimate(RunConfig(model=ModelConfig(source="some/model")))
     assert (unknown.rows, unknown.flops, unknown.device_bytes) == (None, None, None)
+
+
+@pytest.mark.parametrize(("width", "tables"), [(80, 2), (140, 1)])
+def test_a_dry_run_names_each_cell_and_all_numbers_in_narrow_terminals(width, tables, tmp_path):
+    console = Console(file=io.StringIO(), width=width)
+    sweep = build_sweep(preset("paper-table5"), "paper-table5")
+    dry_run(sweep, tmp_path, console, [CARDS["rtx-4090"], CARDS["h100"]])
+    shown = console.file.getvalue()
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in shown
+    assert sum("7B " in line for line in lines) == 8 * tables
+    (heads,) = [line.split() for line in lines if "steps" in line]
+    assert {"dataset", "model", "FLOP", "status"} <= set(heads)
+    (heads,) = [line.split() for line in lines if "host" in line and "rtx-4090" in line]
+    assert {"dataset", "model", "device", "h100"} <= set(heads)

@@ -45,7 +45,12 @@ def test_generate_streams_one_prompt_and_lists_several(folder, capsys, monkeypat
     assert capsys.readouterr().out.startswith(alone)
     monkeypatch.setattr("sys.stdin", io.StringIO("The file"))
     assert main(["generate", str(folder), *SMALL]) == 0
-    assert capsys.readouterr().out == alone
+    assert capsys.readouterr() == (alone, "")
+    terminal = io.StringIO("The file")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert main(["generate", str(folder), *SMALL]) == 0
+    assert capsys.readouterr() == (alone, "The prompt, then Ctrl-D on a line of its own:\n")
 
 
 def test_chat_answers_turn_by_turn(folder, capsys, monkeypatch, tmp_path):
