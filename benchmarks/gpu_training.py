@@ -178,11 +178,15 @@ def measure(options: argparse.Namespace) -> int:
         except Exception as error:  # one broken case must not cost the session the others
             entry = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:800]}
         peak = max(peak, entry.get("peak_bytes") or 0)
-        results["cases"].append(dataclasses.asdict(case) | {"label": case.label} | entry)
+        results["cases"].append(_described(case) | entry)
         (options.out / "training.json").write_text(json.dumps(results, indent=1))
         (options.out / "training.md").write_text(markdown(results))
         print(case.label, json.dumps(entry), flush=True)
     return int(any(case["status"] != "ok" for case in results["cases"]))
+
+
+def _described(case: Case) -> dict[str, Any]:
+    return dataclasses.asdict(case) | {"label": case.label, "place": case.place}
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -324,8 +328,7 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     for case in results["cases"]:
         batch = f"{case['accumulation']} · {case['batch']} × {case['seq']}"
-        place = f"{case['devices']}{'-cut' * case['cut']}"
-        what = (case["model"], case["base"], case["matmul"] or "auto", place, batch)
+        what = (case["model"], case["base"], case["matmul"] or "auto", case["place"], batch)
         head = f"| {' | '.join(what)} | "
         if case["status"] != "ok":
             lines.append(head + f"{case['status']}: {case['error'][:120]} | | | | |")

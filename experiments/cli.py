@@ -46,9 +46,11 @@ def termination_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def interrupted(folder: Path) -> int:
-    """Says how to go on, on standard error; returns the exit status, a shell's own for SIGINT."""
-    print(f"interrupted: the same command goes on with what is in {folder}", file=sys.stderr)
+def interrupted(folder: Path | None = None) -> int:
+    """Says so on standard error, and that the command goes on with what is in a folder, if there is
+    one; returns the exit status, a shell's own for SIGINT."""
+    how = "" if folder is None else f": the same command goes on with what is in {folder}"
+    print(f"interrupted{how}", file=sys.stderr)
     return 130
 
 
@@ -71,8 +73,7 @@ def run_command(
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return refuse(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return interrupted()
 
 
 def read_settings(texts: Iterable[str]) -> dict[str, Any]:

@@ -151,6 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
             stack.enter_context(locked_run_folder(folder))
         except (ValueError, OSError, RuntimeError) as error:
             return refuse(error)
+        except KeyboardInterrupt:
+            return interrupted()
         return _train(run, folder, callbacks, console)
 
 

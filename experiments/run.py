@@ -53,7 +53,7 @@ from qlora_jax.pretrained import find_folder, load_pretrained
 from qlora_jax.train import Callback, fit
 from qlora_jax.train.config import FREE_ON_RESUME
 from qlora_jax.train.progress import peak_device_bytes, peak_host_bytes
-from qlora_jax.train.run_folder import locked_run_folder
+from qlora_jax.train.run_folder import locked_run_folder, told_if_unwritable
 
 CONFIG = "config.yaml"
 
@@ -327,14 +327,9 @@ def check_writable(folder: Path) -> None:
     Raises:
         OSError: the folder cannot be made or written.
     """
-    try:
+    with told_if_unwritable("folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            f"the folder {folder} cannot be written ({error.strerror}); choose another one",
-        ) from error
 
 
 def delete_run(folder: Path) -> None:

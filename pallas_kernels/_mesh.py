@@ -124,8 +124,8 @@ def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Cal
     @one.def_vmap
     def many(_size: int, is_stack: list[Parts], parts: Parts) -> tuple[Array, bool]:
         axes = jax.tree.map(lambda stack: 0 if stack else None, is_stack[0])
-        # Pallas' Triton lowering finds an element of a stack by a signed 32-bit number of elements,
-        # unless the stack has 4 GiB.
+        # Pallas' Triton lowering finds an element of a stack by a signed 32-bit offset; it takes a
+        # wider one only from 4 GiB on.
         kernel = in_turn(whole) if parts.codes.size > MAX_INDEX else whole
         return jax.vmap(lambda parts: kernel(*parts[takes]), in_axes=(axes,))(parts), True
 

@@ -20,6 +20,18 @@ from qlora_jax.models.norm import LayerNorm, RMSNorm
 from qlora_jax.nn import QuantDense
 from qlora_jax.quant import QuantizedTensor
 
+ONE_LAYER = DecoderConfig(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=64,
+)
+"""As small as a decoder can be that reads the tokens of stories260K."""
+
 
 def random_decoder(config: DecoderConfig, *, seed: int = 0, **options: Any) -> Decoder:
     """`Decoder(config, **options)`; DoRA's start, which follows from the weights, is not drawn."""

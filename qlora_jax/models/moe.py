@@ -65,15 +65,15 @@ class MixtureOfExperts(GathersItself):
         dropout_keys: Mapping[str, Key[Array, ""] | None],
     ) -> Float[Array, "batch seq embed"]:
         """The same shape and dtype as x; one dropout key a projection, by its name."""
+        mesh = mesh_of_rows(x)
+        if mesh is not None and x.shape[1] > 1:
+            return self._on_each_device(x, dropout_keys, mesh)
         graphdef, stacked = nnx.split(self.experts)
 
         def expert_at(index: Array) -> Any:
             return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], stacked))
 
-        mesh = mesh_of_rows(x)
-        if mesh is None or x.shape[1] == 1:
-            return self._route(x, self.gate[...], expert_at, dropout_keys)
-        return self._on_each_device(x, dropout_keys, mesh)
+        return self._route(x, self.gate[...], expert_at, dropout_keys)
 
     def _on_each_device(
         self,

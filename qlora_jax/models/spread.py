@@ -40,7 +40,7 @@ from qlora_jax.quant import QuantizedTensor
 
 _ROWS, _COLUMNS = -2, -1
 
-AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+_Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 class GathersItself(nnx.Module):
@@ -79,9 +79,7 @@ def spread(model: nnx.Module, mesh: jax.sharding.Mesh, *, over: str | None = Non
             node.set_value(jax.tree.map(put, node.get_value(), shardings[path]))
 
 
-def shardings_of(
-    model: nnx.Module, mesh: AnyMesh, *, over: str | None = None
-) -> dict[tuple, PyTree]:
+def shardings_of(model: nnx.Module, mesh: _Mesh, *, over: str | None = None) -> dict[tuple, PyTree]:
     """Where a model's weights and adapters go, by the path of their Variable: a NamedSharding for
     each array, in the device's own memory.
 
@@ -118,7 +116,7 @@ def shardings_of(
     }
 
 
-def _shardings(value: PyTree, axes: tuple[int, ...], mesh: AnyMesh, over: str | None) -> Any:
+def _shardings(value: PyTree, axes: tuple[int, ...], mesh: _Mesh, over: str | None) -> Any:
     """Of a Variable's value: its matrices [..., rows, columns] are cut along the first axis of
     `axes` that divides."""
 

@@ -38,17 +38,13 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
     """
     path = folder / "run.lock"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_locked(path)
+        with told_if_unwritable("run folder", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = _open_locked(path)
     except BlockingIOError as error:
         raise RuntimeError(
             f"{folder} is being written by {_holder(path)}; wait for that run to end, or choose "
             "another run folder."
-        ) from error
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            f"the run folder {folder} cannot be written ({error.strerror}); choose another one",
         ) from error
     try:
         _refuse_other_host(folder, path, descriptor)
@@ -62,6 +58,18 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def told_if_unwritable(what: str, folder: Path) -> Iterator[None]:
+    """Turns an OSError inside into one of the same type that names the folder and a way out."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"the {what} {folder} cannot be written ({error.strerror}); choose another one",
+        ) from error
 
 
 def _open_locked(path: Path) -> int:

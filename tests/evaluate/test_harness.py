@@ -11,8 +11,7 @@ from flax import nnx
 from qlora_jax.data import IGNORE, ChatTemplate, load_tokenizer
 from qlora_jax.evaluate import Harness, harness, split_adapters
 from qlora_jax.generate import GenerationConfig, generate_text
-from qlora_jax.models import DecoderConfig
-from tests.random_decoder import random_decoder
+from tests.random_decoder import ONE_LAYER, random_decoder
 from tests.shared import shared_path
 
 WINDOW = 16
@@ -25,17 +24,7 @@ def stories():
 
 @pytest.fixture(scope="module")
 def model():
-    config = DecoderConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-    )
-    decoder = random_decoder(config)
+    decoder = random_decoder(ONE_LAYER)
     decoder.lm_head.weight[...] *= 40
     return decoder
 

@@ -5,24 +5,14 @@ import pytest
 
 from qlora_jax.data import Batch, load_tokenizer
 from qlora_jax.evaluate import Harness, Question, examine, perplexity
-from qlora_jax.models import DecoderConfig, streaming
-from tests.random_decoder import random_decoder
+from qlora_jax.models import streaming
+from tests.random_decoder import ONE_LAYER, random_decoder
 from tests.shared import shared_path
 
 
 @pytest.fixture
 def model():
-    config = DecoderConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-    )
-    return random_decoder(config)
+    return random_decoder(ONE_LAYER)
 
 
 def _perplexity(model, tokenizer):

@@ -112,6 +112,7 @@ def test_as_on_one_device(build: Callable[[], Any], monkeypatch: pytest.MonkeyPa
     loss, gradient = loss_and_gradient(build())
     model = build()
     spread(model, MESH, over="data")
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(model)))
     found, ours = loss_and_gradient(model)
     np.testing.assert_allclose(found, loss, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(gradient), strict=True):

@@ -102,6 +102,9 @@ def test_activations_stay_with_their_rows(model, quant):
         )
     ]
     assert of_batch == ["all-to-all"]
+    # Parts of experts lie one after another: [cards, experts, rows / cards, …]. Gathered along
+    # their rows, the stack of all layers would be laid out anew first.
+    assert not [text for text, op in sent if op == "all-gather" and "u8[8," in text]
 
 
 def test_on_the_devices_here():
