@@ -9,16 +9,12 @@ is ever in memory, shared or global.
   through the copy engine (TMA), several steps ahead. 64 rows × 256 rows of x per warpgroup: its
   `wgmma`s take 512 clocks a step, its decoding about 150 issue slots, and the two warpgroups take
   turns, so the tensor cores need not wait.
-- Codes come directly from global memory, one step ahead, in registers. A lane needs byte t of every
-  word of its rows, so the four lanes of a group load the same 32 bytes (one sector) of a row.
-- A byte becomes two float16 by one look-up in shared memory (`_mosaic_decoder`); they are scaled in
-  float32 and rounded to x's dtype. The reference's table is float32: here a weight has been rounded
-  once more, to 11 bits.
+- Codes come directly from global memory, one step ahead, in registers (`mosaic_lanes` says how a
+  lane loads and decodes them). The reference's table is float32, the kernel's float16: here a
+  weight has been rounded once more, to 11 bits.
 - An adapter is more of the same sum: xa · bᵀ is r / 64 steps with tiles of xa in place of x's and
   fragments of b, which need no decoding, in place of W's. They come first, while W's first codes
   are on their way.
-- Of a warp's 16 rows of the fragment, row g is W's row 2g and row g + 8 is 2g + 1: so the two sums
-  that a lane holds for a row of x are neighbours in y, and a group of 8 lanes stores a full sector.
 """
 
 import math
@@ -32,119 +28,20 @@ from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels._mosaic import BLOCK, call, check_mosaic
-from pallas_kernels._mosaic_decoder import (
-    TABLE_BYTES,
-    look_up_absmax,
-    look_up_pair,
-    lookup_tables,
+from pallas_kernels._mosaic_decoder import TABLE_BYTES, lookup_tables
+from pallas_kernels.nf4_matmul.mosaic_lanes import (
+    CODE_WORDS,
+    SCALE_WORDS,
+    decode_block,
+    fill_table,
+    load_block,
+    load_low_rank,
+    load_offset,
+    store_sums,
 )
-from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan, choose_config
 from pallas_kernels.nf4_matmul.reference import complete
 from pallas_kernels.simt import arrays
-
-CODE_WORDS, SCALE_WORDS = 16, 4
-
-
-def load_block(m, plan, first_row, step, codes, absmax, nested):
-    """What a thread needs of its two rows' block `step`: 16 words of codes, 4 for the scales.
-
-    `first_row`: the row of W that the warpgroup's fragment starts with. Rows past the end are
-    clamped: their sums are not stored.
-    """
-    lane, warp = m.thread & 31, m.thread >> 5 & 3
-    words, scale_words = [], []
-    for h in (0, 1):
-        row = m.minimum(first_row + warp * 16 + (lane >> 2) * 2 + h, plan.n - 1)
-        at = row * (plan.k // 2) + step * (BLOCK // 2)
-        words += m.load(codes, at, 4) + m.load(codes, at, 4, offset=16)
-        block = row * (plan.k // BLOCK) + step
-        if plan.double_quant:
-            scale_words.append(m.load_byte(absmax, block))
-            scale_words += m.load(nested, (block // NESTED_BLOCKSIZE) * 4)
-        else:
-            scale_words += m.load(absmax, block * 4)
-            scale_words.append(m.word(0))
-    return words + scale_words
-
-
-def load_offset(m, plan, offset):
-    """The mean of the absmax constants, and three words that fill up."""
-    return m.load(offset, m.word(0)) + [m.word(0)] * 3
-
-
-def decode_block(m, plan, words, offset):
-    """The `wgmma` fragment of the block: 16 words of two weights in x's dtype, [column / 8][half].
-
-    Register [j][h] of lane (g, t) is columns 8j + 2t and the next, of row 2g + h: byte t of word j.
-    """
-    lane = m.thread & 31
-    table_lane = lane << 2
-    scales = []
-    for h in (0, 1):
-        code, scale = words[CODE_WORDS + 2 * h : CODE_WORDS + 2 * h + 2]
-        if plan.double_quant:
-            value = look_up_absmax(m, code, 0, table_lane)
-            scales.append(m.fma(value, m.as_float(scale), m.as_float(offset[0])))
-        else:
-            scales.append(m.as_float(code))
-    out = []
-    for j in range(8):
-        for h in (0, 1):
-            pair = look_up_pair(m, words[8 * h + j], lane & 3, table_lane)
-            low, high = m.half_pair(pair)
-            out.append(m.pack(low * scales[h], high * scales[h], plan.dtype))
-    return out
-
-
-def load_low_rank(m, plan, first_row, step, b):
-    """`decode_block`'s fragment of block `step` of the adapter's b [n, rank], as it lies there."""
-    lane, warp = m.thread & 31, m.thread >> 5 & 3
-    out = []
-    for j in range(8):
-        for h in (0, 1):
-            row = m.minimum(first_row + warp * 16 + (lane >> 2) * 2 + h, plan.n - 1)
-            at = (row * plan.rank + step * BLOCK + (lane & 3) * 2) * 2
-            out += m.load(b, at, offset=16 * j)
-    return out
-
-
-def fill_table(m, tables, threads):
-    """Copy the look-up tables to the start of shared memory, 32 copies of each entry."""
-    entries = 256 * 16
-    for first in range(0, entries, threads):
-        at = m.thread + first
-        when = at < entries
-        word = m.load(tables, ((at >> 4) * 2 + (at >> 3 & 1)) * 4, when=when)
-        m.shared_store(at << 4, word * 4, when=when)
-    m.barrier()
-
-
-def store_sums(m, plan, sums, first_row, first_token, bias, out, part=None):
-    """Store a warpgroup's sums [64, rows]; `sums[j][h]` are two rows of x, 8j + 2t and the next.
-
-    `part`: of a split sum, which goes to `out` [split · m, n] in float32.
-    """
-    lane, warp = m.thread & 31, m.thread >> 5 & 3
-    row = first_row + warp * 16 + (lane >> 2) * 2
-    inside = row < plan.n
-    safe = m.minimum(row, plan.n - 2)
-    extra = [m.as_float(w) for w in m.load(bias, safe * 4, 2)] if plan.has_bias else None
-    for j, by_half in enumerate(sums):
-        for e in (0, 1):
-            token = first_token + (lane & 3) * 2 + (8 * j + e)
-            low, high = by_half[0][e], by_half[1][e]
-            if extra:
-                low, high = low + extra[0], high + extra[1]
-            when = inside & (token < plan.m)
-            token = m.where(when, token, m.word(0))
-            if part is None:
-                at = (token * plan.n + safe) * 2
-                m.store(out, at, m.pack(low, high, plan.dtype), 4, when=when)
-                continue
-            at = ((part * plan.m + token) * plan.n + safe) * 4
-            m.store(out, at, m.as_word(low), 4, when=when)
-            m.store(out, at + 4, m.as_word(high), 4, when=when)
 
 
 def nf4_matmul_mosaic(

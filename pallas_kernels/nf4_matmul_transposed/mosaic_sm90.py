@@ -32,8 +32,8 @@ from pallas_kernels._mosaic_decoder import (
     lookup_tables,
 )
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
+from pallas_kernels.nf4_matmul.mosaic_lanes import fill_table, load_offset, store_sums
 from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, choose_config
-from pallas_kernels.nf4_matmul.mosaic_sm90 import fill_table, load_offset, store_sums
 from pallas_kernels.simt import arrays
 
 TILE_BYTES = BLOCK // 2 * COMPUTE  # of a row of codes, for all computing warpgroups

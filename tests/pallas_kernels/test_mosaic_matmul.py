@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import Layout
 from pallas_kernels.codebooks import CODEBOOKS
-from pallas_kernels.nf4_matmul import mosaic_sm90
+from pallas_kernels.nf4_matmul import mosaic_lanes, mosaic_sm90
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig, Plan
 from pallas_kernels.simt.emulate import Machine
 from tests.pallas_kernels.test_mosaic_gemv import problem
@@ -53,22 +53,23 @@ def test_lane_programs_are_the_product(m, n, k, dtype, double_quant):
     inputs, exact = problem(rng, m, n, k, dtype, double_quant)
     x, codes, absmax, nested, offset, bias, tables = inputs
     machine = Machine(0, 128, mosaic_sm90.TABLE_BYTES)
-    mosaic_sm90.fill_table(machine, tables, machine.threads)
-    mean = mosaic_sm90.load_offset(machine, plan, offset)
+    mosaic_lanes.fill_table(machine, tables, machine.threads)
+    mean = mosaic_lanes.load_offset(machine, plan, offset)
     out = np.asarray(jnp.full((m, n), jnp.nan, dtype)).copy()
     padded = np.zeros((-(-m // 64) * 64, k))
     padded[:m] = x.astype(np.float64)
     for first_row in range(0, n, 64):
         weight = []
         for step in range(plan.steps):
-            held = mosaic_sm90.load_block(
+            held = mosaic_lanes.load_block(
                 machine, plan, machine.word(first_row), machine.word(step), codes, absmax, nested
             )
-            assert len(held) == mosaic_sm90.CODE_WORDS + mosaic_sm90.SCALE_WORDS
-            weight.append(from_fragment(mosaic_sm90.decode_block(machine, plan, held, mean), dtype))
+            assert len(held) == mosaic_lanes.CODE_WORDS + mosaic_lanes.SCALE_WORDS
+            block = mosaic_lanes.decode_block(machine, plan, held, mean)
+            weight.append(from_fragment(block, dtype))
         sums = np.concatenate(weight, 1) @ padded.T
         for token in range(0, len(padded), 64):
-            mosaic_sm90.store_sums(
+            mosaic_lanes.store_sums(
                 machine,
                 plan,
                 to_sums(sums[:, token : token + 64], machine.threads),
@@ -94,7 +95,7 @@ def test_parts_of_a_split_sum_are_stored_in_float32():
     sums = to_sums(tile, machine.threads)
     for first_row in (0, 64):
         place = (machine.word(first_row), machine.word(0))
-        mosaic_sm90.store_sums(machine, plan, sums, *place, None, out, machine.word(1))
+        mosaic_lanes.store_sums(machine, plan, sums, *place, None, out, machine.word(1))
     want = np.zeros((64, 64), np.float32)
     want[row] = tile
     assert np.isnan(out[:20]).all()
@@ -123,7 +124,7 @@ def test_an_adapters_fragment_is_b():
     b = np.array(jnp.asarray(rng.normal(size=(80, 128)), jnp.bfloat16))
     machine = Machine(0, 128, mosaic_sm90.TABLE_BYTES)
     for step in (0, 1):
-        words = mosaic_sm90.load_low_rank(machine, plan, machine.word(64), machine.word(step), b)
+        words = mosaic_lanes.load_low_rank(machine, plan, machine.word(64), machine.word(step), b)
         got = from_fragment(words, "bfloat16")
         # Row g of a warp's fragment is row 2g, row g + 8 is 2g + 1.
         row = 64 + 16 * (np.arange(64) // 16) + 2 * (np.arange(64) % 8) + np.arange(64) % 16 // 8

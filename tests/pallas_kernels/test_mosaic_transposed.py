@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.nf4_matmul import mosaic_sm90 as forward
+from pallas_kernels.nf4_matmul import mosaic_lanes
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from pallas_kernels.nf4_matmul_transposed import mosaic_sm90
 from pallas_kernels.nf4_matmul_transposed.mosaic_sm90 import Plan
@@ -40,7 +40,7 @@ def test_lane_programs_are_the_product(m, contracted, n, dtype, double_quant):
     dy = np.array(jnp.asarray(rng.normal(size=(m, contracted)).astype(np.float32), dtype))
 
     machine = Machine(0, 128, mosaic_sm90.TABLE_BYTES)
-    forward.fill_table(machine, tables, machine.threads)
+    mosaic_lanes.fill_table(machine, tables, machine.threads)
     mean = mosaic_sm90.load_offset(machine, plan, offset)
     out = np.asarray(jnp.full((m, n), jnp.nan, dtype)).copy()
     weight = np.full((contracted, -(-n // 128) * 128), np.nan)
@@ -63,7 +63,7 @@ def test_lane_programs_are_the_product(m, contracted, n, dtype, double_quant):
         for wg in (0, 1):
             here = weight[:, column + 64 * wg : column + 64 * wg + 64][:, place]
             sums = here.T @ np.pad(dy.astype(np.float64), ((0, 64 - m), (0, 0))).T
-            forward.store_sums(
+            mosaic_lanes.store_sums(
                 machine,
                 plan,
                 to_sums(sums, machine.threads),
