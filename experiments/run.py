@@ -51,6 +51,7 @@ from qlora_jax.models import EncoderDecoderConfig, check_remat, t5_lora
 from qlora_jax.nn import FrozenParam
 from qlora_jax.pretrained import find_folder, load_pretrained
 from qlora_jax.train import Callback, fit
+from qlora_jax.train.callbacks import elapsed_seconds
 from qlora_jax.train.config import FREE_ON_RESUME
 from qlora_jax.train.progress import peak_device_bytes, peak_host_bytes
 from qlora_jax.train.run_folder import locked_run_folder, told_if_unwritable
@@ -261,6 +262,7 @@ def execute(
             accumulation=accumulation,
         )
 
+    beside_training = time.perf_counter() - began
     fit(
         model,
         training_batches(),
@@ -276,10 +278,12 @@ def execute(
         callbacks=[_FirstWords(run, folder, console), *callbacks],
         console=console,
     )
+    trained = time.perf_counter()
     examined = final(model, tokenizer, run.mmlu, context, folder, console)
+    beside_training += time.perf_counter() - trained
     result = _result(model, folder, labels) | {
         **examined,
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(beside_training + elapsed_seconds(read_metrics(folder / METRICS)), 1),
         "devices": run.devices.count,
         "train_rows": len(checked.train),
         "validation_rows": len(checked.validation),

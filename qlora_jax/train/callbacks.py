@@ -9,7 +9,8 @@ found. A probe is the other direction: it is shown the model itself, every so ma
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
@@ -48,19 +49,23 @@ class Probe:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each with its `step`.
+    """metrics.jsonl: one JSON object a line, each with its `step` and `elapsed_seconds`.
 
-    On resuming, lines after the resumed step are cut off (they are computed again), and so is a
-    last line that a killed process left unfinished.
+    The time is that of the whole run up to the line, in however many processes. On resuming, lines
+    after the resumed step are cut off (they are computed again), and so is a last line that a
+    killed process left unfinished; the time they took stays counted.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: IO[str] | None = None
+        self._began = 0.0
 
     def start(self, step: int) -> None:
         """Keep the lines up to `step` (none where the run begins anew), open for appending."""
-        kept = [line for line in read_lines(self.path) if step and line["step"] <= step]
+        found = read_lines(self.path) if step else []
+        kept = [line for line in found if line["step"] <= step]
+        self._began = time.perf_counter() - elapsed_seconds(found)
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(self.path)
@@ -69,7 +74,8 @@ class MetricsFile:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line."""
         assert self._file is not None, "start() comes before log()"
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        elapsed = round(time.perf_counter() - self._began, 3)
+        self._file.write(json.dumps({"step": step, **values, "elapsed_seconds": elapsed}) + "\n")
         self._file.flush()
 
     def flush(self) -> None:
@@ -96,6 +102,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             # A process killed while writing leaves half a line, and only as the last one.
             break
     return lines
+
+
+def elapsed_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
+    """How long the run with these lines had taken when it wrote the last of them."""
+    return float(lines[-1].get("elapsed_seconds", 0.0)) if lines else 0.0
 
 
 class TensorBoard:

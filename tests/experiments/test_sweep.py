@@ -141,6 +141,9 @@ def test_a_run_broken_off_ends_with_the_same_adapter(tiny_model, tmp_path, monke
         assert finetune.main(command(tmp_path / "broken")) == 130
     assert "interrupted: the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "broken" / "result.json").exists()
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    lines = [json.loads(x) | {"elapsed_seconds": 5000} for x in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert finetune.main(command(tmp_path / "broken")) == 0
     assert "resumed after step 2" in capsys.readouterr().out
     adapters = [
@@ -153,6 +156,8 @@ def test_a_run_broken_off_ends_with_the_same_adapter(tiny_model, tmp_path, monke
     ]
     for key in ("before", "after", "steps", "trained_tokens"):
         assert results[0][key] == results[1][key]
+    # The time is that of both processes.
+    assert results[0]["seconds"] < 5000 <= results[1]["seconds"]
 
     # The resolved configuration is the same run; a finished one is not repeated.
     again = ["--config", str(tmp_path / "whole" / "config.yaml"), "--out", str(tmp_path / "whole")]

@@ -163,14 +163,18 @@ def test_a_model_without_adapters_is_refused(tmp_path):
 
 def test_metrics_file_cuts_what_a_killed_run_left_after_its_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)]
+    lines = [{"step": n, "loss": 1.0 / n, "elapsed_seconds": 100.0 * n} for n in (1, 2, 3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     file = MetricsFile(path)
     file.start(2)
     file.log(3, {"loss": 9.0})
     file.flush()
     file.close()
-    assert read_lines(path) == [*lines[:2], {"step": 3, "loss": 9.0}]
+    *kept, new = read_lines(path)
+    assert kept == lines[:2]
+    # What step 3 took before it was lost was spent all the same.
+    assert 300.0 <= new.pop("elapsed_seconds") < 400.0
+    assert new == {"step": 3, "loss": 9.0}
 
 
 def test_what_failed_before_its_first_checkpoint_does_not_bind_the_folder(tmp_path):

@@ -23,7 +23,7 @@ from tests.train.worker import CONFIG, train
 
 
 def _numbers(folder: Path) -> list[dict]:
-    timing = ("tokens_per_second", "seconds_per_step")
+    timing = ("tokens_per_second", "seconds_per_step", "elapsed_seconds")
     return [
         {name: value for name, value in line.items() if name not in timing}
         for line in read_lines(folder / "metrics.jsonl")
