@@ -34,7 +34,7 @@ from experiments.config import DevicesConfig, RunConfig, build_run
 from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
-from experiments.room import check_lengths, check_room, row_lengths
+from experiments.room import check_lengths, check_room, row_lengths, workload
 from experiments.rows import context_length, examples_of, model_config
 from experiments.tree import differences, option_names, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
@@ -49,6 +49,8 @@ from qlora_jax.data import (
 from qlora_jax.evaluate import answer_tokens, loss_for
 from qlora_jax.models import EncoderDecoderConfig, check_remat, t5_lora
 from qlora_jax.nn import FrozenParam
+from qlora_jax.plan import find_config
+from qlora_jax.plan.workload import model_shapes
 from qlora_jax.pretrained import find_folder, load_pretrained
 from qlora_jax.train import Callback, fit
 from qlora_jax.train.callbacks import elapsed_seconds
@@ -97,6 +99,8 @@ def check(run: RunConfig) -> Checked:
             f"data.packing is set, but {run.model.source} is an encoder–decoder, whose pairs are "
             "not packed: leave it out."
         )
+    # Adapters that name no layer of this model, and what it cannot do, are refused here.
+    model_shapes(workload(run, find_config(folder), *row_lengths(run.data, train)))
     if run.mmlu is not None:
         if isinstance(train, Pairs):
             raise ValueError(

@@ -199,3 +199,18 @@ def test_one_wrong_cell_refuses_the_sweep_before_the_first_runs(tiny_model, tmp_
     assert sweep.main(command) == 2
     assert "neither a folder here nor" in sentence(capsys)
     assert not out.exists()
+
+
+def test_adapters_that_the_model_has_no_place_for_refuse_the_sweep(tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["--models", str(tiny_model), "--out", str(out)]
+    for setting, words in (
+        (
+            "lora.target_modules=[[q_proj], [c_attn]]",
+            "target_modules is ('c_attn',), which names no",
+        ),
+        ("lora.modules_to_save=[[norm], [wte]]", "modules_to_save is ('wte',), which names no"),
+    ):
+        assert sweep.main([*command, "--axis", setting]) == 2
+        assert words in sentence(capsys)
+    assert not out.exists()
