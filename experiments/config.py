@@ -212,6 +212,11 @@ class RunConfig:
                 f"{self.train.micro_batch_size}, whose rows are dealt out to the devices: make "
                 "that a multiple of it."
             )
+        if self.quant is None and self.lora.init_lora_weights == "loftq":
+            raise ValueError(
+                "lora.init_lora_weights is 'loftq', which makes good what quantization lost, but "
+                "quant is null: leave one of them out."
+            )
 
 
 def named_source(known: Iterable[str], value: Any, what: str) -> Tree:

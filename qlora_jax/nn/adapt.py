@@ -151,7 +151,7 @@ def _train_whole(module: nnx.Module, lora: LoraConfig, called: Names) -> None:
             if whole:
                 saved = True
                 setattr(node, name, _trained(variable, f"{path}.{name}"))
-            elif name == "bias" and _bias_trained(node, lora, path):
+            elif name == "bias" and _bias_trained(node, lora, path, own):
                 setattr(node, name, _trained(variable, f"{path}.{name}"))
     if lora.modules_to_save and not saved:
         raise ValueError(
@@ -160,12 +160,12 @@ def _train_whole(module: nnx.Module, lora: LoraConfig, called: Names) -> None:
         )
 
 
-def _bias_trained(node: nnx.Module, lora: LoraConfig, path: str) -> bool:
+def _bias_trained(node: nnx.Module, lora: LoraConfig, path: str, own: Sequence[str]) -> bool:
     if lora.bias != "lora_only":
         return lora.bias == "all"
     if not isinstance(node, QuantDense) or node.lora is None:
         return False
-    if node.lora_scaling is not None and not node.lora_scaling.get_value().all():
+    if not all(lora.at(name) for name in own):
         raise ValueError(
             f"bias is 'lora_only', but only some layers of the stack {path} are adapted: adapt all "
             "of them, or use bias='none' or 'all'"

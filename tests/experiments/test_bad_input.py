@@ -204,13 +204,13 @@ def test_one_wrong_cell_refuses_the_sweep_before_the_first_runs(tiny_model, tmp_
 def test_adapters_that_the_model_has_no_place_for_refuse_the_sweep(tiny_model, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["--models", str(tiny_model), "--out", str(out)]
-    for setting, words in (
-        (
-            "lora.target_modules=[[q_proj], [c_attn]]",
-            "target_modules is ('c_attn',), which names no",
-        ),
-        ("lora.modules_to_save=[[norm], [wte]]", "modules_to_save is ('wte',), which names no"),
+    names_none = "({!r},), which names no".format
+    for axis, words in (
+        ("lora.target_modules=[[q_proj], [c_attn]]", f"target_modules is {names_none('c_attn')}"),
+        ("lora.modules_to_save=[[norm], [wte]]", f"modules_to_save is {names_none('wte')}"),
+        ("lora.init_lora_weights=[loftq, pissa]", "which makes good what quantization lost"),
     ):
-        assert sweep.main([*command, "--axis", setting]) == 2
+        without = ["--set", "quant=null"] if "loftq" in axis else []
+        assert sweep.main([*command, "--axis", axis, *without]) == 2
         assert words in sentence(capsys)
     assert not out.exists()

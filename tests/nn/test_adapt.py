@@ -148,5 +148,9 @@ def test_modules_to_save() -> None:
     ],
 )
 def test_what_cannot_be_trained_is_refused(options: dict, words: str) -> None:
+    lora = ql.LoraConfig(**{"r": 2, "target_modules": ("q_proj",)} | options)
     with pytest.raises(ValueError, match=words):
-        adapted(ql.LoraConfig(**{"r": 2, "target_modules": ("q_proj",)} | options))
+        adapted(lora)
+    # Without values, too: that is how a plan builds a model.
+    with pytest.raises(ValueError, match=words):
+        nnx.eval_shape(lambda: adapted(lora))
