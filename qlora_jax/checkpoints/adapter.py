@@ -337,6 +337,13 @@ def _check_same(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
                 f"{what} has rank {largest} at {adapted.path}, but the model has {rank}: it is of "
                 f"another rank or on another base; {advice}."
             )
+        built = adapted.layer.lora
+        assert built is not None
+        if (lora.changes_base or built.changes_base) and _start(lora) != _start(built):
+            raise ValueError(
+                f"{what} starts its adapters by {_start(lora)}, the model at {adapted.path} by "
+                f"{_start(built)}, which leave different base weights: {advice}."
+            )
         if lora.use_dora != (adapted.layer.lora_magnitude_vector is not None):
             raise ValueError(
                 f"{what} has use_dora={lora.use_dora}, but the model at {adapted.path} does "
@@ -344,11 +351,19 @@ def _check_same(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
             )
 
 
+def _start(lora: LoraConfig) -> str:
+    rounds = f", {lora.loftq_iter} round(s)" if lora.init_lora_weights == "loftq" else ""
+    return f"init_lora_weights={lora.init_lora_weights!r}{rounds}"
+
+
 def _check_whole(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
     """Refuses a configuration that trains whole what the model keeps frozen."""
+    # Not by name alone: "all-linear" means whatever is linear, and a norm may have a bias.
+    linear = {module for adapted in _adapted(model) for module in adapted.modules}
     for name, variable in _base_tensors(model):
         module, _, kind = name.rpartition(".")
-        biased = lora.bias == "all" or (lora.bias == "lora_only" and lora.at(module) is not None)
+        adapted = module in linear and lora.at(module) is not None
+        biased = lora.bias == "all" or (lora.bias == "lora_only" and adapted)
         asked = lora.saves(module) or (kind == "bias" and biased)
         if asked and not isinstance(variable, TrainedParam):
             raise ValueError(

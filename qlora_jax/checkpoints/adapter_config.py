@@ -176,7 +176,9 @@ def _init(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             f"{path} has loftq_config {loftq!r}, but only 4-bit bases are made here: use the "
             "adapter in PEFT."
         )
-    return {"init_lora_weights": "loftq", "loftq_iter": int(loftq.get("loftq_iter", 1))}
+    rounds = int(loftq.get("loftq_iter", 1))
+    # One round leaves the base that plain quantization gives.
+    return {"init_lora_weights": "loftq", "loftq_iter": rounds} if rounds > 1 else {}
 
 
 def config_to_json(

@@ -93,15 +93,17 @@ def quantized(
     quant: QuantConfig,
     *,
     dtype: Any = None,
+    how: Callable[[str, np.ndarray], QuantizedTensor] | None = None,
 ) -> Checkpoint:
     """The same with some of its dense tensors quantized as they are read.
 
     Args:
         checkpoint: dense.
         names: which tensors; `linear_weights` gives those that `load_model` would quantize.
-        quant: how.
+        quant: into what.
         dtype: what the quantized tensors dequantize to; None for what they were. They are
             quantized from the numbers they have, whatever this says.
+        how: (name, tensor) → its codes; None for `quantize(tensor, quant)`.
 
     Raises:
         ValueError: it is quantized already.
@@ -123,7 +125,8 @@ def quantized(
         value = checkpoint.read(name)
         if name not in names or isinstance(value, QuantizedTensor):
             return value
-        tensor = jax.tree.map(np.asarray, quantize(value, quant))
+        packed = quantize(value, quant) if how is None else how(name, value)
+        tensor = jax.tree.map(np.asarray, packed)
         tensor.dtype = DTYPES[tensors[name].dtype]
         return tensor
 

@@ -32,7 +32,8 @@ from qlora_jax.checkpoints.checkpoint import (
 )
 from qlora_jax.checkpoints.matching import linear_weights
 from qlora_jax.data.json_file import read_json
-from qlora_jax.quant import QuantConfig, QuantizedTensor
+from qlora_jax.nn import LoraConfig, start_from_weight
+from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
 
 MODES = ("original", "dequantized", "requantized")
 """Which base takes the adapter."""
@@ -65,25 +66,72 @@ def merge(
 
     Raises:
         FileNotFoundError: the adapter's files are missing.
-        ValueError: an unknown mode, a 4-bit base where the original is needed, or an adapter of
-            another base.
+        ValueError: an unknown mode, a 4-bit base where the original is needed, an adapter of
+            another base, or LoftQ's of several rounds, which has mended an error that the original
+            weights do not have.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}.")
+    lora = read_adapter_config(adapter)
+    if base.quant is not None and lora.changes_base:
+        raise ValueError(
+            f"{adapter} was trained on what its start, {lora.init_lora_weights!r}, left of the "
+            f"16-bit weights, but {base.source} is quantized, as {base.quant}: give the 16-bit "
+            "folder."
+        )
+    if base.quant is not None and mode == "original":
+        raise ValueError(
+            f"{base.source} is quantized, as {base.quant}, but the mode 'original' merges into "
+            "the 16-bit weights: give their folder, or the mode 'dequantized'."
+        )
     if mode == "original":
-        if base.quant is not None:
-            raise ValueError(
-                f"{base.source} is quantized, as {base.quant}, but the mode 'original' merges into "
-                "the 16-bit weights: give their folder, or the mode 'dequantized'."
-            )
-        return merged(base, adapter)
-    packed = base if base.quant else quantized(base, linear_weights(base), quant)
+        return merged(_original(base, lora), adapter)
+    packed = base if base.quant else _packed(base, lora, quant)
     if mode == "dequantized":
         return merged(packed, adapter)
     names = {name for name, info in packed.tensors.items() if info.quant}
     before = next(info.dtype for info in packed.tensors.values() if info.quant)
     wide = merged(packed, adapter, dtype=np.float32)
     return quantized(wide, names, packed.quant or quant, dtype=before)
+
+
+def _packed(base: Checkpoint, lora: LoraConfig, quant: QuantConfig) -> Checkpoint:
+    """The quantized base that training saw: of an adapter whose start took from it, what was left.
+
+    That start is computed again, as it is where such an adapter is loaded.
+    """
+
+    def what_was_left(name: str, weight: np.ndarray) -> QuantizedTensor:
+        own = lora.at(name.removesuffix(".weight"))
+        if own is None:
+            return quantize(weight, quant)
+        left, _, _ = start_from_weight(jnp.asarray(weight), quant, own)
+        assert isinstance(left, QuantizedTensor)
+        return left
+
+    how = what_was_left if lora.changes_base else None
+    return quantized(base, linear_weights(base), quant, how=how)
+
+
+def _original(base: Checkpoint, lora: LoraConfig) -> Checkpoint:
+    """The 16-bit base, less what the adapter's start took from it."""
+    if not lora.changes_base:
+        return base
+    if lora.init_lora_weights == "loftq":
+        raise ValueError(
+            f"The adapter started from what quantization lost (LoftQ, {lora.loftq_iter} rounds), "
+            "which the original weights still have: merge with the mode 'dequantized'."
+        )
+    names = linear_weights(base)
+
+    def read(name: str) -> np.ndarray | QuantizedTensor:
+        weight = base.read(name)
+        own = lora.at(name.removesuffix(".weight")) if name in names else None
+        if own is None:
+            return weight
+        return np.asarray(start_from_weight(jnp.asarray(weight), None, own)[0])
+
+    return replace(base, read=read)
 
 
 def merged(checkpoint: Checkpoint, adapter: str | Path, *, dtype: Any = None) -> Checkpoint:

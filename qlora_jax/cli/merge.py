@@ -12,11 +12,9 @@ import numpy as np
 from qlora_jax.checkpoints import (
     Checkpoint,
     checkpoint_tokenizer,
-    linear_weights,
     load_adapter,
     load_model,
     merge,
-    quantized,
     read_adapter_config,
     save_checkpoint,
 )
@@ -110,8 +108,8 @@ def unmerged_logits(
         ids: the sample, int32 [window, length].
         quant: how a 16-bit base was quantized in training.
     """
-    packed = base if base.quant else quantized(base, linear_weights(base), quant)
-    unmerged = load_model(packed, quant=packed.quant, lora=read_adapter_config(adapter), **_F32)
+    lora = read_adapter_config(adapter)
+    unmerged = load_model(base, quant=base.quant or quant, lora=lora, **_F32)
     load_adapter(adapter, unmerged)
     return token_logits(unmerged, ids)
 

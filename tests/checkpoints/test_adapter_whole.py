@@ -24,6 +24,7 @@ from qlora_jax.checkpoints import (
 from qlora_jax.models import FAMILIES, Decoder, module_names
 from qlora_jax.nn import LoraConfig, TrainedParam, add_lora
 from tests.checkpoints.tiny import CONFIG, IDS, write_model
+from tests.models.variants import VARIANTS
 from tests.random_decoder import random_decoder
 from tests.shared import shared_path
 
@@ -100,6 +101,17 @@ def test_round_trip(kind: str, dense: Decoder, tmp_path: Path) -> None:
     save_adapter(tmp_path, fresh, lora, "base")
     again = load_file(tmp_path / "adapter_model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, once, again)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_of_norms_are_no_adapted_layers(bias: str, tmp_path: Path) -> None:
+    config = VARIANTS["gpt_neox-serial"]
+    names = module_names(FAMILIES["gpt_neox"].weight_names(config))
+    lora = LoraConfig(r=2, bias=bias)
+    model = add_lora(random_decoder(config), lora, rngs=nnx.Rngs(0), names=names)
+    save_adapter(tmp_path, model, lora, "base")
+    norms = [name for name in load_file(tmp_path / "adapter_model.safetensors") if "norm" in name]
+    assert bool(norms) is (bias == "all")
 
 
 def names_of(dense: Decoder, folder: Path, lora: LoraConfig) -> dict[str, np.ndarray]:
@@ -200,6 +212,9 @@ def test_pissa_is_made_while_loading(base: Path, tmp_path: Path) -> None:
     again = load_model(base, lora=read, quant=quant, compute_dtype=jnp.float32)
     load_adapter(tmp_path, again)
     np.testing.assert_array_equal(logits(again), logits(start))
+    plain = dataclasses.replace(lora, init_lora_weights=True)
+    with pytest.raises(ValueError, match="which leave different base weights"):
+        load_adapter(tmp_path, load_model(base, lora=plain, quant=quant))
 
 
 def test_loftq_needs_the_original(base: Path) -> None:

@@ -8,10 +8,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import (
+    linear_weights,
     load_model,
     merge,
     merged,
     open_checkpoint,
+    quantized,
     save_adapter,
     save_checkpoint,
 )
@@ -84,6 +86,44 @@ def test_modes_of_a_folder_in_4_bits(trained, tmp_path):
     with pytest.raises(ValueError, match="choose one of original, dequantized, requantized"):
         merge(packed, adapter, "fp16")
     assert merge(packed, adapter, "dequantized").quant is None
+
+
+PISSA = LoraConfig(r=4, alpha=8, target_modules=("up_proj",), init_lora_weights="pissa")
+LOFTQ = dataclasses.replace(PISSA, init_lora_weights="loftq", loftq_iter=2)
+
+
+@pytest.mark.parametrize(
+    ("lora", "quant", "mode"),
+    [
+        (PISSA, QuantConfig(), "dequantized"),
+        (LOFTQ, QuantConfig(), "dequantized"),
+        (PISSA, None, "original"),
+    ],
+    ids=["pissa", "loftq", "pissa-16-bit"],
+)
+def test_a_start_that_took_from_the_base_is_taken_from_it_again(
+    lora, quant, mode, trained, tmp_path
+):
+    base = open_checkpoint(trained[0])
+    model = load_model(base, lora=lora, quant=quant, compute_dtype=jnp.float32)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.02, nnx.state(model, nnx.LoRAParam)))
+    save_adapter(tmp_path, model, lora, "base")
+    dense = load_model(merge(base, tmp_path, mode), quant=None, **F32)
+    np.testing.assert_allclose(dense(IDS), model(IDS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [PISSA, LOFTQ], ids=["pissa", "loftq"])
+def test_a_start_that_cannot_be_repeated_is_refused(lora, trained, tmp_path):
+    base, adapter = open_checkpoint(trained[0]), tmp_path / "adapter"
+    save_adapter(adapter, load_model(base, lora=lora), lora, "base")
+    save_checkpoint(tmp_path / "packed", quantized(base, linear_weights(base), QuantConfig()))
+    packed = open_checkpoint(tmp_path / "packed")
+    for mode in ("dequantized", "original"):
+        with pytest.raises(ValueError, match=r"is quantized, as .*: give the 16-bit folder"):
+            merge(packed, adapter, mode)
+    if lora is LOFTQ:
+        with pytest.raises(ValueError, match="merge with the mode 'dequantized'"):
+            merge(base, adapter, "original")
 
 
 def change_adapter(folder, change):

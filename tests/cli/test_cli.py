@@ -101,6 +101,17 @@ def test_merge_reports_the_drift(tmp_path, capsys):
     assert moved["dequantized"]["max_abs"] < 1e-3 < moved["original"]["max_abs"]
 
 
+def test_merge_reports_on_an_adapter_whose_start_took_from_the_base(tmp_path, capsys):
+    base, adapter = shared_path("data/models/stories260K"), tmp_path / "adapter"
+    lora = LoraConfig(r=4, target_modules=("up_proj",), init_lora_weights="pissa")
+    save_adapter(adapter, load_model(base, lora=lora), lora, "base")
+    arguments = ["merge", str(base), str(adapter), str(tmp_path / "out"), "--mode", "dequantized"]
+    assert main([*arguments, "--tokens", "128", "--json"]) == 0
+    moved = json.loads(capsys.readouterr().out)
+    assert moved["kl"] < 1e-8
+    assert moved["max_abs"] < 1e-3
+
+
 def test_export(models, tmp_path, capsys):
     base, adapter = str(models / "base"), str(models / "adapter")
     assert main(["export", base, str(tmp_path / "b"), "--format", "safetensors"]) == 0
