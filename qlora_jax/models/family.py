@@ -5,10 +5,10 @@ lists them. Nothing else in the library knows the names of another library's fie
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from qlora_jax.models.rope import RopeConfig
+from qlora_jax.models.rope import ROPE_TYPES, RopeConfig, attention_factor
 
 
 class Slot(NamedTuple):
@@ -148,17 +148,26 @@ def read_rope(
     }
     if kind == "default":
         return RopeConfig(**fields)
-    longest = config.get("max_position_embeddings", 2048)
+    longest = config.get("max_position_embeddings") or 2048
     # The growing base is measured from the config's own length; the others may name another.
     original = None if kind == "dynamic" else given.get("original_max_position_embeddings")
     if kind in ("longrope", "su"):
         kind, original = "longrope", original or config.get("original_max_position_embeddings")
-        fields["factor"] = longest / (original or longest)
         for name in ("short_factor", "long_factor"):
             fields[name] = tuple(map(float, required(given, name)))
+    # transformers takes the quotient of the lengths for a null, of yarn alone.
+    quotient_serves = kind == "longrope" or (kind == "yarn" and "factor" in given)
+    if kind in ROPE_TYPES and given.get("factor") is None and not quotient_serves:
+        raise ValueError(
+            f"config.json scales its rope by {kind!r} without a factor: take the whole "
+            "config.json of the checkpoint."
+        )
+    original = int(original or longest)
+    quotient = longest / original
     fields |= {
         "rope_type": kind,
-        "original_max_position_embeddings": int(original or longest),
+        "original_max_position_embeddings": original,
+        "factor": quotient,
     }
     for name in (
         "factor",
@@ -174,7 +183,11 @@ def read_rope(
             fields[name] = number(given, name, 0.0)
     if "truncate" in given:
         fields["truncate"] = bool(given["truncate"])
-    return RopeConfig(**fields)
+    rope = RopeConfig(**fields)
+    if kind == "longrope" and rope.factor != quotient:
+        # The one thing it is for; a written file has no place for the factor itself.
+        rope = replace(rope, factor=quotient, attention_factor=attention_factor(rope))
+    return rope
 
 
 def write_rope(rope: RopeConfig | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from qlora_jax.checkpoints import (
     save_model,
 )
 from qlora_jax.models import FAMILIES, Decoder, family_of, next_token_loss
+from qlora_jax.models.rope import RopeConfig, attention_factor
 from qlora_jax.nn import LoraConfig, QuantDense
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from tests.models.variants import VARIANTS
@@ -174,6 +175,49 @@ def test_layers_that_are_all_of_one_type():
     assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
 
 
+def test_a_gemma_without_windows_is_written_with_one():
+    """transformers does not build a Gemma that names none."""
+    for name in ("gemma2-plain", "gemma3_text-scaled"):
+        plain = dataclasses.replace(VARIANTS[name], sliding_window=None, layer_types=None)
+        written = FAMILIES[plain.model_type].write_config(plain)
+        assert written["sliding_window"] == 4096
+        assert FAMILIES[plain.model_type].read_config(written) == plain
+
+
+def test_a_gemma_3_has_no_cap_on_its_scores():
+    config = VARIANTS["gemma3_text-scaled"]
+    family = FAMILIES["gemma3_text"]
+    written = family.write_config(config) | {"attn_logit_softcapping": 2.0}
+    assert family.read_config(written) == config
+
+
+def test_windows_with_a_scaled_rope_are_not_written():
+    scaled = RopeConfig(rope_type="linear", factor=2.0)
+    config = dataclasses.replace(VARIANTS["gemma3_text-scaled"], local_rope=scaled)
+    with pytest.raises(ValueError, match="local_rope has rope_type 'linear'"):
+        FAMILIES["gemma3_text"].write_config(config)
+
+
+def test_the_factor_of_a_rope():
+    """A yarn's null is the quotient of the lengths; a longrope's factor sets its multiplier."""
+    family = FAMILIES["llama"]
+
+    def read(**scaling) -> RopeConfig:
+        config = family.write_config(VARIANTS["llama-biased"])
+        lengths = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
+        config = family.read_config({**config, **lengths, "rope_parameters": scaling | lengths})
+        again = family.read_config(family.write_config(config))
+        assert again == config
+        return config.rope
+
+    assert read(rope_type="yarn", factor=None).factor == 4
+    assert read(rope_type="yarn", factor=2.0).factor == 2
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    for factor, expected in ((None, 4), (4.0, 4), (8.0, 8), (0.5, 1)):
+        multiplier = np.sqrt(1 + np.log(expected) / np.log(16))
+        assert attention_factor(read(**longrope, factor=factor)) == pytest.approx(multiplier)
+
+
 def test_learned_positions_end():
     config = dataclasses.replace(VARIANTS["opt-unbiased"], max_position_embeddings=6)
     model = abstract(config)
@@ -224,6 +268,12 @@ def test_text_part_of_a_gemma_that_sees(tmp_path):
         ({"model_type": "llama", "rope_theta": "1e6"}, "rope_theta '1e6', but a number"),
         ({"model_type": "opt", "ffn_dim": 8, "layer_norm_elementwise_affine": False}, "affine"),
         ({"model_type": "phi3", "rope_scaling": {"type": "su"}}, "no 'short_factor'"),
+        ({"model_type": "llama", "rope_scaling": {"type": "linear"}}, "'linear' without a factor"),
+        ({"model_type": "llama", "rope_scaling": {"type": "yarn"}}, "'yarn' without a factor"),
+        (
+            {"model_type": "llama", "rope_scaling": {"type": "llama3", "factor": None}},
+            "'llama3' without a factor",
+        ),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "bidirectional"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok is 9"),

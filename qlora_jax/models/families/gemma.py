@@ -82,7 +82,8 @@ def _write(config: DecoderConfig, architecture: str) -> dict[str, Any]:
         "query_pre_attn_scalar": round(scale**-2),
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
-        "sliding_window": config.sliding_window,
+        # transformers wants one even where no layer slides.
+        "sliding_window": config.sliding_window or _GEMMA2["sliding_window"],
         "layer_types": ["sliding_attention" if on else "full_attention" for on in sliding],
     }
     return write_decoder(config, architecture) | fields
@@ -110,6 +111,8 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
     """
     text = config.get("text_config") or config
     given: dict[str, Any] = {**_GEMMA3, **text, "model_type": "gemma3_text"}
+    # transformers has the field and computes without it.
+    given["attn_logit_softcapping"] = None
     # transformers 4 has fields of their own for the layers that slide, transformers 5 two of all.
     both = given.get("rope_parameters") or {}
     whole = {**given, "rope_parameters": both.get("full_attention")}
@@ -127,10 +130,20 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def write_gemma3(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json that `read_gemma3` reads back, of a model of text alone."""
+    """The config.json that `read_gemma3` reads back, of a model of text alone.
+
+    Raises:
+        ValueError: its windows have a scaled rope, for which the file has no place.
+    """
+    local = config.local_rope
+    if local is not None and local.rope_type != "default":
+        raise ValueError(
+            f"local_rope has rope_type {local.rope_type!r}, but a Gemma 3's config.json names its "
+            "base alone: make it 'default'."
+        )
     sliding = config.sliding_layers
     fields = _write(config, "Gemma3ForCausalLM") | {
-        "rope_local_base_freq": None if config.local_rope is None else config.local_rope.rope_theta,
+        "rope_local_base_freq": None if local is None else local.rope_theta,
     }
     # What transformers read before `layer_types`: the distance of layers that see everything.
     period = sliding.index(False) + 1 if False in sliding else len(sliding) + 1
