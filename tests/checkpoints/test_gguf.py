@@ -3,6 +3,7 @@ transformers' reader is in tests/peers."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from qlora_jax.checkpoints import (
     Checkpoint,
     TensorInfo,
+    check_shapes,
     checkpoint_tokenizer,
     load_model,
     open_checkpoint,
@@ -72,6 +74,40 @@ def test_every_architecture_comes_back_with_its_weights_and_its_logits(name, tmp
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+def test_what_config_json_leaves_out_is_in_the_file(tmp_path):
+    """transformers' values stand for it, and llama.cpp knows none of them."""
+    source = open_checkpoint(model_folder("mistral_sw8", tmp_path))
+    left_out = ("max_position_embeddings", "rms_norm_eps", "sliding_window", "tie_word_embeddings")
+    config = {name: value for name, value in source.config.items() if name not in left_out}
+    save_gguf(tmp_path / "m.gguf", replace(source, config=config), "F32", tokenizer=False)
+    metadata = open_gguf(tmp_path / "m.gguf").config
+    assert metadata["max_position_embeddings"] == 131072
+    assert metadata["rms_norm_eps"] == 1e-6
+    assert metadata["sliding_window"] == 4096
+
+
+def test_biases_of_a_llamas_mlp_come_back(tmp_path):
+    source = open_checkpoint(shared_path("vectors/llama/hf"))
+    config = {**source.config, "mlp_bias": True}
+    family = FAMILIES["llama"]
+    biases = {
+        name: TensorInfo(source.tensors[f"{name.removesuffix('bias')}weight"].shape[:1], "F32")
+        for name in family.weight_names(family.read_config(config))
+        if name.endswith(".bias")
+    }
+
+    def read(name: str) -> np.ndarray:
+        return np.arange(*biases[name].shape, dtype=np.float32) if name in biases else own(name)
+
+    own = source.read
+    biased = replace(source, config=config, tensors={**source.tensors, **biases}, read=read)
+    save_gguf(tmp_path / "m.gguf", biased, "F32", tokenizer=False)
+    back = open_gguf(tmp_path / "m.gguf")
+    check_shapes(back)
+    for name in biases:
+        np.testing.assert_array_equal(back.read(name), read(name))
+
+
 # As published; google/gemma-2-27b and the text of google/gemma-3-27b-pt.
 _LARGEST = {
     "gemma2": {
@@ -102,14 +138,20 @@ def test_the_largest_gemmas_scale_by_more_than_a_heads_width(model_type):
         "rms_norm_eps": 1e-6,
         "sliding_window": 4096,
     }
-    metadata, _ = to_metadata(shape | _LARGEST[model_type])
+    family = FAMILIES[model_type]
+
+    def metadata_of(**changes) -> dict:
+        read = family.read_config(shape | _LARGEST[model_type] | changes)
+        return to_metadata(family.write_config(read))[0]
+
+    metadata = metadata_of()
     metadata["general.architecture"] = model_type.removesuffix("_text")
     config = to_config(metadata, {}, None)
     assert config["query_pre_attn_scalar"] == _LARGEST[model_type]["query_pre_attn_scalar"]
-    scale = FAMILIES[model_type].read_config(config).attention_scale
+    scale = family.read_config(config).attention_scale
     assert scale == pytest.approx((config["hidden_size"] / 32) ** -0.5)
     with pytest.raises(ValueError, match=r"query_pre_attn_scalar is 128, but llama\.cpp takes 1"):
-        to_metadata(shape | _LARGEST[model_type] | {"query_pre_attn_scalar": 128})
+        metadata_of(query_pre_attn_scalar=128)
 
 
 def test_the_names_and_keys_are_those_of_llama_cpps_own_files(tmp_path):
@@ -304,6 +346,14 @@ def test_no_gguf_at_all(tmp_path):
         open_gguf(tmp_path / "model.gguf")
 
 
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
 def checkpoint(**config) -> Checkpoint:
     """Nothing but a config: what is refused is refused before a tensor is looked at."""
     own = json.loads(shared_path("vectors/llama/hf/config.json").read_text())
@@ -319,16 +369,29 @@ def checkpoint(**config) -> Checkpoint:
         ({"model_type": "gpt_neox"}, "Q8_0", "'gpt_neox', but GGUF files are written for llama"),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 24}, "F16", "cannot say otherwise"),
         (
-            {"model_type": "gemma2", "layer_types": ["full_attention"] * 2},
+            {"model_type": "gemma2", "layer_types": ["full_attention"] * 2, **_GEMMA},
             "F16",
             "the last of every 2 layers",
         ),
         (
-            {"model_type": "gemma3_text", "rope_local_base_freq": 5e4},
+            {"model_type": "gemma3_text", "rope_local_base_freq": 5e4, **_GEMMA},
             "F16",
             "windows' rope_theta is 50000, but llama.cpp turns them by 10000",
         ),
+        (
+            {"model_type": "gemma2", "final_logit_softcapping": None, **_GEMMA},
+            "F16",
+            r"are \[50.0, None\], but llama.cpp caps",
+        ),
+        ({"hidden_act": "gelu"}, "F16", "hidden_act 'gelu', but a 'llama' uses 'silu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "F16", "rope_type is"),
+        ({"rope_parameters": _YARN | {"beta_fast": 2.0}}, "F16", "yarn has beta_fast"),
+        ({"rope_parameters": _YARN | {"attention_factor": 1.5}}, "F16", "attention_factor or"),
+        (
+            {"rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+            "F16",
+            "mscale of its own",
+        ),
         ({}, "F16", "has no tokenizer.json and no tokenizer.model"),
     ],
 )

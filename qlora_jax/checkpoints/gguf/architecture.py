@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.models.family import read_rope, write_rope
-from qlora_jax.models.rope import RopeConfig, inverse_frequencies
+from qlora_jax.models.rope import RopeConfig, attention_factor, inverse_frequencies
 
 Metadata = dict[str, Any]
 
@@ -94,6 +94,12 @@ def _gemma_scalar(config: Mapping[str, Any], largest: int) -> int:
 
 def _check_gemma(every: int, largest: int) -> Callable[[Mapping[str, Any]], None]:
     def check(config: Mapping[str, Any]) -> None:
+        caps = ("attn_logit_softcapping", "final_logit_softcapping")
+        if config["model_type"] == "gemma2" and None in map(config.get, caps):
+            raise ValueError(
+                f"{' and '.join(caps)} are {[config.get(cap) for cap in caps]}, but llama.cpp caps "
+                "a Gemma 2's scores and logits always: export to safetensors."
+            )
         known = _gemma_scalar(config, largest)
         scale = config.get("query_pre_attn_scalar", known)
         if scale != known:
@@ -197,32 +203,31 @@ def by_metadata(metadata: Mapping[str, Any]) -> Architecture:
 def to_metadata(config: Mapping[str, Any]) -> tuple[Metadata, dict[str, np.ndarray]]:
     """A config.json as GGUF hyperparameters, and the tensors that carry some of them.
 
+    Args:
+        config: as the family's `write_config` gives it: whole, and in one style.
+
     Raises:
         ValueError: an architecture or a setting that a GGUF file cannot hold.
     """
     architecture = by_model_type(config)
     architecture.check(config)
     dim = head_dim(config)
-    filled = {"num_key_value_heads": config["num_attention_heads"]} | dict(config)
-    metadata: Metadata = {key: filled[name] for name, key in _FIELDS.items()}
-    metadata["attention.layer_norm_rms_epsilon"] = float(filled["rms_norm_eps"])
-    unused = set() if config.get("use_sliding_window", True) else {"sliding_window"}
+    metadata: Metadata = {key: config[name] for name, key in _FIELDS.items()}
     metadata |= {
-        key: config[name]
-        for name, key in _OPTIONAL.items()
-        if config.get(name) is not None and name not in unused
+        key: config[name] for name, key in _OPTIONAL.items() if config.get(name) is not None
     }
-    rope, rotary = _rope(config)
+    rope = _rope(config)
     metadata |= {
         "attention.key_length": dim,
         "attention.value_length": dim,
-        "rope.dimension_count": int(dim * rotary),
+        "rope.dimension_count": rope.turned(dim),
         "rope.freq_base": rope.rope_theta,
     }
     tensors = {}
     if rope.rope_type in ("linear", "yarn"):
         metadata |= {"rope.scaling.type": rope.rope_type, "rope.scaling.factor": rope.factor}
     if rope.rope_type == "yarn":
+        _check_yarn(rope, dim)
         metadata["rope.scaling.original_context_length"] = rope.original_max_position_embeddings
     elif rope.rope_type == "llama3":
         tensors[ROPE_FACTORS] = _rope_factors(rope, dim)
@@ -234,21 +239,32 @@ def to_metadata(config: Mapping[str, Any]) -> tuple[Metadata, dict[str, np.ndarr
     return {f"{architecture.name}.{key}": value for key, value in metadata.items()}, tensors
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[RopeConfig, float]:
-    """Rotary frequencies, and the share of a head that is turned."""
-    given = config.get("rope_parameters") or {}
+def _rope(config: Mapping[str, Any]) -> RopeConfig:
+    """Rotary frequencies."""
     base = config.get("rope_local_base_freq")
-    if "full_attention" in given:
-        base = given["sliding_attention"]["rope_theta"]
-        config = dict(config) | {"rope_parameters": given["full_attention"]}
-        given = given["full_attention"]
     if base not in (None, _WINDOW_BASE):
         raise ValueError(
             f"The windows' rope_theta is {base:g}, but llama.cpp turns them by {_WINDOW_BASE:g}: "
             "export to safetensors."
         )
-    rotary = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return read_rope(config), rotary
+    return read_rope(config)
+
+
+def _check_yarn(rope: RopeConfig, dim: int) -> None:
+    """llama.cpp has the paper's ramp and multiplier, and no key that all its versions read."""
+    plain = RopeConfig(
+        rope_theta=rope.rope_theta,
+        rope_type="yarn",
+        factor=rope.factor,
+        original_max_position_embeddings=rope.original_max_position_embeddings,
+    )
+    turned = rope.turned(dim)
+    same = np.array_equal(inverse_frequencies(rope, turned), inverse_frequencies(plain, turned))
+    if not same or not np.isclose(attention_factor(rope), attention_factor(plain), rtol=1e-6):
+        raise ValueError(
+            "The rope's yarn has beta_fast, beta_slow, truncate, attention_factor or mscale of its "
+            "own, but llama.cpp computes with the paper's: export to safetensors."
+        )
 
 
 def _rope_factors(rope: RopeConfig, dim: int) -> np.ndarray:
@@ -297,6 +313,7 @@ def to_config(
         config["head_dim"] = value("rope.dimension_count")
     if architecture.model_type != "qwen2":  # which always has them, and no such field
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        config["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
     config |= _read_rope(metadata, architecture, head_dim(config), config, factors)
     for role in ("bos", "eos"):
         token = metadata.get(f"tokenizer.ggml.{role}_token_id")

@@ -16,6 +16,7 @@ from qlora_jax.checkpoints.gguf.architecture import (
 )
 from qlora_jax.checkpoints.gguf.names import gguf_names, heads_of, is_offset, library
 from qlora_jax.checkpoints.staging import new_file
+from qlora_jax.models import family_of
 
 FILE_TYPES = {
     "F32": "ALL_F32",
@@ -71,8 +72,10 @@ def save_gguf(
             f"The GGUF type is {file_type!r}; choose one of {', '.join(FILE_TYPES)}{hint}."
         )
     checkpoint = dequantized(checkpoint, jnp.float32)
-    config = dict(checkpoint.config)
-    architecture = by_model_type(config)
+    architecture = by_model_type(checkpoint.config)
+    family = family_of(checkpoint.config)
+    # Whole and in one style, whatever the file leaves out.
+    config = family.write_config(family.read_config(checkpoint.config))
     metadata, computed = to_metadata(config)
     if tokenizer:
         words = vocabulary.from_files(checkpoint.companions(), config["vocab_size"])
