@@ -274,6 +274,11 @@ def load_adapter(folder: str | Path, model: Any) -> None:
                 "another base model."
             )
         parts.append((part, tensor))
+    if "lm_head.lora_A.weight" in tensors:
+        raise ValueError(
+            f"{folder} has an adapter of 'lm_head', but linear layers below the head alone take "
+            "one here: merge it into its base, with `qlora-jax merge --no-report`."
+        )
     if tensors:
         raise ValueError(
             f"{folder} holds {sorted(tensors)[0]!r} (and {len(tensors) - 1} more) that the model "

@@ -111,6 +111,11 @@ def check_tensors(
     if not shapes:
         raise ValueError(f"{path} holds no tensor: fetch the adapter again.")
     for name, shape in shapes.items():
+        if ".lora_embedding_" in name:
+            raise ValueError(
+                f"{path} holds {name!r}, but adapters of linear layers alone are read: merge it in "
+                "PEFT, or train rows of the embedding (trainable_token_indices)."
+            )
         if len(shape) != 2 and name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise ValueError(
                 f"{path}: {name!r} has shape {list(shape)}, but a matrix is needed: adapters of "

@@ -162,9 +162,7 @@ def merged(checkpoint: Checkpoint, adapter: str | Path, *, dtype: Any = None) ->
 
     def read(name: str) -> np.ndarray | QuantizedTensor:
         target = DTYPES[tensors[name].dtype]
-        if name in file.replaced:
-            return file.replacement(name).astype(target)
-        value = checkpoint.read(name)
+        value = file.replacement(name) if name in file.replaced else checkpoint.read(name)
         if isinstance(value, QuantizedTensor):
             value = np.asarray(jax.tree.map(jnp.asarray, value).dequantize(jnp.float32))
         if name in file.grown:
@@ -271,11 +269,12 @@ class AdapterFile:
                     f"{self._path} holds {name!r}'s A with rank {rank} and its B with rank "
                     f"{shapes[keys['B']][1]}: fetch it again, whole."
                 )
-            if base.tensors[name].shape != (outputs, inputs):
+            # PEFT saves a head whole beside its factors: what they were trained on.
+            own = self.replaced.get(name) or base.tensors[name].shape
+            if own != (outputs, inputs):
                 raise ValueError(
                     f"{self._path} adapts {name!r} as {[outputs, inputs]}, but in {base.source} it "
-                    f"is {list(base.tensors[name].shape)}: the adapter was trained on another base "
-                    "model."
+                    f"is {list(own)}: the adapter was trained on another base model."
                 )
         for name, shape in self.replaced.items():
             if name in self.added:

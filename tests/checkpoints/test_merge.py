@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import (
     linear_weights,
+    load_adapter,
     load_model,
     merge,
     merged,
@@ -195,6 +196,41 @@ def test_a_tied_head_that_was_trained_apart_is_untied(copied, tmp_path_factory):
     assert not checkpoint.config["tie_word_embeddings"]
     model = load_model(checkpoint, quant=None, **F32)
     np.testing.assert_array_equal(model.lm_head.weight[...], head)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_the_head_lies_beside_the_head_itself(copied, tied, tmp_path_factory):
+    """PEFT saves a head that has an adapter whole as well: what A and B were trained on."""
+    _, adapter = copied
+    base = tmp_path_factory.mktemp("headed")
+    write_model(base, dataclasses.replace(CONFIG, tie_word_embeddings=tied))
+    rng = np.random.default_rng(0)
+    shapes = {
+        "base_layer.weight": (CONFIG.vocab_size + 1, CONFIG.hidden_size),
+        "lora_A.weight": (4, CONFIG.hidden_size),
+        "lora_B.weight": (CONFIG.vocab_size + 1, 4),
+    }
+    head = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    prefix = "base_model.model.lm_head."
+    change_adapter(adapter, lambda t: t.update({prefix + name: x for name, x in head.items()}))
+    targets = [*LORA.target_modules, "lm_head"]
+    change_config(adapter, file="adapter_config.json", target_modules=targets)
+    merged_head = merged(open_checkpoint(base), adapter).read("lm_head.weight")
+    expected = head["base_layer.weight"] + LORA.scaling * (
+        head["lora_B.weight"] @ head["lora_A.weight"]
+    )
+    np.testing.assert_allclose(merged_head, expected, rtol=0, atol=1e-5)
+    model = load_model(base, quant=None, lora=LORA, compute_dtype=jnp.float32)
+    with pytest.raises(ValueError, match=r"adapter of 'lm_head', but .*qlora-jax merge"):
+        load_adapter(adapter, model)
+
+
+def test_an_embeddings_adapter_is_refused_as_such(copied):
+    base, adapter = copied
+    name = "base_model.model.model.embed_tokens.lora_embedding_A"
+    change_adapter(adapter, lambda t: t.update({name: np.ones((4, 8), np.float32)}))
+    with pytest.raises(ValueError, match="lora_embedding_A', but adapters of linear layers alone"):
+        merged(open_checkpoint(base), adapter)
 
 
 @pytest.mark.parametrize("mode", ["dequantized", "original"])
