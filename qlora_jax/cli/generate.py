@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
         print("The prompt, then Ctrl-D on a line of its own:", file=sys.stderr)
     prompts = args.prompt or [sys.stdin.read()]
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
+        # The prompt goes ahead of the first piece, and so is written only if it can be continued.
+        ahead = iter(prompts)
         generate_text(
             model,
             tokenizer,
@@ -42,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
             config,
             key=key,
             batch_size=1,
-            on_text=lambda _, piece: print(piece, end="", flush=True),
+            on_text=lambda _, piece: print(next(ahead, ""), piece, sep="", end="", flush=True),
             every=4,
         )
-        print()
+        print(next(ahead, ""))
         return 0
     size = min(8, len(prompts))
     answers = generate_text(model, tokenizer, prompts, config, key=key, batch_size=size)

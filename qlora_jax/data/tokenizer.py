@@ -14,6 +14,7 @@ Two choices that differ from the Hugging Face default:
 - **A continuation has no extra space.** SentencePiece models of the Llama kind put a space before
   every text. Right for the first piece of an example, it is wrong for the following ones:
   `continues=True` leaves it out, and pieces encoded one by one decode to the text they came from.
+  Decoding drops that space; `continues=True` keeps it where it is the text's own.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -121,9 +122,25 @@ class Tokenizer:
         """The ids of many texts, without bos and eos, on all cores."""
         return self._backend.encode_batch(texts, continues=continues, special=special)
 
-    def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
-        """The text of ids, by default without special tokens."""
-        return self._backend.decode([index(token) for token in ids], skip_special=skip_special)
+    def decode(
+        self,
+        ids: Iterable[SupportsIndex],
+        *,
+        skip_special: bool = True,
+        continues: bool = False,
+    ) -> str:
+        """The text of ids.
+
+        Args:
+            ids: of this tokenizer; those that nothing stands for are left out.
+            skip_special: leave special tokens out.
+            continues: the text follows other text: a space that its first piece begins with stays,
+                which SentencePiece models of the Llama kind drop at the beginning of a text.
+        """
+        tokens = [index(token) for token in ids]
+        before = self.encode_batch(["a"], continues=True)[0] if continues else []
+        text = self._backend.decode([*before, *tokens], skip_special=skip_special)
+        return text[len(self._backend.decode(before, skip_special=skip_special)) :]
 
 
 def load_tokenizer(

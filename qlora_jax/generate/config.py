@@ -1,6 +1,7 @@
 """What to generate: how long, how random, and where to stop."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,10 @@ class GenerationConfig:
                 f"min_new_tokens={self.min_new_tokens} must be 0 to "
                 f"max_new_tokens={self.max_new_tokens}."
             )
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature} must be a finite number, 0 (greedy) or more."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be 1 or more, or None for no limit.")
         if not 0 < self.top_p <= 1:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array, Key
 
 from qlora_jax.data import ChatTemplate
 from qlora_jax.generate.config import GenerationConfig
-from qlora_jax.generate.generate import generate
+from qlora_jax.generate.generate import generate, reads_source
 
 OnText = Callable[[int, str], None]
 """(index of the prompt, the text that is new): what a stream calls."""
@@ -37,7 +38,10 @@ def generate_text(
     on_text: OnText | None = None,
     every: int = 16,
 ) -> list[Answer]:
-    """Continue each text.
+    """Continue each text: prompt and answer, one behind the other, are what was written.
+
+    An answer that begins with a space keeps it. The answer to a template's text (`special`), and an
+    encoder–decoder's, is a text of its own.
 
     Args:
         model: as for `generate`.
@@ -59,9 +63,10 @@ def generate_text(
     if tokenizer.eos_token_id is not None:
         config = config.with_eos([tokenizer.eos_token_id])
     shown = [""] * len(prompts)
+    decode = partial(tokenizer.decode, continues=not (special or reads_source(model)))
 
     def look(index: int, tokens: tuple[int, ...]) -> bool:
-        text = tokenizer.decode(tokens)
+        text = decode(tokens)
         answer = cut_at(text, config.stop)
         stopped = len(answer) < len(text)
         if on_text is not None:
@@ -83,7 +88,7 @@ def generate_text(
     )
     answers = []
     for index, generation in enumerate(written):
-        text = tokenizer.decode(generation.tokens)
+        text = decode(generation.tokens)
         answer = cut_at(text, config.stop)
         if on_text is not None and len(answer) > len(shown[index]):
             on_text(index, answer[len(shown[index]) :])

@@ -203,6 +203,9 @@ def test_pieces_encoded_one_by_one_decode_to_their_text(lossless, pieces):
             for token in tokenizer.encode(piece, continues=index > 0)
         ]
         assert tokenizer.decode(ids) == "".join(pieces)
+        for piece in pieces:
+            rest = tokenizer.encode(piece, continues=True)
+            assert tokenizer.decode(rest, continues=True) == piece
 
 
 def test_nothing_encodes_to_what_the_family_begins_with(lossless):

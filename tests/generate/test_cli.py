@@ -73,4 +73,8 @@ def test_bad_input_is_refused(folder, capsys):
     assert main(["chat", str(folder), *SMALL]) == 2
     assert "template" in capsys.readouterr().err
     assert main(["generate", str(folder), "a " * 70, *SMALL]) == 2
-    assert "exceeds the model's 64 positions" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "exceeds the model's 64 positions" in err
+    assert not out
+    assert main(["generate", str(folder), "x", "--temperature", "nan"]) == 2
+    assert "temperature=nan must be a finite number" in capsys.readouterr().err

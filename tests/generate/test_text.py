@@ -2,16 +2,18 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.data import ChatTemplate
+from qlora_jax.data import ChatTemplate, load_tokenizer
 from qlora_jax.generate import GenerationConfig, chat, generate_text
 from qlora_jax.generate.config import read_eos_token_ids
 from qlora_jax.generate.text import cut_at, settled
 from tests.generate.fake import Recurrent
+from tests.shared import shared_path
 
 MODEL = Recurrent(vocab=128)
 GREEDY = GenerationConfig(max_new_tokens=12)
@@ -26,7 +28,7 @@ class Ascii:
     def encode(self, text, *, bos=None, special=False):
         return ([2] if bos is not False else []) + [ord(c) for c in text]
 
-    def decode(self, ids, *, skip_special=True):
+    def decode(self, ids, *, skip_special=True, continues=False):
         return "".join(chr(i) for i in ids if i != self.eos_token_id)
 
 
@@ -44,6 +46,40 @@ def test_an_answer_is_cut_before_its_stop_text():
     assert first.finish == "stop"
     assert first.tokens < 12
     assert second.text == cut_at(plain[1], [stop])
+
+
+def test_prompt_and_answer_read_on():
+    """A SentencePiece model drops the space in front of a text, but this is the middle of one."""
+    tokenizer = load_tokenizer(shared_path("data/tokenizers/llama2/tokenizer.model"))
+    story = "Once upon a time there was"
+    written = tokenizer.encode(story)
+
+    class Recites(Recurrent):
+        """Says the next token of the story, whatever it has read."""
+
+        def prefill(self, input_ids, attention_mask=None, *, cache_length):
+            return self._say(attention_mask.sum(1)), attention_mask.sum(1)
+
+        def decode_step(self, tokens, cache):
+            return self._say(cache + 1), cache + 1
+
+        def _say(self, read):
+            return jax.nn.one_hot(jnp.asarray(written)[read], tokenizer.vocab_size)
+
+    def answer(prompt, **options):
+        count = len(written) - len(tokenizer.encode(prompt))
+        config = GenerationConfig(max_new_tokens=count, stop=(" was",))
+        pieces = []
+        show = lambda _, piece: pieces.append(piece)  # noqa: E731
+        found = generate_text(
+            Recites(), tokenizer, [prompt], config, batch_size=1, on_text=show, every=1, **options
+        )
+        assert "".join(pieces) == found[0].text
+        return found[0].text
+
+    for prompt in ("Once", "Once upon", "Once upon a"):
+        assert prompt + answer(prompt) == "Once upon a time there"
+    assert answer("Once", special=True) == "upon a time there"
 
 
 def test_the_tokenizers_end_token_ends_answers():
