@@ -5,7 +5,7 @@ has `add_parser(subparsers)`, which describes its arguments and sets `run` as th
 name, and `run(args) -> int`, the exit code.
 
 Whatever is wrong with the input is one sentence on standard error and exit code 2; nothing is
-written then.
+written then. Ctrl-C ends a command with 130, as a shell's own.
 """
 
 import argparse
@@ -58,3 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"qlora-jax {args.command}: {in_one_sentence(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -78,3 +78,13 @@ def test_bad_input_is_refused(folder, capsys):
     assert not out
     assert main(["generate", str(folder), "x", "--temperature", "nan"]) == 2
     assert "temperature=nan must be a finite number" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_command_as_a_shell_says_it(folder, capsys, monkeypatch):
+    class Interrupted(io.StringIO):
+        def read(self, *_):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", Interrupted())
+    assert main(["generate", str(folder), *SMALL]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
