@@ -17,6 +17,7 @@ Two choices that differ from the Hugging Face default:
   Decoding drops that space; `continues=True` keeps it where it is the text's own.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
@@ -119,8 +120,21 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], *, continues: bool = False, special: bool = False
     ) -> list[list[int]]:
-        """The ids of many texts, without bos and eos, on all cores."""
-        return self._backend.encode_batch(texts, continues=continues, special=special)
+        """The ids of many texts, without bos and eos, on all cores.
+
+        Raises:
+            ValueError: a text that UTF-8 cannot write.
+        """
+        try:
+            return self._backend.encode_batch(texts, continues=continues, special=special)
+        except TypeError as error:
+            broken = next((text for text in texts if re.search("[\ud800-\udfff]", text)), None)
+            if broken is None:
+                raise
+            raise ValueError(
+                f"the text {broken[:60]!r} holds half a surrogate pair, which is no character: "
+                "mend it, `text.encode('utf-8', 'replace').decode()`."
+            ) from error
 
     def decode(
         self,

@@ -208,6 +208,13 @@ def test_pieces_encoded_one_by_one_decode_to_their_text(lossless, pieces):
             assert tokenizer.decode(rest, continues=True) == piece
 
 
+def test_half_a_surrogate_pair_is_refused(llama2):
+    """JSON may hold one."""
+    for tokenizer in llama2:
+        with pytest.raises(ValueError, match=r"'a\\ud83d' holds half a surrogate pair"):
+            tokenizer.encode_batch(["b", "a\ud83d"])
+
+
 def test_nothing_encodes_to_what_the_family_begins_with(lossless):
     assert [tokenizer.encode("") for tokenizer in lossless] == [[1], [1], [], [1]]
     assert [tokenizer.encode_batch([]) for tokenizer in lossless] == [[]] * 4
