@@ -1,6 +1,7 @@
-"""The small JSON files of a model's folder: configurations and maps, an object each."""
+"""JSON files: the small ones of a model's folder, an object each, and those with one on a line."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +30,30 @@ def read_json_if_any(path: Path) -> dict[str, Any]:
     """The JSON object in a file that a folder may lack, and {} where it does; raises ValueError as
     `read_json` does."""
     return read_json(path) if path.is_file() else {}
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file that has one on each line, and the lines' numbers from 1; empty
+    lines are passed over.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line holds none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}).") from error
+    # Not by splitlines: JSON may hold U+2028 and its like as they are.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path}, line {number} holds a JSON {type(row).__name__}, but an object is needed."
+            )
+        yield number, row

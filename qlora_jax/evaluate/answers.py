@@ -6,10 +6,10 @@ question as `text`, what the model was given as `prompt`, everything it wrote as
 that up to the next turn as `generation_truncated`. The latter have no id: it is made of the text.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_jax.data.json_file import read_json_lines
 from qlora_jax.evaluate.ratings import answer_id
 
 ASSISTANT_SYSTEM = (
@@ -80,14 +80,7 @@ def read_answers(file: Path) -> dict[str, Answer]:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number} is not JSON ({error}).") from error
+    rows = [row for _, row in read_json_lines(file)]
     if not rows:
         raise ValueError(f"{file} is empty: expected one JSON object a line.")
     return rows

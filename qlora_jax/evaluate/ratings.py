@@ -16,7 +16,6 @@ How to think of it:
 - **Nothing is guessed.** A row without a readable score is counted and left out.
 """
 
-import json
 import re
 import uuid
 from collections import Counter
@@ -24,6 +23,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from qlora_jax.data.json_file import read_json_lines
 
 CHOICES = {1: (1.0, 0.0), 2: (0.0, 1.0), 3: (0.5, 0.5)}
 """What a verdict is worth to the answer read first and to the one read second."""
@@ -157,14 +158,7 @@ def system_name(stem: str) -> str:
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:
     rows = []
-    # Not by splitlines: JSON may hold U+2028 and its like as they are.
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number} is not JSON ({error}).") from error
+    for number, row in read_json_lines(file):
         missing = [key for key in ("answer1_id", "answer2_id", "score") if key not in row]
         if missing:
             raise ValueError(
@@ -181,19 +175,19 @@ def _question(row: dict[str, Any]) -> str:
 
 
 def _points(row: dict[str, Any], *, reread: bool) -> tuple[float, float] | None:
-    score = row["score"]
+    score, text = row["score"], row.get("text") or ""
     if isinstance(score, list):
-        if len(score) == 2 and min(score) >= 0:
+        if len(score) == 2 and all(isinstance(n, int | float) and n >= 0 for n in score):
             return (float(score[0]), float(score[1]))
-        return parse_scores(row.get("text", "")) if reread else None
-    if score in CHOICES:
-        return CHOICES[score]
-    choice = parse_choice(row.get("text", "")) if reread else None
+        return parse_scores(text) if reread else None
+    if isinstance(score, int | float) and score in CHOICES:
+        return CHOICES[int(score)]
+    choice = parse_choice(text) if reread else None
     return None if choice is None else CHOICES[choice]
 
 
 def _named(rows: Sequence[dict[str, Any]]) -> bool:
-    return all({"system1", "system2"} <= row.get("metadata", {}).keys() for row in rows)
+    return all({"system1", "system2"} <= (row.get("metadata") or {}).keys() for row in rows)
 
 
 def _systems_in_name(file: Path) -> tuple[str, str]:

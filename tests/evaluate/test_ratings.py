@@ -63,6 +63,7 @@ def test_metadata_names_the_systems_where_it_does(tmp_path):
     ("name", "content", "message"),
     [
         ("a-vs-b-gpt4-reviewer.jsonl", "{", "line 1 is not JSON"),
+        ("a-vs-b-gpt4-reviewer.jsonl", "\n5\n", "line 2 holds a JSON int, but an object"),
         ("a-vs-b-gpt4-reviewer.jsonl", '{"answer_id": "x", "text": "hi"}', "file of answers"),
         (
             "notes.jsonl",
@@ -80,6 +81,20 @@ def test_bad_files_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_ratings(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("score", [None, "1", {"a": 1}, [9, None], ["9", "8"], [9], 4])
+def test_what_is_no_score_is_unreadable(tmp_path, score):
+    row = {"question_id": 1, "answer1_id": "a", "answer2_id": "b", "score": score, "text": None}
+    named = row | {"metadata": {"system1": "s", "system2": "t"}}
+    file = tmp_path / "s-vs-t-gpt4-reviewer.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in (named, named | {"score": 1})))
+    found = read_ratings([file], reread=True)
+    assert found.unreadable == {file.name: 1}
+    assert len(found.ratings) == 1
+    file.write_text(json.dumps(row | {"metadata": None}))
+    with pytest.raises(ValueError, match="in no order that their ids tell"):
+        read_ratings([file])
 
 
 def test_no_file_is_refused():
@@ -170,6 +185,16 @@ def test_ids_are_made_of_the_released_answers():
     second_round = next(name for name in known if name.endswith("secondround"))
     del known[second_round]
     assert sorted(known.values()) == [79] + [80] * 35
+
+
+def test_a_file_of_anything_else_is_refused(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text('["a"]\n')
+    with pytest.raises(ValueError, match="line 1 holds a JSON list, but an object"):
+        read_answers(file)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"answers.jsonl is no text in UTF-8"):
+        read_answers(file)
 
 
 def test_a_file_without_answers_is_refused(tmp_path):
