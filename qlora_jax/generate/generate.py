@@ -10,6 +10,7 @@ its neighbours, its place or the batch size. (Logits themselves differ in their 
 padding, which a draw notices once in very many tokens.)
 """
 
+import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -66,8 +67,9 @@ def generate(
         every: how many tokens per row lie between two calls of `on_tokens`.
 
     Raises:
-        ValueError: an empty prompt, sampling without a key, stop texts, or a prompt that leaves no
-            room for `max_new_tokens` in the model's positions.
+        ValueError: an empty prompt, a token that the model has no row for, sampling without a key,
+            stop texts, or a prompt that leaves no room for `max_new_tokens` in the model's
+            positions.
     """
     _check(model, prompts, config, key, batch_size, every)
     graphdef, state = nnx.split(model)
@@ -202,9 +204,17 @@ def _check(
     if batch_size < 1 or every < 1:
         raise ValueError(f"batch_size={batch_size} and every={every} must be 1 or more.")
     room = _room(model, config)
+    rows = getattr(getattr(model, "config", None), "vocab_size", math.inf)
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {index} is empty: begin it with the bos token at least.")
+        strange = [token for token in prompt if not 0 <= token < rows]
+        if strange:
+            raise ValueError(
+                f"prompt {index} has the token {strange[0]}, but the model's vocabulary has "
+                f"{rows}: take the model's own tokenizer, or add the tokens to the model, too "
+                "(qlora_jax.add_tokens)."
+            )
         if room is not None and len(prompt) > room:
             raise ValueError(
                 f"prompt {index} has {len(prompt)} tokens, and with max_new_tokens="
