@@ -6,12 +6,17 @@ from typing import Any
 
 import jax
 
-from qlora_jax.checkpoints import load_adapter, read_adapter_config
+from qlora_jax.checkpoints import (
+    checkpoint_tokenizer,
+    load_adapter,
+    load_model,
+    open_checkpoint,
+    read_adapter_config,
+)
 from qlora_jax.checkpoints.checkpoint import DTYPES, dtype_name
 from qlora_jax.cli.arguments import SOURCE_HELP, add_quant, quant_config
 from qlora_jax.data import Tokenizer
 from qlora_jax.generate import GenerationConfig, read_eos_token_ids
-from qlora_jax.pretrained import load_pretrained
 
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +36,7 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--16-bit", dest="dense", action="store_true", help="do not quantize the base"
     )
-    add_quant(parser, "how the base is quantized")
+    add_quant(parser, "how a 16-bit base is quantized")
     parser.add_argument(
         "--embedding-bits", type=int, choices=[8, 4], help="embedding and head packed (16 bits)"
     )
@@ -48,9 +53,10 @@ def load_writer(
         top_k=args.top_k,
         top_p=args.top_p,
     )
-    model, tokenizer = load_pretrained(
-        path,
-        quant=None if args.dense else quant_config(args),
+    checkpoint = open_checkpoint(path)
+    model = load_model(
+        checkpoint,
+        quant=None if args.dense else checkpoint.quant or quant_config(args),
         lora=None if args.adapter is None else read_adapter_config(args.adapter),
         compute_dtype=DTYPES[dtype_name(args.dtype)],
         embedding_bits=args.embedding_bits,
@@ -58,4 +64,4 @@ def load_writer(
     if args.adapter is not None:
         load_adapter(args.adapter, model)
     config = config.with_eos(read_eos_token_ids(path))
-    return model, tokenizer, config, jax.random.key(args.seed)
+    return model, checkpoint_tokenizer(checkpoint), config, jax.random.key(args.seed)

@@ -80,6 +80,19 @@ def test_bad_input_is_refused(folder, capsys):
     assert "temperature=nan must be a finite number" in capsys.readouterr().err
 
 
+def test_a_folder_in_4_bits_is_taken_as_it_is(folder, capsys, tmp_path):
+    packed = ["--quant-type", "fp4", "--blocksize", "32", "--no-double-quant"]
+    assert main(["quantize", str(folder), str(tmp_path / "fp4"), *packed]) == 0
+    options = [option for option in SMALL if option != "--16-bit"]
+    capsys.readouterr()
+    assert main(["generate", str(folder), "The file", *options, *packed]) == 0
+    quantized_here = capsys.readouterr().out
+    assert main(["generate", str(tmp_path / "fp4"), "The file", *options]) == 0
+    assert capsys.readouterr().out == quantized_here
+    assert main(["generate", str(tmp_path / "fp4"), "The file", *SMALL]) == 2
+    assert "is quantized already" in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_a_command_as_a_shell_says_it(folder, capsys, monkeypatch):
     class Interrupted(io.StringIO):
         def read(self, *_):
