@@ -14,7 +14,7 @@ from typing import Any
 
 from flax import nnx
 
-from qlora_jax.nn.convert import children, quantize_module, replace_layers
+from qlora_jax.nn.convert import children, frozen_dense, replace_layers
 from qlora_jax.nn.dense import Factors, QuantDense
 from qlora_jax.nn.lora import LoraConfig
 from qlora_jax.nn.variables import FrozenParam, TrainedParam
@@ -61,11 +61,7 @@ def add_lora(
     found = False
 
     def freeze(path: str, linear: nnx.Linear) -> nnx.Module:
-        if not lora.targets(path):
-            return linear
-        holder = nnx.Dict(linear=linear)
-        quantize_module(holder, None)
-        return holder["linear"]
+        return frozen_dense(path, linear, None) if lora.targets(path) else linear
 
     def adapt(path: str, layer: QuantDense) -> nnx.Module:
         nonlocal found

@@ -37,31 +37,53 @@ def quantize_module(
         The same module.
 
     Raises:
-        ValueError: there is no linear layer to replace.
+        ValueError: there is no linear layer to replace, or one is of a subclass that has a
+            `__call__` of its own (as `nnx.LoRALinear`).
     """
 
     def convert(path: str, linear: nnx.Linear) -> nnx.Module:
         if path in skip or path.rpartition(".")[2] in skip:
             return linear
-        kernel = linear.kernel.get_value()
-        if kernel.ndim != 2:
-            raise ValueError(
-                f"{path} has a kernel of shape {kernel.shape}; quantize_module takes layers of "
-                "one matrix: convert the layer before stacking it with nnx.vmap"
-            )
-        return QuantDense.from_weight(
-            kernel.T,
-            None if linear.bias is None else linear.bias.get_value(),
-            quant=config,
-            lora=None,
-            compute_dtype=compute_dtype or linear.dtype or kernel.dtype,
-            implementation=implementation,
-            rngs=nnx.Rngs(0),
-        )
+        return frozen_dense(path, linear, config, compute_dtype, implementation)
 
     if not replace_layers(module, nnx.Linear, convert):
         raise ValueError(f"{type(module).__name__} holds no nnx.Linear; nothing to quantize")
     return module
+
+
+def frozen_dense(
+    path: str,
+    linear: nnx.Linear,
+    config: QuantConfig | None,
+    compute_dtype: Any = None,
+    implementation: str | None = None,
+) -> QuantDense:
+    """The frozen `QuantDense` for the linear layer at a path; arguments as of `quantize_module`.
+
+    Raises:
+        ValueError: it computes something else than an `nnx.Linear`, or is a stack.
+    """
+    if type(linear).__call__ is not nnx.Linear.__call__:
+        raise ValueError(
+            f"{path} is a {type(linear).__name__}, which has a __call__ of its own that a "
+            "QuantDense would not carry out: name it in skip (or leave it out of target_modules), "
+            "or build it around an nnx.Linear"
+        )
+    kernel = linear.kernel.get_value()
+    if kernel.ndim != 2:
+        raise ValueError(
+            f"{path} has a kernel of shape {kernel.shape}; quantize_module takes layers of "
+            "one matrix: convert the layer before stacking it with nnx.vmap"
+        )
+    return QuantDense.from_weight(
+        kernel.T,
+        None if linear.bias is None else linear.bias.get_value(),
+        quant=config,
+        lora=None,
+        compute_dtype=compute_dtype or linear.dtype or kernel.dtype,
+        implementation=implementation,
+        rngs=nnx.Rngs(0),
+    )
 
 
 def replace_layers(module: Any, kind: type, convert: Callable[[str, Any], nnx.Module]) -> int:
@@ -80,7 +102,14 @@ def replace_layers(module: Any, kind: type, convert: Callable[[str, Any], nnx.Mo
                 if id(child) not in converted:
                     converted[id(child)] = convert(child_path, child)
                 _assign(node, name, converted[id(child)])
-            elif isinstance(child, (nnx.Module, list, tuple, dict, nnx.List, nnx.Dict)):
+            elif isinstance(child, tuple):
+                # Nothing can be put into a tuple: another one takes its place.
+                members = list(child)
+                visit(members, child_path)
+                if any(new is not old for new, old in zip(members, child, strict=True)):
+                    named = hasattr(child, "_fields")
+                    _assign(node, name, type(child)(*members) if named else tuple(members))
+            elif isinstance(child, (nnx.Module, list, dict, nnx.List, nnx.Dict)):
                 visit(child, child_path)
 
     visit(module, "")
@@ -96,7 +125,7 @@ def children(node: Any) -> Iterator[tuple[Any, Any]]:
     return iter([(k, v) for k, v in vars(node).items() if not k.startswith("_pytree__")])
 
 
-def _assign(node: Any, name: Any, value: nnx.Module) -> None:
+def _assign(node: Any, name: Any, value: Any) -> None:
     if isinstance(node, (dict, list, nnx.List)):
         node[name] = value
     else:

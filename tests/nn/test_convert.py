@@ -1,5 +1,7 @@
 """Any user's NNX module becomes a QLoRA one."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,3 +98,55 @@ def test_errors_name_what_there_is() -> None:
         ql.add_lora(model, ql.LoraConfig(target_modules=("q_proj",)), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"no nnx\.Linear"):
         ql.quantize_module(nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
+
+
+class _Both(NamedTuple):
+    first: nnx.Module
+    second: nnx.Module
+
+
+def test_layers_in_tuples_are_replaced_and_stay_shared() -> None:
+    class InTuples(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            inner = nnx.Linear(64, 64, rngs=rngs)
+            self.blocks = nnx.data((inner, (nnx.Linear(64, 64, rngs=rngs), nnx.relu)))
+            self.both = nnx.data(_Both(inner, nnx.LayerNorm(64, rngs=rngs)))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            first, (second, activation) = self.blocks
+            return self.both.second(activation(second(first(x))))
+
+    model = InTuples(nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (3, 64))
+    before = model(x)
+    ql.quantize_module(model, None)
+    assert isinstance(model.both, _Both)
+    assert model.both.first is model.blocks[0]
+    np.testing.assert_allclose(model(x), before, atol=1e-5)
+
+    ql.add_lora(model, ql.LoraConfig(r=4, target_modules=("first", "0")), rngs=nnx.Rngs(0))
+    _, lora, _ = nnx.split(model, nnx.LoRAParam, ...)
+    assert len(jax.tree.leaves(lora)) == 4
+
+
+def test_a_linear_that_computes_something_else_is_refused_by_name() -> None:
+    model = nnx.Dict(
+        plain=nnx.Linear(64, 64, rngs=nnx.Rngs(0)),
+        other=nnx.LoRALinear(64, 64, lora_rank=4, rngs=nnx.Rngs(0)),
+    )
+    with pytest.raises(ValueError, match=r"other is a LoRALinear.*skip"):
+        ql.add_lora(model, ql.LoraConfig(target_modules=("other",)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"other is a LoRALinear.*skip"):
+        ql.quantize_module(model)
+    ql.quantize_module(model, skip=("other",))
+    assert isinstance(model["other"], nnx.LoRALinear)
+
+
+def test_a_linear_that_only_begins_otherwise_is_replaced() -> None:
+    class Square(nnx.Linear):
+        def __init__(self, features: int, rngs: nnx.Rngs) -> None:
+            super().__init__(features, features, rngs=rngs)
+
+    model = nnx.Dict(square=Square(64, nnx.Rngs(0)))
+    ql.quantize_module(model)
+    assert isinstance(model["square"], ql.QuantDense)
