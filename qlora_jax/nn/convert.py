@@ -7,7 +7,7 @@
 A module is found by walking attributes, lists and dicts; what is not linear is left alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flax import nnx
@@ -20,7 +20,7 @@ def quantize_module(
     module: nnx.Module,
     config: QuantConfig | None = QuantConfig(),
     *,
-    skip: tuple[str, ...] = (),
+    skip: Sequence[str] = (),
     compute_dtype: Any = None,
     implementation: str | None = None,
 ) -> nnx.Module:
@@ -41,8 +41,11 @@ def quantize_module(
             `__call__` of its own (as `nnx.LoRALinear`).
     """
 
+    # One name is a sequence of names, too: its letters.
+    skipped = {skip} if isinstance(skip, str) else set(skip)
+
     def convert(path: str, linear: nnx.Linear) -> nnx.Module:
-        if path in skip or path.rpartition(".")[2] in skip:
+        if skipped & {path, path.rpartition(".")[2]}:
             return linear
         return frozen_dense(path, linear, config, compute_dtype, implementation)
 
