@@ -7,9 +7,8 @@ import pytest
 
 from qlora_jax.generate import GenerationConfig, generate
 from qlora_jax.generate.decode import advance, start
-from qlora_jax.models import DecoderConfig
 from tests.generate.fake import Recurrent
-from tests.random_decoder import random_decoder
+from tests.random_decoder import ONE_LAYER, random_decoder
 
 MODEL = Recurrent()
 PROMPTS = [[3], [5, 6, 7, 8, 9], [1, 2], list(range(10, 26)), [40] * 17]
@@ -129,20 +128,12 @@ def test_bad_input_is_refused(prompts, config, options, message):
         generate(MODEL, prompts, config, **options)
 
 
-@pytest.mark.parametrize("token", [-1, 50])
+@pytest.mark.parametrize("token", [-1, ONE_LAYER.vocab_size])
 def test_a_token_that_the_model_has_no_row_for_is_refused(token):
     """It would be read as NaN, and the answer be token 0 over and over."""
-    config = DecoderConfig(
-        vocab_size=50,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    with pytest.raises(ValueError, match=rf"prompt 1 has the token {token}, .* vocabulary has 50"):
-        generate(random_decoder(config), [[49], [3, token]], GREEDY)
+    words = rf"prompt 1 has the token {token}, .* vocabulary has {ONE_LAYER.vocab_size}"
+    with pytest.raises(ValueError, match=words):
+        generate(random_decoder(ONE_LAYER), [[49], [3, token]], GREEDY)
 
 
 def test_one_stop_text_or_a_list_of_them_is_a_tuple():

@@ -70,7 +70,10 @@ def test_prompt_and_answer_read_on():
         count = len(written) - len(tokenizer.encode(prompt))
         config = GenerationConfig(max_new_tokens=count, stop=(" was",))
         pieces = []
-        show = lambda _, piece: pieces.append(piece)  # noqa: E731
+
+        def show(_: int, piece: str) -> None:
+            pieces.append(piece)
+
         found = generate_text(
             Recites(), tokenizer, [prompt], config, batch_size=1, on_text=show, every=1, **options
         )
