@@ -1,15 +1,13 @@
 """Adapters out of a model and into one, in PEFT's format (`adapter_file.py`).
 
-Both directions walk the same list: every array that is trained, with its PEFT name, and where it
-lies in the model. A stack of layers is one array here and one tensor per layer there; where the
-layers' ranks differ, what fills the smaller ones up is left out.
+Both directions walk the same list (`adapter_parts.py`): every array that is trained, with its PEFT
+name, and where it lies in the model.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
@@ -25,17 +23,23 @@ from qlora_jax.checkpoints.adapter_file import (
     PeftAdapter,
     read_adapter,
 )
+from qlora_jax.checkpoints.adapter_parts import (
+    Part,
+    adapted_layers,
+    adapted_modules,
+    base_tensors,
+    token_modules,
+    trained_parts,
+)
 from qlora_jax.checkpoints.folder import replace_file
-from qlora_jax.checkpoints.matching import node_at
 from qlora_jax.data import Tokenizer
 from qlora_jax.models import (
     FAMILIES,
     module_names,
     resize_token_embeddings,
     train_rows_of,
-    vocabularies,
 )
-from qlora_jax.nn import LoraConfig, QuantDense, TrainedParam
+from qlora_jax.nn import LoraConfig, TrainedParam
 
 # The second name under which PEFT wants a trained embedding that is its head, too.
 _TIED = "lm_head.weight"
@@ -45,102 +49,6 @@ _TASKS = {
     "EncoderDecoder": "SEQ_2_SEQ_LM",
     "EncoderClassifier": "SEQ_CLS",
 }
-
-
-class _Part(NamedTuple):
-    """One tensor of the adapter, and the place in the model that holds it.
-
-    Attributes:
-        names: what PEFT calls it (without its prefix); the first is what we write, any is read.
-        variable: the array, of a whole stack.
-        place: index of the layer in the stack; () where there is none.
-        axis: along which only the first `length` entries are the adapter's; None for all.
-        length: the layer's rank.
-    """
-
-    names: tuple[str, ...]
-    variable: nnx.Variable
-    place: tuple[int, ...] = ()
-    axis: int | None = None
-    length: int = 0
-
-    def taken(self) -> np.ndarray:
-        """The tensor, out of the model."""
-        array = np.asarray(self.variable.get_value())[self.place]
-        if self.axis is not None:
-            array = array.take(range(self.length), axis=self.axis)
-        return np.ascontiguousarray(array)
-
-
-class _Adapted(NamedTuple):
-    """One adapted linear layer of the tree, or a stack of them.
-
-    Attributes:
-        path: in the tree.
-        layer: the module.
-        modules: its Hugging Face names, one for each layer of the stack.
-    """
-
-    path: str
-    layer: QuantDense
-    modules: list[str]
-
-    def place(self, number: int) -> tuple[int, ...]:
-        """Where the layer of a number lies along the stack's axes."""
-        return tuple(map(int, np.unravel_index(number, self.layer.stack_shape)))
-
-    def scaling(self, number: int) -> float:
-        """What the adapter of one layer is scaled by; 0 where it has none."""
-        assert self.layer.lora is not None
-        if self.layer.lora_scaling is None:
-            return self.layer.lora.scaling
-        return float(self.layer.lora_scaling.get_value()[self.place(number)])
-
-
-def _adapted(model: Any) -> Iterator[_Adapted]:
-    tensors = FAMILIES[model.config.model_type].weight_names(model.config)
-    kernels = {name: slot for name, slot in tensors.items() if slot.path[-1] == "kernel"}
-    for path, modules in module_names(kernels).items():
-        layer = node_at(model, tuple(path.split(".")))
-        if isinstance(layer, QuantDense) and layer.lora is not None:
-            yield _Adapted(path, layer, modules)
-
-
-def _parts(model: Any, lora: LoraConfig) -> Iterator[_Part]:
-    """Every tensor of an adapter with this configuration."""
-    biases = set()
-    for adapted in _adapted(model):
-        layer = adapted.layer
-        for number, module in enumerate(adapted.modules):
-            own, place = lora.at(module), adapted.place(number)
-            if own is None:
-                continue
-            biases.add(f"{module}.bias")
-            assert layer.lora_A is not None
-            assert layer.lora_B is not None
-            yield _Part((f"{module}.lora_A.weight",), layer.lora_A, place, 0, own.r)
-            yield _Part((f"{module}.lora_B.weight",), layer.lora_B, place, 1, own.r)
-            if layer.lora_magnitude_vector is not None:
-                name = f"{module}.lora_magnitude_vector"
-                yield _Part((name, f"{name}.weight"), layer.lora_magnitude_vector, place)
-    for name, slot in FAMILIES[model.config.model_type].weight_names(model.config).items():
-        variable = node_at(model, slot.path)
-        if not isinstance(variable, TrainedParam):
-            continue
-        names: tuple[str, ...] = (name,)
-        if name in biases:
-            # Where PEFT has put an adapter around the layer; older versions left the name alone.
-            names = (f"{name.removesuffix('bias')}base_layer.bias", name)
-        yield _Part(names, variable, slot.stack_index)
-    for module, embedding in _token_modules(model).items():
-        if embedding.token_rows is not None:
-            yield _Part((f"{module}.{TOKENS}",), embedding.token_rows)
-
-
-def _token_modules(model: Any) -> dict[str, Any]:
-    """The matrices with a row for each token, by their Hugging Face names."""
-    names = module_names(FAMILIES[model.config.model_type].weight_names(model.config))
-    return {names[path][0]: embedding for path, embedding in vocabularies(model).items()}
 
 
 def save_adapter(
@@ -163,12 +71,12 @@ def save_adapter(
     Raises:
         ValueError: the model has no adapters, or not the ones of this configuration.
     """
-    if not any(True for _ in _adapted(model)):
+    if not any(True for _ in adapted_layers(model)):
         raise ValueError("The model has no adapters to save: build or load it with a LoraConfig.")
     advice = "give the one that the model was built with"
     _check_same(model, lora_config, "lora_config", advice)
     _check_whole(model, lora_config, "lora_config", advice)
-    tensors = {PREFIX + part.names[0]: part.taken() for part in _parts(model, lora_config)}
+    tensors = {PREFIX + part.names[0]: part.taken() for part in trained_parts(model, lora_config)}
     heads = _heads(model, lora_config)
     if heads:
         saved = (*(lora_config.modules_to_save or ()), *sorted(heads))
@@ -179,14 +87,14 @@ def save_adapter(
         targets=_targets(model, lora_config),
         task_type=_TASKS[type(model).__name__],
     )
-    trained = {m: e for m, e in _token_modules(model).items() if e.token_ids is not None}
+    trained = {m: e for m, e in token_modules(model).items() if e.token_ids is not None}
     if trained:
         config["trainable_token_indices"] = {
             module: e.token_ids.get_value().tolist() for module, e in trained.items()
         }
     if getattr(model.config, "tie_word_embeddings", False):
         # Our head is the embedding itself; PEFT trains a copy unless it is told.
-        whole = [m for m, e in _token_modules(model).items() if isinstance(e.weight, TrainedParam)]
+        whole = [m for m, e in token_modules(model).items() if isinstance(e.weight, TrainedParam)]
         if whole or trained:
             config["ensure_weight_tying"] = True
         for module in whole:
@@ -206,12 +114,7 @@ def _targets(model: Any, lora: LoraConfig) -> tuple[str, ...] | str:
         return tuple(sorted(lora.target_modules))
     if lora.target_modules != "all-linear":
         return lora.target_modules
-    names = [
-        module
-        for adapted in _adapted(model)
-        for module in adapted.modules
-        if lora.at(module) is not None
-    ]
+    names = adapted_modules(model, lora)
     ends = {name.rpartition(".")[2] for name in names}
     every = module_names(FAMILIES[model.config.model_type].weight_names(model.config))
     others = {module for modules in every.values() for module in modules} - set(names)
@@ -244,11 +147,11 @@ def load_adapter(folder: str | Path, model: Any) -> None:
     _check_whole(model, adapter.config, str(folder), advice)
     rows = [
         (embedding, ids, tensors.pop(f"{module}.{TOKENS}", None), module)
-        for module, embedding in _token_modules(model).items()
+        for module, embedding in token_modules(model).items()
         for named, ids in adapter.token_ids.items()
         if module == named or module.endswith(f".{named}")
     ]
-    tokens = {f"{module}.{TOKENS}" for module in _token_modules(model)}
+    tokens = {f"{module}.{TOKENS}" for module in token_modules(model)}
     for embedding, ids, found, module in rows:
         expected = (len(ids), embedding.weight.get_value().shape[1])
         if found is None or found.shape != expected:
@@ -258,7 +161,7 @@ def load_adapter(folder: str | Path, model: Any) -> None:
                 f"{list(expected)} is needed: the adapter is of another base model, or damaged."
             )
     parts = []
-    for part in _parts(model, adapter.config):
+    for part in trained_parts(model, adapter.config):
         if part.names[0] in tokens:
             continue
         name = next((name for name in part.names if name in tensors), None)
@@ -296,7 +199,7 @@ def load_adapter(folder: str | Path, model: Any) -> None:
         embedding.token_rows.set_value(values.at[places].set(jnp.asarray(found, values.dtype)))
 
 
-def _put(parts: list[tuple[_Part, np.ndarray]]) -> None:
+def _put(parts: list[tuple[Part, np.ndarray]]) -> None:
     """Writes tensors into their places; one transfer for each array of the model."""
     arrays: dict[int, tuple[nnx.Variable, np.ndarray]] = {}
     for part, tensor in parts:
@@ -319,7 +222,7 @@ def _put(parts: list[tuple[_Part, np.ndarray]]) -> None:
 
 def _check_same(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
     """Refuses a configuration whose adapters are not the model's."""
-    for adapted in _adapted(model):
+    for adapted in adapted_layers(model):
         largest = 0
         for number, module in enumerate(adapted.modules):
             own, has = lora.at(module), adapted.scaling(number)
@@ -364,11 +267,10 @@ def _start(lora: LoraConfig) -> str:
 def _check_whole(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
     """Refuses a configuration that trains whole what the model keeps frozen."""
     # Not by name alone: "all-linear" means whatever is linear, and a norm may have a bias.
-    linear = {module for adapted in _adapted(model) for module in adapted.modules}
-    for name, variable in _base_tensors(model):
+    adapted = adapted_modules(model, lora)
+    for name, variable in base_tensors(model):
         module, _, kind = name.rpartition(".")
-        adapted = module in linear and lora.at(module) is not None
-        biased = lora.bias == "all" or (lora.bias == "lora_only" and adapted)
+        biased = lora.bias == "all" or (lora.bias == "lora_only" and module in adapted)
         asked = lora.saves(module) or (kind == "bias" and biased)
         if asked and not isinstance(variable, TrainedParam):
             raise ValueError(
@@ -382,24 +284,18 @@ def _heads(model: Any, lora: LoraConfig) -> set[str]:
     biases = lora.bias != "none"
     return {
         name.partition(".")[0]
-        for name, variable in _base_tensors(model)
+        for name, variable in base_tensors(model)
         if isinstance(variable, TrainedParam)
         and not lora.saves(name.rpartition(".")[0])
         and not (biases and name.endswith(".bias"))
     }
 
 
-def _base_tensors(model: Any) -> Iterator[tuple[str, nnx.Variable]]:
-    """The base's tensors by name, and the Variable that holds each (of a stack, the whole)."""
-    for name, slot in FAMILIES[model.config.model_type].weight_names(model.config).items():
-        yield name, node_at(model, slot.path)
-
-
 def _check_tied(model: Any, adapter: PeftAdapter) -> None:
     """Refuses an adapter that has trained embedding and head apart where they are one here."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return
-    heads = [m for m in _token_modules(model) if adapter.config.saves(m)]
+    heads = [m for m in token_modules(model) if adapter.config.saves(m)]
     if not heads and not adapter.config.saves("lm_head"):
         return
     names = (_TIED, *(f"{module}.weight" for module in heads))
