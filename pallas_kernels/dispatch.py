@@ -61,12 +61,21 @@ class Choice:
     fuse_lora: bool = False
 
 
-def _choice(rule: Rule, card: str | None, rows: int, layout: Layout, reason: str) -> Choice:
+def _choice(
+    rule: Rule, card: str | None, rows: int, layout: Layout, dtype: DTypeLike, reason: str
+) -> Choice:
     """What a rule says of this weight: the config is the rule's, unless its shape was measured."""
-    config = next(
-        (cut.config for cut in cuts() if cut.covers(rule, card, rows, layout.shape)), None
-    )
-    return Choice(rule.implementation, config or rule.config, reason, rule.fuse_lora)
+    measured = (cut.config for cut in cuts() if cut.covers(rule, card, rows, layout.shape))
+    config = next(measured, _narrowed(rule.config, dtype))
+    return Choice(rule.implementation, config, reason, rule.fuse_lora)
+
+
+def _narrowed(config: Config | None, dtype: DTypeLike) -> Config | None:
+    """Half of a tile's rows of W for float32, which takes twice the registers and would spill."""
+    if not isinstance(config, TritonConfig) or jnp.dtype(dtype) != jnp.float32:
+        return config
+    is_tile = config.fused and config.block_m > 1
+    return dataclasses.replace(config, block_n=config.block_n // 2) if is_tile else config
 
 
 def config_for(op: str, choice: Choice, config: Config | None) -> Any:
@@ -169,7 +178,7 @@ def which_implementation(
         tiled = "triton" if implementation == "jax_triton" else implementation
         for rule in found:
             if rule.implementation == tiled:
-                choice = _choice(rule, name, rows, layout, "asked for")
+                choice = _choice(rule, name, rows, layout, dtype, "asked for")
                 return dataclasses.replace(choice, implementation=implementation)
         return Choice(implementation, None, "asked for")
     refused = ""
@@ -179,7 +188,7 @@ def which_implementation(
         )
         if problem is None:
             whose = "every card" if rule.card == "*" else rule.card
-            return _choice(rule, name, rows, layout, f"rule for {whose}{refused}")
+            return _choice(rule, name, rows, layout, dtype, f"rule for {whose}{refused}")
         refused += f"; not {rule.implementation}: {problem}"
     return Choice("xla", None, f"no rule of {TABLE.name} can run {op} here{refused}")
 

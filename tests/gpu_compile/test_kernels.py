@@ -160,6 +160,24 @@ def test_triton_kernel_with_an_adapter(card_name, shape_name, rows):
     assert compiled.memory_analysis().temp_size_in_bytes < n * k
 
 
+@pytest.mark.parametrize("rank", [0, 64])
+@pytest.mark.parametrize("card_name", TARGETS)
+def test_triton_tile_of_float32(card_name, rank):
+    """Twice the registers of 16 bits, and still none spilled."""
+    n, k = SHAPES["7b-qkvo"]
+
+    def run(x, xa, b, *weight):
+        lora = (xa, b) if rank else None
+        return pallas_kernels.nf4_matmul(
+            x, *weight, lora=lora, implementation="triton", fuse_lora=bool(rank)
+        )
+
+    x, xa, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, k), (16, 64), (n, 64)))
+    _, kernels = harness.inspect_kernels(CARDS[card_name], run, x, xa, b, *packed(n, k))
+    own = [kernel for kernel in kernels if kernel.name.startswith("nf4_")]
+    assert [kernel.spill_bytes for kernel in own] == [0]
+
+
 @pytest.mark.parametrize("op", ["matmul", "transposed"])
 @pytest.mark.parametrize(
     "card_name", ["a100-80", *(pytest.param(c, marks=pytest.mark.slow) for c in TARGETS[1:])]
