@@ -6,6 +6,7 @@ them into tensors with gradients.
 
 from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels._mesh import mesh_of_rows
+from pallas_kernels._sharding_types import in_auto_axes, product_spec, rows_as_cut
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card, find_card
 from pallas_kernels.codebooks import (
@@ -39,10 +40,13 @@ __all__ = [
     "TritonConfig",
     "configs_to_try",
     "find_card",
+    "in_auto_axes",
     "mesh_of_rows",
     "nf4_dequantize",
     "nf4_gemv",
     "nf4_matmul",
     "nf4_matmul_transposed",
+    "product_spec",
+    "rows_as_cut",
     "which_implementation",
 ]

@@ -18,6 +18,9 @@ are added. Columns of x and W are never cut: they are gathered first.
 On one device, and inside `jax.shard_map`, nothing of this is in the program. `jax.vmap` over an op
 takes it away: stacks of weights belong under `jax.lax.scan`.
 
+All this is about meshes that XLA decides on; for those whose axes are `Explicit` see
+`_sharding_types`.
+
 XLA cuts its own implementation up by itself, but badly in one point: a fully sharded weight is
 gathered decoded, in 16 bits. `gather_packed` has the codes gathered. (It cannot be cut as the
 kernels are, because XLA for TPUs knows nothing of `custom_partitioning`: jax issue 38196.)
@@ -35,6 +38,12 @@ from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout
 from pallas_kernels._batching import in_turn
+from pallas_kernels._sharding_types import (
+    axes_of,
+    entries,
+    in_auto_axes,
+    product_spec,
+)
 from pallas_kernels._triton import MAX_INDEX
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 
@@ -82,8 +91,7 @@ class Call:
         return self._function, self._options
 
 
-@functools.partial(jax.jit, static_argnames=("op", "layout", "whole", "part"))
-def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Call) -> Array:
+def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Call | None) -> Array:
     """Run an op on one device or several.
 
     Args:
@@ -91,11 +99,30 @@ def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Cal
         op: which one.
         layout: of the weight.
         whole: the kernel for these arrays, where one device has them all.
-        part: the op for a device's part of them: takes `shape`, the part's of the weight.
+        part: the op for a device's part of them: takes `shape`, the part's of the weight. None for
+            what XLA cuts up by itself.
 
     Returns:
         What `whole` returns.
     """
+
+    def run(parts: Parts) -> Array:
+        if part is None:
+            return whole(*parts[_TAKES[op]])
+        return _by_parts(parts, op=op, layout=layout, whole=whole, part=part)
+
+    def result(types: Parts) -> PartitionSpec:
+        rows = entries(types.codes)[0] if types.codes.ndim == len(layout.shape) else None
+        if op == "dequantize":
+            return PartitionSpec(rows, *[None] * (len(layout.shape) - 1))
+        return product_spec(types.x, None if op == "transposed" else rows)
+
+    return in_auto_axes(run, parts, result=result)
+
+
+@functools.partial(jax.jit, static_argnames=("op", "layout", "whole", "part"))
+def _by_parts(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Call) -> Array:
+    """A kernel on all of an op's arrays or, where they are cut, `part` on each device's."""
     takes = _TAKES[op]
 
     @custom_partitioning
@@ -147,9 +174,9 @@ def _places(op: Op, layout: Layout, mesh: Mesh, parts: Parts) -> _Places:
     """The cut of an op whose arrays lie as `parts` (shapes with shardings) do."""
     x = () if parts.x is None else _leading(mesh, parts.x)
     rows = _rows_of_weight(layout, mesh, parts.codes)
-    both = {axis for entry in x for axis in _axes(entry)} & set(_axes(rows))
+    both = {axis for entry in x for axis in axes_of(entry)} & set(axes_of(rows))
     if both and _is_less_to_send(layout, parts.x):
-        x = tuple(tuple(axis for axis in _axes(entry) if axis not in both) for entry in x)
+        x = tuple(tuple(axis for axis in axes_of(entry) if axis not in both) for entry in x)
     elif both:
         rows = None
 
@@ -168,7 +195,7 @@ def _places(op: Op, layout: Layout, mesh: Mesh, parts: Parts) -> _Places:
     if op == "dequantize":
         return _Places(places, at(rows, *[None] * (len(layout.shape) - 1)), rows, ())
     if op == "transposed":
-        return _Places(places, at(*x, None), rows, _axes(rows))
+        return _Places(places, at(*x, None), rows, axes_of(rows))
     return _Places(places, at(*x, rows), rows, ())
 
 
@@ -180,8 +207,8 @@ def _is_less_to_send(layout: Layout, x: Any) -> bool:
 
 def _leading(mesh: Mesh, x: Any) -> tuple:
     """What the axes of x but the last are cut along; None for one that does not divide evenly."""
-    entries = zip(_spec(x)[:-1], x.shape[:-1], strict=True)
-    return tuple(entry if size % _ways(mesh, entry) == 0 else None for entry, size in entries)
+    cuts = zip(_spec(x)[:-1], x.shape[:-1], strict=True)
+    return tuple(entry if size % _ways(mesh, entry) == 0 else None for entry, size in cuts)
 
 
 def _rows_of_weight(layout: Layout, mesh: Mesh, codes: Any) -> Any:
@@ -204,18 +231,12 @@ def _spec(array: Any) -> tuple:
             f"an array of shape {array.shape} lies on devices that are no mesh ({array.sharding}); "
             "expected a jax.sharding.NamedSharding: place the program's arguments with one"
         )
-    spec = tuple(array.sharding.spec)
-    return (*spec, *[None] * (array.ndim - len(spec)))
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    """The axes of the mesh in an entry of a PartitionSpec."""
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+    return entries(array)
 
 
 def _ways(mesh: Mesh, entry: Any) -> int:
     """Into how many parts an entry of a PartitionSpec cuts."""
-    return math.prod(mesh.shape[axis] for axis in _axes(entry))
+    return math.prod(mesh.shape[axis] for axis in axes_of(entry))
 
 
 def _sharding_rule(op: Op, layout: Layout, parts: Parts) -> str:

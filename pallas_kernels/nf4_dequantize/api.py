@@ -72,10 +72,9 @@ def nf4_dequantize(
         dtype=dtype,
     )
     cut = dispatch.config_for("nf4_dequantize", choice, config)
-    weight = (codes, absmax, nested_absmax, offset)
     if choice.implementation == "xla":
-        return nf4_dequantize_xla(*weight, layout=layout, dtype=dtype)
-    if choice.implementation == "triton":
+        kernel = Call(nf4_dequantize_xla, layout=layout, dtype=dtype)
+    elif choice.implementation == "triton":
         kernel = Call(
             nf4_dequantize_triton, layout=layout, dtype=dtype, config=cut, interpret=interpret
         )
@@ -93,5 +92,11 @@ def nf4_dequantize(
         config=config,
         interpret=interpret,
     )
-    parts = Parts(None, *weight)
-    return over_devices(parts, op="dequantize", layout=layout, whole=kernel, part=again)
+    parts = Parts(None, codes, absmax, nested_absmax, offset)
+    return over_devices(
+        parts,
+        op="dequantize",
+        layout=layout,
+        whole=kernel,
+        part=None if choice.implementation == "xla" else again,
+    )

@@ -104,25 +104,30 @@ def nf4_matmul(
     fuse = choice.fuse_lora if fuse_lora is None else fuse_lora
     parts = Parts(x, codes, absmax, nested_absmax, offset, bias, lora if fuse else None)
     if choice.implementation == "xla":
-        y = nf4_matmul_xla(*parts, layout=layout)
+        kernel = Call(nf4_matmul_xla, layout=layout)
+    elif choice.implementation == "triton":
+        kernel = Call(nf4_matmul_triton, layout=layout, config=cut, interpret=interpret)
     else:
-        if choice.implementation == "triton":
-            kernel = Call(nf4_matmul_triton, layout=layout, config=cut, interpret=interpret)
-        else:
-            # Imported where it runs: it loads Mosaic, which no other implementation needs.
-            from pallas_kernels.nf4_matmul.mosaic_sm90 import nf4_matmul_mosaic
+        # Imported where it runs: it loads Mosaic, which no other implementation needs.
+        from pallas_kernels.nf4_matmul.mosaic_sm90 import nf4_matmul_mosaic
 
-            kernel = Call(nf4_matmul_mosaic, layout=layout, config=cut)
-        again = Call(
-            nf4_matmul,
-            quant_type=quant_type,
-            blocksize=blocksize,
-            implementation=implementation,
-            fuse_lora=fuse,
-            config=config,
-            interpret=interpret,
-        )
-        y = over_devices(parts, op="forward", layout=layout, whole=kernel, part=again)
+        kernel = Call(nf4_matmul_mosaic, layout=layout, config=cut)
+    again = Call(
+        nf4_matmul,
+        quant_type=quant_type,
+        blocksize=blocksize,
+        implementation=implementation,
+        fuse_lora=fuse,
+        config=config,
+        interpret=interpret,
+    )
+    y = over_devices(
+        parts,
+        op="forward",
+        layout=layout,
+        whole=kernel,
+        part=None if choice.implementation == "xla" else again,
+    )
     return y if lora is None or fuse else add_low_rank(y, lora)
 
 

@@ -60,10 +60,9 @@ def nf4_matmul_transposed(
         dtype=dy.dtype,
     )
     cut = dispatch.config_for("nf4_matmul_transposed", choice, config)
-    weight = (codes, absmax, nested_absmax, offset)
     if choice.implementation == "xla":
-        return nf4_matmul_transposed_xla(dy, *weight, layout=layout)
-    if choice.implementation == "triton":
+        kernel = Call(nf4_matmul_transposed_xla, layout=layout)
+    elif choice.implementation == "triton":
         kernel = Call(nf4_matmul_transposed_triton, layout=layout, config=cut, interpret=interpret)
     else:
         # Imported where it runs: it loads Mosaic, which no other implementation needs.
@@ -78,5 +77,11 @@ def nf4_matmul_transposed(
         config=config,
         interpret=interpret,
     )
-    parts = Parts(dy, *weight)
-    return over_devices(parts, op="transposed", layout=layout, whole=kernel, part=again)
+    parts = Parts(dy, codes, absmax, nested_absmax, offset)
+    return over_devices(
+        parts,
+        op="transposed",
+        layout=layout,
+        whole=kernel,
+        part=None if choice.implementation == "xla" else again,
+    )

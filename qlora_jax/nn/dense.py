@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from pallas_kernels import LowRank
+from pallas_kernels import LowRank, in_auto_axes, product_spec, rows_as_cut
 from qlora_jax.nn.dora import adapted_squares, magnify, row_squares
 from qlora_jax.nn.lora import LoraConfig, dropout, init_lora_a, lora_hidden
 from qlora_jax.nn.variables import FrozenParam
@@ -216,12 +216,26 @@ class QuantDense(nnx.Module):
             dropout_key: key of this call's LoRA dropout; None draws one from `dropout_rngs` in
                 training mode, or drops nothing where the layer has none.
         """
+        if dropout_key is None and self.dropout_rngs is not None and not self.deterministic:
+            dropout_key = self.dropout_rngs.dropout()
+        # As a function of all its arrays: see `in_auto_axes`.
+        graphdef, state = nnx.split(self)
+
+        def output(x: jax.Array, state: Any, dropout_key: jax.Array | None) -> jax.Array:
+            return nnx.merge(graphdef, state)._output(x, dropout_key)
+
+        def result(x: Any, state: Any, _key: Any) -> jax.P:
+            return product_spec(x, rows_as_cut(state["kernel"].get_value()))
+
+        return in_auto_axes(output, x, state, dropout_key, result=result)
+
+    def _output(
+        self, x: Float[Array, "*batch in"], dropout_key: Key[Array, ""] | None
+    ) -> Float[Array, "*batch out"]:
         x = x.astype(self.compute_dtype)
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
         if self.lora is None or self.lora_A is None or self.lora_B is None:
             return self._product(x, bias)
-        if dropout_key is None and self.dropout_rngs is not None and not self.deterministic:
-            dropout_key = self.dropout_rngs.dropout()
         dropped = dropout(x, self.lora.lora_dropout, dropout_key)
         hidden = lora_hidden(dropped, self.lora_A[...], self._scaling)
         lora = (hidden, self.lora_B[...].astype(x.dtype))

@@ -17,7 +17,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import LowRank, nf4_matmul, nf4_matmul_transposed
+from pallas_kernels import (
+    LowRank,
+    in_auto_axes,
+    nf4_matmul,
+    nf4_matmul_transposed,
+    product_spec,
+    rows_as_cut,
+)
 from qlora_jax.quant.low_rank import low_rank_gradients
 from qlora_jax.quant.tensor import QuantizedTensor
 
@@ -54,7 +61,12 @@ def quantized_matmul(
         )
     if x.shape[-1] != w.shape[1]:
         raise ValueError(f"x has shape {x.shape}, but w takes {w.shape[1]} inputs: {w!r}")
-    return _matmul(_Kernel(implementation, fuse_lora), x, w, bias, lora)
+    kernel = _Kernel(implementation, fuse_lora)
+    return in_auto_axes(
+        partial(_matmul, kernel),
+        *(x, w, bias, lora),
+        result=lambda x, w, *_: product_spec(x, rows_as_cut(w)),
+    )
 
 
 class _Kernel(NamedTuple):

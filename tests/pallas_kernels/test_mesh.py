@@ -17,9 +17,17 @@ from hypothesis import strategies as st
 from pallas_kernels import nf4_dequantize, nf4_matmul, nf4_matmul_transposed
 from tests.pallas_kernels.base import ROUNDOFF, make_case
 
-AUTO = jax.sharding.AxisType.Auto
-LINE = jax.make_mesh((4,), ("data",), axis_types=(AUTO,), devices=jax.devices()[:4])
-GRID = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AUTO, AUTO), devices=jax.devices()[:4])
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+def mesh_of(kind, **axes):
+    """Four devices, their axes all of one kind."""
+    kinds = (kind,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), kinds, devices=jax.devices()[:4])
+
+
+LINE, GRID = mesh_of(AUTO, data=4), mesh_of(AUTO, data=2, model=2)
+TYPED_LINE, TYPED_GRID = mesh_of(EXPLICIT, data=4), mesh_of(EXPLICIT, data=2, model=2)
 INTERPRETED = {"implementation": "triton", "interpret": True}
 N, K, RANK = 512, 256, 8
 CASE = make_case(0, N, K)
@@ -32,8 +40,13 @@ PLACEMENTS = {
     "tensor parallel": (LINE, None, "data"),
     "both": (GRID, "data", "model"),
     "both on one axis": (GRID, ("data", "model"), "model"),
+    "data parallel, in types": (TYPED_LINE, "data", None),
+    "fully sharded, in types": (TYPED_LINE, "data", "data"),
+    "tensor parallel, in types": (TYPED_LINE, None, "data"),
+    "both, in types": (TYPED_GRID, "data", "model"),
+    "both on one axis, in types": (TYPED_GRID, ("data", "model"), "model"),
 }
-GATHERS_W = {"fully sharded", "both on one axis"}
+GATHERS_W = {name for name in PLACEMENTS if name.startswith(("fully sharded", "both on one axis"))}
 
 
 def forward(x, dy, w, bias, lora):
@@ -118,7 +131,7 @@ def test_only_packed_weights_are_gathered(placement):
 
 
 def test_results_lie_where_rows_lie():
-    for placement in ("data parallel", "fully sharded", "both"):
+    for placement in ("data parallel", "fully sharded", "both", "fully sharded, in types"):
         for op in (forward, transposed):
             _, result, _ = ran(op, placement)
             assert result.sharding.spec[0] == "data"
