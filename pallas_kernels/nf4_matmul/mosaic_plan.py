@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+from typing import Any
+
+import jax.numpy as jnp
 
 from pallas_kernels._arguments import check_fields
 from pallas_kernels._mosaic import BLOCK, SHARED_LIMIT, SMS
@@ -21,6 +24,8 @@ class MatmulConfig:
         group: tiles along n that run side by side, so that their x stays in the second-level cache.
         split: blocks of threads that share a tile, each with a part of the sum; the parts are added
             afterwards. For few rows, whose tiles are fewer than the multiprocessors.
+        cluster: blocks of threads, side by side along n, that share their tiles of x: each fetches
+            a part of them for all, and the second-level cache is read so many times less.
     """
 
     rows: int = 256
@@ -28,6 +33,7 @@ class MatmulConfig:
     ahead: bool = True
     group: int = 16
     split: int = 1
+    cluster: int = 1
 
     def __post_init__(self) -> None:
         """A ValueError for what would be undefined, or would wait forever, on the card."""
@@ -37,7 +43,13 @@ class MatmulConfig:
             stages=(self.stages >= 2, "2 or more: one is read while the next is filled"),
             group=(self.group >= 1, "1 or more"),
             split=(self.split >= 1, "1 or more"),
+            cluster=(self.cluster in (1, 2) and self.rows % (8 * self.cluster) == 0, "1 or 2"),
         )
+
+    @property
+    def columns(self) -> int:
+        """Columns of the result in a cluster's tile."""
+        return BLOCK * COMPUTE * self.cluster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +78,8 @@ class Plan:
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """Along x's rows and along n."""
-        return -(-self.m // self.config.rows), -(-self.n // (64 * COMPUTE))
+        """Along x's rows and along n, of a cluster."""
+        return tiles(self.config, self.m, self.n)
 
     @property
     def work(self) -> int:
@@ -76,8 +88,38 @@ class Plan:
 
     @property
     def grid(self) -> int:
-        """Blocks of threads."""
-        return min(SMS, self.work)
+        """Clusters of blocks of threads."""
+        return min(SMS // self.config.cluster, self.work)
+
+
+def tiles(config: MatmulConfig, m: int, n: int) -> tuple[int, int]:
+    """Clusters' tiles of a result [m, n]: along m, and along n."""
+    return -(-m // config.rows), -(-n // config.columns)
+
+
+def place(config: MatmulConfig, tiles: tuple[int, int], tile: Any, rank: Any) -> tuple:
+    """Which part of the result a block of threads computes.
+
+    Args:
+        config: how the work is cut.
+        tiles: as the function of that name gives them.
+        tile: the cluster's, counted through all parts of the sum.
+        rank: the block's in its cluster.
+
+    Returns:
+        Its first row and column of the result, and the number of its part of the sum. The column
+        is past the result's last where the cluster's tile is.
+    """
+    rows, cols = tiles
+    part = jnp.int32(0)
+    if config.split > 1:
+        part, tile = tile // (rows * cols), tile % (rows * cols)
+    width = min(max(config.group // config.cluster, 1), cols)
+    band, rest = tile // (rows * width), tile % (rows * width)
+    # The last band may be narrower.
+    here = jnp.minimum(width, cols - band * width)
+    column = (band * width + rest % here) * config.columns
+    return (rest // here) * config.rows, column + rank * (BLOCK * COMPUTE), part
 
 
 def choose_config(rows: int) -> MatmulConfig:
@@ -88,18 +130,32 @@ def choose_config(rows: int) -> MatmulConfig:
 def configs_to_try(rows: int) -> list[MatmulConfig]:
     """The candidates among which a card's cuts are measured; `choose_config`'s comes first."""
     first = choose_config(rows)
-    tiles = [r for r in (first.rows, first.rows // 2) if r >= 64]
-    return [
-        MatmulConfig(tile, stages, ahead, group)
-        for tile in tiles
+    heights = [r for r in (first.rows, first.rows // 2) if r >= 64]
+    found = [
+        MatmulConfig(height, stages, ahead, group, cluster=cluster)
+        for height in heights
         for stages in (4, 3, 5)
         for ahead in (True, False)
         for group in (16, 8, 32)
-        # The dx kernel also keeps a step's codes, 64 bytes of each of 64 rows, in a stage.
-        if TABLE_BYTES + stages * (tile * BLOCK * 2 + 64 * BLOCK) <= SHARED_LIMIT
-        # One departure at a time from the first: the effects are taken to be independent.
-        if (stages != first.stages) + (ahead != first.ahead) + (group != first.group) <= 1
+        for cluster in (1, 2)
     ]
+
+    def departures(config: MatmulConfig) -> int:
+        """In how many fields but the tile's height a candidate is not as the first."""
+        fields = ("stages", "ahead", "group", "cluster")
+        return sum(getattr(config, name) != getattr(first, name) for name in fields)
+
+    # One departure at a time: the effects are taken to be independent.
+    return [config for config in found if departures(config) <= 1 and _fits(config)]
+
+
+def _fits(config: MatmulConfig) -> bool:
+    """Whether a config's tiles have place in shared memory, in the dx kernel too.
+
+    That also keeps a step's codes, 64 bytes of each of 64 rows, in a stage.
+    """
+    stage = config.rows * BLOCK * 2 + 64 * BLOCK
+    return TABLE_BYTES + config.stages * stage <= SHARED_LIMIT
 
 
 def split_configs_to_try(rows: int, k: int) -> list[MatmulConfig]:

@@ -39,7 +39,13 @@ from pallas_kernels.nf4_matmul.mosaic_lanes import (
     load_offset,
     store_sums,
 )
-from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan, choose_config
+from pallas_kernels.nf4_matmul.mosaic_plan import (
+    COMPUTE,
+    MatmulConfig,
+    Plan,
+    choose_config,
+    place,
+)
 from pallas_kernels.nf4_matmul.reference import complete
 from pallas_kernels.simt import arrays
 
@@ -130,6 +136,26 @@ def _pad(matrix: Array, rows: int, columns: int) -> Array:
     return jnp.pad(matrix, ((0, -matrix.shape[0] % rows), (0, -matrix.shape[1] % columns)))
 
 
+def emptied(config: MatmulConfig) -> plgpu.Barrier | plgpu.ClusterBarrier:
+    """The barriers of a ring of tiles: every warpgroup that reads a tile has done so."""
+    if config.cluster == 1:
+        return plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.stages)
+    # What a block fetches goes to the others as well: they have to be done with the tile, too.
+    return plgpu.ClusterBarrier(
+        collective_axes=("rank",), num_arrivals=COMPUTE, num_barriers=config.stages
+    )
+
+
+def drain(empty, steps, stages):
+    """Wait for the others to be done with the last tiles: they still tell a block that has left."""
+
+    def wait(s, carry):
+        plgpu.barrier_wait(empty.at[lax.rem(s, stages)])
+        return carry
+
+    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
+
+
 def _kernel(plan: Plan):
     cfg = plan.config
     dtype = jnp.dtype(plan.dtype)
@@ -141,23 +167,14 @@ def _kernel(plan: Plan):
     def body(x, *refs):
         *low, codes, absmax, nested, offset, bias, tables, out, table, x_tiles, full, empty = refs
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+        rank = lax.axis_index("rank") if cfg.cluster > 1 else 0
         count = (plan.work - 1 - cta) // plan.grid + 1
 
         arrays.run(lambda m, t: fill_table(m, t, 128 * (COMPUTE + 1)), table, [tables])
 
-        def place(index):
+        def here(index):
             """Of this block's `index`-th tile: its first row of x and of W, the part of its sum."""
-            tile = cta + index * plan.grid
-            part = jnp.int32(0)
-            if cfg.split > 1:
-                part, tile = tile // math.prod(plan.tiles), tile % math.prod(plan.tiles)
-            rows, cols = plan.tiles
-            width = min(cfg.group, cols)
-            band, rest = tile // (rows * width), tile % (rows * width)
-            # The last band may be narrower.
-            here = jnp.minimum(width, cols - band * width)
-            row = (band * width + rest % here) * (64 * COMPUTE)
-            return (rest // here) * cfg.rows, row, part
+            return place(cfg, plan.tiles, cta + index * plan.grid, rank)
 
         @pl.when(wg == COMPUTE)
         def _feed():
@@ -165,7 +182,7 @@ def _kernel(plan: Plan):
 
             def one(s, carry):
                 slot = lax.rem(s, cfg.stages)
-                token, _, part = place(s // all_steps)
+                token, _, part = here(s // all_steps)
                 step = lax.rem(s, all_steps)
 
                 @pl.when(s >= cfg.stages)
@@ -177,6 +194,7 @@ def _kernel(plan: Plan):
                         source.at[pl.ds(token, cfg.rows), pl.ds(step * BLOCK, BLOCK)],
                         x_tiles.at[slot],
                         full.at[slot],
+                        collective_axes="rank" if cfg.cluster > 1 else None,
                     )
 
                 if low:
@@ -187,6 +205,8 @@ def _kernel(plan: Plan):
                 return carry
 
             lax.fori_loop(0, count * all_steps, one, None)
+            if cfg.cluster > 1:
+                drain(empty, count * all_steps, cfg.stages)
 
         @pl.when(wg < COMPUTE)
         def _compute():
@@ -223,7 +243,7 @@ def _kernel(plan: Plan):
                 )
 
             def one_tile(index, carry):
-                token, column, part = place(index)
+                token, column, part = here(index)
                 first_row = column + wg * 64
                 base = index * all_steps + plan.low_steps
 
@@ -293,10 +313,12 @@ def _kernel(plan: Plan):
             plgpu.SMEM((TABLE_BYTES // 4,), jnp.uint32),
             plgpu.SMEM((cfg.stages, cfg.rows, BLOCK), dtype, transforms=swizzle),
             plgpu.Barrier(num_barriers=cfg.stages),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=cfg.stages),
+            emptied(cfg),
         ],
         grid=(plan.grid,),
         grid_names=("cta",),
+        cluster=(cfg.cluster,) if cfg.cluster > 1 else (),
+        cluster_names=("rank",) if cfg.cluster > 1 else (),
         num_threads=COMPUTE + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(

@@ -33,7 +33,14 @@ from pallas_kernels._mosaic_decoder import (
 )
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 from pallas_kernels.nf4_matmul.mosaic_lanes import fill_table, load_offset, store_sums
-from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, choose_config
+from pallas_kernels.nf4_matmul.mosaic_plan import (
+    COMPUTE,
+    MatmulConfig,
+    choose_config,
+    place,
+    tiles,
+)
+from pallas_kernels.nf4_matmul.mosaic_sm90 import drain, emptied
 from pallas_kernels.simt import arrays
 
 TILE_BYTES = BLOCK // 2 * COMPUTE  # of a row of codes, for all computing warpgroups
@@ -58,13 +65,13 @@ class Plan:
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """Along dy's rows and along dx's columns."""
-        return -(-self.m // self.config.rows), -(-self.n // (BLOCK * COMPUTE))
+        """Along dy's rows and along dx's columns, of a cluster."""
+        return tiles(self.config, self.m, self.n)
 
     @property
     def grid(self) -> int:
-        """Blocks of threads."""
-        return min(SMS, math.prod(self.tiles))
+        """Clusters of blocks of threads."""
+        return min(SMS // self.config.cluster, math.prod(self.tiles))
 
 
 def load_scale(m, plan, column, step, absmax, nested):
@@ -174,17 +181,14 @@ def _kernel(plan: Plan):
         table, dy_tiles, code_tiles, scale_tiles, full, empty,
     ):  # fmt: skip
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+        rank = lax.axis_index("rank") if cfg.cluster > 1 else 0
         count = (math.prod(plan.tiles) - 1 - cta) // plan.grid + 1
         arrays.run(lambda m, t: fill_table(m, t, 128 * (COMPUTE + 1)), table, [tables])
 
-        def place(index):
+        def here(index):
             """First row of dy and first column of dx of this block's `index`-th tile."""
-            tile = cta + index * plan.grid
-            rows, cols = plan.tiles
-            width = min(cfg.group, cols)
-            band, rest = tile // (rows * width), tile % (rows * width)
-            here = jnp.minimum(width, cols - band * width)
-            return (rest // here) * cfg.rows, (band * width + rest % here) * (BLOCK * COMPUTE)
+            token, column, _ = place(cfg, plan.tiles, cta + index * plan.grid, rank)
+            return token, column
 
         @pl.when(wg == COMPUTE)
         def _feed():
@@ -195,7 +199,7 @@ def _kernel(plan: Plan):
 
             def load(s):
                 s = jnp.minimum(s, count * plan.steps - 1)
-                _, column = place(s // plan.steps)
+                _, column = here(s // plan.steps)
                 return arrays.run(
                     lambda m, c, s, a, e: load_scale(m, plan, c, s, a, e),
                     table,
@@ -205,7 +209,7 @@ def _kernel(plan: Plan):
 
             def one(s, raw):
                 slot = lax.rem(s, cfg.stages)
-                token, column = place(s // plan.steps)
+                token, column = here(s // plan.steps)
                 row = lax.rem(s, plan.steps) * BLOCK
 
                 @pl.when(s >= cfg.stages)
@@ -216,6 +220,7 @@ def _kernel(plan: Plan):
                     dy.at[pl.ds(token, cfg.rows), pl.ds(row, BLOCK)],
                     dy_tiles.at[slot],
                     full.at[slot],
+                    collective_axes="rank" if cfg.cluster > 1 else None,
                 )
                 plgpu.copy_gmem_to_smem(
                     codes.at[pl.ds(row, BLOCK), pl.ds(column // 2, TILE_BYTES)],
@@ -232,6 +237,8 @@ def _kernel(plan: Plan):
                 return following
 
             lax.fori_loop(0, count * plan.steps, one, load(jnp.int32(0)))
+            if cfg.cluster > 1:
+                drain(empty, count * plan.steps, cfg.stages)
 
         @pl.when(wg < COMPUTE)
         def _compute():
@@ -251,7 +258,7 @@ def _kernel(plan: Plan):
                 )
 
             def one_tile(index, carry):
-                token, column = place(index)
+                token, column = here(index)
                 base = index * plan.steps
 
                 def accumulate(acc):
@@ -299,10 +306,12 @@ def _kernel(plan: Plan):
             plgpu.SMEM((cfg.stages, BLOCK, TILE_BYTES), jnp.uint8, transforms=code_swizzle),
             plgpu.SMEM((cfg.stages, BLOCK * COMPUTE), jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=cfg.stages),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=cfg.stages),
+            emptied(cfg),
         ],
         grid=(plan.grid,),
         grid_names=("cta",),
+        cluster=(cfg.cluster,) if cfg.cluster > 1 else (),
+        cluster_names=("rank",) if cfg.cluster > 1 else (),
         num_threads=COMPUTE + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(

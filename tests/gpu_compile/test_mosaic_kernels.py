@@ -136,6 +136,29 @@ def test_hopper_matmul_of_few_rows_can_split_its_sum():
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 8 * rows * n + 2**16
 
 
+@pytest.mark.parametrize("op", ["matmul", "transposed"])
+def test_blocks_of_a_cluster_share_their_tiles_of_x(op):
+    """Each fetches half of a tile for both, and tells both when it is done with one."""
+    (n, k), rows, config = SHAPES["7b-gate"], 4096, MatmulConfig(cluster=2)
+    layout, kernel = Layout((n, k), "nf4", 64, True), kernel_of(op)
+    x = jax.ShapeDtypeStruct((rows, n if op == "transposed" else k), jnp.bfloat16)
+    after = () if op == "transposed" else (None,)
+
+    def run(x, *weight):
+        return kernel(x, *weight, *after, layout=layout, config=config)
+
+    _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
+    check_kernels(kernels, op)
+    (code,) = (kernel for kernel in kernels if "mosaic_gpu" in kernel.name)
+    assert len(re.findall(r"cp\.async\.bulk\S*\.multicast::cluster", code.ptx)) == 1
+    # Each thread of the feeding warpgroup waits for its share of all of the tile, not of half.
+    expected = re.findall(
+        r"mov\.b32\s+(%r\d+), (\d+);\s+mbarrier\.arrive\.expect_tx.*, \1;", code.ptx
+    )
+    assert str(2 * config.rows * 64 // 128) in {size for _, size in expected}
+    assert "mbarrier.arrive.shared::cluster" in code.ptx
+
+
 @pytest.mark.parametrize(("op", "rows"), [("gemv", 1), ("matmul", 64), ("transposed", 64)])
 def test_hopper_kernels_of_stacked_weights_under_vmap(op, rows):
     """A loop over the stack: Pallas cannot batch a kernel of transformed references."""

@@ -1,16 +1,19 @@
 """The Hopper matmul's lane programs on NumPy: decoded fragments and stored sums, lane by lane."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pallas_kernels import Layout
 from pallas_kernels.codebooks import CODEBOOKS
 from pallas_kernels.nf4_matmul import mosaic_lanes, mosaic_sm90
-from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig, Plan
+from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan, place
 from pallas_kernels.simt.emulate import Machine
 from tests.pallas_kernels.test_mosaic_gemv import problem
 
@@ -101,6 +104,31 @@ def test_parts_of_a_split_sum_are_stored_in_float32():
     assert np.isnan(out[:20]).all()
     np.testing.assert_array_equal(out[20:, :64], want[:, :20].T)
     np.testing.assert_array_equal(out[20:, 64:], want[:6, :20].T)
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 2000), st.integers(1, 3000)),
+    rows=st.sampled_from([16, 64, 256]),
+    group=st.integers(1, 20),
+    split=st.sampled_from([1, 2, 4]),
+    cluster=st.sampled_from([1, 2]),
+)
+def test_every_sum_is_computed_once(sizes, rows, group, split, cluster):
+    """And what the blocks of a cluster share are rows of x: they have the same."""
+    config = MatmulConfig(rows=rows, group=group, split=split, cluster=cluster)
+    plan = Plan(*sizes, 256, "bfloat16", True, False, config)
+    every = np.arange(plan.work)[:, None]
+    token, column, part = np.broadcast_arrays(
+        *place(config, plan.tiles, every, np.arange(cluster)[None, :])
+    )
+    assert (token == token[:, :1]).all()
+    assert (part == part[:, :1]).all()
+    found = np.stack([token, column, part], axis=-1).reshape(-1, 3)
+    beyond = found[:, 1] >= plan.n
+    wanted = itertools.product(range(0, plan.m, rows), range(0, plan.n, 64 * COMPUTE), range(split))
+    assert sorted(map(tuple, found[~beyond])) == sorted(wanted)
+    # Past the end are at most the last cluster's columns of a row of tiles.
+    assert beyond.sum() <= (cluster - 1) * plan.tiles[0] * split
 
 
 def test_a_split_that_does_not_go_is_refused():
