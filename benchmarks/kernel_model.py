@@ -34,7 +34,7 @@ from benchmarks._points import SHAPES, Point
 from benchmarks._programs import make_input, op_function, packed_weight
 from pallas_kernels import compile_for, dispatch
 from pallas_kernels._arguments import Layout
-from pallas_kernels._mosaic import GEMV_ROWS, SMS
+from pallas_kernels._mosaic import BLOCK, GEMV_ROWS, SMS
 from pallas_kernels._table import config_type
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card
@@ -253,12 +253,29 @@ def mosaic_split(point: Point) -> tuple[int, float]:
         assert isinstance(config, gemv_plan.GemvConfig)
         plan = gemv_plan.Plan(point.rows, point.n, point.k, "bfloat16", True, False, config)
         return 1, 1 / plan.efficiency
-    matmul = point.config or matmul_plan.choose_config(point.rows)
-    assert isinstance(matmul, matmul_plan.MatmulConfig)
-    passes = -(-point.rows // matmul.rows)
+    config, (passes, columns) = _matmul_tiles(point)
+    work, at_once = config.split * passes * columns, SMS // config.cluster
+    return passes, -(-work // at_once) / (work / at_once)
+
+
+def _matmul_tiles(point: Point) -> tuple[matmul_plan.MatmulConfig, tuple[int, int]]:
+    """How a Hopper matmul is cut, and the tiles of its clusters along rows and columns."""
+    config = point.config or matmul_plan.choose_config(point.rows)
+    assert isinstance(config, matmul_plan.MatmulConfig)
     columns = point.k if point.op == "transposed" else point.n
-    tiles = matmul.split * passes * -(-columns // (64 * matmul_plan.COMPUTE))
-    return passes, -(-tiles // SMS) / (tiles / SMS)
+    return config, matmul_plan.tiles(config, point.rows, columns)
+
+
+def cache_bytes(point: Point) -> int:
+    """What the blocks of a Hopper matmul fetch of x and of codes, wherever the cache has it from.
+
+    Blocks of a cluster fetch a tile of x once between them.
+    """
+    config, (passes, columns) = _matmul_tiles(point)
+    x = config.rows * BLOCK * 2
+    codes = config.columns * BLOCK // 2
+    steps = (point.n if point.op == "transposed" else point.k) // BLOCK
+    return passes * columns * steps * (x + codes)
 
 
 def tile(config: TritonConfig, point: Point, grid: int) -> tuple[float, int]:
@@ -317,6 +334,9 @@ def describe(card: Card, point: Point, kernel: Any, prediction: Prediction) -> s
         for name, seconds in sorted(prediction.seconds.items(), key=lambda item: -item[1])
     )
     where = "hot loop" if prediction.loop.is_loop else "no loop"
+    fetched = ""
+    if point.implementation == "mosaic_gpu" and point.rows > GEMV_ROWS:
+        fetched = f", {cache_bytes(point) / 1e9:.2f} GB fetched through the second-level cache"
     return "\n".join(
         [
             f"{point.label} on {card.name}: {prediction.total * 1e6:.2f} us, bound by "
@@ -325,7 +345,8 @@ def describe(card: Card, point: Point, kernel: Any, prediction: Prediction) -> s
             f"  lane-instructions per weight ({where} of {prediction.loop.instructions}, "
             f"{prediction.loop.vector_loads} 16-byte loads): {per_weight}",
             f"  {kernel.registers} registers x {kernel.threads} threads, {kernel.smem} B shared, "
-            f"{prediction.blocks_per_core} blocks per core, spills {kernel.spill_bytes} B",
+            f"{prediction.blocks_per_core} blocks per core, spills {kernel.spill_bytes} B"
+            f"{fetched}",
         ]
     )
 

@@ -1,11 +1,14 @@
 """benchmarks/kernel_model.py: counting SASS, and a model of a kernel compiled here."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks import kernel_model
 from benchmarks._points import Point
 from pallas_kernels import compile_for
 from pallas_kernels.cards import CARDS
+from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 
 SASS = """
 nf4_toy:
@@ -119,6 +122,15 @@ def test_of_a_hopper_kernel_the_tensor_instructions_say_what_a_warp_decodes():
     assert found.per_weight["issue"] == pytest.approx(7 * 32 / 256)
     # 16 × 32 tiles of 256 × 128 on 132 multiprocessors: the busiest has four of 3.88.
     assert found.waves == pytest.approx(4 / (512 / 132))
+
+
+def test_blocks_of_a_cluster_fetch_their_rows_of_x_once():
+    """Of each of 512 tiles, 64 times: 256 × 64 of x in two bytes, and half a byte of 128 × 64."""
+    point = Point("matmul", "mosaic_gpu", 4096, "x", 4096, 4096)
+    assert kernel_model.cache_bytes(point) == 512 * 64 * (32768 + 4096)
+    point = dataclasses.replace(point, config=MatmulConfig(cluster=2))
+    assert kernel_model.cache_bytes(point) == 512 * 64 * (16384 + 4096)
+    assert kernel_model.mosaic_split(point) == (16, pytest.approx(4 / (512 / 132)))
 
 
 @pytest.mark.skipif(
