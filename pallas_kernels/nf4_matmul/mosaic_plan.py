@@ -43,7 +43,10 @@ class MatmulConfig:
             stages=(self.stages >= 2, "2 or more: one is read while the next is filled"),
             group=(self.group >= 1, "1 or more"),
             split=(self.split >= 1, "1 or more"),
-            cluster=(self.cluster in (1, 2) and self.rows % (8 * self.cluster) == 0, "1 or 2"),
+            cluster=(
+                self.cluster in (1, 2) and self.rows % (8 * self.cluster) == 0,
+                "1, or 2 with rows in multiples of 16",
+            ),
         )
 
     @property
@@ -97,14 +100,14 @@ def tiles(config: MatmulConfig, m: int, n: int) -> tuple[int, int]:
     return -(-m // config.rows), -(-n // config.columns)
 
 
-def place(config: MatmulConfig, tiles: tuple[int, int], tile: Any, rank: Any) -> tuple:
+def place(config: MatmulConfig, tiles: tuple[int, int], tile: Any, block: Any) -> tuple:
     """Which part of the result a block of threads computes.
 
     Args:
         config: how the work is cut.
         tiles: as the function of that name gives them.
         tile: the cluster's, counted through all parts of the sum.
-        rank: the block's in its cluster.
+        block: its number in the cluster.
 
     Returns:
         Its first row and column of the result, and the number of its part of the sum. The column
@@ -119,7 +122,7 @@ def place(config: MatmulConfig, tiles: tuple[int, int], tile: Any, rank: Any) ->
     # The last band may be narrower.
     here = jnp.minimum(width, cols - band * width)
     column = (band * width + rest % here) * config.columns
-    return (rest // here) * config.rows, column + rank * (BLOCK * COMPUTE), part
+    return (rest // here) * config.rows, column + block * (BLOCK * COMPUTE), part
 
 
 def choose_config(rows: int) -> MatmulConfig:

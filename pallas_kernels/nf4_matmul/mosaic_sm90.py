@@ -142,7 +142,7 @@ def emptied(config: MatmulConfig) -> plgpu.Barrier | plgpu.ClusterBarrier:
         return plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.stages)
     # What a block fetches goes to the others as well: they have to be done with the tile, too.
     return plgpu.ClusterBarrier(
-        collective_axes=("rank",), num_arrivals=COMPUTE, num_barriers=config.stages
+        collective_axes=("block",), num_arrivals=COMPUTE, num_barriers=config.stages
     )
 
 
@@ -167,14 +167,14 @@ def _kernel(plan: Plan):
     def body(x, *refs):
         *low, codes, absmax, nested, offset, bias, tables, out, table, x_tiles, full, empty = refs
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        rank = lax.axis_index("rank") if cfg.cluster > 1 else 0
+        block = lax.axis_index("block") if cfg.cluster > 1 else 0
         count = (plan.work - 1 - cta) // plan.grid + 1
 
         arrays.run(lambda m, t: fill_table(m, t, 128 * (COMPUTE + 1)), table, [tables])
 
         def here(index):
             """Of this block's `index`-th tile: its first row of x and of W, the part of its sum."""
-            return place(cfg, plan.tiles, cta + index * plan.grid, rank)
+            return place(cfg, plan.tiles, cta + index * plan.grid, block)
 
         @pl.when(wg == COMPUTE)
         def _feed():
@@ -194,7 +194,7 @@ def _kernel(plan: Plan):
                         source.at[pl.ds(token, cfg.rows), pl.ds(step * BLOCK, BLOCK)],
                         x_tiles.at[slot],
                         full.at[slot],
-                        collective_axes="rank" if cfg.cluster > 1 else None,
+                        collective_axes="block" if cfg.cluster > 1 else None,
                     )
 
                 if low:
@@ -318,7 +318,7 @@ def _kernel(plan: Plan):
         grid=(plan.grid,),
         grid_names=("cta",),
         cluster=(cfg.cluster,) if cfg.cluster > 1 else (),
-        cluster_names=("rank",) if cfg.cluster > 1 else (),
+        cluster_names=("block",) if cfg.cluster > 1 else (),
         num_threads=COMPUTE + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(

@@ -181,13 +181,13 @@ def _kernel(plan: Plan):
         table, dy_tiles, code_tiles, scale_tiles, full, empty,
     ):  # fmt: skip
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        rank = lax.axis_index("rank") if cfg.cluster > 1 else 0
+        block = lax.axis_index("block") if cfg.cluster > 1 else 0
         count = (math.prod(plan.tiles) - 1 - cta) // plan.grid + 1
         arrays.run(lambda m, t: fill_table(m, t, 128 * (COMPUTE + 1)), table, [tables])
 
         def here(index):
             """First row of dy and first column of dx of this block's `index`-th tile."""
-            token, column, _ = place(cfg, plan.tiles, cta + index * plan.grid, rank)
+            token, column, _ = place(cfg, plan.tiles, cta + index * plan.grid, block)
             return token, column
 
         @pl.when(wg == COMPUTE)
@@ -220,7 +220,7 @@ def _kernel(plan: Plan):
                     dy.at[pl.ds(token, cfg.rows), pl.ds(row, BLOCK)],
                     dy_tiles.at[slot],
                     full.at[slot],
-                    collective_axes="rank" if cfg.cluster > 1 else None,
+                    collective_axes="block" if cfg.cluster > 1 else None,
                 )
                 plgpu.copy_gmem_to_smem(
                     codes.at[pl.ds(row, BLOCK), pl.ds(column // 2, TILE_BYTES)],
@@ -311,7 +311,7 @@ def _kernel(plan: Plan):
         grid=(plan.grid,),
         grid_names=("cta",),
         cluster=(cfg.cluster,) if cfg.cluster > 1 else (),
-        cluster_names=("rank",) if cfg.cluster > 1 else (),
+        cluster_names=("block",) if cfg.cluster > 1 else (),
         num_threads=COMPUTE + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
