@@ -120,9 +120,11 @@ def on_card(card: Card, tree: Any, *, count: int = 1) -> Any:
 
 def lower_for(card: Card, fn: Callable[..., Any], *args: Any, count: int = 1) -> jax.stages.Lowered:
     """Trace and lower `fn` (jitted already or not) for so many cards; arguments may be shapes."""
-    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
+    jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
     with jax.sharding.use_abstract_mesh(card_mesh(card, count).abstract_mesh):
-        return jitted.lower(*on_card(card, args, count=count))
+        traced = jitted.trace(*on_card(card, args, count=count))
+        # Named, because JAX looks for the "gpu" among this machine's where types say what is cut.
+        return traced.lower(lowering_platforms=("cuda",))
 
 
 def compile_for(

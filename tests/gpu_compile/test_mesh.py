@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compile_for as harness
+from pallas_kernels import in_auto_axes, product_spec
 from pallas_kernels.cards import CARDS
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize, quantized_matmul
 
@@ -50,7 +51,8 @@ def stack(n, k, cut) -> QuantizedTensor:
 def loss(adapters, x, up, down):
     def layer(x, weights):
         up, down, a, b = weights
-        h = jax.nn.silu(quantized_matmul(x, up, lora=(x @ a.T, b)))
+        hidden = in_auto_axes(lambda x, a: x @ a.T, x, a, result=lambda x, _: product_spec(x))
+        h = jax.nn.silu(quantized_matmul(x, up, lora=(hidden, b)))
         return x + quantized_matmul(h, down), None
 
     y, _ = jax.lax.scan(jax.checkpoint(layer), x, (up, down, *adapters))
@@ -130,6 +132,24 @@ def test_a_cut_weight_comes_packed_and_layer_by_layer(card):
 def test_of_whole_weights_only_gradients_are_sent():
     sent = {(op, text) for op, shapes in exchanges(step("h200", None).as_text()) for text in shapes}
     assert sent == {("all-reduce", f"bf16[{RANK * (IN + OUT)}]"), ("all-reduce", "f32[]")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["h200", "l40"])
+def test_a_mesh_whose_axes_are_explicit_sends_the_same(card, monkeypatch):
+    """All but gradients, which then lie as what they are gradients of: none are sent whole."""
+    auto = {text for _, shapes in exchanges(step(card, "data").as_text()) for text in shapes}
+    made, axis = harness.card_mesh, (jax.sharding.AxisType.Explicit,)
+
+    def explicit(card, count=1):
+        there = made(card, count)
+        return jax.sharding.Mesh(there.devices, there.axis_names, axis_types=axis)
+
+    monkeypatch.setattr(harness, "card_mesh", explicit)
+    hlo = step.__wrapped__(card, "data").as_text()
+    sent = {text for _, shapes in exchanges(hlo) for text in shapes}
+    assert sent <= auto
+    assert {f"u8[{OUT},{IN // 2}]", f"u8[{IN},{OUT // 2}]"} <= sent
 
 
 def test_where_jax_refused_the_plugin_calls_are_cut():
