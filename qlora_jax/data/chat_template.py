@@ -13,10 +13,9 @@ two things must be known about every character of it:
   answer; this is verified, and a template that rewrites earlier turns later on is refused. The loss
   ends with the eos token, not with the line break that many templates put behind it.
 - **Is it the template's or the row's?** A marker in a row's own text (a row about `<|im_end|>`)
-  must stay characters. Contents are rendered between two marks, and the borders read back; where
-  the result, without its marks, is not the plain rendering (the template rewrites contents beyond
-  trimming them), no border can be had, and the text is read as transformers reads it, markers
-  anywhere.
+  must stay characters. Contents are rendered between two marks, and the borders read back. A
+  content that does not come out whole between its marks (the template rewrites it beyond trimming,
+  or cuts its reasoning off) has no border, and is read as transformers reads it, markers anywhere.
 """
 
 import datetime
@@ -48,6 +47,11 @@ from qlora_jax.data.segments import (
 # Noncharacters: Unicode keeps them for a program's own use and no text may hold them.
 _GENERATION, _CONTENT = ("\ufdd0", "\ufdd1"), ("\ufdd2", "\ufdd3")
 _MARKS = (*_GENERATION, *_CONTENT)
+_OPENING = {closing: opening for opening, closing in (_GENERATION, _CONTENT)}
+_CUT_APART = (
+    "a chat template cuts apart what it has written between {% generation %} and "
+    "{% endgeneration %}: it has to come out whole."
+)
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -255,21 +259,42 @@ class ChatTemplateFormat:
         )
 
     def _marked(self, messages: Sequence[Message]) -> str:
-        """The rendering with marks around contents, or without any where they would change it."""
+        """The rendering with marks around every content that comes out whole between them."""
         plain = self.template._render(messages)
-        for written in (str, str.strip):
-            try:
-                marked = self.template._render(
-                    [
-                        {**m, "content": _CONTENT[0] + written(m["content"]) + _CONTENT[1]}
-                        for m in messages
-                    ]
-                )
-            except ValueError:
-                continue  # a template that looks into contents, and not at ours
-            if _read_marks(marked)[0] == _read_marks(plain)[0]:
-                return marked
-        return plain
+        texts = [message["content"] for message in messages]
+        for written in (texts, [text.strip() for text in texts]):
+            whole = self._with_marks(messages, dict(enumerate(written)), plain)
+            if whole is not None:
+                return whole
+        # One content that the template takes apart leaves the borders of the others.
+        kept = {
+            index: written
+            for index, text in enumerate(texts)
+            for written in (text, text.strip())
+            if self._with_marks(messages, {index: written}, plain) is not None
+        }
+        return self._with_marks(messages, kept, plain) or plain
+
+    def _with_marks(
+        self, messages: Sequence[Message], contents: Mapping[int, str], plain: str
+    ) -> str | None:
+        """The rendering with marks around these contents, by message; None where it is not the
+        plain one but for the marks, or does not have the contents whole between them."""
+        opening, closing = _CONTENT
+        try:
+            marked = self.template._render(
+                [
+                    {**message, "content": f"{opening}{contents[i]}{closing}"}
+                    if i in contents
+                    else message
+                    for i, message in enumerate(messages)
+                ]
+            )
+            text, spans = _read_marks(marked)
+        except ValueError:
+            return None  # a template that looks into contents, and not at ours
+        intact = all(text[start:stop] in contents.values() for start, stop in spans[opening])
+        return marked if intact and text == _read_marks(plain)[0] else None
 
     def _without_tail(self, text: str) -> str:
         """Without whitespace behind a last eos: nothing is learnt from it."""
@@ -300,20 +325,30 @@ class ChatTemplateFormat:
 
 
 def _read_marks(text: str) -> tuple[str, dict[str, list[Span]]]:
-    """The text without marks, and by opening mark where the marked pieces stand in it."""
+    """The text without marks, and by opening mark where the marked pieces stand in it.
+
+    Raises:
+        ValueError: a mark has no partner, for the template cuts marked text apart.
+    """
     spans: dict[str, list[Span]] = {_GENERATION[0]: [], _CONTENT[0]: []}
     if not any(mark in text for mark in _MARKS):
         return text, spans
     kept: list[str] = []
     opened: dict[str, int] = {}
-    closing = {_GENERATION[1]: _GENERATION[0], _CONTENT[1]: _CONTENT[0]}
     for character in text:
-        if character in spans:
-            opened[character] = len(kept)
-        elif character in closing:
-            spans[closing[character]].append((opened[closing[character]], len(kept)))
-        else:
+        if character not in _MARKS:
             kept.append(character)
+            continue
+        begins = character in spans
+        opening = character if begins else _OPENING[character]
+        if begins == (opening in opened):
+            raise ValueError(_CUT_APART)
+        if begins:
+            opened[opening] = len(kept)
+        else:
+            spans[opening].append((opened.pop(opening), len(kept)))
+    if opened:
+        raise ValueError(_CUT_APART)
     return "".join(kept), spans
 
 

@@ -126,6 +126,48 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     assert all(s.trained for s in form.segments({"messages": HELLO}, "all"))
 
 
+# In the way of Qwen3: what stands before "</think>" in an answer is written anew.
+THINKING = (
+    "{% for m in messages %}{% set content = m['content'] %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and '</think>' in content %}"
+    "<think>{{ content.split('</think>')[0].split('<think>')[-1] }}</think>"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("train_on", ["response", "all"])
+def test_an_answer_that_a_template_takes_apart_leaves_the_other_borders(train_on):
+    messages = [
+        {"role": "user", "content": "Is <|im_end|> a word?"},
+        {"role": "assistant", "content": "<think>Hm.</think>No."},
+    ]
+    template = ChatTemplate(THINKING, {"eos_token": "<|im_end|>"})
+    segments = ChatTemplateFormat(template).segments({"messages": messages}, train_on)
+    # Borders of the question alone: the template's own markers around the answer stay markers.
+    assert [s.text for s in segments if not s.special] == ["Is <|im_end|> a word?"]
+    assert text(segments).endswith("assistant\n<think>Hm.</think>No.<|im_end|>")
+    if train_on == "response":
+        assert text(s for s in segments if s.trained) == "<think>Hm.</think>No.<|im_end|>"
+
+
+def test_contents_of_which_some_are_trimmed_all_have_borders():
+    source = (
+        "{% for m in messages %}{{ m['content'] if loop.first else m['content'] | trim }}"
+        "{% endfor %}"
+    )
+    messages = [{"role": "user", "content": " a "}, {"role": "assistant", "content": " b "}]
+    segments = form_of(source).segments({"messages": messages}, "all")
+    assert [(s.text, s.special) for s in segments] == [(" a b", False)]
+
+
+def test_a_template_that_cuts_its_own_generation_apart_is_refused():
+    cut = "{% set x %}{% generation %}a b{% endgeneration %}{% endset %}{{ x.split(' ')[0] }}"
+    with pytest.raises(ValueError, match="cuts apart what it has written between"):
+        form_of(cut).segments({"messages": HELLO})
+
+
 def test_contents_that_a_template_rewrites_are_read_as_transformers_reads_them():
     segments = form_of("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}").segments(
         {"messages": HELLO}, "all"
