@@ -13,9 +13,10 @@ two things must be known about every character of it:
   answer; this is verified, and a template that rewrites earlier turns later on is refused. The loss
   ends with the eos token, not with the line break that many templates put behind it.
 - **Is it the template's or the row's?** A marker in a row's own text (a row about `<|im_end|>`)
-  must stay characters. Contents are rendered between two marks, and the borders read back. A
-  content that does not come out whole between its marks (the template rewrites it beyond trimming,
-  or cuts its reasoning off) has no border, and is read as transformers reads it, markers anywhere.
+  must stay characters. Contents and reasoning are rendered between two marks, and the borders read
+  back. A text that does not come out whole between its marks (the template rewrites it beyond
+  trimming, or cuts reasoning out of it) has no border, and is read as transformers reads it,
+  markers anywhere; so are tools and the calls of them.
 """
 
 import datetime
@@ -39,9 +40,11 @@ from qlora_jax.data.segments import (
     Segment,
     TrainOn,
     joined,
+    tools_of,
     trains_on_all,
     turns_of,
     with_system,
+    without_none,
 )
 
 # Noncharacters: Unicode keeps them for a program's own use and no text may hold them.
@@ -53,7 +56,11 @@ _CUT_APART = (
     "{% endgeneration %}: it has to come out whole."
 )
 
+# What a message may call its reasoning; templates read the first two.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
 Message = Mapping[str, Any]
+Place = tuple[int, str]  # a message's number and key
 Span = tuple[int, int]
 
 
@@ -96,17 +103,28 @@ class ChatTemplate:
         self, messages: Sequence[Message], prompted: bool = False, variables: Any = None
     ) -> str:
         """The text with the marks of `{% generation %}` in it."""
+        names = {
+            "add_generation_prompt": prompted,
+            "tools": None,
+            "documents": None,
+            **self.special_tokens,
+            **(variables or {}),
+        }
+        told = [_with_reasoning(message) for message in messages]
         try:
-            return _compiled(self.source)[0].render(
-                messages=messages,
-                add_generation_prompt=prompted,
-                **self.special_tokens,
-                **(variables or {}),
-            )
+            return _compiled(self.source)[0].render(messages=told, **names)
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(
                 f"the chat template of {self.name} does not take this conversation: {error}."
             ) from error
+
+
+def _with_reasoning(message: Message) -> Message:
+    """The message with its reasoning under the two names that templates know it by."""
+    found = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    if found is None:
+        return message
+    return {"thinking": found, **message, "reasoning_content": found}
 
 
 class _Generation(jinja2.ext.Extension):
@@ -131,10 +149,7 @@ def _compiled(source: str) -> tuple[jinja2.Template, bool]:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    # The tojson of transformers: no HTML escapes, and no sorting of keys.
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
+    environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
@@ -150,6 +165,19 @@ def _compiled(source: str) -> tuple[jinja2.Template, bool]:
     return template, marked
 
 
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """transformers' `tojson`: unlike Jinja's, without HTML escapes and sorting of keys."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
 def _refuse(message: str) -> NoReturn:
     """What a template calls to say that it does not take a conversation."""
     raise jinja2.TemplateError(message)
@@ -158,13 +186,12 @@ def _refuse(message: str) -> NoReturn:
 def load_chat_template(path: str | Path, name: str | None = None) -> ChatTemplate:
     """The chat template of a model folder.
 
-    `chat_template.jinja` is taken before the `chat_template` of tokenizer_config.json, as in
-    transformers.
+    `chat_template.jinja`, and `additional_chat_templates/NAME.jinja`, are taken before the
+    `chat_template` of tokenizer_config.json, as in transformers.
 
     Args:
         path: the folder.
-        name: which, where tokenizer_config.json has several ("default", "tool_use" …); None: the
-            default one.
+        name: which, where there are several ("default", "tool_use" …); None: the default one.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -180,9 +207,10 @@ def load_chat_template(path: str | Path, name: str | None = None) -> ChatTemplat
     elif isinstance(found, list):
         found = {entry["name"]: entry["template"] for entry in found}
     templates: dict[str, str] = dict(found or {})
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        templates["default"] = file.read_text(encoding="utf-8")
+    files = {f.stem: f for f in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    templates |= {stem: file.read_text(encoding="utf-8") for stem, file in files.items()}
     wanted = name or "default"
     if wanted not in templates:
         has = f"it has {', '.join(templates)}" if templates else "it has none"
@@ -201,7 +229,7 @@ def load_chat_template(path: str | Path, name: str | None = None) -> ChatTemplat
 
 @dataclass(frozen=True)
 class ChatTemplateFormat:
-    """Rows of `messages`, written by a model's own chat template.
+    """Rows of `messages`, and perhaps of `tools`, written by a model's own chat template.
 
     `"response"` trains what assistants write, up to and with their eos token; see the module's
     prologue for how it is found.
@@ -233,19 +261,23 @@ class ChatTemplateFormat:
         """
         everything = trains_on_all(train_on)
         turns = with_system(turns_of(row, self.messages, self.name), self.system)
-        messages = [{"role": role, "content": content} for role, content in turns]
-        for _, content in turns:
-            if any(mark in content for mark in _MARKS):
-                raise ValueError(
-                    "a row holds a Unicode noncharacter (U+FDD0 to U+FDD3), which no text may: "
-                    "remove it."
-                )
-        text, marks = _read_marks(self._marked(messages))
+        messages = [
+            without_none({"role": role, "content": content, **more})
+            for role, content, more in turns
+        ]
+        tools = tools_of(row, self.name)
+        told = json.dumps([messages, tools], ensure_ascii=False, default=str)
+        if any(mark in told for mark in _MARKS):
+            raise ValueError(
+                "a row holds a Unicode noncharacter (U+FDD0 to U+FDD3), which no text may: "
+                "remove it."
+            )
+        text, marks = _read_marks(self._marked(messages, tools))
         text = self._without_tail(text)
         if self.template.marks_generation:
             trained = marks[_GENERATION[0]]
         else:
-            trained = [] if everything else self._answers(messages, text)
+            trained = [] if everything else self._answers(messages, tools, text)
         contents = marks[_CONTENT[0]]
         borders = {at for span in (*trained, *contents) for at in span if at < len(text)}
         cuts = sorted({0, len(text), *borders})
@@ -258,58 +290,62 @@ class ChatTemplateFormat:
             for start, stop in itertools.pairwise(cuts)
         )
 
-    def _marked(self, messages: Sequence[Message]) -> str:
-        """The rendering with marks around every content that comes out whole between them."""
-        plain = self.template._render(messages)
-        texts = [message["content"] for message in messages]
-        for written in (texts, [text.strip() for text in texts]):
-            whole = self._with_marks(messages, dict(enumerate(written)), plain)
+    def _marked(self, messages: Sequence[Message], tools: Any) -> str:
+        """The rendering with marks around every text that comes out whole between them: contents
+        and reasoning."""
+        plain = self.template._render(messages, variables={"tools": tools})
+        texts: dict[Place, str] = {
+            (index, key): message[key]
+            for index, message in enumerate(messages)
+            for key in ("content", *_REASONING)
+            if isinstance(message.get(key), str)
+        }
+        stripped = {place: text.strip() for place, text in texts.items()}
+        for written in (texts, stripped):
+            whole = self._with_marks(messages, tools, written, plain)
             if whole is not None:
                 return whole
-        # One content that the template takes apart leaves the borders of the others.
+        # One text that the template takes apart leaves the borders of the others.
         kept = {
-            index: written
-            for index, text in enumerate(texts)
-            for written in (text, text.strip())
-            if self._with_marks(messages, {index: written}, plain) is not None
+            place: written[place]
+            for place in texts
+            for written in (texts, stripped)
+            if self._with_marks(messages, tools, {place: written[place]}, plain) is not None
         }
-        return self._with_marks(messages, kept, plain) or plain
+        return self._with_marks(messages, tools, kept, plain) or plain
 
     def _with_marks(
-        self, messages: Sequence[Message], contents: Mapping[int, str], plain: str
+        self, messages: Sequence[Message], tools: Any, texts: Mapping[Place, str], plain: str
     ) -> str | None:
-        """The rendering with marks around these contents, by message; None where it is not the
-        plain one but for the marks, or does not have the contents whole between them."""
+        """The rendering with marks around these texts; None where it is not the plain one but for
+        the marks, or does not have the texts whole between them."""
         opening, closing = _CONTENT
+        changed = [dict(message) for message in messages]
+        for (index, key), text in texts.items():
+            changed[index][key] = f"{opening}{text}{closing}"
         try:
-            marked = self.template._render(
-                [
-                    {**message, "content": f"{opening}{contents[i]}{closing}"}
-                    if i in contents
-                    else message
-                    for i, message in enumerate(messages)
-                ]
-            )
-            text, spans = _read_marks(marked)
+            marked = self.template._render(changed, variables={"tools": tools})
+            read, spans = _read_marks(marked)
         except ValueError:
-            return None  # a template that looks into contents, and not at ours
-        intact = all(text[start:stop] in contents.values() for start, stop in spans[opening])
-        return marked if intact and text == _read_marks(plain)[0] else None
+            return None  # a template that looks into texts, and not at ours
+        intact = all(read[start:stop] in texts.values() for start, stop in spans[opening])
+        return marked if intact and read == _read_marks(plain)[0] else None
 
     def _without_tail(self, text: str) -> str:
         """Without whitespace behind a last eos: nothing is learnt from it."""
         eos, bare = self.template.special_tokens.get("eos_token"), text.rstrip()
         return bare if eos and bare.endswith(eos) else text
 
-    def _answers(self, messages: Sequence[Message], text: str) -> list[Span]:
+    def _answers(self, messages: Sequence[Message], tools: Any, text: str) -> list[Span]:
         """Where the assistants' turns stand, by rendering the conversation turn by turn."""
+        render = functools.partial(self.template.render, tools=tools)
         eos = self.template.special_tokens.get("eos_token")
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.template.render(messages[:index], add_generation_prompt=True)
-            after = self._without_tail(self.template.render(messages[: index + 1]))
+            before = render(messages[:index], add_generation_prompt=True)
+            after = self._without_tail(render(messages[: index + 1]))
             if not (text.startswith(after) and after.startswith(before)):
                 raise ValueError(
                     f"the chat template of {self.template.name} writes turn {index} of a "

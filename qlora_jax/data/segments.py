@@ -3,6 +3,7 @@
 And what all formats share: how they read a row's columns and turns, and refuse what is not there.
 """
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -79,8 +80,21 @@ def text_of(row: Row, column: str, name: str) -> str:
 # Role names of OASST ("prompter"), ShareGPT ("human", "gpt") and the Hugging Face `messages` form.
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant"}
 
-Turn = tuple[str, str]
-"""A role and a content."""
+_CONTENTS = ("content", "text", "value")
+_NO_VALUES: Mapping[str, Any] = {}
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation.
+
+    `content` is None of an assistant's turn that only calls tools. `more` is what else the row says
+    of the turn (`tool_calls`, `reasoning_content`, `name` …), without what is None in it: a dataset
+    in Arrow's columns gives every turn all the keys that any has.
+    """
+
+    role: str
+    content: str | None
+    more: Mapping[str, Any] = _NO_VALUES
 
 
 def turns_of(
@@ -97,7 +111,8 @@ def turns_of(
         roles: those the format knows; None: any.
 
     Raises:
-        ValueError: no list of turns, a turn without role and text, a role that is not known.
+        ValueError: no list of turns, a turn without role and text (or call of a tool), a role that
+            is not known.
     """
     turns = row.get(column)
     if not isinstance(turns, list | tuple) or not turns:
@@ -111,13 +126,14 @@ def turns_of(
 def _turn(turn: Any, name: str, roles: Collection[str] | None) -> Turn:
     if isinstance(turn, Mapping):
         role = turn.get("role") or turn.get("from")
-        content = next(
-            (turn[k] for k in ("content", "text", "value") if turn.get(k) is not None), None
-        )
-        if isinstance(role, str) and isinstance(content, str):
+        content = next((turn[k] for k in _CONTENTS if turn.get(k) is not None), None)
+        own = ("role", "from", *_CONTENTS)
+        more = without_none({k: value for k, value in turn.items() if k not in own})
+        calls = content is None and more.get("tool_calls")
+        if isinstance(role, str) and (isinstance(content, str) or calls):
             role = _ROLES.get(role, role)
             if roles is None or role in roles:
-                return role, content
+                return Turn(role, content, more)
     known = "" if roles is None else f" ({', '.join(roles)})"
     raise ValueError(
         f"format {name!r} expects turns with a role{known} and a text content, but a row holds the "
@@ -125,11 +141,43 @@ def _turn(turn: Any, name: str, roles: Collection[str] | None) -> Turn:
     )
 
 
+def tools_of(row: Row, name: str) -> list[Any] | None:
+    """The tools that a row says a conversation may call: in its column `tools`, a list of JSON
+    schemas, or the JSON text of one; None where there is none.
+
+    Raises:
+        ValueError: the column of the format `name` holds something else.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the column 'tools' is not valid JSON ({error}).") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(
+            f"format {name!r} expects the column 'tools' to hold a list of JSON schemas, but a row "
+            f"holds {shown(tools)}."
+        )
+    return without_none(tools)
+
+
+def without_none(value: Any) -> Any:
+    """A value without the keys, at any depth, that hold None."""
+    if isinstance(value, Mapping):
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [without_none(inner) for inner in value]
+    return value
+
+
 def with_system(turns: Sequence[Turn], system: str | None) -> list[Turn]:
     """The turns, with a system prompt in front where one is given and they have none."""
-    if system is None or turns[0][0] == "system":
+    if system is None or turns[0].role == "system":
         return list(turns)
-    return [("system", system), *turns]
+    return [Turn("system", system), *turns]
 
 
 def shown(value: Any) -> str:

@@ -157,7 +157,12 @@ class ConversationFormat:
         turns = turns_of(row, self.messages, self.name, roles=self.style.openings)
         everything = trains_on_all(train_on)
         style, segments = self.style, []
-        for index, (role, content) in enumerate(with_system(turns, self.system)):
+        for index, (role, content, more) in enumerate(with_system(turns, self.system)):
+            if content is None or more.get("tool_calls"):
+                raise ValueError(
+                    f"format {self.name!r} has no way to write a call of a tool, but a row holds "
+                    f"{shown(more['tool_calls'])}; take the model's own (chat-template)."
+                )
             trained = everything or role == "assistant"
             opening = (style.between if index else "") + style.openings[role]
             if content and not content[0].isspace() and (opening or index):

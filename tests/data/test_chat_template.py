@@ -11,6 +11,7 @@ from qlora_jax.data import (
     ChatTemplate,
     ChatTemplateFormat,
     load_chat_template,
+    load_rows,
     load_tokenizer,
     tokenize_rows,
 )
@@ -177,6 +178,72 @@ def test_contents_that_a_template_rewrites_are_read_as_transformers_reads_them()
     assert text(segments) == "HI HELLO.\n</S>?AN END."
 
 
+# In the way of Qwen: tools in front, an answer with its reasoning and its calls.
+TOOLS = (
+    "{% if tools is not none %}[tools] {{ tools | tojson(separators=(',', ':')) }}{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}] "
+    "{% if m.reasoning_content is defined %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% if m.content is defined %}{{ m['content'] }}{% endif %}"
+    "{% for call in m.tool_calls or () %}<call>{{ call.function | tojson }}</call>{% endfor %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def test_tools_calls_and_reasoning_are_written_and_trained(tmp_path):
+    calls = [{"function": {"name": "weather", "arguments": {"city": "é"}}}]
+    other = [{"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}]
+    rows = [
+        {
+            "tools": json.dumps([{"name": "weather"}]),
+            "messages": [
+                {"role": "user", "content": "Rain?"},
+                {"role": "assistant", "content": None, "tool_calls": calls},
+                {"role": "tool", "content": "no"},
+                {"role": "assistant", "content": "No.", "reasoning": "Dry </s>."},
+            ],
+        },
+        {
+            "tools": None,
+            "messages": [
+                {"role": "user", "content": "1 + 2"},
+                {"role": "assistant", "content": "", "tool_calls": other},
+            ],
+        },
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # The columns of Arrow give each turn, call and argument the keys of all others, as None.
+    for read in (rows, load_rows(file, cache_dir=tmp_path)):
+        first, second = (form_of(TOOLS).segments(row) for row in read)
+        assert text(first) == (
+            '[tools] [{"name":"weather"}][user] Rain?[assistant] '
+            '<call>{"name": "weather", "arguments": {"city": "é"}}</call></s>'
+            "[tool] no[assistant] <think>Dry </s>.</think>No.</s>"
+        )
+        assert text(s for s in first if s.trained) == (
+            '<call>{"name": "weather", "arguments": {"city": "é"}}</call></s>'
+            "<think>Dry </s>.</think>No.</s>"
+        )
+        assert "Dry </s>." in [s.text for s in first if not s.special]
+        assert text(second).endswith(
+            '[assistant] <call>{"name": "add", "arguments": {"a": 1, "b": 2}}</call></s>'
+        )
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"tools": "[", "messages": HELLO}, "'tools' is not valid JSON"),
+        ({"tools": ["add"], "messages": HELLO}, r"list of JSON schemas, but a row holds \['add'\]"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "a role and a text content"),
+    ],
+)
+def test_bad_tools_are_refused(row, words):
+    with pytest.raises(ValueError, match=words):
+        form_of(TOOLS).segments(row)
+
+
 def test_templates_run_in_a_sandbox():
     for attack in (
         "{{ ''.__class__.__mro__ }}",
@@ -216,3 +283,6 @@ def test_where_templates_are_found(tmp_path):
         load_chat_template(tmp_path, "rag")
     (tmp_path / "chat_template.jinja").write_text("c")
     assert load_chat_template(tmp_path).source == "c"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("d")
+    assert load_chat_template(tmp_path, "rag").source == "d"

@@ -226,6 +226,11 @@ def test_wrong_columns_are_refused_with_what_would_take_them():
         ("messages", {"messages": [{"role": "tool", "content": "a"}]}, "role .user, assistant"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, "text content"),
         ("messages", {"messages": ["hello"]}, "the turn 'hello'"),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}]},
+            r"no way to write a call of a tool.*'add'.*chat-template",
+        ),
     ],
 )
 def test_bad_values_are_refused(name, row, message):
