@@ -39,7 +39,8 @@ class LoraConfig:
         use_dora: train each row's magnitude apart from its direction (`dora.py`).
         rank_pattern: ranks of some layers, by the end of their path (a regular expression).
         alpha_pattern: alphas of some layers, likewise.
-        layers_to_transform: adapt these layers of the stack alone; None for all.
+        layers_to_transform: adapt these layers of the stack alone; None for all. It does not count
+            for layers that `target_modules` has by their whole path.
         layers_pattern: the name of the list that `layers_to_transform` counts in, such as "layers";
             None for the first number of a path.
         modules_to_save: modules of the base that are trained whole and saved with the adapters,

@@ -45,13 +45,15 @@ def targeted(
     Args:
         names: `target_modules`.
         path: of a linear layer.
-        layers: `layers_to_transform`: the numbers of the layers that are meant; None for all.
+        layers: `layers_to_transform`: the numbers of the layers that are meant; None for all. A
+            layer that `names` has by its whole path is meant whatever its number.
         pattern: `layers_pattern`: the lists those numbers count in; None for the first number that
             follows two names.
     """
     every = names == ALL_LINEAR
     found = not _HEADS.intersection(path.split(".")) if every else named(names, path)
-    if layers is None or not found:
+    whole = not isinstance(names, str) and path in names
+    if layers is None or whole or not found:
         return found
     lists = [rf"(?:^|.*?\.){name}" for name in pattern] if pattern else [r".*?\.[^.]*"]
     matches = (re.match(rf"{part}\.(\d+)\.", path) for part in lists)

@@ -67,6 +67,13 @@ def test_layers_to_transform(layers, pattern, path: str, means: bool) -> None:
     assert lora.targets(path) is means
 
 
+def test_layers_to_transform_leaves_layers_that_are_named_whole() -> None:
+    lora = LoraConfig(target_modules=(Q, "k_proj"), layers_to_transform=(1,))
+    assert lora.targets(Q)
+    assert not lora.targets(Q.replace("q_proj", "k_proj"))
+    assert lora.targets("model.layers.1.self_attn.k_proj")
+
+
 def test_patterns_set_rank_and_alpha_of_some_layers() -> None:
     lora = LoraConfig(
         r=8,
