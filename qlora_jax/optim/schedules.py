@@ -50,9 +50,9 @@ def learning_rate_schedule(
 def decay_mask(params: PyTree) -> PyTree:
     """True for the weights that decay: all but biases and normalisation weights.
 
-    This is `transformers.Trainer`'s rule, by names: a path whose last name is "bias", or that has
-    "norm" in a module's name or one that begins with "ln_", does not decay. Pass it as
-    `optax.adamw(..., mask=decay_mask)`; LoRA's A and B all decay.
+    This is `transformers.Trainer`'s rule, by names: a path with "bias" (a T5's table of relative
+    biases, too) or "norm" in one of its names, or with one that begins with "ln_", does not decay.
+    Pass it as `optax.adamw(..., mask=decay_mask)`; LoRA's A and B all decay.
     """
 
     def decays(path: tuple, _leaf: object) -> bool:
@@ -60,8 +60,6 @@ def decay_mask(params: PyTree) -> PyTree:
             str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))).lower()
             for key in path
         ]
-        names = [name for name in names if name not in ("value", "raw_value")]
-        bias = bool(names) and names[-1] == "bias"
-        return not bias and not any("norm" in name or name.startswith("ln_") for name in names)
+        return not any("bias" in name or "norm" in name or name.startswith("ln_") for name in names)
 
     return jax.tree_util.tree_map_with_path(decays, params)
