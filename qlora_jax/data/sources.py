@@ -12,6 +12,7 @@ not know how to, and `trust_remote_code` is not passed.
 import gzip
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,7 +123,7 @@ def _load_local(
     try:
         if reader == "csv":
             options |= _cells_as_text(path, options.get("sep", ","))
-        with _quietly():
+        with _quietly(), _whole_lines():
             rows = _one_split(
                 datasets.load_dataset(reader, split=split, cache_dir=cache_dir, **options),
                 str(path),
@@ -151,7 +152,27 @@ def _cells_as_text(path: Path, separator: str) -> dict[str, Any]:
 
     columns = pandas.read_csv(path, sep=separator, nrows=0).columns
     features = datasets.Features({str(name): datasets.Value("string") for name in columns})
-    return {"features": features, "keep_default_na": False}
+    # Otherwise pandas makes names of rows of the first cells, where lines have one too many.
+    return {"features": features, "keep_default_na": False, "index_col": False}
+
+
+@contextmanager
+def _whole_lines() -> Iterator[None]:
+    """Refuses lines of a CSV file that have more cells than its first, which pandas warns of."""
+    import pandas
+
+    with warnings.catch_warnings():
+        message = "Length of header or names does not match length of data"
+        warnings.filterwarnings("error", message, pandas.errors.ParserWarning)
+        try:
+            yield
+        except Exception as error:
+            if message not in _reason(error):
+                raise
+            raise ValueError(
+                "a line has more cells than the first, which names the columns: put quotation "
+                "marks around cells that hold a separator."
+            ) from None
 
 
 def _load_hub(

@@ -223,6 +223,8 @@ def test_without_a_network_the_hub_says_so(tmp_path, monkeypatch):
         ("a.jsonl", '{"a": 1}\n{"a"', r"a.jsonl cannot be read as a dataset"),
         ("a.parquet", "PAR0", r"a.parquet cannot be read as a dataset"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", r"a.csv cannot be read as a dataset"),
+        ("b.csv", "a,b\n1,2,3\n4,5,6\n", r"b.csv cannot be read.*more cells than the first"),
+        ("c.tsv", "a\tb\n1\t2\t3\n4\t5\n", r"c.tsv cannot be read.*more cells than the first"),
         ("a.jsonl.gz", "not gzip", r"a.jsonl.gz cannot be read as a dataset"),
         ("a.xlsx", "a", r"no ending that tells its format: expected \.json"),
         ("a", "a", "no ending that tells its format"),
