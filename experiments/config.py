@@ -67,7 +67,8 @@ class DataConfig:
 
     Attributes:
         source: an embedded dataset's name, one of the paper's eight (`qlora_jax.data.INSTRUCT`), a
-            file (.json, .jsonl, .csv, .parquet), a folder, or a hub name.
+            file (.json, .jsonl, .csv, .parquet, .arrow), a folder, or a hub name.
+        name: the configuration of a hub dataset or folder that has several.
         files: of a dataset of the paper, the file or folder that holds it; None: the hub.
         hub_files: of one on the hub, read only these of its files (patterns): FLAN v2's
             submixtures.
@@ -94,6 +95,7 @@ class DataConfig:
     """
 
     source: str = "describe"
+    name: str | None = None
     files: str | None = None
     hub_files: tuple[str, ...] | None = None
     split: str | None = None
@@ -257,6 +259,11 @@ def _resolved(data: DataConfig, where: str) -> DataConfig:
             raise ValueError(
                 f"data.format in {where} is {data.format!r}, but {data.source} is a dataset of the "
                 "paper and brings its own: leave it out, or name the rows by file or hub name."
+            )
+        if data.name is not None:
+            raise ValueError(
+                f"data.name in {where} is {data.name!r}, but {data.source} is a dataset of the "
+                "paper and brings its own configuration: leave it out."
             )
         return dataclasses.replace(data, train_on=data.train_on or INSTRUCT[data.source].train_on)
     if data.files is not None or data.hub_files is not None:

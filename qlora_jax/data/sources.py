@@ -10,6 +10,7 @@ not know how to, and `trust_remote_code` is not passed.
 """
 
 import gzip
+import json
 import os
 import re
 import warnings
@@ -29,8 +30,11 @@ _READERS = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".txt": "text",
 }
+# What `Dataset.save_to_disk` writes beside its Arrow files.
+_SAVED = ("state.json", "dataset_info.json")
 _COMPRESSIONS = (".gz", ".bz2", ".xz")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PREFIX = "hub:"
@@ -48,12 +52,12 @@ def load_rows(
     """The rows of a dataset, as a sequence of dicts from column to value.
 
     Args:
-        source: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt, each also .gz, .bz2, .xz),
-            a folder of such files, or a hub name "owner/name" ("hub:owner/name" where a local
-            folder of the first name is in the way).
+        source: a file (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .txt, each also .gz, .bz2,
+            .xz), a folder of such files or one that `Dataset.save_to_disk` wrote, or a hub name
+            "owner/name" ("hub:owner/name" where a local folder of the first name is in the way).
         split: which split, slices included ("train", "test", "train[:500]", "train[90%:]"). A file
             is one split, "train". None: the only split there is, or "train".
-        name: the hub dataset's configuration, where it has several.
+        name: the configuration of the hub dataset or folder, where it has several.
         data_files: read only these files of the hub dataset or folder.
         revision: the hub dataset's branch, tag or commit.
         cache_dir: where `datasets` keeps its Arrow files; None: its own default (HF_HOME).
@@ -71,9 +75,10 @@ def load_rows(
             hub_name, split, name=name, data_files=data_files, revision=revision, cache_dir=cache
         )
     else:
-        if name is not None or revision is not None:
-            raise ValueError(f"{text} is local: name and revision belong to a hub dataset.")
-        rows = _load_local(Path(text).expanduser(), split, data_files=data_files, cache_dir=cache)
+        if revision is not None:
+            raise ValueError(f"{text} is local: revision belongs to a hub dataset.")
+        path = Path(text).expanduser()
+        rows = _load_local(path, split, name=name, data_files=data_files, cache_dir=cache)
     if len(rows) == 0:
         raise ValueError(f"{text} (split {split or 'train'}) is empty: there is not one row in it.")
     return rows
@@ -105,15 +110,26 @@ def _hub_name(source: str) -> str | None:
 
 
 def _load_local(
-    path: Path, split: str | None, *, data_files: str | list[str] | None, cache_dir: str | None
+    path: Path,
+    split: str | None,
+    *,
+    name: str | None,
+    data_files: str | list[str] | None,
+    cache_dir: str | None,
 ) -> "datasets.Dataset":
     import datasets
     import pyarrow
 
     options: dict[str, Any] = {}
-    if path.is_dir():
-        reader, options["data_files"] = str(path), data_files
+    if all((path / saved).is_file() for saved in _SAVED):
+        reader, options["data_files"] = "arrow", _saved_files(path)
+    elif path.is_dir():
+        reader, options["name"], options["data_files"] = str(path), name, data_files
     else:
+        if name is not None:
+            raise ValueError(
+                f"{path} is a file, which has no configuration {name!r}: leave it out."
+            )
         ending = _ending(path)
         reader, options["data_files"] = _READERS[ending], str(path)
         if ending == ".tsv":
@@ -143,6 +159,12 @@ def _load_local(
             f"{path} cannot be read as a dataset{'' if split is None else f' (split {split!r})'}: "
             f"{_reason(error)}"
         ) from error
+
+
+def _saved_files(folder: Path) -> list[str]:
+    """The Arrow files of a folder that `Dataset.save_to_disk` wrote."""
+    state = json.loads((folder / _SAVED[0]).read_text(encoding="utf-8"))
+    return [str(folder / file["filename"]) for file in state["_data_files"]]
 
 
 def _cells_as_text(path: Path, separator: str) -> dict[str, Any]:

@@ -239,8 +239,35 @@ def test_unreadable_files_are_refused(name, content, message, tmp_path, cache):
 
 def test_options_of_the_hub_do_not_belong_to_files(tmp_path):
     write(tmp_path / "rows.json")
-    with pytest.raises(ValueError, match="name and revision belong to a hub dataset"):
+    with pytest.raises(ValueError, match="revision belongs to a hub dataset"):
         load_rows(tmp_path / "rows.json", revision="main")
+    with pytest.raises(ValueError, match="is a file, which has no configuration 'a'"):
+        load_rows(tmp_path / "rows.json", name="a")
+
+
+def test_what_a_dataset_saved_of_itself_is_read(tmp_path, cache):
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one", num_shards=3)
+    datasets.DatasetDict(train=rows, test=rows.select([4])).save_to_disk(tmp_path / "two")
+    assert list(load_rows(tmp_path / "one", cache_dir=cache)) == ROWS
+    assert list(load_rows(tmp_path / "one", "train[5:8]", cache_dir=cache)) == ROWS[5:8]
+    assert list(load_rows(tmp_path / "two", cache_dir=cache)) == ROWS
+    assert list(load_rows(tmp_path / "two", "test", cache_dir=cache)) == [ROWS[4]]
+    shard = next((tmp_path / "one").glob("*.arrow"))
+    assert load_rows(shard, cache_dir=cache)[0] in ROWS
+
+
+def test_a_folder_of_several_configurations_is_read_by_name(tmp_path, cache):
+    for name, rows in (("a", ROWS[:3]), ("b", ROWS[3:])):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "rows.jsonl", rows)
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: a\n  data_files: a/*\n- config_name: b\n  data_files: b/*\n---\n"
+    )
+    assert list(load_rows(tmp_path, name="b", cache_dir=cache)) == ROWS[3:]
+    with pytest.raises(ValueError, match=r"pick one among the available configs: \['a', 'b'\]"):
+        load_rows(tmp_path, cache_dir=cache)
 
 
 def test_an_empty_folder_is_refused(tmp_path, cache):

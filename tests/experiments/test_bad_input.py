@@ -50,6 +50,8 @@ def test_data(tiny_model, tmp_path, capsys):
         ([empty], "is empty"),
         ([few], "5 rows, but 200 are to be held out"),
         ([few, "data.validation_split=test"], "test"),
+        ([few, "data.name=main"], "is a file, which has no configuration 'main'"),
+        (["alpaca", "data.name=main"], "brings its own configuration"),
         ([few, "data.validation_rows=1", "data.max_rows=0"], "max_rows=0 must be 1 or more"),
         ([few, "data.validation_rows=0"], "validation_rows=0 must be 1 or more"),
         ([few, "data.buckets=[]"], "must be lengths of 1 token or more"),
