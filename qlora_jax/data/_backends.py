@@ -80,6 +80,12 @@ class JsonBackend:
         in_front = framed[: len(bare)] != bare
         return framed[0] if in_front else None, len(framed) - len(bare) > in_front
 
+    @cached_property
+    def markers(self) -> re.Pattern[str] | None:
+        """What finds special tokens in a text; None where there is none."""
+        added = self._spec.get("added_tokens") or ()
+        return _any_of(token["content"] for token in added if token.get("special"))
+
     def encode_batch(
         self, texts: Sequence[str], *, continues: bool, special: bool
     ) -> list[list[int]]:
@@ -243,10 +249,14 @@ class SentencePieceBackend:
         sp = self._start
         return {sp.id_to_piece(i): i for i in range(sp.vocab_size()) if sp.is_control(i)}
 
+    @cached_property
+    def markers(self) -> re.Pattern[str] | None:
+        """What finds special tokens in a text; None where there is none."""
+        return _any_of(self._control_pieces)
+
     def _encode_special(self, text: str, continues: bool) -> list[int]:
-        pieces = "|".join(map(re.escape, sorted(self._control_pieces, key=len, reverse=True)))
         ids: list[int] = []
-        for index, part in enumerate(re.split(f"({pieces})", text) if pieces else [text]):
+        for index, part in enumerate(self.markers.split(text) if self.markers else [text]):
             if index % 2:
                 ids.append(self._control_pieces[part])
             elif part:
@@ -260,6 +270,13 @@ class SentencePieceBackend:
         if self._continuation is None:
             self._continuation = _processor(self._proto + _NO_DUMMY_PREFIX, Path())
         return self._continuation
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern with one group that is any of some texts, the longest that there is."""
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    listed = "|".join(map(re.escape, longest_first))
+    return re.compile(f"({listed})") if listed else None
 
 
 def _piece(text: str, kind: int) -> bytes:

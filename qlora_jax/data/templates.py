@@ -11,7 +11,7 @@ instruction and answer are clearly apart (38.6 against 37.5 on MMLU, appendix B)
 on everything, as the paper did for OASST1 and HH-RLHF, which it read as whole conversations.
 
 Whitespace is part of a format. A boundary between segments is always a boundary between tokens
-(see `tokenize`), so a space that separates two segments opens the second one, where both
+(see `encode`), so a space that separates two segments opens the second one, where both
 SentencePiece ("▁answer") and byte-level BPE ("Ġanswer") have their natural pieces.
 
 A format is frozen data without a base class: its `name`, the `columns` it needs of a row, and

@@ -1,12 +1,6 @@
 """Tokenization: from text segments to token ids and labels.
 
-**Boundaries.** Each segment is tokenized on its own and the ids are concatenated, so a token never
-straddles the line between what is asked and what is answered, and the ids of a prompt in training
-are the ids the same prompt has when the model is asked. (Tokenizing both together and masking by
-position would merge, say, ":" and a quotation mark into a piece that no prompt ends in.) Segments
-after the first are tokenized as a *continuation*: without the space that SentencePiece models put
-before a text, which would otherwise appear in the middle of every example. Decoding an example's
-ids therefore gives its text back, to the character, where the tokenizer is lossless at all.
+What happens at the boundaries between segments: `encode`.
 
 **Lengths.** As in the paper's code, the source part (with the bos token) is cut to `source_max_len`
 tokens and the target part (with the eos token) to `target_max_len`, both on the right. A target
@@ -24,6 +18,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_jax.data.chat_template import ChatTemplateFormat
+from qlora_jax.data.encode import encode_segments
 from qlora_jax.data.examples import IGNORE, Examples, TokenizeReport
 from qlora_jax.data.segments import Format, Segment, TrainOn
 from qlora_jax.data.templates import check_columns
@@ -95,8 +90,8 @@ def tokenize_rows(
                 _segments(row, form, train_on, f"row {count + i} of {source}")
                 for i, row in enumerate(chunk)
             ]
-            for segments, encoded in zip(segmented, _encode(segmented, tokenizer), strict=True):
-                asked, answered = _assemble(segments, encoded, start, eos)
+            for encoded in encode_segments(segmented, tokenizer):
+                asked, answered = _assemble(encoded, start, eos)
                 cut_sources += source_max_len is not None and len(asked[0]) > source_max_len
                 cut_targets += target_max_len is not None and len(answered[0]) > target_max_len
                 ids, labels = (
@@ -151,14 +146,14 @@ _Part = tuple[list[int], list[int]]
 
 
 def _assemble(
-    segments: Sequence[Segment], encoded: Sequence[list[int]], start: list[int], eos: int | None
+    encoded: Sequence[tuple[Segment, list[int]]], start: list[int], eos: int | None
 ) -> tuple[_Part, _Part]:
     """Source and target of one example before cutting, with `start` in front and `eos` behind."""
     parts: dict[str, _Part] = {
         "source": (list(start), [IGNORE] * len(start)),
         "target": ([], []),
     }
-    for segment, tokens in zip(segments, encoded, strict=True):
+    for segment, tokens in encoded:
         ids, labels = parts[segment.part]
         ids += tokens
         labels += tokens if segment.trained else [IGNORE] * len(tokens)
@@ -168,34 +163,6 @@ def _assemble(
         ids.append(eos)
         labels.append(eos)
     return parts["source"], parts["target"]
-
-
-def _encode(
-    segmented: Sequence[Sequence[Segment]], tokenizer: Tokenizer
-) -> Iterator[list[list[int]]]:
-    """The ids of every segment, encoded in as few calls as there are ways to encode."""
-    # The markers of a conversation come again and again: encode each distinct text once.
-    ways: dict[tuple[bool, bool], dict[str, list[int]]] = {}
-    for segments in segmented:
-        for segment, continues in _continuing(segments):
-            ways.setdefault((continues, segment.special), {})[segment.text] = []
-    for (continues, special), texts in ways.items():
-        encoded = tokenizer.encode_batch(list(texts), continues=continues, special=special)
-        ways[continues, special] = dict(zip(texts, encoded, strict=True))
-    for segments in segmented:
-        yield [
-            ways[continues, segment.special][segment.text]
-            for segment, continues in _continuing(segments)
-        ]
-
-
-def _continuing(segments: Sequence[Segment]) -> Iterator[tuple[Segment, bool]]:
-    """Each segment, and whether it follows other text: behind an empty prompt the answer does
-    not."""
-    begun = False
-    for segment in segments:
-        yield segment, begun
-        begun = begun or segment.text != ""
 
 
 def _chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:

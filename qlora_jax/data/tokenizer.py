@@ -56,6 +56,11 @@ class Tokenizer:
         """The id of one token, None where the vocabulary lacks it."""
         return self._backend.token_id(token)
 
+    def markers_in(self, text: str) -> list[int]:
+        """Where in a text, read with `special=True`, the tokenizer's special tokens begin."""
+        pattern = self._backend.markers
+        return [] if pattern is None else [found.start() for found in pattern.finditer(text)]
+
     def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
         """The tokenizer with more special tokens; those it has already keep their ids.
 

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from qlora_jax.data import load_tokenizer
+from qlora_jax.data import ChatTemplate, ChatTemplateFormat, load_tokenizer, tokenize_rows
+from tests.data.test_encode import TEMPLATES
 from tests.shared import shared_path
 
 transformers = pytest.importorskip("transformers", reason="make test-peers installs it")
@@ -57,3 +58,25 @@ def test_auto_tokenizer_reads_what_is_saved(folder, tmp_path):
         assert marked == ours.encode(f"{text}<|x|>", bos=False, special=True)
         assert "<|x|>" in after.decode(marked)
         assert "<|x|>" not in after.decode(marked, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("file", ["llama2/tokenizer.json", "mistral-v0.1/tokenizer.json"])
+def test_conversations_have_the_ids_that_transformers_gives_them(file):
+    path = shared_path(f"data/tokenizers/{file}")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(path), bos_token="<s>", eos_token="</s>"
+    )
+    messages = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "A sea.\n\nOr"},
+        {"role": "user", "content": "  two "},
+        {"role": "assistant", "content": "two."},
+    ]
+    for source in TEMPLATES.values():
+        expected = theirs.apply_chat_template(messages, chat_template=source, return_dict=False)
+        form = ChatTemplateFormat(ChatTemplate(source, {"eos_token": "</s>"}))
+        ours = load_tokenizer(path)
+        (example,) = tokenize_rows([{"messages": messages}], form, ours, append_eos=False)
+        # Theirs has the line break behind the last eos, which ours leaves out.
+        assert list(example.input_ids) == expected[: len(example.input_ids)]
+        assert theirs.decode(expected[len(example.input_ids) :]).strip() == ""
