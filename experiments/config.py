@@ -83,7 +83,8 @@ class DataConfig:
         system_prompt: for conversations (`messages`) that have none.
         train_on: loss on the "response" only, or on "all"; None: as the paper did for its dataset,
             else on the response.
-        source_max_len, target_max_len: tokens that prompt and response are cut to.
+        source_max_len, target_max_len: tokens that prompt and response are cut to; a conversation
+            is all response.
         max_len: refuse longer examples; None: the model's own limit, beyond which rotary positions
             go on, untrained.
         group_by_length: batches of examples of like length.

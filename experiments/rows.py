@@ -98,6 +98,24 @@ def examples_of(
     return train, Examples.of(by_length), tokenizer.pad_token_id
 
 
+def told_of_cuts(data: DataConfig, examples: Examples | Pairs) -> str:
+    """What tokenization has cut off or left out of the training rows, in a sentence; "" where that
+    is nothing."""
+    report = examples.report
+    if report is None:
+        return ""
+    told = [
+        f"{count:,} {what}"
+        for count, what in (
+            (report.cut_sources, f"prompts are cut to data.source_max_len={data.source_max_len}"),
+            (report.cut_targets, f"responses are cut to data.target_max_len={data.target_max_len}"),
+            (report.left_out, "rows have no token left to train on"),
+        )
+        if count
+    ]
+    return f"of {report.rows:,} training rows, {'; '.join(told)}." if told else ""
+
+
 def _split_rows(data: DataConfig, folder: Path) -> tuple[Any, Any, Format]:
     """Training rows, held-out rows, and the format of both."""
     embedded = DATASETS.get(data.source)

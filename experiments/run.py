@@ -35,7 +35,7 @@ from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
 from experiments.room import check_lengths, check_room, row_lengths, workload
-from experiments.rows import context_length, examples_of, model_config
+from experiments.rows import context_length, examples_of, model_config, told_of_cuts
 from experiments.tree import differences, option_names, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
 from qlora_jax.data import (
@@ -213,6 +213,9 @@ def execute(
     began = time.perf_counter()
     console = console or Console()
     checked = check(run)
+    cuts = told_of_cuts(run.data, checked.train)
+    if cuts:
+        console.print(cuts, highlight=False, markup=False, soft_wrap=True)
     length, target = row_lengths(run.data, checked.train)
     check_room(run, checked.folder, length, target)
     train = run.train

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from qlora_jax.data.batches import Batch, Batches, length_buckets
-from qlora_jax.data.examples import IGNORE
+from qlora_jax.data.examples import IGNORE, TokenizeReport
 from qlora_jax.data.templates import Format, check_columns
 from qlora_jax.data.tokenize import check_limits
 from qlora_jax.data.tokenizer import Tokenizer
@@ -29,7 +29,10 @@ class Pair(NamedTuple):
 
 
 class Pairs(list[Pair]):
-    """Tokenized examples, in the order of their rows."""
+    """Tokenized examples, in the order of their rows; `report` is what tokenization did to them
+    (None for pairs made otherwise)."""
+
+    report: TokenizeReport | None = None
 
     @property
     def tokens(self) -> int:
@@ -103,12 +106,16 @@ def tokenize_pairs(
     if not sources:
         raise ValueError(f"{source} is empty: there is not one row to tokenize.")
     pairs = Pairs()
+    cut_sources = cut_targets = 0
     for read, written in zip(
         tokenizer.encode_batch(sources), tokenizer.encode_batch(targets), strict=True
     ):
+        cut_sources += source_max_len is not None and len(read) >= source_max_len
+        cut_targets += target_max_len is not None and len(written) >= target_max_len
         kept = read if source_max_len is None else read[: source_max_len - 1]
         target = [*written, eos][:target_max_len]
         pairs.append(Pair(np.array([*kept, eos], np.int32), np.array(target, np.int32)))
+    pairs.report = TokenizeReport(len(pairs), cut_sources, cut_targets, 0)
     return pairs
 
 

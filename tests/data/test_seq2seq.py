@@ -8,6 +8,7 @@ from qlora_jax.data import (
     Pair,
     PairFormat,
     Seq2SeqBatches,
+    TokenizeReport,
     load_tokenizer,
     tokenize_pairs,
 )
@@ -35,10 +36,18 @@ def test_pairs_end_with_eos_and_read_back(tokenizer):
 
 
 def test_a_cut_source_keeps_its_eos_and_a_cut_target_does_not(tokenizer):
-    whole, cut = (
-        tokenize_pairs(ROWS, FORM, tokenizer, source_max_len=n, target_max_len=m)[1]
+    all_whole, all_cut = (
+        tokenize_pairs(ROWS, FORM, tokenizer, source_max_len=n, target_max_len=m)
         for n, m in ((None, None), (6, 2))
     )
+    assert all_whole.report == TokenizeReport(len(ROWS), 0, 0, 0)
+    assert all_cut.report == TokenizeReport(
+        len(ROWS),
+        sum(len(pair.source) > 6 for pair in all_whole),
+        sum(len(pair.target) > 2 for pair in all_whole),
+        0,
+    )
+    whole, cut = all_whole[1], all_cut[1]
     eos = tokenizer.eos_token_id
     assert cut.source.tolist() == [*whole.source[:5].tolist(), eos]
     assert cut.target.tolist() == whole.target[:2].tolist()

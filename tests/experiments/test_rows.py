@@ -1,0 +1,49 @@
+"""What a run says of its rows."""
+
+import io
+import json
+
+from rich.console import Console
+
+from experiments import run as runs
+from experiments.config import build_run
+from experiments.rows import examples_of, told_of_cuts
+from qlora_jax.data import Examples, Pairs
+
+
+def test_rows_that_are_cut_are_told(tiny_model, tmp_path, monkeypatch):
+    talk = [
+        {"messages": [{"role": role, "content": words} for role in ("user", "assistant")]}
+        for words in ("a", "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 3)
+    ]
+    file = tmp_path / "talk.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in talk * 6))
+    data = {
+        "source": str(file),
+        "format": "messages",
+        "target_max_len": 64,
+        "validation_split": "train",
+        "max_rows": 9,
+    }
+    run = build_run({"data": data, "model": str(tiny_model)}, "here")
+    train, _, _ = examples_of(run.data, tiny_model, None)
+    # The prompt alone of four rows is longer than 64 tokens.
+    told = (
+        "of 9 training rows, 4 responses are cut to data.target_max_len=64; "
+        "4 rows have no token left to train on."
+    )
+    assert told_of_cuts(run.data, train) == told
+    assert told_of_cuts(run.data, Examples.of([])) == told_of_cuts(run.data, Pairs()) == ""
+
+    out = io.StringIO()
+
+    def stop(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(runs, "check_room", stop)
+    try:
+        runs.execute(run, tmp_path / "run", labels={}, console=Console(file=out, width=40))
+    except RuntimeError:
+        assert out.getvalue().strip() == told
+    else:
+        raise AssertionError
