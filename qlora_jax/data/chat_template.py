@@ -346,6 +346,9 @@ class ChatTemplateFormat:
                 continue
             before = render(messages[:index], add_generation_prompt=True)
             after = self._without_tail(render(messages[: index + 1]))
+            if eos and not text.startswith(after):
+                # One that stands behind the last turn alone, whoever's that is (Phi-3).
+                after = after.removesuffix(eos)
             if not (text.startswith(after) and after.startswith(before)):
                 raise ValueError(
                     f"the chat template of {self.template.name} writes turn {index} of a "

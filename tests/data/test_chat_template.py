@@ -169,6 +169,18 @@ def test_a_template_that_cuts_its_own_generation_apart_is_refused():
         form_of(cut).segments({"messages": HELLO})
 
 
+def test_an_eos_behind_the_last_turn_alone_is_trained_there():
+    """In the way of Phi-3, whose turns end with a token of their own."""
+    source = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+    )
+    segments = form_of(source).segments({"messages": HELLO})
+    assert text(segments).endswith("An end.<|end|>\n</s>")
+    trained = text(s for s in segments if s.trained)
+    assert trained == " Hello.\n<|end|>\nAn end.<|end|>\n</s>"
+
+
 def test_contents_that_a_template_rewrites_are_read_as_transformers_reads_them():
     segments = form_of("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}").segments(
         {"messages": HELLO}, "all"
