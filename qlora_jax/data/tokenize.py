@@ -56,7 +56,8 @@ def tokenize_rows(
         source_max_len: cut the source part, bos included, to so many tokens; None: never cut.
         target_max_len: cut the target part, eos included, to so many tokens; None: never cut.
         max_len: the longest example allowed after cutting: the model's context, say.
-        append_eos: end every uncut target with the eos token, unless it ends with one already.
+        append_eos: end every uncut target with the eos token, unless it ends with one already; it
+            is trained on where what it ends is.
         progress: show a progress bar; None: from some thousands of rows on.
         source: what to call the rows in an error.
 
@@ -153,15 +154,18 @@ def _assemble(
         "source": (list(start), [IGNORE] * len(start)),
         "target": ([], []),
     }
+    last_trained = True
     for segment, tokens in encoded:
         ids, labels = parts[segment.part]
         ids += tokens
         labels += tokens if segment.trained else [IGNORE] * len(tokens)
+        last_trained = segment.trained
     ids, labels = parts["target"]
     # A chat template ends its last turn with eos itself.
     if eos is not None and ids[-1:] != [eos]:
         ids.append(eos)
-        labels.append(eos)
+        # A conversation that ends with a question does not teach to answer it with nothing.
+        labels.append(eos if last_trained else IGNORE)
     return parts["source"], parts["target"]
 
 

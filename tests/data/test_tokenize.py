@@ -137,6 +137,20 @@ def test_empty_answers_teach_to_stop(stories):
     assert trained_text(stories, example) == "</s>"
 
 
+def test_no_eos_is_trained_behind_a_question(stories):
+    asked = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+    rows = [{"messages": [*asked, *more]} for more in ([], asked[:1])]
+    for train_on, trained in (("response", False), ("all", True)):
+        answered, open_ended = tokenize_rows(rows, FORMATS["messages"], stories, train_on=train_on)
+        for example in (answered, open_ended):
+            assert example.input_ids[-1] == stories.eos_token_id
+        assert answered.labels[-1] == stories.eos_token_id
+        assert open_ended.labels[-1] == (stories.eos_token_id if trained else IGNORE)
+    # Of a question alone, there is nothing to train on.
+    examples = tokenize_rows([*rows, {"messages": asked[:1]}], FORMATS["messages"], stories)
+    assert (len(examples), examples.report.left_out) == (2, 1)
+
+
 def test_without_eos(stories):
     (example,) = tokenize_rows([{"text": "ab"}], FORMATS["text"], stories, append_eos=False)
     assert example.input_ids.tolist() == stories.encode("ab")
