@@ -105,15 +105,15 @@ def told_of_cuts(data: DataConfig, examples: Examples | Pairs) -> str:
     if report is None:
         return ""
     told = [
-        f"{count:,} {what}"
+        f"{what}: {count:,}"
         for count, what in (
-            (report.cut_sources, f"prompts are cut to data.source_max_len={data.source_max_len}"),
-            (report.cut_targets, f"responses are cut to data.target_max_len={data.target_max_len}"),
-            (report.left_out, "rows have no token left to train on"),
+            (report.cut_sources, f"prompts cut to data.source_max_len={data.source_max_len}"),
+            (report.cut_targets, f"responses cut to data.target_max_len={data.target_max_len}"),
+            (report.left_out, "left out, without a token to train on"),
         )
         if count
     ]
-    return f"of {report.rows:,} training rows, {'; '.join(told)}." if told else ""
+    return f"of {report.rows:,} training rows, {'; '.join(told)}" if told else ""
 
 
 def _split_rows(data: DataConfig, folder: Path) -> tuple[Any, Any, Format]:

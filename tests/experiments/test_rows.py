@@ -29,8 +29,8 @@ def test_rows_that_are_cut_are_told(tiny_model, tmp_path, monkeypatch):
     train, _, _ = examples_of(run.data, tiny_model, None)
     # The prompt alone of four rows is longer than 64 tokens.
     told = (
-        "of 9 training rows, 4 responses are cut to data.target_max_len=64; "
-        "4 rows have no token left to train on."
+        "of 9 training rows, responses cut to data.target_max_len=64: 4; "
+        "left out, without a token to train on: 4"
     )
     assert told_of_cuts(run.data, train) == told
     assert told_of_cuts(run.data, Examples.of([])) == told_of_cuts(run.data, Pairs()) == ""
