@@ -30,6 +30,9 @@ from qlora_jax.nn import LoraConfig
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 TOKENS = "token_adapter.trainable_tokens_delta"
+# With bias="all", PEFT saves the biases of a module to save three times: as the others, under the
+# wrapper's name for the trained copy, and untrained, of the base.
+COPY, UNUSED = ".modules_to_save.", ".original_module."
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,11 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
         {name: tensor.shape for name, tensor in tensors.items()},
         {name: tensor.dtype for name, tensor in tensors.items()},
     )
-    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    named = {
+        name.removeprefix(PREFIX).replace(COPY, "."): tensor
+        for name, tensor in tensors.items()
+        if UNUSED not in name
+    }
     return PeftAdapter(
         folder,
         config,

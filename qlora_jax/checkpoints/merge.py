@@ -22,7 +22,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qlora_jax.checkpoints.adapter_config import CONFIG, read_adapter_config
-from qlora_jax.checkpoints.adapter_file import TOKENS, WEIGHTS, check_tensors, token_indices
+from qlora_jax.checkpoints.adapter_file import (
+    COPY,
+    TOKENS,
+    UNUSED,
+    WEIGHTS,
+    check_tensors,
+    token_indices,
+)
 from qlora_jax.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -215,7 +222,8 @@ class AdapterFile:
         check_tensors(self._path, shapes, dtypes)
         self._tokens = token_indices(read_json(Path(folder) / CONFIG), shapes)
         for key, shape in shapes.items():
-            self._place(key, shape, base)
+            if UNUSED not in key:
+                self._place(key, shape, base)
         self._check(shapes, base)
         self._grow_vocabulary(base)
 
@@ -238,7 +246,7 @@ class AdapterFile:
             name = name.removesuffix(suffix) + ".weight"
             self.adapted.add(name)
         else:
-            name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            name = name.replace(".base_layer.", ".").replace(COPY, ".")
             self.replaced[name] = shape
             if name not in base.tensors and self.config.get("tie_word_embeddings"):
                 self.config["tie_word_embeddings"] = False

@@ -114,6 +114,32 @@ def test_biases_of_norms_are_no_adapted_layers(bias: str, tmp_path: Path) -> Non
     assert bool(norms) is (bias == "all")
 
 
+def test_biases_that_peft_saves_thrice_are_read_once(tmp_path: Path) -> None:
+    config = VARIANTS["gpt_neox-serial"]
+    names = module_names(FAMILIES["gpt_neox"].weight_names(config))
+    lora = LoraConfig(r=2, bias="all", modules_to_save=("final_layer_norm",))
+    model = add_lora(random_decoder(config), lora, rngs=nnx.Rngs(0), names=names)
+    save_adapter(tmp_path, model, lora, "base")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    ours = [name for name in tensors if "final_layer_norm.bias" in name]
+    for name in ours:
+        module = name.removesuffix("bias")
+        tensors[f"{module}modules_to_save.bias"] = tensors[name]
+        tensors[f"{module}original_module.bias"] = tensors[name] + 1
+    save_file(tensors, file)
+    load_adapter(tmp_path, model)
+    save_adapter(tmp_path, model, lora, "base")
+    again = load_file(file)
+    assert set(tensors) - set(again) == {
+        name.replace("bias", f"{copy}.bias")
+        for name in ours
+        for copy in ("modules_to_save", "original_module")
+    }
+    assert len(ours) == 1
+    np.testing.assert_array_equal(again[ours[0]], tensors[ours[0]])
+
+
 def names_of(dense: Decoder, folder: Path, lora: LoraConfig) -> dict[str, np.ndarray]:
     save_adapter(folder, adapted(dense, lora), lora, "base")
     return load_file(folder / "adapter_model.safetensors")

@@ -14,7 +14,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import qlora_jax as ql
-from qlora_jax.checkpoints import load_adapter, load_model, read_adapter_config, save_adapter
+from qlora_jax.checkpoints import (
+    load_adapter,
+    load_model,
+    merge,
+    open_checkpoint,
+    read_adapter_config,
+    save_adapter,
+)
 from qlora_jax.models import FAMILIES
 
 torch = pytest.importorskip("torch", reason="make test-peers installs it")
@@ -145,6 +152,22 @@ KINDS = {
     "pissa": {"init_lora_weights": "pissa"},
     "gaussian": {"init_lora_weights": "gaussian"},
 }
+
+
+def test_all_biases_and_saved_norms(vectors, tmp_path) -> None:
+    """PEFT saves the biases of the norms three times."""
+    folder = vectors("opt")
+    base = theirs(folder)
+    before = their_logits(base)
+    options = {"target_modules": ["v_proj"], "modules_to_save": ["final_layer_norm"]}
+    trained = peft_adapter(base, tmp_path, r=4, lora_alpha=8, bias="all", **options)
+    model = ours(folder, read_adapter_config(tmp_path))
+    load_adapter(tmp_path, model)
+    same(our_logits(model), their_logits(trained), before)
+    name = "model.decoder.final_layer_norm.bias"
+    read = merge(open_checkpoint(folder), tmp_path, "original").read(name)
+    theirs_merged = trained.merge_and_unload().state_dict()[name].numpy()
+    np.testing.assert_array_equal(read, theirs_merged.astype(read.dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)
