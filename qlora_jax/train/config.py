@@ -94,8 +94,12 @@ class TrainConfig:
             if field.type is int and not isinstance(value, numbers.Integral):
                 raise ValueError(f"{field.name}={value!r} must be a whole number.")
             # YAML reads 2e-4, without a point, as a text.
-            if field.type is float and not isinstance(value, numbers.Real):
+            optional = field.type == float | None and value is None
+            real = field.type in (float, float | None) and not optional
+            if real and not isinstance(value, numbers.Real):
                 raise ValueError(f"{field.name}={value!r} must be a number, such as 2.0e-4.")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name}={value!r} must be a truth value, True or False.")
         at_least_one = (
             "steps",
             "micro_batch_size",
@@ -109,6 +113,8 @@ class TrainConfig:
         for name in ("seed", "eval_every", "save_every", "page_min_size", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed} must be less than 2**32: JAX's keys hold 32 bits.")
         for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -116,8 +122,8 @@ class TrainConfig:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
-        if not self.eps > 0:
-            raise ValueError(f"eps={self.eps} must be positive.")
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise ValueError(f"eps={self.eps} must be a finite number above 0.")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm} must be positive; None does not clip."

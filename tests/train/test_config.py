@@ -26,6 +26,8 @@ from qlora_jax.train import TrainConfig
         ("weight_decay", -0.1),
         ("b2", 1.0),
         ("eps", 0.0),
+        ("eps", float("inf")),
+        ("seed", 2**32),
         ("max_grad_norm", 0.0),
         ("schedule", "polynomial"),
         ("optim", "sgd"),
@@ -38,7 +40,14 @@ def test_bad_values_are_named(field, value):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("warmup_steps", 0.03), ("learning_rate", "2e-4"), ("eps", None)]
+    ("field", "value"),
+    [
+        ("warmup_steps", 0.03),
+        ("learning_rate", "2e-4"),
+        ("eps", None),
+        ("max_grad_norm", "0.3"),
+        ("paged", "no"),
+    ],
 )
 def test_values_of_another_kind_are_named(field, value):
     # Without the tests' own check of dtypes, which is not there for users.
