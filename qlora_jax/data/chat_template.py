@@ -51,6 +51,9 @@ from qlora_jax.data.segments import (
 _GENERATION, _CONTENT = ("\ufdd0", "\ufdd1"), ("\ufdd2", "\ufdd3")
 _MARKS = (*_GENERATION, *_CONTENT)
 _OPENING = {closing: opening for opening, closing in (_GENERATION, _CONTENT)}
+_MARK_IT = (
+    "put {% generation %} … {% endgeneration %} around it in the template, or train on 'all'."
+)
 _CUT_APART = (
     "a chat template cuts apart what it has written between {% generation %} and "
     "{% endgeneration %}: it has to come out whole."
@@ -344,7 +347,13 @@ class ChatTemplateFormat:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = render(messages[:index], add_generation_prompt=True)
+            try:
+                before = render(messages[:index], add_generation_prompt=True)
+            except ValueError as error:
+                raise ValueError(
+                    f"turn {index} of a conversation cannot be prompted for ({error}), so that "
+                    f"what the assistant wrote cannot be told apart: {_MARK_IT}"
+                ) from error
             after = self._without_tail(render(messages[: index + 1]))
             if eos and not text.startswith(after):
                 # One that stands behind the last turn alone, whoever's that is (Phi-3).
@@ -353,13 +362,9 @@ class ChatTemplateFormat:
                 raise ValueError(
                     f"the chat template of {self.template.name} writes turn {index} of a "
                     "conversation differently when others follow or when it is prompted for, so "
-                    "that what the assistant wrote cannot be told apart: put {% generation %} … "
-                    "{% endgeneration %} around it in the template, or train on 'all'."
+                    f"that what the assistant wrote cannot be told apart: {_MARK_IT}"
                 )
-            stop = len(after)
-            if eos and eos in after[len(before) :]:
-                stop = after.rindex(eos) + len(eos)
-            spans.append((len(before), stop))
+            spans.append((len(before), len(after)))
         return spans
 
 

@@ -169,6 +169,23 @@ def test_a_template_that_cuts_its_own_generation_apart_is_refused():
         form_of(cut).segments({"messages": HELLO})
 
 
+def test_an_eos_in_an_answer_does_not_end_what_is_trained():
+    bare = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    prompted = bare + "{% if add_generation_prompt %}[assistant] {% endif %}"
+    answer = {"role": "assistant", "content": "</s> ends a text."}
+    segments = form_of(prompted).segments({"messages": [HELLO[0], answer]})
+    assert text(s for s in segments if s.trained) == "</s> ends a text.\n"
+
+
+def test_a_first_turn_that_cannot_be_prompted_for_is_refused():
+    looking = "{% if messages[0]['role'] == 'system' %}{% endif %}" + TRIMMED
+    form = form_of(looking)
+    assert form.segments({"messages": HELLO})[-1].trained
+    with pytest.raises(ValueError, match="turn 0 of a conversation cannot be prompted for"):
+        form.segments({"messages": HELLO[1:]})
+    assert all(s.trained for s in form.segments({"messages": HELLO[1:]}, "all"))
+
+
 def test_an_eos_behind_the_last_turn_alone_is_trained_there():
     """In the way of Phi-3, whose turns end with a token of their own."""
     source = (
