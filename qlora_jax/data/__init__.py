@@ -14,7 +14,8 @@ Everything here is NumPy on the host; nothing needs JAX.
 """
 
 from qlora_jax.data.batches import Batch, Batches, length_buckets
-from qlora_jax.data.chat_template import ChatTemplate, ChatTemplateFormat, load_chat_template
+from qlora_jax.data.chat_format import ChatTemplateFormat
+from qlora_jax.data.chat_template import ChatTemplate, load_chat_template
 from qlora_jax.data.classification import (
     ClassificationBatch,
     ClassificationBatches,

@@ -139,7 +139,7 @@ class ConversationFormat:
     """A list of turns (`role`, `content`) in a style; `"response"` trains every assistant turn.
 
     `system` is a system prompt for conversations that have none. What names of roles and contents
-    are understood: `segments.turns_of`. A model's own style: `chat_template`.
+    are understood: `segments.turns_of`. A model's own style: `chat_format`.
     """
 
     name: str

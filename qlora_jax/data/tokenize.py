@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qlora_jax.data.chat_template import ChatTemplateFormat
+from qlora_jax.data.chat_format import ChatTemplateFormat
 from qlora_jax.data.encode import encode_segments
 from qlora_jax.data.examples import IGNORE, Examples, TokenizeReport
 from qlora_jax.data.segments import Format, Segment, TrainOn
