@@ -121,6 +121,8 @@ class EncoderConfig:
         attention_probs_dropout_prob: of attention, in training.
         classifier_dropout: of the head; None for `hidden_dropout_prob`.
         num_labels: classes; 1 is regression.
+        label_names: what the classes are called, if anything; of another number of classes they
+            are not saved.
         model_type: the family whose config.json and weight names it is saved by.
     """
 
@@ -137,6 +139,7 @@ class EncoderConfig:
     attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float | None = None
     num_labels: int = 2
+    label_names: tuple[str, ...] = ()
     model_type: str = "roberta"
 
     def __post_init__(self) -> None:

@@ -184,12 +184,24 @@ def test_more_tokens_than_positions():
 
 def test_config_both_ways():
     raw = json.loads(json.dumps(ROBERTA.write_config(CONFIG)))
-    assert ROBERTA.read_config(raw) == CONFIG
+    named = ROBERTA.read_config(raw)
+    assert named == dataclasses.replace(CONFIG, label_names=("LABEL_0", "LABEL_1", "LABEL_2"))
     assert family_of(raw) is ROBERTA
     # A pretrained checkpoint's names no labels: two, as transformers has it.
     del raw["id2label"]
     assert ROBERTA.read_config(raw).num_labels == 2
     assert CONFIG.head_dropout == CONFIG.hidden_dropout_prob
+
+
+def test_label_names_are_kept_with_their_number():
+    # A file may have its keys in the order of text: "10" before "2".
+    names = {"10": "last", **{str(label): f"class {label}" for label in range(10)}}
+    config = ROBERTA.read_config(ROBERTA.write_config(CONFIG) | {"id2label": names})
+    written = ROBERTA.write_config(config)
+    assert written["id2label"] == names
+    assert written["label2id"] == {name: int(label) for label, name in names.items()}
+    other = ROBERTA.write_config(dataclasses.replace(config, num_labels=2))
+    assert other["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def read_config(config: Mapping[str, Any]) -> EncoderConfig:
                 f"config.json has {name} {config[name]!r}, but a RoBERTa here has {known!r}: "
                 "check that the file belongs to the checkpoint."
             )
-    labels = config.get("id2label")
+    labels = config.get("id2label") or {}
     dropout = config.get("classifier_dropout")
     return EncoderConfig(
         vocab_size=required(config, "vocab_size"),
@@ -39,13 +39,16 @@ def read_config(config: Mapping[str, Any]) -> EncoderConfig:
         hidden_dropout_prob=number(config, "hidden_dropout_prob", 0.1),
         attention_probs_dropout_prob=number(config, "attention_probs_dropout_prob", 0.1),
         classifier_dropout=None if dropout is None else number(config, "classifier_dropout", 0.0),
-        num_labels=len(labels) if labels else config.get("num_labels", 2),
+        num_labels=len(labels) or config.get("num_labels", 2),
+        label_names=tuple(labels[label] for label in sorted(labels, key=int)),
     )
 
 
 def write_config(config: EncoderConfig) -> dict[str, Any]:
     """The config.json that `read_config` reads back."""
-    labels = [f"LABEL_{label}" for label in range(config.num_labels)]
+    labels = config.label_names
+    if len(labels) != config.num_labels:
+        labels = tuple(f"LABEL_{label}" for label in range(config.num_labels))
     return {
         "architectures": ["RobertaForSequenceClassification"],
         "model_type": "roberta",
