@@ -116,6 +116,12 @@ def matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Sl
         for name in names
         if name not in tensors and not any(fnmatchcase(name, fresh) for fresh in family.fresh)
     ]
+    if absent == [f"{family.output}.weight"]:
+        raise ValueError(
+            f"{source} has no {absent[0]!r}, and its config.json does not tie the head to the "
+            "embedding: save it from the model with its head (AutoModelForCausalLM), not from the "
+            "bare one (AutoModel)."
+        )
     if absent:
         raise ValueError(
             f"{source} lacks the tensor {absent[0]!r} (and {len(absent) - 1} more) that its "

@@ -1,6 +1,7 @@
 """From a path to a `Checkpoint`: a Hugging Face folder, 16-bit or in 4 bits, or a GGUF file."""
 
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, dtype_name
 from qlora_jax.checkpoints.folder import INDEX, PICKLES, SINGLE, WeightFolder
 from qlora_jax.checkpoints.gguf import open_gguf
 from qlora_jax.data.json_file import read_json
+from qlora_jax.models import FAMILIES
 from qlora_jax.quant import QuantizedTensor
 
 COMPANIONS = (
@@ -92,7 +94,31 @@ def _open_folder(folder: Path) -> Checkpoint:
         return read_packed(weights, name) if name in packed else weights.read(name)
 
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    return Checkpoint(folder, plain, tensors, read, lambda: read_companions(folder))
+    checkpoint = Checkpoint(folder, plain, tensors, read, lambda: read_companions(folder))
+    return _under_a_head(checkpoint)
+
+
+def _under_a_head(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with the names that its tensors have in a model with a head, if it was saved from
+    one without (transformers' `LlamaModel`, `AutoModel`)."""
+    family = FAMILIES.get(str(checkpoint.config.get("model_type")))
+    if family is None or not family.root:
+        return checkpoint
+    if any(name.startswith(f"{family.root}.") for name in checkpoint.tensors):
+        return checkpoint
+    names = family.weight_names(family.read_config(checkpoint.config))
+
+    def named(name: str) -> str:
+        longer = f"{family.root}.{name}"
+        known = longer in names or any(fnmatchcase(longer, pattern) for pattern in family.ignored)
+        return longer if known else name
+
+    stored = {named(name): name for name in checkpoint.tensors}
+    return replace(
+        checkpoint,
+        tensors={name: checkpoint.tensors[old] for name, old in stored.items()},
+        read=lambda name: checkpoint.read(stored[name]),
+    )
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:

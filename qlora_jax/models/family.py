@@ -49,6 +49,8 @@ class Family:
             they start random.
         for_weights: (configuration, tensor names of a checkpoint) → the configuration of that
             checkpoint, where config.json alone does not tell it.
+        root: what leads the names of the base's tensors in a model with a head, and not in one
+            without (transformers' `base_model_prefix`); "" where they are called alike.
         output: what transformers calls the linear layer that gives logits over the vocabulary; it
             quantizes that one only when told to. None where there is none.
         linears: patterns of further modules that are linear layers there and no `QuantDense` here.
@@ -67,6 +69,7 @@ class Family:
     )
     fresh: tuple[str, ...] = ()
     for_weights: Callable[[Any, Collection[str]], Any] = lambda config, names: config
+    root: str = "model"
     output: str | None = "lm_head"
     linears: tuple[str, ...] = ()
     kept_dense: tuple[str, ...] = ()

@@ -10,7 +10,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax.checkpoints import WeightFolder, load_model, save_model
+from qlora_jax.checkpoints import (
+    WeightFolder,
+    load_model,
+    open_checkpoint,
+    save_checkpoint,
+    save_model,
+)
 from qlora_jax.models import Decoder, streaming
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
@@ -63,6 +69,33 @@ def test_tied_model_has_no_head_in_its_file(tmp_path):
     # Some writers store the tied head a second time.
     change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
     same(load_model(tmp_path, **DENSE), model)
+
+
+def without_head(tensors: dict) -> None:
+    """What transformers' `LlamaModel` saves: no name has its root, and there is no head."""
+    tensors.pop("lm_head.weight", None)
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+def test_a_folder_saved_without_its_head_loads_where_the_embedding_is_the_head(tmp_path):
+    model = write_model(tmp_path, dataclasses.replace(CONFIG, tie_word_embeddings=True))
+    change_tensors(tmp_path, without_head)
+    same(load_model(tmp_path, **DENSE), model)
+    # Written again, it has the names that a model with a head has.
+    save_checkpoint(tmp_path / "again", open_checkpoint(tmp_path))
+    assert "model.norm.weight" in load_file(tmp_path / "again" / "model.safetensors")
+    # A head that lies beside such names is read.
+    change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": 2 * t["embed_tokens.weight"]}))
+    change_config(tmp_path, tie_word_embeddings=False)
+    head = load_model(tmp_path, **DENSE).lm_head.weight[...]
+    np.testing.assert_array_equal(head, 2 * model.embed_tokens.weight[...])
+
+
+def test_a_folder_saved_without_its_head_is_refused_where_it_needs_one(folder):
+    change_tensors(folder, without_head)
+    with pytest.raises(ValueError, match=r"no 'lm_head.weight'.*AutoModelForCausalLM"):
+        load_model(folder)
 
 
 def test_sharded_folder_and_buffers_of_old_checkpoints(folder, original):

@@ -87,7 +87,8 @@ def test_padding_changes_nothing(folder):
     np.testing.assert_allclose(padded, plain, atol=2e-5)
 
 
-def test_a_pretrained_model_gets_a_new_head(folder, tmp_path):
+@pytest.mark.parametrize("bare", [False, True], ids=["RobertaForMaskedLM", "RobertaModel"])
+def test_a_pretrained_model_gets_a_new_head(bare, folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
     head = [name for name in tensors if name.startswith("classifier.")]
@@ -95,6 +96,9 @@ def test_a_pretrained_model_gets_a_new_head(folder, tmp_path):
         del tensors[name]
     for name, size in (("lm_head.bias", 40), ("roberta.pooler.dense.bias", 32)):
         tensors[name] = np.zeros(size, np.float32)
+    if bare:
+        del tensors["lm_head.bias"]
+        tensors = {name.removeprefix("roberta."): value for name, value in tensors.items()}
     save_file(tensors, tmp_path / "model.safetensors")
     assert len(head) == 4
     models = [load(tmp_path, overrides={"num_labels": 5}, seed=seed) for seed in (0, 0, 1)]

@@ -112,6 +112,19 @@ def test_a_folder_in_4_bits_loads_byte_for_byte(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_names_in_a_folder_of_a_model_without_its_head(name, tmp_path):
+    """What transformers' AutoModel saves leads no name with what its ForCausalLM leads all with."""
+    config = VARIANTS[name]
+    family = FAMILIES[config.model_type]
+    names = family.weight_names(config)
+    (tmp_path / "config.json").write_text(json.dumps(family.write_config(config)))
+    bare = {name.removeprefix(f"{family.root}."): np.zeros(1, np.float32) for name in names}
+    assert len(bare.keys() - names) >= len(names) - 1
+    save_file(bare, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).tensors.keys() == names.keys()
+
+
 def test_unknown_target_names_the_family_s_layers():
     with pytest.raises(ValueError, match=r"it has query_key_value, dense, dense_h_to_4h, dense_4h"):
         abstract(VARIANTS["gpt_neox-serial"], lora=LoraConfig(target_modules=("q_proj",)))

@@ -163,6 +163,7 @@ GEMMA3 = Family(
     seeing_weights,
     build=Decoder,
     ignored=("vision_tower.*", "multi_modal_projector.*", "language_model.lm_head.weight"),
+    root="",
     output="language_model.lm_head",
     linears=("vision_tower.*", "multi_modal_projector.*"),
 )

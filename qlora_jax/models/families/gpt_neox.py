@@ -100,5 +100,6 @@ GPT_NEOX = Family(
         "*.rotary_emb.inv_freq",
         "embed_out.weight",
     ),
+    root="gpt_neox",
     output="embed_out",
 )

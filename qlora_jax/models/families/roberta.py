@@ -111,6 +111,7 @@ ROBERTA = Family(
     EncoderClassifier,
     ignored=("lm_head.*", "roberta.pooler.*", "roberta.embeddings.position_ids"),
     fresh=("classifier.*",),
+    root="roberta",
     output=None,
     linears=("classifier.*", "lm_head.*", "roberta.pooler.*"),
 )

@@ -135,6 +135,7 @@ T5 = Family(
         "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
     ),
     for_weights=for_weights,
+    root="",
     # transformers' `_keep_in_fp32_modules`.
     kept_dense=("*.DenseReluDense.wo",),
 )
