@@ -138,11 +138,27 @@ def test_no_parameters():
     assert tx.update({}, state, {})[0] == {}
 
 
-def test_a_transformation_that_mixes_parameters_is_refused():
+@pytest.mark.parametrize(
+    ("wrap", "hint"),
+    [
+        (
+            lambda tx: optax.chain(optax.clip_by_global_norm(0.3), tx),
+            r"optax.chain\(optax.clip_by_global_norm\(0.3\), paged\(",
+        ),
+        (
+            lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+            r"optax.MultiSteps\(paged\(",
+        ),
+    ],
+    ids=["clip_by_global_norm", "MultiSteps"],
+)
+def test_a_transformation_that_mixes_parameters_is_refused_with_where_paged_goes(wrap, hint):
     params = _params([(3, 3), (4,)])
-    tx = paged(optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(1e-3)))
-    with pytest.raises(ValueError, match="mixes parameters"):
+    adam = optax.adamw(1e-3)
+    tx = paged(wrap(adam), min_size=0)
+    with pytest.raises(ValueError, match=f"mixes parameters.*{hint}"):
         tx.update(params, tx.init(params), params)
+    _assert_same_bits(_run(wrap(paged(adam, min_size=0)), params), _run(wrap(adam), params))
 
 
 def test_a_state_that_is_not_one_part_per_parameter_is_refused():
