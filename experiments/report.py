@@ -18,6 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from experiments.cells import Cell
+from qlora_jax.data.json_file import read_json_lines
 
 RESULT = "result.json"
 ERROR = "error.txt"
@@ -78,8 +79,8 @@ def read_cell(cell: Cell, folder: Path) -> CellReport:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The lines of the metrics.jsonl of a run that has ended; raises as `read_json_lines` does."""
+    return [line for _, line in read_json_lines(path)]
 
 
 def write_atomically(path: Path, text: str) -> None:
