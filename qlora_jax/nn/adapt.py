@@ -52,9 +52,9 @@ def add_lora(
         The same module.
 
     Raises:
-        ValueError: no layer has such a name (the message lists the ones there are); a start from
-            the weight is asked for but not given; a module to save is quantized, or is only a part
-            of a stack.
+        ValueError: no layer has such a name (the message lists the ones there are), or one has
+            adapters already, which would be lost; a start from the weight is asked for but not
+            given; a module to save is quantized, or is only a part of a stack.
     """
     called = {} if names is None else names
     seen: list[str] = []
@@ -82,6 +82,7 @@ def add_lora(
             place(layer)
         return layer
 
+    _refuse_adapted(module, lora, called)
     replace_layers(module, nnx.Linear, freeze)
     replace_layers(module, QuantDense, adapt)
     if not found:
@@ -91,6 +92,17 @@ def add_lora(
         )
     _train_whole(module, lora, called)
     return module
+
+
+def _refuse_adapted(module: nnx.Module, lora: LoraConfig, called: Names) -> None:
+    for path, node in _modules(module, "", set()):
+        if not isinstance(node, QuantDense) or node.lora is None:
+            continue
+        if any(lora.targets(name) for name in _names_of(path, node, called)):
+            raise ValueError(
+                f"{path} has adapters already, which new ones would replace: leave it out of "
+                "target_modules, or build the model with lora=None"
+            )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -172,7 +172,7 @@ def test_what_cannot_be() -> None:
         unfreeze(packed("own head", 8))
     with pytest.raises(ValueError, match="is quantized, and codes cannot be trained"):
         ql.add_lora(
-            packed("own head", 8),
+            Decoder(CONFIGS["own head"], embedding_bits=8, rngs=nnx.Rngs(0)),
             ql.LoraConfig(target_modules=("q_proj",), modules_to_save=("embed_tokens",)),
             rngs=nnx.Rngs(0),
         )

@@ -85,6 +85,19 @@ def test_only_the_adapters_train() -> None:
     assert float(loss(lora)) < 0.5 * float(first)
 
 
+def test_adapters_are_not_replaced_by_others() -> None:
+    model = ql.quantize_module(Model(nnx.Rngs(0)))
+    ql.add_lora(model, ql.LoraConfig(r=4, target_modules=("query",)), rngs=nnx.Rngs(1))
+    before = nnx.state(model, nnx.LoRAParam)
+    with pytest.raises(ValueError, match=r"^blocks\.0\.query has adapters already"):
+        ql.add_lora(model, ql.LoraConfig(r=2), rngs=nnx.Rngs(2))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, nnx.LoRAParam), before)
+    # Other layers may get others.
+    others = ql.LoraConfig(r=2, exclude_modules=("query",))
+    ql.add_lora(model, others, rngs=nnx.Rngs(2))
+    assert {model.blocks[0].query.lora.r, model.blocks[0].value.lora.r} == {4, 2}
+
+
 def test_add_lora_freezes_a_plain_linear() -> None:
     model = ql.add_lora(Model(nnx.Rngs(0)), ql.LoraConfig(r=4), rngs=nnx.Rngs(1))
     kernel = model.blocks[0].query.kernel
