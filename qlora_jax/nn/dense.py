@@ -91,7 +91,15 @@ class QuantDense(nnx.Module):
             dropout_rngs: where LoRA dropout draws a key when a call brings none and the layer is
                 in training mode (`module.train()`); with None, only an explicit `dropout_key`
                 drops anything.
+
+        Raises:
+            ValueError: a layer without inputs or outputs.
         """
+        if min(in_features, out_features) < 1:
+            raise ValueError(
+                f"in_features is {in_features} and out_features {out_features}; a layer has at "
+                "least one of each"
+            )
         weight = kernel_init(rngs.params(), (out_features, in_features), param_dtype)
         if quant is not None and not isinstance(weight, QuantizedTensor):
             weight = quantize(weight, quant)
@@ -215,7 +223,13 @@ class QuantDense(nnx.Module):
             x: any leading shape; cast to `compute_dtype`.
             dropout_key: key of this call's LoRA dropout; None draws one from `dropout_rngs` in
                 training mode, or drops nothing where the layer has none.
+
+        Raises:
+            ValueError: x has another last dimension than `in_features`.
         """
+        if x.shape[-1:] != (self.in_features,):
+            inputs = self.in_features
+            raise ValueError(f"x has shape {x.shape}, but the layer takes {inputs} inputs")
         if dropout_key is None and self.dropout_rngs is not None and not self.deterministic:
             dropout_key = self.dropout_rngs.dropout()
         # As a function of all its arrays: see `in_auto_axes`.

@@ -145,3 +145,17 @@ def test_linen_wrapper() -> None:
 def test_bad_lora_config(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ql.LoraConfig(**options)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4)])
+def test_a_layer_without_inputs_or_outputs(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"in_features is {sizes[0]} and out_features {sizes[1]}"):
+        ql.QuantDense(*sizes, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("lora", [None, ql.LoraConfig(r=2)])
+@pytest.mark.parametrize("quant", [None, ql.QuantConfig()])
+def test_an_input_of_another_width(quant: ql.QuantConfig | None, lora: ql.LoraConfig | None):
+    layer = ql.QuantDense(8, 4, quant=quant, lora=lora, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"x has shape \(2, 7\), but the layer takes 8 inputs"):
+        layer(jnp.ones((2, 7)))
