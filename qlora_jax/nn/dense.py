@@ -225,8 +225,13 @@ class QuantDense(nnx.Module):
                 training mode, or drops nothing where the layer has none.
 
         Raises:
-            ValueError: x has another last dimension than `in_features`.
+            ValueError: x has another last dimension than `in_features`, or the layer is a stack.
         """
+        if self.stack_shape:
+            raise ValueError(
+                f"the layer is a stack of {list(self.stack_shape)}; call its layers one at a time, "
+                "under nnx.scan or nnx.vmap"
+            )
         if x.shape[-1:] != (self.in_features,):
             inputs = self.in_features
             raise ValueError(f"x has shape {x.shape}, but the layer takes {inputs} inputs")

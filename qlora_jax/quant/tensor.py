@@ -150,7 +150,8 @@ class QuantizedTensor:
         return function(tuple(getattr(self, n) for n in _LEAVES))
 
     def __repr__(self) -> str:
-        stack = f"{list(self.stack_shape)} × " if hasattr(self.codes, "ndim") else ""
+        stacked = hasattr(self.codes, "ndim") and self.stack_shape
+        stack = f"{list(self.stack_shape)} × " if stacked else ""
         double = " double_quant" if self.double_quant else ""
         return (
             f"QuantizedTensor({stack}{list(self.shape)} {self.dtype.name}: "

@@ -155,7 +155,14 @@ def test_a_layer_without_inputs_or_outputs(sizes: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("lora", [None, ql.LoraConfig(r=2)])
 @pytest.mark.parametrize("quant", [None, ql.QuantConfig()])
-def test_an_input_of_another_width(quant: ql.QuantConfig | None, lora: ql.LoraConfig | None):
+def test_inputs_of_another_width_and_stacks(
+    quant: ql.QuantConfig | None, lora: ql.LoraConfig | None
+):
     layer = ql.QuantDense(8, 4, quant=quant, lora=lora, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"x has shape \(2, 7\), but the layer takes 8 inputs"):
         layer(jnp.ones((2, 7)))
+    stack = nnx.vmap(lambda key: ql.QuantDense(8, 4, quant=quant, lora=lora, rngs=nnx.Rngs(key)))(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    with pytest.raises(ValueError, match=r"a stack of \[3\]; call its layers one at a time"):
+        stack(jnp.ones((3, 8)))
