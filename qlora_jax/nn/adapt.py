@@ -61,7 +61,10 @@ def add_lora(
     found = False
 
     def freeze(path: str, linear: nnx.Linear) -> nnx.Module:
-        return frozen_dense(path, linear, None) if lora.targets(path) else linear
+        if lora.targets(path):
+            return frozen_dense(path, linear, None)
+        seen.append(path)
+        return linear
 
     def adapt(path: str, layer: QuantDense) -> nnx.Module:
         nonlocal found

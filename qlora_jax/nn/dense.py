@@ -268,6 +268,15 @@ class QuantDense(nnx.Module):
         )
         return y if bias is None else y + bias
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view(model, deterministic=True)` asks of its modules.
+
+        Args:
+            deterministic: if True, disables LoRA dropout from `dropout_rngs`.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
     @property
     def _scaling(self) -> float | jax.Array:
         assert self.lora is not None

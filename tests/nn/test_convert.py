@@ -106,9 +106,10 @@ def test_add_lora_freezes_a_plain_linear() -> None:
 
 
 def test_errors_name_what_there_is() -> None:
-    model = ql.quantize_module(Model(nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=r"q_proj.*blocks\.\*\.query"):
-        ql.add_lora(model, ql.LoraConfig(target_modules=("q_proj",)), rngs=nnx.Rngs(0))
+    model = ql.quantize_module(Model(nnx.Rngs(0)), skip=("value",))
+    for there in ("query", "value"):
+        with pytest.raises(ValueError, match=rf"q_proj.*blocks\.\*\.{there}"):
+            ql.add_lora(model, ql.LoraConfig(target_modules=("q_proj",)), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"no nnx\.Linear"):
         ql.quantize_module(nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
 

@@ -89,11 +89,14 @@ def test_dropout_only_with_a_key() -> None:
     assert float(jnp.abs(mean - layer(x)).max()) < 0.5 * float(jnp.abs(dropped - layer(x)).max())
 
 
-def test_dropout_from_a_stream_follows_train_and_eval() -> None:
+def test_dropout_from_a_stream_follows_train_eval_and_view() -> None:
     layer, x = layer_and_x(
         lora=ql.LoraConfig(r=4, lora_dropout=0.5), dropout_rngs=nnx.Rngs(dropout=0)
     )
     layer.train()
+    assert (layer(x) != layer(x)).any()
+    still = nnx.view(layer, deterministic=True)
+    np.testing.assert_array_equal(still(x), still(x))
     assert (layer(x) != layer(x)).any()
     layer.eval()
     np.testing.assert_array_equal(layer(x), layer(x))
