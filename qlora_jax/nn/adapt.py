@@ -8,13 +8,12 @@ A module's name is its dotted path in the tree, or, where the caller has other o
 one for each layer of a stack), those.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
-from qlora_jax.nn.convert import children, frozen_dense, replace_layers
+from qlora_jax.nn.convert import children, frozen_dense, listed, replace_layers
 from qlora_jax.nn.dense import Factors, QuantDense
 from qlora_jax.nn.lora import LoraConfig
 from qlora_jax.nn.variables import FrozenParam, TrainedParam
@@ -91,7 +90,7 @@ def add_lora(
     if not found:
         raise ValueError(
             f"target_modules is {lora.target_modules!r}, which names no linear layer of "
-            f"{type(module).__name__}; it has {_listed(seen)}"
+            f"{type(module).__name__}; it has {listed(seen)}"
         )
     _train_whole(module, lora, called)
     return module
@@ -106,11 +105,6 @@ def _refuse_adapted(module: nnx.Module, lora: LoraConfig, called: Names) -> None
                 f"{path} has adapters already, which new ones would replace: leave it out of "
                 "target_modules, or build the model with lora=None"
             )
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Names for a message, those of all layers as one."""
-    return ", ".join(sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names})) or "none"
 
 
 def _names_of(path: str, layer: QuantDense, called: Names) -> Sequence[str]:
@@ -167,7 +161,7 @@ def _train_whole(module: nnx.Module, lora: LoraConfig, called: Names) -> None:
     if lora.modules_to_save and not saved:
         raise ValueError(
             f"modules_to_save is {lora.modules_to_save!r}, which names no module of "
-            f"{type(module).__name__}; it has {_listed(modules)}"
+            f"{type(module).__name__}; it has {listed(modules)}"
         )
 
 

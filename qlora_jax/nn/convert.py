@@ -7,7 +7,8 @@
 A module is found by walking attributes, lists and dicts; what is not linear is left alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from flax import nnx
@@ -38,19 +39,31 @@ def quantize_module(
 
     Raises:
         ValueError: there is no linear layer to replace, or one is of a subclass that has a
-            `__call__` of its own (as `nnx.LoRALinear`).
+            `__call__` of its own (as `nnx.LoRALinear`); a name in `skip` is no linear layer's.
     """
+    paths: list[str] = []
 
+    def note(path: str, linear: nnx.Linear) -> nnx.Module:
+        paths.append(path)
+        return linear
+
+    if not replace_layers(module, nnx.Linear, note):
+        raise ValueError(f"{type(module).__name__} holds no nnx.Linear; nothing to quantize")
     # One name is a sequence of names, too: its letters.
     skipped = {skip} if isinstance(skip, str) else set(skip)
+    strange = skipped - {name for path in paths for name in (path, path.rpartition(".")[2])}
+    if strange:
+        raise ValueError(
+            f"skip names {sorted(strange)[0]!r}, which is no nnx.Linear of "
+            f"{type(module).__name__}; it has {listed(paths)}"
+        )
 
     def convert(path: str, linear: nnx.Linear) -> nnx.Module:
         if skipped & {path, path.rpartition(".")[2]}:
             return linear
         return frozen_dense(path, linear, config, compute_dtype, implementation)
 
-    if not replace_layers(module, nnx.Linear, convert):
-        raise ValueError(f"{type(module).__name__} holds no nnx.Linear; nothing to quantize")
+    replace_layers(module, nnx.Linear, convert)
     return module
 
 
@@ -87,6 +100,11 @@ def frozen_dense(
         implementation=implementation,
         rngs=nnx.Rngs(0),
     )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, those of all layers as one."""
+    return ", ".join(sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names})) or "none"
 
 
 def replace_layers(module: Any, kind: type, convert: Callable[[str, Any], nnx.Module]) -> int:

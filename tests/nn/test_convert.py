@@ -60,6 +60,14 @@ def test_skip_by_name() -> None:
     assert isinstance(model.blocks[1].query, ql.QuantDense)
 
 
+@pytest.mark.parametrize("name", ["head", "norm", "blocks.0"])
+def test_a_name_to_skip_that_is_no_linear_layers_is_refused(name: str) -> None:
+    model = Model(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=rf"'{name}'.*it has blocks\.\*\.query.*heads\.a"):
+        ql.quantize_module(model, skip=("query", name))
+    assert isinstance(model.blocks[0].value, nnx.Linear)
+
+
 def test_add_lora_gives_exactly_the_adapters() -> None:
     model = ql.quantize_module(Model(nnx.Rngs(0)))
     lora = ql.LoraConfig(r=4, target_modules=("query",))
