@@ -55,7 +55,10 @@ def paged(
     Returns:
       A gradient transformation. A jitted step that returns its state should pass
       `out_shardings=resting_shardings(state)`, so that the moments rest on the host, and donate
-      the state, so that they are updated in place.
+      parameters and state, so that they are updated in place: both, and in the order in which it
+      returns them. XLA pairs donated arrays with results by their size, and one in host memory
+      paired with a result on the device ends the process ("memory kind does not match", or
+      "Aborted"; jax 0.10 to 0.12).
 
     Raises:
       ValueError: at `init` or `update`, if `inner` mixes parameters.
