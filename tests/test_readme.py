@@ -1,7 +1,8 @@
-"""The README's Python runs as it stands there (the hub's name replaced by an embedded model)."""
+"""The Python of README and docs runs as it stands there (an embedded model in the hub's place)."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,15 +11,22 @@ import pytest
 from flax import nnx
 
 from experiments.embedded import MODELS
+from qlora_jax.checkpoints import open_checkpoint
 from qlora_jax.cli import main
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+
+
+def python_of(page: str) -> str:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 
 
 class TwoLayers(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.query = nnx.Linear(64, 64, rngs=rngs)
         self.value = nnx.Linear(64, 64, rngs=rngs)
+        self.head = nnx.Linear(64, 8, rngs=rngs)
 
 
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,8 +34,7 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rows = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}."} for i in range(8)]
     Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["quantize", str(MODELS["stdlib-1m"]), "smollm2-nf4"]) == 0
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    code = "\n".join(blocks)
+    code = python_of("README.md")
     changes = {
         "HuggingFaceTB/SmolLM2-135M-Instruct": str(MODELS["stdlib-1m"]),
         "steps=200": "steps=2",
@@ -48,3 +55,22 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     trained = nnx.to_flat_state(names["lora_state"])
     loaded = dict(nnx.to_flat_state(nnx.state(names["model"], nnx.LoRAParam)))
     assert all((loaded[path][...] == value[...]).all() for path, value in trained)
+
+
+@pytest.mark.slow
+def test_python_of_the_pages_on_adapters_and_merging_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(MODELS["stdlib-1m"], "base")
+    code = python_of("docs/adapters.md")
+    assert "folder-or-hub-name" in code
+    names = {"nnx": nnx, "my_model": TwoLayers(nnx.Rngs(0))}
+    exec(code.replace("folder-or-hub-name", "base"), names)
+    assert "<|im_end|>" in Path("adapter", "tokenizer.json").read_text()
+    assert isinstance(names["my_model"].head.kernel, nnx.LoRAParam)
+    exec(python_of("docs/merging.md"), {})
+    merged, base = (open_checkpoint(folder).tensors for folder in ("merged", "base"))
+    assert merged.keys() == base.keys()
+    rows = "model.embed_tokens.weight"
+    assert merged[rows].shape[0] == base[rows].shape[0] + 2
