@@ -35,6 +35,9 @@ from qlora_jax.models.pieces import cut
 from qlora_jax.models.streaming import options_for
 
 _MAX_NEW_TOKENS = 256
+# What tasks call the limit of an answer; the first that a task names counts, as in the harness.
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_OPTIONS = {"until", "do_sample", "temperature", "top_p", "top_k", *_LIMITS}
 
 
 class _Scored(NamedTuple):
@@ -107,32 +110,61 @@ class Harness:
     def generate_until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """For each (context, options): the text that follows, cut before the first of `until`.
 
-        Options: `until` (a text or several), `max_gen_toks`, and `temperature`, `top_p`, `top_k`
-        where `do_sample` is set; greedy otherwise.
+        Options: `until` (a text or several), `max_gen_toks` (or one of its other names), and
+        `do_sample`, `temperature`, `top_p`, `top_k`; greedy without `do_sample` and a temperature.
+
+        Raises:
+            ValueError: an option that is not known here, or no room for a context.
         """
-        by_config: dict[GenerationConfig, list[int]] = {}
-        for index, (_, options) in enumerate(requests):
-            by_config.setdefault(_generation(options), []).append(index)
-        answers = [""] * len(requests)
-        for config, indices in by_config.items():
+        alike: dict[tuple[GenerationConfig, bool | None], dict[int, str]] = {}
+        for index, (context, options) in enumerate(requests):
+            config = _generation(options)
             room = self.max_len - config.max_new_tokens
             if room < 1:
                 raise ValueError(
                     f"max_gen_toks is {config.max_new_tokens}, which leaves no room for a context "
                     f"in max_len={self.max_len}: ask for less."
                 )
+            text = self._shortened(context, room)
+            alike.setdefault((config, self._bos(text)), {})[index] = text
+        answers = [""] * len(requests)
+        for (config, bos), texts in alike.items():
             written = generate_text(
                 self.model,
                 self.tokenizer,
-                [self._shortened(requests[index][0], room) for index in indices],
+                list(texts.values()),
                 config,
                 key=jax.random.key(0),
                 batch_size=self.batch_size,
                 special=self.chat_template is not None,
+                bos=bos,
             )
-            for index, answer in zip(indices, written, strict=True):
+            for index, answer in zip(texts, written, strict=True):
                 answers[index] = answer.text
         return answers
+
+    def conversation(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Turns as one text; the last one as an answer's beginning without `add_generation_prompt`.
+
+        Raises:
+            ValueError: there is no template, or it refuses the turns.
+        """
+        if self.chat_template is None:
+            raise ValueError("the model has no chat template: give Harness one.")
+        text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        # The model goes on with it: what ends a turn must not follow.
+        begun = messages[-1]["content"].lstrip()
+        at = text.rfind(begun.rstrip())
+        if at < 0:
+            raise ValueError(
+                f"the chat template rewrites {begun[:40]!r}, the beginning of an answer, so that "
+                "the model cannot go on with it: ask without a template."
+            )
+        return text[:at] + (begun if text.startswith(begun, at) else begun.rstrip())
 
     def lm(self) -> Any:
         """The same as an `lm_eval.api.model.LM`.
@@ -148,32 +180,42 @@ class Harness:
             ) from error
         return _as_lm(self, LM)
 
-    def _pair(self, context: str, continuation: str) -> _Scored:
-        encode = self.tokenizer.encode
+    def _bos(self, text: str) -> bool | None:
+        """Whether bos goes before a text: as the family does, but not a second one, behind that of
+        a template."""
+        bos = self.tokenizer.bos_token_id
+        if bos is None or self.chat_template is None:
+            return None
+        written = text.startswith(self.tokenizer.decode([bos], skip_special=False))
+        return False if written else None
+
+    def _encode(self, text: str) -> list[int]:
         special = self.chat_template is not None
+        return self.tokenizer.encode(text, bos=self._bos(text), special=special)
+
+    def _pair(self, context: str, continuation: str) -> _Scored:
         # A space at the border belongs to the word that follows.
         bare = context.rstrip()
         context, continuation = bare, context[len(bare) :] + continuation
         if context:
-            before = encode(context, special=special)
-            after = encode(context + continuation, special=special)[len(before) :]
+            before = self._encode(context)
+            after = self._encode(context + continuation)[len(before) :]
         else:
-            before, after = [self._prefix], encode(continuation, bos=False)
+            before, after = [self._prefix], self.tokenizer.encode(continuation, bos=False)
         if not after:
             raise ValueError(f"the continuation {continuation!r} adds no token to its context.")
         return _Scored(before or [self._prefix], after)
 
     def _shortened(self, context: str, room: int) -> str:
         """The end of a context, as much of it as `room` tokens hold."""
-        special = self.chat_template is not None
-        whole = ids = self.tokenizer.encode(context, special=special)
+        whole = ids = self._encode(context)
         count = len(whole)
         # More than once: what is left begins with bos again, and may take other tokens than before.
         while len(ids) > room and count:
             count = max(count - (len(ids) - room), 0)
             left = whole[len(whole) - count :]
-            context = self.tokenizer.decode(left, skip_special=not special)
-            ids = self.tokenizer.encode(context, special=special)
+            context = self.tokenizer.decode(left, skip_special=self.chat_template is None)
+            ids = self._encode(context)
         return context
 
     def _score(self, items: Sequence[_Scored]) -> list[tuple[float, bool]]:
@@ -230,14 +272,26 @@ def make_score_step(
 
 
 def _generation(options: Mapping[str, Any]) -> GenerationConfig:
+    """A task's `generation_kwargs`, read as the harness does for its own models."""
+    # One beam is no search.
+    strange = [n for n in options if n not in _OPTIONS and (n, options[n]) != ("num_beams", 1)]
+    if strange:
+        raise ValueError(
+            f"the task's generation_kwargs have {strange[0]}={options[strange[0]]!r}, which is not "
+            f"supported here: leave it out, or take {', '.join(sorted(_OPTIONS))}."
+        )
     until = options.get("until") or ()
-    sampled = options.get("do_sample", False)
+    limits = [options[name] for name in _LIMITS if options.get(name) is not None]
+    temperature = options.get("temperature")
+    sampled = options.get("do_sample")
+    if sampled is None:
+        sampled = bool(temperature)
     return GenerationConfig(
-        max_new_tokens=int(options.get("max_gen_toks", _MAX_NEW_TOKENS)),
-        temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
+        max_new_tokens=int(limits[0] if limits else _MAX_NEW_TOKENS),
+        temperature=float(1.0 if temperature is None else temperature) if sampled else 0.0,
         top_p=float(options.get("top_p", 1.0)),
         top_k=options.get("top_k"),
-        stop=(until,) if isinstance(until, str) else tuple(until),
+        stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
     )
 
 
@@ -264,10 +318,6 @@ def _as_lm(harness: Harness, base: type) -> Any:
             return "" if harness.chat_template is None else harness.chat_template.source
 
         def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-            if harness.chat_template is None:
-                raise ValueError("the model has no chat template: give Harness one.")
-            return harness.chat_template.render(
-                chat_history, add_generation_prompt=add_generation_prompt
-            )
+            return harness.conversation(chat_history, add_generation_prompt=add_generation_prompt)
 
     return QloraJaxLM()

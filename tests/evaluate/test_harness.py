@@ -122,10 +122,62 @@ def test_answers_are_those_of_generate(model, stories):
     assert found == [answer.text for answer in expected]
     sampled = harness._generation({"do_sample": True, "temperature": 0.7, "until": ["a", "b"]})
     assert (sampled.temperature, sampled.stop, sampled.max_new_tokens) == (0.7, ("a", "b"), 256)
-    # As the harness has it: a temperature without do_sample is not used.
-    assert harness._generation({"temperature": 0.7}).temperature == 0.0
+    # As the harness has it: a temperature alone samples, but not where do_sample says no.
+    assert harness._generation({"temperature": 0.7}).temperature == 0.7
+    assert harness._generation({"temperature": 0.7, "do_sample": False}).temperature == 0.0
     with pytest.raises(ValueError, match="leaves no room for a context in max_len=48"):
         subject.generate_until([("Once", {"max_gen_toks": 48})])
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_the_limit_of_answers_has_several_names(name):
+    assert harness._generation({name: 7}).max_new_tokens == 7
+    assert harness._generation({name: 7, "max_gen_toks": 5}).max_new_tokens == 5
+
+
+def test_options_of_generation_are_known_or_refused():
+    plain = harness._generation({"until": ["", "a"], "num_beams": 1})
+    assert (plain.stop, plain.greedy) == (("a",), True)
+    for strange in ({"num_beams": 4}, {"repetition_penalty": 1.2}, {"max_length": 90}):
+        (name,) = strange
+        with pytest.raises(ValueError, match=f"have {name}=.*, which is not supported here"):
+            harness._generation(strange)
+
+
+def test_a_template_that_writes_bos_gets_no_second_one(model, stories):
+    template = ChatTemplate("{{ bos_token }}{{ messages[0]['content'] }}", {"bos_token": "<s>"})
+    chat = Harness(model, stories, max_len=48, chat_template=template)
+    plain = Harness(model, stories, max_len=48)
+    text = chat.conversation([{"role": "user", "content": "Once upon"}])
+    assert text == "<s>Once upon"
+    assert chat.loglikelihood([(text, " a time")]) == plain.loglikelihood(
+        [("Once upon", " a time")]
+    )
+    options = {"max_gen_toks": 6}
+    # The second one is cut, and so begins with a bos of the tokenizer's.
+    prompts = ["Once upon", "a " * 80]
+    found = chat.generate_until([(f"<s>{prompt}", options) for prompt in prompts])
+    expected = plain.generate_until([(prompt, options) for prompt in prompts])
+    assert [answer.strip() for answer in found] == [answer.strip() for answer in expected]
+
+
+def test_a_last_turn_that_the_model_goes_on_with_stays_open(model, stories):
+    template = ChatTemplate(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</>\n{% endfor %}"
+    )
+    subject = Harness(model, stories, max_len=WINDOW, chat_template=template)
+    turns = [{"role": "user", "content": "So"}, {"role": "assistant", "content": " So far "}]
+    text = subject.conversation(turns, add_generation_prompt=False)
+    assert text == "<user>So</>\n<assistant>So far"
+    untrimmed = ChatTemplate(template.source.replace(" | trim", ""))
+    subject = Harness(model, stories, max_len=WINDOW, chat_template=untrimmed)
+    text = subject.conversation(turns, add_generation_prompt=False)
+    assert text == "<user>So</>\n<assistant> So far "
+    loud = ChatTemplate(template.source.replace("| trim", "| upper"))
+    with pytest.raises(ValueError, match="rewrites 'So far '"):
+        Harness(model, stories, max_len=WINDOW, chat_template=loud).conversation(
+            turns, add_generation_prompt=False
+        )
 
 
 @pytest.mark.parametrize("start", range(4))
