@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from qlora_jax.data import (
     tokenize_pairs,
     tokenize_rows,
 )
+from qlora_jax.data.json_file import read_json
 from qlora_jax.models import EncoderClassifier, EncoderDecoderConfig, family_of
 
 
@@ -48,11 +48,8 @@ def model_config(folder: Path) -> Any:
         FileNotFoundError: the folder has no config.json.
         ValueError: it is damaged, or of an architecture that is not known or writes no text.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no Hugging Face model folder: it has no config.json.")
+    raw = read_json(folder / "config.json")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
         family = family_of(raw)
         if family.build is EncoderClassifier:
             raise ValueError(
@@ -60,8 +57,6 @@ def model_config(folder: Path) -> Any:
                 "python -m experiments.paper.glue."
             )
         return family.read_config(raw)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again.") from error
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 

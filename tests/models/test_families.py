@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -277,8 +278,23 @@ def test_text_part_of_a_gemma_that_sees(tmp_path):
         ({"model_type": "gpt_neox", "hidden_act": "swish"}, "hidden_act 'swish'"),
         ({"model_type": ["llama"]}, r"has model_type \['llama'\]"),
         ({"model_type": "llama", "rms_norm_eps": "tiny"}, "rms_norm_eps 'tiny', but a number"),
-        ({"model_type": "llama", "rope_scaling": [1]}, r"rope parameters \[1\], but an object"),
+        ({"model_type": "llama", "rope_scaling": [1]}, r"rope_scaling \[1\], but an object"),
         ({"model_type": "llama", "rope_theta": "1e6"}, "rope_theta '1e6', but a number"),
+        ({"model_type": "llama", "hidden_size": "8"}, "hidden_size '8', but a positive whole"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads 0, but a pos"),
+        ({"model_type": "llama", "tie_word_embeddings": "false"}, "'false', but true or false"),
+        ({"model_type": "llama", "rope_theta": math.inf}, "rope_theta inf, but a number"),
+        ({"model_type": "llama", "hidden_act": ["silu"]}, "hidden_act .*, but a text"),
+        ({"model_type": "qwen2", "layer_types": 3}, "layer_types 3, but a list of texts"),
+        ({"model_type": "qwen2", "max_window_layers": "2"}, "max_window_layers '2', but a whole"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": None}, "no 'query_pre_attn_scalar'"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "_scalar 0, but a positive number"),
+        ({"model_type": "gemma3", "text_config": {"head_dim": 1.5}}, "head_dim 1.5, but a pos"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": ["a"]}},
+            "short_factor .*, but a list of numbers",
+        ),
+        ({"model_type": "roberta", "id2label": ["A"]}, "id2label .*, but an object"),
         ({"model_type": "opt", "ffn_dim": 8, "layer_norm_elementwise_affine": False}, "affine"),
         ({"model_type": "phi3", "rope_scaling": {"type": "su"}}, "no 'short_factor'"),
         ({"model_type": "llama", "rope_scaling": {"type": "linear"}}, "'linear' without a factor"),

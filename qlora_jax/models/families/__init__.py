@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_jax.models.families.field_kinds import check_kinds
 from qlora_jax.models.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from qlora_jax.models.families.gpt_neox import GPT_NEOX
 from qlora_jax.models.families.llama import LLAMA
@@ -36,10 +37,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family that a config.json (as a dict) belongs to.
+    """The family that a config.json (as a dict) belongs to, which can read it then.
 
     Raises:
-        ValueError: none of ours.
+        ValueError: none of ours, or a field of a kind that it cannot be of.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -48,4 +49,5 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"config.json {named}, but only these architectures are known: "
             f"{', '.join(sorted(FAMILIES))}; choose a checkpoint of one of them."
         )
+    check_kinds(config)
     return FAMILIES[model_type]

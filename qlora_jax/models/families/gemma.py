@@ -64,7 +64,7 @@ def _read(config: Mapping[str, Any], period: int, **fields: Any) -> DecoderConfi
         hidden_act=read_activation(config, "hidden_activation", "gelu_pytorch_tanh"),
         qkv_bias=bias,
         o_bias=bias,
-        attention_scale=config["query_pre_attn_scalar"] ** -0.5,
+        attention_scale=required(config, "query_pre_attn_scalar") ** -0.5,
         attn_logit_softcapping=cap,
         final_logit_softcapping=final_cap,
         embedding_scale=required(config, "hidden_size") ** 0.5,
@@ -122,7 +122,7 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
     }
     return _read(
         given,
-        given["sliding_window_pattern"],
+        required(given, "sliding_window_pattern"),
         qk_norm=True,
         rope=read_rope(whole, theta=1e6),
         local_rope=read_rope(local),

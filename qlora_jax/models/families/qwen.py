@@ -21,7 +21,8 @@ from qlora_jax.models.family import Family, required
 
 def _read(config: Mapping[str, Any], **fields: Any) -> DecoderConfig:
     depth = required(config, "num_hidden_layers")
-    full = min(config.get("max_window_layers", 28), depth)
+    before = config.get("max_window_layers")
+    full = min(28 if before is None else before, depth)
     usual = ("full_attention",) * full + ("sliding_attention",) * (depth - full)
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     return read_decoder(
