@@ -58,6 +58,7 @@ from experiments.run import (
     with_own_adapters,
 )
 from experiments.tree import merged, read_yaml, to_yaml, with_setting
+from qlora_jax.cli.arguments import seed
 from qlora_jax.models import STREAMABLE
 from qlora_jax.train import Callback
 from qlora_jax.train.run_folder import locked_run_folder
@@ -79,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="sets model.stream_weights, and model.remat to full where it could not: for small "
         "cards",
     )
-    parser.add_argument("--seed", type=int, help="sets train.seed")
+    parser.add_argument("--seed", type=seed, help="sets train.seed")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="set any option; repeatable"
     )

@@ -66,6 +66,7 @@ from experiments.report import (
 from experiments.run import check, check_writable, delete_run, execute, is_finished
 from experiments.tree import Tree, parse_setting, read_yaml
 from pallas_kernels.cards import CARDS, find_card
+from qlora_jax.cli.arguments import seed
 from qlora_jax.train.run_folder import locked_run_folder
 
 
@@ -92,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of all (runs/NAME)")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="instead of the file's")
     parser.add_argument("--datasets", nargs="+", metavar="DATA", help="instead of the file's")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the file's")
+    parser.add_argument("--seeds", nargs="+", type=seed, metavar="N", help="instead of the file's")
     parser.add_argument(
         "--axis", action="append", default=[], metavar="KEY=V1,V2",
         help="an axis of any option's values; repeatable",

@@ -32,6 +32,7 @@ from experiments.paper.judged import (
     system_label,
 )
 from experiments.paper.tables import Table, write_results
+from qlora_jax.cli.arguments import seed
 from qlora_jax.evaluate import (
     Elo,
     MatchUnit,
@@ -57,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--orders", type=int, default=10_000, help="random orders to play")
     parser.add_argument("--length", type=int, help="matches to play of each order (all)")
     parser.add_argument("--k", type=float, default=32.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     return parser
 
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from experiments.report import ERROR, RESULT, write_atomically
 from experiments.tree import flat
 from qlora_jax.checkpoints import load_model
+from qlora_jax.cli.arguments import seed
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig
@@ -142,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     parser.add_argument(
         "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="rows (all)"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="mean over these (0)")
+    parser.add_argument("--seeds", nargs="+", type=seed, default=[0], help="mean over these (0)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (runs/NAME)")
     parser.add_argument(
         "--scale",

@@ -52,7 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module(f"{__name__}.{name}").add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary)
-    args = parser.parse_args(argv)
+    args, words = parser.parse_known_args(argv)
+    if words and hasattr(args, "prompt") and not any(word.startswith("-") for word in words):
+        # argparse gives a `*` that options stand before no words, and leaves them over.
+        args.prompt += words
+    elif words:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
     try:
         return args.run(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:

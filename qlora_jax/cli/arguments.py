@@ -24,6 +24,14 @@ def open_source(name: str, revision: str | None) -> Checkpoint:
     return checkpoint
 
 
+def seed(text: str) -> int:
+    """The value of a `--seed`, as `add_argument(type=seed)` takes it: JAX's keys hold 32 bits."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is no seed: give one from 0 to {2**32 - 1}")
+    return number
+
+
 def add_quant(parser: argparse.ArgumentParser, title: str) -> None:
     """How a model is quantized; `quant_config` reads the answers."""
     group = parser.add_argument_group(title)

@@ -14,7 +14,7 @@ from qlora_jax.checkpoints import (
     read_adapter_config,
 )
 from qlora_jax.checkpoints.checkpoint import DTYPES, dtype_name
-from qlora_jax.cli.arguments import SOURCE_HELP, add_quant, quant_config
+from qlora_jax.cli.arguments import SOURCE_HELP, add_quant, quant_config, seed
 from qlora_jax.data import Tokenizer
 from qlora_jax.generate import GenerationConfig, read_eos_token_ids
 
@@ -32,7 +32,7 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument("--top-p", type=float, default=0.9)
     sampling.add_argument("--top-k", type=int)
-    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
         "--16-bit", dest="dense", action="store_true", help="do not quantize the base"
     )

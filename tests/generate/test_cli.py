@@ -46,6 +46,8 @@ def test_generate_streams_one_prompt_and_lists_several(folder, capsys, monkeypat
     monkeypatch.setattr("sys.stdin", io.StringIO("The file"))
     assert main(["generate", str(folder), *SMALL]) == 0
     assert capsys.readouterr() == (alone, "")
+    assert main(["generate", str(folder), *SMALL, "The file"]) == 0
+    assert capsys.readouterr() == (alone, "")
     terminal = io.StringIO("The file")
     terminal.isatty = lambda: True
     monkeypatch.setattr("sys.stdin", terminal)
@@ -78,6 +80,15 @@ def test_bad_input_is_refused(folder, capsys):
     assert not out
     assert main(["generate", str(folder), "x", "--temperature", "nan"]) == 2
     assert "temperature=nan must be a finite number" in capsys.readouterr().err
+    for words, message in (
+        (["--tempreature", "1", "x"], "unrecognized arguments: --tempreature 1 x"),
+        (["--seed", str(2**32)], "is no seed: give one from 0 to 4294967295"),
+        (["--seed", "-1"], "-1 is no seed"),
+        (["--seed", "x"], "invalid seed value: 'x'"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["generate", str(folder), *words])
+        assert message in capsys.readouterr().err
 
 
 def test_a_folder_in_4_bits_is_taken_as_it_is(folder, capsys, tmp_path):
