@@ -80,8 +80,12 @@ def load_rows(
         path = Path(text).expanduser()
         rows = _load_local(path, split, name=name, data_files=data_files, cache_dir=cache)
     if len(rows) == 0:
-        raise ValueError(f"{text} (split {split or 'train'}) is empty: there is not one row in it.")
+        raise ValueError(_empty(text, split))
     return rows
+
+
+def _empty(source: str, split: str | None) -> str:
+    return f"{source} (split {split or 'train'}) is empty: there is not one row in it."
 
 
 def _hub_name(source: str) -> str | None:
@@ -135,7 +139,11 @@ def _load_local(
         if ending == ".tsv":
             options["sep"] = "\t"
         if path.stat().st_size == 0:
-            raise ValueError(f"{path} is empty: there is not one row in it.")
+            raise ValueError(_empty(str(path), split))
+        if reader == "json" and _begins_with_null(path):
+            raise ValueError(
+                f"{path} begins with null, but rows are JSON objects, one on a line or in a list."
+            )
     try:
         if reader == "csv":
             options |= _cells_as_text(path, options.get("sep", ","))
@@ -155,6 +163,8 @@ def _load_local(
         gzip.BadGzipFile,
         ValueError,
     ) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(_empty(str(path), split)) from error
         raise ValueError(
             f"{path} cannot be read as a dataset{'' if split is None else f' (split {split!r})'}: "
             f"{_reason(error)}"
@@ -165,6 +175,12 @@ def _saved_files(folder: Path) -> list[str]:
     """The Arrow files of a folder that `Dataset.save_to_disk` wrote."""
     state = json.loads((folder / _SAVED[0]).read_text(encoding="utf-8"))
     return [str(folder / file["filename"]) for file in state["_data_files"]]
+
+
+def _begins_with_null(path: Path) -> bool:
+    """What pyarrow's JSON reader dies of, and the process with it."""
+    with path.open("rb") as file:
+        return file.read(4096).lstrip().startswith(b"null")
 
 
 def _cells_as_text(path: Path, separator: str) -> dict[str, Any]:

@@ -217,8 +217,10 @@ def test_without_a_network_the_hub_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "", "is empty: there is not one row"),
-        ("a.json", "[]", "(is empty|cannot be read)"),
+        ("a.json", "", r"\(split train\) is empty: there is not one row"),
+        ("a.json", "[]", r"a.json \(split train\) is empty: there is not one row"),
+        ("a.csv", "a,b\n", r"a.csv \(split train\) is empty: there is not one row"),
+        ("a.json", "null", "begins with null, but rows are JSON objects"),
         ("a.json", '{"a": 1,', "a.json cannot be read as a dataset: JSON parse error"),
         ("a.jsonl", '{"a": 1}\n{"a"', r"a.jsonl cannot be read as a dataset"),
         ("a.parquet", "PAR0", r"a.parquet cannot be read as a dataset"),
