@@ -285,6 +285,8 @@ def _piece(text: str, kind: int) -> bytes:
 
 
 def _processor(proto: bytes, file: Path) -> sentencepiece.SentencePieceProcessor:
+    if not proto:  # which the library takes for none given, and is of no use then
+        raise ValueError(f"{file} is empty: fetch it again.")
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=proto)
     except (RuntimeError, ValueError, OSError) as error:

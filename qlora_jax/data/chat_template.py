@@ -20,8 +20,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from qlora_jax.data.json_file import read_json_if_any
 from qlora_jax.data.marks import GENERATION, read_marks
+from qlora_jax.data.tokenizer_files import is_token, read_token_files
 
 # What a message may call its reasoning; templates read the first two.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -165,7 +165,7 @@ def load_chat_template(path: str | Path, name: str | None = None) -> ChatTemplat
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: expected a folder with a tokenizer.")
-    config = read_json_if_any(folder / "tokenizer_config.json")
+    config, token_map, _ = read_token_files(folder)
     found = config.get("chat_template")
     if isinstance(found, str):
         found = {"default": found}
@@ -175,7 +175,7 @@ def load_chat_template(path: str | Path, name: str | None = None) -> ChatTemplat
     files = {f.stem: f for f in (folder / "additional_chat_templates").glob("*.jinja")}
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
-    templates |= {stem: file.read_text(encoding="utf-8") for stem, file in files.items()}
+    templates |= {stem: _read_text(file) for stem, file in files.items()}
     wanted = name or "default"
     if wanted not in templates:
         has = f"it has {', '.join(templates)}" if templates else "it has none"
@@ -183,10 +183,16 @@ def load_chat_template(path: str | Path, name: str | None = None) -> ChatTemplat
             f"{folder} has no chat template {wanted!r} ({has}): put one in chat_template.jinja, or "
             "use the format 'messages' or 'messages-chatml'."
         )
-    tokens = {**read_json_if_any(folder / "special_tokens_map.json"), **config}
     special = {
         key: value["content"] if isinstance(value, dict) else value
-        for key, value in tokens.items()
-        if key.endswith("_token") and isinstance(value, str | dict)
+        for key, value in {**token_map, **config}.items()
+        if key.endswith("_token") and is_token(value)
     }
     return ChatTemplate(templates[wanted], special, folder.resolve().name)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error.reason}): fetch it again.") from error

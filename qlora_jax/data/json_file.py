@@ -17,12 +17,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} does not exist: give a Hugging Face model folder, whole, with its {path.name}."
         )
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(content: bytes, file: str | Path) -> dict[str, Any]:
+    """The JSON object in a file's content; raises ValueError as `read_json` does."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content.decode())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again.") from error
+        raise ValueError(f"{file} is not valid JSON ({error}): fetch it again.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, but an object is needed.")
+        held = "null" if value is None else f"a JSON {type(value).__name__}"
+        raise ValueError(f"{file} holds {held}, but an object is needed: fetch it again.")
     return value
 
 

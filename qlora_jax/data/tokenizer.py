@@ -26,10 +26,10 @@ from typing import Any, SupportsIndex
 
 from qlora_jax.data._backends import JsonBackend, SentencePieceBackend
 from qlora_jax.data.json_file import read_json_if_any
+from qlora_jax.data.tokenizer_files import read_token_files
 
 _JSON = "tokenizer.json"
 _MODELS = ("tokenizer.model", "spiece.model")
-ADDED = "added_tokens.json"
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -187,14 +187,12 @@ def load_tokenizer(
     path = Path(path)
     file = _find(path)
     folder = file.parent
-    config = read_json_if_any(folder / "tokenizer_config.json")
-    token_map = read_json_if_any(folder / "special_tokens_map.json")
+    config, token_map, listed = read_token_files(folder)
     model_config = read_json_if_any(folder / "config.json")
     if file.suffix == ".json":
         backend: JsonBackend | SentencePieceBackend = JsonBackend(file)
     else:
         backend = SentencePieceBackend(file, sentinels=_sentinels(config, model_config))
-        listed = read_json_if_any(folder / ADDED)
         backend = backend.with_added(added_tokens(listed, config, token_map))
     given = {"bos": bos_token, "eos": eos_token, "pad": pad_token}
 

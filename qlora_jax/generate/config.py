@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_jax.data.json_file import read_json_if_any
+from qlora_jax.data.json_kinds import IDS, check_kinds
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ def read_eos_token_ids(folder: str | Path) -> tuple[int, ...]:
     """The tokens that a model folder's generation_config.json ends texts with; () without one.
 
     A chat model often ends its turns with another token than its texts, and names both there.
+
+    Raises:
+        ValueError: the file is damaged, or names something else.
     """
-    ids = read_json_if_any(Path(folder) / "generation_config.json").get("eos_token_id")
+    file = Path(folder) / "generation_config.json"
+    fields = read_json_if_any(file)
+    check_kinds(fields, {"eos_token_id": IDS}, file)
+    ids = fields.get("eos_token_id")
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)

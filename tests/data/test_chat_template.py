@@ -299,6 +299,15 @@ def test_bad_input(tmp_path):
         load_chat_template(tmp_path / "none")
     with pytest.raises(ValueError, match=r"no chat template 'default' \(it has none\)"):
         load_chat_template(tmp_path)
+    for template in (3, ["a"], [{"name": "default"}]):
+        config = json.dumps({"chat_template": template})
+        (tmp_path / "tokenizer_config.json").write_text(config)
+        with pytest.raises(ValueError, match=r"chat_template .*, but a template or a list"):
+            load_chat_template(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is no text in UTF-8"):
+        load_chat_template(tmp_path)
 
 
 def test_where_templates_are_found(tmp_path):

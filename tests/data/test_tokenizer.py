@@ -341,6 +341,29 @@ def test_special_tokens_come_from_where_the_folder_says(tmp_path):
         load_tokenizer(tmp_path, eos_token="</z>")
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("tokenizer_config.json", {"bos_token": 1}, "has bos_token 1, but a token is needed"),
+        ("special_tokens_map.json", {"eos_token": {}}, "has eos_token {}, but a token"),
+        ("tokenizer_config.json", {"add_bos_token": "false"}, "'false', but true or false"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, r"\[1\], but an object of"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9": 1}}, "but an object of"),
+        ("tokenizer_config.json", {"additional_special_tokens": 3}, "3, but a list of tokens"),
+        ("added_tokens.json", {"<x>": "512"}, "has <x> '512', but a token id is needed"),
+        ("added_tokens.json", [1], "added_tokens.json holds a JSON list, but an object"),
+        ("tokenizer_config.json", None, "tokenizer_config.json holds null, but an object"),
+    ],
+)
+def test_files_beside_a_vocabulary_of_another_kind_are_refused(tmp_path, name, fields, message):
+    shutil.copyfile(
+        shared_path("data/models/stories260K/tokenizer.model"), tmp_path / "tokenizer.model"
+    )
+    (tmp_path / name).write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
 def test_bad_folders_and_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist: expected a folder with tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
@@ -351,6 +374,9 @@ def test_bad_folders_and_files_are_refused(tmp_path):
         load_tokenizer(tmp_path / "vocab.txt")
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"tokenizer\.model is empty"):
         load_tokenizer(tmp_path)
     for content, message in (("{", "is not valid JSON"), ("{}", "has no 'model'")):
         (tmp_path / "tokenizer.json").write_text(content)

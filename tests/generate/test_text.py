@@ -160,4 +160,8 @@ def test_end_tokens_of_a_folder(tmp_path):
     assert read_eos_token_ids(tmp_path) == (7,)
     file.write_text('{"eos_token_id": [7, 9]}')
     assert read_eos_token_ids(tmp_path) == (7, 9)
+    for odd in ("1.5", "true", '["</s>"]', "1e30", str(10**30)):
+        file.write_text(f'{{"eos_token_id": {odd}}}')
+        with pytest.raises(ValueError, match=r"eos_token_id .*, but a token id or a list of them"):
+            read_eos_token_ids(tmp_path)
     assert GREEDY.with_eos((7, 9)).with_eos((1,)).eos_token_ids == (7, 9)

@@ -15,7 +15,8 @@ import sentencepiece
 
 from qlora_jax.checkpoints.tokenizer import tokenizer_from_files
 from qlora_jax.data.protobuf import delimited, float32, integer
-from qlora_jax.data.tokenizer import ADDED, added_tokens
+from qlora_jax.data.tokenizer import added_tokens
+from qlora_jax.data.tokenizer_files import parse_token_files
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _GPT2_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -91,10 +92,7 @@ def from_files(files: Mapping[str, bytes], vocab_size: int) -> Vocabulary:
         ValueError: no tokenizer, or one that llama.cpp does not have.
     """
     spec = json.loads(files["tokenizer.json"]) if "tokenizer.json" in files else None
-    config, token_map, listed = (
-        json.loads(files.get(name, b"{}"))
-        for name in ("tokenizer_config.json", "special_tokens_map.json", ADDED)
-    )
+    config, token_map, listed = parse_token_files(files)
     piece_model = files.get("tokenizer.model")
     if piece_model is not None:
         added = added_tokens(listed, config, token_map)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.models.families.field_kinds import check_kinds
+from qlora_jax.models.families.field_kinds import check_config
 from qlora_jax.models.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from qlora_jax.models.families.gpt_neox import GPT_NEOX
 from qlora_jax.models.families.llama import LLAMA
@@ -49,5 +49,5 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"config.json {named}, but only these architectures are known: "
             f"{', '.join(sorted(FAMILIES))}; choose a checkpoint of one of them."
         )
-    check_kinds(config)
+    check_config(config)
     return FAMILIES[model_type]

@@ -3,33 +3,26 @@
 Checked once, before a family reads them, so that a family's code may take a field for what it is.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _real(value: Any) -> bool:
-    # JSON's 1e999 is infinite to Python.
-    return _whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _listed(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(test(entry) for entry in value)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
+from qlora_jax.data.json_kinds import (
+    IDS,
+    check_kinds,
+    is_flag,
+    is_id,
+    is_object,
+    is_real,
+    is_text,
+    is_whole,
+    listed,
+)
 
 # What is needed, the test of it, and the fields.
 _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "a positive whole number",
-        lambda value: _whole(value) and value > 0,
+        lambda value: is_whole(value) and value > 0,
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim "
         "max_position_embeddings original_max_position_embeddings type_vocab_size num_labels "
         "d_model d_kv d_ff num_layers num_heads relative_attention_num_buckets "
@@ -37,24 +30,20 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "a whole number, 0 or more",
-        lambda value: _whole(value) and value >= 0,
+        lambda value: is_whole(value) and value >= 0,
         "num_key_value_heads num_decoder_layers num_local_experts num_experts num_experts_per_tok "
         "max_window_layers sliding_window",
     ),
-    ("a whole number", _whole, "pad_token_id decoder_start_token_id"),
-    (
-        "a whole number or a list of them",
-        lambda value: _whole(value) or _listed(_whole)(value),
-        "bos_token_id eos_token_id",
-    ),
+    ("a token id", is_id, "pad_token_id decoder_start_token_id"),
+    (*IDS, "bos_token_id eos_token_id"),
     (
         "a positive number",
-        lambda value: _real(value) and value > 0,
+        lambda value: is_real(value) and value > 0,
         "query_pre_attn_scalar rotary_emb_base",
     ),
     (
         "a number",
-        _real,
+        is_real,
         "rms_norm_eps layer_norm_eps layer_norm_epsilon rope_theta rope_local_base_freq "
         "partial_rotary_factor rotary_pct attn_logit_softcapping final_logit_softcapping "
         "dropout_rate hidden_dropout_prob attention_probs_dropout_prob classifier_dropout factor "
@@ -63,42 +52,35 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "true or false",
-        lambda value: isinstance(value, bool),
+        is_flag,
         "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_parallel_residual "
         "do_layer_norm_before enable_bias layer_norm_elementwise_affine _remove_final_layer_norm "
         "scale_decoder_outputs truncate",
     ),
     (
         "a text",
-        _text,
+        is_text,
         "hidden_act hidden_activation activation_function feed_forward_proj rope_type type "
         "position_embedding_type",
     ),
-    ("a list of texts", _listed(_text), "layer_types"),
-    ("a list of numbers", _listed(_real), "short_factor long_factor"),
+    ("a list of texts", listed(is_text), "layer_types"),
+    ("a list of numbers", listed(is_real), "short_factor long_factor"),
     (
         "an object",
-        lambda value: isinstance(value, dict),
+        is_object,
         "text_config rope_parameters rope_scaling full_attention sliding_attention id2label",
     ),
 )
 _BY_NAME = {name: (wanted, test) for wanted, test, names in _KINDS for name in names.split()}
 
 
-def check_kinds(config: Mapping[str, Any]) -> None:
-    """Checks the fields that families read, also those of the objects inside; null is as absent.
+def check_config(config: Mapping[str, Any]) -> None:
+    """Checks the fields that families read, also those of the objects inside.
 
     Raises:
         ValueError: one is of another kind.
     """
-    for name, value in config.items():
-        if value is None or name not in _BY_NAME:
-            continue
-        wanted, test = _BY_NAME[name]
-        if not test(value):
-            raise ValueError(
-                f"config.json has {name} {value!r}, but {wanted} is needed: take the config.json "
-                "of the checkpoint."
-            )
-        if isinstance(value, dict):
-            check_kinds(value)
+    check_kinds(config, _BY_NAME, "config.json")
+    for name in _BY_NAME.keys() & config.keys():
+        if isinstance(config[name], dict):
+            check_config(config[name])
