@@ -281,9 +281,15 @@ class _Record:
                 "model): give another file, or delete it."
             )
         kept = lines[1:-1]
-        for line in kept:
-            answer = json.loads(line)
-            self.chosen[answer["question"]] = answer["chosen"]
+        for number, line in enumerate(kept, 2):
+            try:
+                answer = json.loads(line)
+                self.chosen[answer["question"]] = answer["chosen"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}, line {number} holds no answer to a question: delete the line, "
+                    "and it is asked again."
+                ) from error
         partial = self.path.with_name(f"{self.path.name}.partial")
         partial.write_text("".join(f"{line}\n" for line in [head, *kept]), encoding="utf-8")
         partial.replace(self.path)

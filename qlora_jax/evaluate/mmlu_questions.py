@@ -82,6 +82,11 @@ def load_questions(
         ValueError: a file that is not of this form, a subject that MMLU does not have.
     """
     folder = Path(source)
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} is a file: give the folder with the original's dev/, val/ and test/, or a "
+            "hub name such as cais/mmlu."
+        )
     questions = (
         _read_folder(folder / split)
         if folder.is_dir()
@@ -109,15 +114,26 @@ def _read_folder(folder: Path) -> Iterable[Question]:
         )
     for file in files:
         subject = file.stem.rpartition("_")[0]
-        with file.open(encoding="utf-8", newline="") as lines:
-            for number, row in enumerate(csv.reader(lines), 1):
-                if len(row) != 6 or row[5] not in tuple(LETTERS):
-                    raise ValueError(
-                        f"{file}, row {number}: expected a question, four choices and one of "
-                        f"{', '.join(LETTERS)}, but it has {len(row)} columns and ends in "
-                        f"{row[-1][:20] if row else ''!r}."
-                    )
-                yield Question(subject, row[0], tuple(row[1:5]), row[5])
+        for number, row in enumerate(_csv_rows(file), 1):
+            if len(row) != 6 or row[5] not in tuple(LETTERS):
+                raise ValueError(
+                    f"{file}, row {number}: expected a question, four choices and one of "
+                    f"{', '.join(LETTERS)}, but it has {len(row)} columns and ends in "
+                    f"{row[-1][:20] if row else ''!r}."
+                )
+            yield Question(subject, row[0], tuple(row[1:5]), row[5])
+
+
+def _csv_rows(file: Path) -> list[list[str]]:
+    try:
+        # A spreadsheet begins its files with a byte order mark, which is no part of the question.
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.reader(lines))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} cannot be read as CSV in UTF-8 ({error}).") from error
+    if not rows:
+        raise ValueError(f"{file} is empty: fetch it again, or delete it to leave its subject out.")
+    return rows
 
 
 def _read_hub(name: str, split: str) -> Iterable[Question]:
@@ -128,10 +144,16 @@ def _read_hub(name: str, split: str) -> Iterable[Question]:
             f"{name} has the columns {', '.join(rows.column_names)}, but MMLU's are "
             f"{', '.join(needed)}: give cais/mmlu, or a folder with the original files."
         )
-    for row in rows:
-        answer = row["answer"]
-        letter = LETTERS[answer] if isinstance(answer, int) else answer
-        yield Question(row["subject"], row["question"], tuple(row["choices"]), letter)
+    for number, row in enumerate(rows):
+        answer, choices = row["answer"], row["choices"]
+        # The hub's copy counts its choices, others write the letter.
+        letter = LETTERS[answer] if type(answer) is int and 0 <= answer < 4 else answer
+        if letter not in tuple(LETTERS) or not isinstance(choices, list) or len(choices) != 4:
+            raise ValueError(
+                f"{name}, row {number}: expected four choices, and as answer 0 to 3 or one of "
+                f"{', '.join(LETTERS)}, but it has {choices!r} and {answer!r}."
+            )
+        yield Question(row["subject"], row["question"], tuple(choices), letter)
 
 
 def _posed(question: Question) -> str:

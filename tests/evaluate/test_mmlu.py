@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from datasets import Dataset
 from flax import nnx
 
 from qlora_jax.data import load_tokenizer
@@ -17,6 +18,7 @@ from qlora_jax.evaluate import (
     examine,
     load_questions,
     mmlu,
+    mmlu_questions,
     prompt_of,
 )
 from tests.shared import shared_path
@@ -139,6 +141,10 @@ def test_an_examination_goes_on_where_it_was_broken_off(stories, tmp_path, monke
         file.write_text(whole[:begun])
         assert examine(model, stories, asked, {}, **options) == result
         assert file.read_text() == whole
+    for odd in ("[]", "{}", "notes"):
+        file.write_text(f"{whole}{odd}\n")
+        with pytest.raises(ValueError, match=r"answers\.jsonl, line 11 holds no answer"):
+            examine(model, stories, asked, {}, **options)
     file.write_text("notes of mine")
     with pytest.raises(ValueError, match="the answers of another examination"):
         examine(model, stories, asked, {}, **options)
@@ -191,6 +197,29 @@ def test_letters_are_tokens(llama, stories):
     assert len(set(answer_tokens(stories))) == 4
 
 
+def test_the_hubs_copy(tmp_path, monkeypatch):
+    def rows(*given):
+        held = [{"subject": "virology", "question": "Which?"} | row for row in given]
+        monkeypatch.setattr(mmlu_questions, "load_rows", lambda *_, **__: Dataset.from_list(held))
+        return load_questions("cais/mmlu", "test")["virology"]
+
+    abcd = ["a", "b", "c", "d"]
+    assert [q.answer for q in rows(*({"choices": abcd, "answer": i} for i in range(4)))] == [
+        *"ABCD"
+    ]
+    assert rows({"choices": abcd, "answer": "D"})[0].answer == "D"
+    for odd in (
+        {"choices": abcd, "answer": -1},
+        {"choices": abcd, "answer": 4},
+        {"choices": abcd, "answer": "E"},
+        {"choices": abcd, "answer": None},
+        {"choices": abcd[:3], "answer": 0},
+        {"choices": None, "answer": 0},
+    ):
+        with pytest.raises(ValueError, match=r"cais/mmlu, row 0: expected four choices"):
+            rows(odd)
+
+
 def test_bad_input(stories, tmp_path):
     with pytest.raises(FileNotFoundError, match="expected the original's CSV files"):
         load_questions(tmp_path, "dev")
@@ -202,6 +231,19 @@ def test_bad_input(stories, tmp_path):
     file.rename(tmp_path / "dev" / "alchemy_dev.csv").write_text("Which?,a,b,c,d,A\n")
     with pytest.raises(ValueError, match="the subject 'alchemy', which is none of MMLU's 57"):
         load_questions(tmp_path, "dev")
+    with pytest.raises(ValueError, match="is a file: give the folder with the original's dev/"):
+        load_questions(tmp_path / "dev" / "alchemy_dev.csv", "dev")
+    (tmp_path / "dev" / "alchemy_dev.csv").unlink()
+    for content, message in (
+        (b"Which\xe9?,a,b,c,d,A\n", r"virology_dev\.csv cannot be read as CSV in UTF-8"),
+        (b"Which? " * 20000 + b",a,b,c,d,A\n", r"virology_dev\.csv cannot be read as CSV"),
+        (b"", r"virology_dev\.csv is empty"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_questions(tmp_path, "dev")
+    file.write_bytes(b"\xef\xbb\xbfWhich?,a,b,c,d,A\n")
+    assert load_questions(tmp_path, "dev")["virology"][0].text == "Which?"
     asked = {"virology": [ask("virology", "A")]}
     with pytest.raises(ValueError, match="virology has 0 solved questions to show, but shots=5"):
         examine(parrot(stories, {}), stories, asked, {}, max_len=512)
