@@ -17,6 +17,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
+from yaml import YAMLError
 
 from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
 from experiments.embedded import MODELS
@@ -61,6 +62,22 @@ def run(options: argparse.Namespace, console: Console) -> int:
         raise ValueError(
             "the evaluation harness is not installed: pip install 'qlora-jax[eval]'."
         ) from error
+    for name, value, least in (("--limit", options.limit, 1), ("--shots", options.shots, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}, but {least} or more is needed.")
+    include = None if options.include is None else str(options.include)
+    if include is not None and not options.include.is_dir():
+        raise FileNotFoundError(f"--include is {include}, but there is no such folder.")
+    tasks = lm_eval.tasks.TaskManager(include_path=include)
+    try:
+        # Before a model is read; by the name that it has in older versions of lm-eval, or in newer.
+        (getattr(tasks, "load", None) or tasks.load_task_or_group)(options.tasks)
+    except (KeyError, TypeError, YAMLError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"--tasks {' '.join(options.tasks)}: {reason}. Give names that `lm-eval ls tasks` "
+            "lists, tasks of --include, or YAML files."
+        ) from error
     folder = find_folder(MODELS.get(options.model, options.model))
     context = context_length(folder)
     if context is None:
@@ -81,14 +98,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
         batch_size=options.batch_size,
         chat_template=load_chat_template(folder) if options.chat_template else None,
     )
-    include = None if options.include is None else str(options.include)
     found = lm_eval.simple_evaluate(
         harness.lm(),
         tasks=options.tasks,
         num_fewshot=options.shots,
         limit=options.limit,
         apply_chat_template=options.chat_template,
-        task_manager=lm_eval.tasks.TaskManager(include_path=include),
+        task_manager=tasks,
         log_samples=False,
     )
     results = found["results"]

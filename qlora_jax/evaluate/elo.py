@@ -125,6 +125,8 @@ def elo(
         raise ValueError(f"orders={orders}, but an interval needs at least 2.")
     if length is not None and not 1 <= length <= count:
         raise ValueError(f"length={length}, but there are {count} matches to play.")
+    if not 0 < k < math.inf:
+        raise ValueError(f"k={k} must be a finite number above 0: what a match moves at most.")
     generator = np.random.default_rng(seed)
     initial = jnp.full(len(matches.systems), start, jnp.float32)
     arrays = [jnp.asarray(array) for array in matches[1:]]

@@ -89,7 +89,8 @@ class Harness:
         """For each (text,): the log-probability of all of it, in windows of `max_len` tokens.
 
         Every token is scored once; the last window is as long as the others and scores only what
-        no other did.
+        no other did. The bos that a family begins texts with is read and not scored; lm-eval's own
+        model of transformers scores it too, behind a second one, but with `add_bos_token=False`.
         """
         windows: list[_Scored] = []
         owners: list[int] = []

@@ -79,6 +79,9 @@ def test_nothing_to_play_is_refused():
         make_matches([])
     with pytest.raises(ValueError, match="needs at least 2"):
         elo(random_matches(), orders=1)
+    for k in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be a finite number above 0"):
+            elo(random_matches(), k=k)
     with pytest.raises(ValueError, match="there are 300 matches"):
         elo(random_matches(), length=301)
 
