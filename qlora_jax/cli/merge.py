@@ -149,6 +149,6 @@ def _sample(base: Checkpoint, path: Path | None, tokens: int) -> np.ndarray:
             raise ValueError(
                 f"{path} is no text in UTF-8 ({error.reason}): give --sample a file of plain text."
             ) from error
-    longest = int(base.config.get("max_position_embeddings", 512))
+    longest = family.read_config(base.config).max_position_embeddings
     ids = checkpoint_tokenizer(base).encode(text)
     return windows(ids, min(256, longest, tokens), tokens)

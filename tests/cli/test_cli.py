@@ -101,6 +101,19 @@ def test_merge_reports_the_drift(tmp_path, capsys):
     assert moved["dequantized"]["max_abs"] < 1e-3 < moved["original"]["max_abs"]
 
 
+def test_merge_reports_on_a_base_that_names_no_context(tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(shared_path("data/models/stories260K"), base)
+    base.chmod(0o755)
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": None}
+    (base / "config.json").unlink()
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = shared_path("data/reference/stories260K/adapter_trained")
+    arguments = ["merge", str(base), str(adapter), str(tmp_path / "out"), "--mode", "original"]
+    assert main([*arguments, "--tokens", "16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 15
+
+
 def test_merge_reports_on_an_adapter_whose_start_took_from_the_base(tmp_path, capsys):
     base, adapter = shared_path("data/models/stories260K"), tmp_path / "adapter"
     lora = LoraConfig(r=4, target_modules=("up_proj",), init_lora_weights="pissa")
