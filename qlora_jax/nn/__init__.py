@@ -3,6 +3,7 @@
 from qlora_jax.nn.adapt import add_lora
 from qlora_jax.nn.convert import quantize_module
 from qlora_jax.nn.dense import QuantDense
+from qlora_jax.nn.dense_general import QuantDenseGeneral
 from qlora_jax.nn.linen import linen_quant_dense
 from qlora_jax.nn.loftq import start_from_weight
 from qlora_jax.nn.lora import LoraConfig
@@ -12,6 +13,7 @@ __all__ = [
     "FrozenParam",
     "LoraConfig",
     "QuantDense",
+    "QuantDenseGeneral",
     "TrainedParam",
     "add_lora",
     "linen_quant_dense",

@@ -13,7 +13,7 @@ from typing import Any
 
 from flax import nnx
 
-from qlora_jax.nn.convert import children, frozen_dense, listed, replace_layers
+from qlora_jax.nn.convert import LINEAR, children, frozen_dense, listed, replace_layers
 from qlora_jax.nn.dense import Factors, QuantDense
 from qlora_jax.nn.lora import LoraConfig
 from qlora_jax.nn.variables import FrozenParam, TrainedParam
@@ -35,8 +35,9 @@ def add_lora(
     """Makes trainable what a `LoraConfig` names: `QuantDense` layers get adapters, modules to save
     and biases become `TrainedParam`.
 
-    An `nnx.Linear` that is named is first frozen, unquantized. Dropout draws from `rngs` in
-    training mode (`module.train()`); stacks, and modules with `names`, take explicit keys alone.
+    An `nnx.Linear` or `nnx.LinearGeneral` that is named is first frozen, unquantized. Dropout draws
+    from `rngs` in training mode (`module.train()`); stacks, and modules with `names`, take explicit
+    keys alone.
 
     Args:
         module: changed in place.
@@ -59,7 +60,7 @@ def add_lora(
     seen: list[str] = []
     found = False
 
-    def freeze(path: str, linear: nnx.Linear) -> nnx.Module:
+    def freeze(path: str, linear: nnx.Linear | nnx.LinearGeneral) -> nnx.Module:
         if lora.targets(path):
             return frozen_dense(path, linear, None)
         seen.append(path)
@@ -85,7 +86,7 @@ def add_lora(
         return layer
 
     _refuse_adapted(module, lora, called)
-    replace_layers(module, nnx.Linear, freeze)
+    replace_layers(module, LINEAR, freeze)
     replace_layers(module, QuantDense, adapt)
     if not found:
         raise ValueError(

@@ -7,6 +7,7 @@
 A module is found by walking attributes, lists and dicts; what is not linear is left alone.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,11 @@ from typing import Any
 from flax import nnx
 
 from qlora_jax.nn.dense import QuantDense
+from qlora_jax.nn.dense_general import QuantDenseGeneral
 from qlora_jax.quant import QuantConfig
+
+LINEAR = (nnx.Linear, nnx.LinearGeneral)
+"""The layers that a `QuantDense` takes the place of."""
 
 
 def quantize_module(
@@ -25,10 +30,11 @@ def quantize_module(
     compute_dtype: Any = None,
     implementation: str | None = None,
 ) -> nnx.Module:
-    """Replaces every `nnx.Linear` inside a module by a frozen `QuantDense`.
+    """Replaces every `nnx.Linear` inside a module by a frozen `QuantDense`, and every
+    `nnx.LinearGeneral` by a `QuantDenseGeneral`.
 
     Args:
-        module: changed in place; must not be an `nnx.Linear` itself.
+        module: changed in place; must not be a linear layer itself.
         config: how weights are stored; None freezes them unquantized (16-bit LoRA).
         skip: layers to leave as they are, by the last part of their path or by the whole path.
         compute_dtype: of the new layers; None keeps each layer's own dtype.
@@ -43,11 +49,11 @@ def quantize_module(
     """
     paths: list[str] = []
 
-    def note(path: str, linear: nnx.Linear) -> nnx.Module:
+    def note(path: str, linear: nnx.Module) -> nnx.Module:
         paths.append(path)
         return linear
 
-    if not replace_layers(module, nnx.Linear, note):
+    if not replace_layers(module, LINEAR, note):
         raise ValueError(f"{type(module).__name__} holds no nnx.Linear; nothing to quantize")
     # One name is a sequence of names, too: its letters.
     skipped = {skip} if isinstance(skip, str) else set(skip)
@@ -58,18 +64,18 @@ def quantize_module(
             f"{type(module).__name__}; it has {listed(paths)}"
         )
 
-    def convert(path: str, linear: nnx.Linear) -> nnx.Module:
+    def convert(path: str, linear: nnx.Linear | nnx.LinearGeneral) -> nnx.Module:
         if skipped & {path, path.rpartition(".")[2]}:
             return linear
         return frozen_dense(path, linear, config, compute_dtype, implementation)
 
-    replace_layers(module, nnx.Linear, convert)
+    replace_layers(module, LINEAR, convert)
     return module
 
 
 def frozen_dense(
     path: str,
-    linear: nnx.Linear,
+    linear: nnx.Linear | nnx.LinearGeneral,
     config: QuantConfig | None,
     compute_dtype: Any = None,
     implementation: str | None = None,
@@ -77,28 +83,45 @@ def frozen_dense(
     """The frozen `QuantDense` for the linear layer at a path; arguments as of `quantize_module`.
 
     Raises:
-        ValueError: it computes something else than an `nnx.Linear`, or is a stack.
+        ValueError: it computes something else than an `nnx.Linear` or `nnx.LinearGeneral`, or is a
+            stack.
     """
-    if type(linear).__call__ is not nnx.Linear.__call__:
+    kind = nnx.LinearGeneral if isinstance(linear, nnx.LinearGeneral) else nnx.Linear
+    if type(linear).__call__ is not kind.__call__:
         raise ValueError(
             f"{path} is a {type(linear).__name__}, which has a __call__ of its own that a "
             "QuantDense would not carry out: name it in skip (or leave it out of target_modules), "
-            "or build it around an nnx.Linear"
+            f"or build it around an nnx.{kind.__name__}"
         )
     kernel = linear.kernel.get_value()
-    if kernel.ndim != 2:
+    inputs, outputs = (
+        (size,) if isinstance(size, int) else size
+        for size in (linear.in_features, linear.out_features)
+    )
+    if kernel.shape != (*inputs, *outputs):
         raise ValueError(
-            f"{path} has a kernel of shape {kernel.shape}; quantize_module takes layers of "
-            "one matrix: convert the layer before stacking it with nnx.vmap"
+            f"{path} has a kernel of shape {kernel.shape}; {(*inputs, *outputs)} is one matrix: "
+            "convert the layer before stacking it with nnx.vmap; skip one that has batch axes"
         )
-    return QuantDense.from_weight(
-        kernel.T,
-        None if linear.bias is None else linear.bias.get_value(),
-        quant=config,
-        lora=None,
-        compute_dtype=compute_dtype or linear.dtype or kernel.dtype,
-        implementation=implementation,
-        rngs=nnx.Rngs(0),
+    weight = kernel.reshape(math.prod(inputs), math.prod(outputs)).T
+    bias = None if linear.bias is None else linear.bias.get_value().reshape(-1)
+    options: dict[str, Any] = {
+        "quant": config,
+        "lora": None,
+        "compute_dtype": compute_dtype or linear.dtype or kernel.dtype,
+        "implementation": implementation,
+        "rngs": nnx.Rngs(0),
+    }
+    if not isinstance(linear, nnx.LinearGeneral):
+        return QuantDense.from_weight(weight, bias, **options)
+    return QuantDenseGeneral(
+        inputs,
+        outputs,
+        axis=linear.axis,
+        use_bias=bias is not None,
+        kernel_init=lambda *_: weight,
+        bias_init=lambda *_: bias,
+        **options,
     )
 
 
@@ -107,7 +130,9 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names})) or "none"
 
 
-def replace_layers(module: Any, kind: type, convert: Callable[[str, Any], nnx.Module]) -> int:
+def replace_layers(
+    module: Any, kind: type | tuple[type, ...], convert: Callable[[str, Any], nnx.Module]
+) -> int:
     """Puts `convert(path, layer)` in the place of each layer of a type; a layer that is used in
     two places stays one layer. Returns how many there were."""
     converted: dict[int, nnx.Module] = {}

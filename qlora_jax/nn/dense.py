@@ -215,26 +215,33 @@ class QuantDense(nnx.Module):
         self.lora_magnitude_vector = nnx.LoRAParam(each(state))
 
     def __call__(
-        self, x: Float[Array, "*batch in"], *, dropout_key: Key[Array, ""] | None = None
+        self,
+        x: Float[Array, "*batch in"],
+        out_sharding: jax.sharding.NamedSharding | jax.P | None = None,
+        *,
+        dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*batch out"]:
         """The layer's output in `compute_dtype`.
 
         Args:
             x: any leading shape; cast to `compute_dtype`.
+            out_sharding: how the output is to be cut on a mesh with Explicit axes, as of
+                `nnx.Linear`; None cuts it as x and the weight are.
             dropout_key: key of this call's LoRA dropout; None draws one from `dropout_rngs` in
                 training mode, or drops nothing where the layer has none.
 
         Raises:
             ValueError: x has another last dimension than `in_features`, or the layer is a stack.
         """
+        return self._call(x, out_sharding, dropout_key)
+
+    def _call(self, x: jax.Array, out_sharding: Any, dropout_key: jax.Array | None) -> jax.Array:
         if self.stack_shape:
             raise ValueError(
                 f"the layer is a stack of {list(self.stack_shape)}; call its layers one at a time, "
                 "under nnx.scan or nnx.vmap"
             )
-        if x.shape[-1:] != (self.in_features,):
-            inputs = self.in_features
-            raise ValueError(f"x has shape {x.shape}, but the layer takes {inputs} inputs")
+        self._check_input(x)
         if dropout_key is None and self.dropout_rngs is not None and not self.deterministic:
             dropout_key = self.dropout_rngs.dropout()
         # As a function of all its arrays: see `in_auto_axes`.
@@ -243,10 +250,20 @@ class QuantDense(nnx.Module):
         def output(x: jax.Array, state: Any, dropout_key: jax.Array | None) -> jax.Array:
             return nnx.merge(graphdef, state)._output(x, dropout_key)
 
-        def result(x: Any, state: Any, _key: Any) -> jax.P:
-            return product_spec(x, rows_as_cut(state["kernel"].get_value()))
+        def result(x: Any, state: Any, _key: Any) -> Any:
+            cut = self._cut(x, state["kernel"].get_value())
+            return cut if out_sharding is None else out_sharding
 
         return in_auto_axes(output, x, state, dropout_key, result=result)
+
+    def _check_input(self, x: Array) -> None:
+        if x.shape[-1:] != (self.in_features,):
+            inputs = self.in_features
+            raise ValueError(f"x has shape {x.shape}, but the layer takes {inputs} inputs")
+
+    def _cut(self, x: Any, weight: Any) -> jax.P:
+        """How the output is cut, from the types of x and of the weight."""
+        return product_spec(x, rows_as_cut(weight))
 
     def _output(
         self, x: Float[Array, "*batch in"], dropout_key: Key[Array, ""] | None
