@@ -263,7 +263,7 @@ def _matmul_tiles(point: Point) -> tuple[matmul_plan.MatmulConfig, tuple[int, in
     config = point.config or matmul_plan.choose_config(point.rows)
     assert isinstance(config, matmul_plan.MatmulConfig)
     columns = point.k if point.op == "transposed" else point.n
-    return config, matmul_plan.tiles(config, point.rows, columns)
+    return config, matmul_plan.tiles_of(config, point.rows, columns)
 
 
 def cache_bytes(point: Point) -> int:

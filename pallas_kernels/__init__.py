@@ -6,7 +6,12 @@ them into tensors with gradients.
 
 from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels._mesh import mesh_of_rows
-from pallas_kernels._sharding_types import in_auto_axes, product_spec, rows_as_cut
+from pallas_kernels._sharding_types import (
+    in_auto_axes,
+    product_spec,
+    rows_as_cut,
+    spec_entries,
+)
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card, find_card
 from pallas_kernels.codebooks import (
@@ -48,5 +53,6 @@ __all__ = [
     "nf4_matmul_transposed",
     "product_spec",
     "rows_as_cut",
+    "spec_entries",
     "which_implementation",
 ]

@@ -40,9 +40,10 @@ from pallas_kernels._arguments import Layout
 from pallas_kernels._batching import in_turn
 from pallas_kernels._sharding_types import (
     axes_of,
-    entries,
     in_auto_axes,
     product_spec,
+    rows_as_cut,
+    spec_entries,
 )
 from pallas_kernels._triton import MAX_INDEX
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
@@ -112,7 +113,7 @@ def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Cal
         return _by_parts(parts, op=op, layout=layout, whole=whole, part=part)
 
     def result(types: Parts) -> PartitionSpec:
-        rows = entries(types.codes)[0] if types.codes.ndim == len(layout.shape) else None
+        rows = rows_as_cut(types.codes, layout.shape)
         if op == "dequantize":
             return PartitionSpec(rows, *[None] * (len(layout.shape) - 1))
         return product_spec(types.x, None if op == "transposed" else rows)
@@ -231,7 +232,7 @@ def _spec(array: Any) -> tuple:
             f"an array of shape {array.shape} lies on devices that are no mesh ({array.sharding}); "
             "expected a jax.sharding.NamedSharding: place the program's arguments with one"
         )
-    return entries(array)
+    return spec_entries(array)
 
 
 def _ways(mesh: Mesh, entry: Any) -> int:

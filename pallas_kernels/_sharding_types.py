@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 
 def in_auto_axes(
-    function: Callable[..., Array], *arrays: Any, result: Callable[..., PartitionSpec]
+    function: Callable[..., Array],
+    *arrays: Any,
+    result: Callable[..., PartitionSpec | NamedSharding],
 ) -> Array:
     """function(*arrays), inside which XLA decides how arrays are cut, whatever the mesh's axes are.
 
@@ -44,22 +46,22 @@ def product_spec(x: Any, rows: Any = None) -> PartitionSpec:
         x: the type of x.
         rows: what W's rows are cut along, an entry of a PartitionSpec.
     """
-    leading = entries(x)[:-1]
+    leading = spec_entries(x)[:-1]
     taken = {axis for entry in leading for axis in axes_of(entry)}
     return PartitionSpec(*leading, None if taken & set(axes_of(rows)) else rows)
 
 
-def rows_as_cut(weight: Any) -> Any:
+def rows_as_cut(codes: Any, shape: tuple[int, ...]) -> Any:
     """What the rows of a weight are cut along, an entry of a PartitionSpec; None for flat codes.
 
     Args:
-        weight: the type of a matrix, or a packed one whose arrays are types.
+        codes: the type of its codes, or of the weight itself where it is not packed.
+        shape: the weight's.
     """
-    codes = getattr(weight, "codes", weight)
-    return entries(codes)[0] if codes.ndim == len(weight.shape) else None
+    return spec_entries(codes)[0] if codes.ndim == len(shape) else None
 
 
-def entries(array: Any) -> tuple:
+def spec_entries(array: Any) -> tuple:
     """The entries of the PartitionSpec of an array, or of its type: one for each of its axes."""
     spec = tuple(array.sharding.spec)
     return (*spec, *[None] * (array.ndim - len(spec)))

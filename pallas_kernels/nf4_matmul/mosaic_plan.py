@@ -82,7 +82,7 @@ class Plan:
     @property
     def tiles(self) -> tuple[int, int]:
         """Along x's rows and along n, of a cluster."""
-        return tiles(self.config, self.m, self.n)
+        return tiles_of(self.config, self.m, self.n)
 
     @property
     def work(self) -> int:
@@ -95,7 +95,7 @@ class Plan:
         return min(SMS // self.config.cluster, self.work)
 
 
-def tiles(config: MatmulConfig, m: int, n: int) -> tuple[int, int]:
+def tiles_of(config: MatmulConfig, m: int, n: int) -> tuple[int, int]:
     """Clusters' tiles of a result [m, n]: along m, and along n."""
     return -(-m // config.rows), -(-n // config.columns)
 
@@ -105,13 +105,13 @@ def place(config: MatmulConfig, tiles: tuple[int, int], tile: Any, block: Any) -
 
     Args:
         config: how the work is cut.
-        tiles: as the function of that name gives them.
+        tiles: as `tiles_of` gives them.
         tile: the cluster's, counted through all parts of the sum.
         block: its number in the cluster.
 
     Returns:
-        Its first row and column of the result, and the number of its part of the sum. The column
-        is past the result's last where the cluster's tile is.
+        Its first row and column of the result, and the number of its part of the sum. The last
+        cluster's second block may be given a column past the result's end: it stores nothing.
     """
     rows, cols = tiles
     part = jnp.int32(0)

@@ -29,6 +29,13 @@ from jaxtyping import Array
 from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels._mosaic import BLOCK, call, check_mosaic
 from pallas_kernels._mosaic_decoder import TABLE_BYTES, lookup_tables
+from pallas_kernels.nf4_matmul.mosaic_cluster import (
+    drain,
+    emptied,
+    launch_shape,
+    own_block,
+    shared_by,
+)
 from pallas_kernels.nf4_matmul.mosaic_lanes import (
     CODE_WORDS,
     SCALE_WORDS,
@@ -136,26 +143,6 @@ def _pad(matrix: Array, rows: int, columns: int) -> Array:
     return jnp.pad(matrix, ((0, -matrix.shape[0] % rows), (0, -matrix.shape[1] % columns)))
 
 
-def emptied(config: MatmulConfig) -> plgpu.Barrier | plgpu.ClusterBarrier:
-    """The barriers of a ring of tiles: every warpgroup that reads a tile has done so."""
-    if config.cluster == 1:
-        return plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.stages)
-    # What a block fetches goes to the others as well: they have to be done with the tile, too.
-    return plgpu.ClusterBarrier(
-        collective_axes=("block",), num_arrivals=COMPUTE, num_barriers=config.stages
-    )
-
-
-def drain(empty, steps, stages):
-    """Wait for the others to be done with the last tiles: they still tell a block that has left."""
-
-    def wait(s, carry):
-        plgpu.barrier_wait(empty.at[lax.rem(s, stages)])
-        return carry
-
-    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
-
-
 def _kernel(plan: Plan):
     cfg = plan.config
     dtype = jnp.dtype(plan.dtype)
@@ -167,7 +154,7 @@ def _kernel(plan: Plan):
     def body(x, *refs):
         *low, codes, absmax, nested, offset, bias, tables, out, table, x_tiles, full, empty = refs
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        block = lax.axis_index("block") if cfg.cluster > 1 else 0
+        block = own_block(cfg)
         count = (plan.work - 1 - cta) // plan.grid + 1
 
         arrays.run(lambda m, t: fill_table(m, t, 128 * (COMPUTE + 1)), table, [tables])
@@ -194,7 +181,7 @@ def _kernel(plan: Plan):
                         source.at[pl.ds(token, cfg.rows), pl.ds(step * BLOCK, BLOCK)],
                         x_tiles.at[slot],
                         full.at[slot],
-                        collective_axes="block" if cfg.cluster > 1 else None,
+                        collective_axes=shared_by(cfg),
                     )
 
                 if low:
@@ -205,8 +192,7 @@ def _kernel(plan: Plan):
                 return carry
 
             lax.fori_loop(0, count * all_steps, one, None)
-            if cfg.cluster > 1:
-                drain(empty, count * all_steps, cfg.stages)
+            drain(cfg, empty, count * all_steps)
 
         @pl.when(wg < COMPUTE)
         def _compute():
@@ -315,10 +301,7 @@ def _kernel(plan: Plan):
             plgpu.Barrier(num_barriers=cfg.stages),
             emptied(cfg),
         ],
-        grid=(plan.grid,),
-        grid_names=("cta",),
-        cluster=(cfg.cluster,) if cfg.cluster > 1 else (),
-        cluster_names=("block",) if cfg.cluster > 1 else (),
+        **launch_shape(cfg, plan.grid),
         num_threads=COMPUTE + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels._decode import decode_absmax, decode_columns
 from pallas_kernels._mesh import gather_packed
+from pallas_kernels._sharding_types import in_auto_axes
 from pallas_kernels.nf4_dequantize.reference import nf4_dequantize_xla
 
 
@@ -39,7 +40,11 @@ def complete(
 
 def add_low_rank(y: Float[Array, "*batch n"], lora: LowRank) -> Float[Array, "*batch n"]:
     """y + xa · bᵀ as a product of its own, each rounded to y's dtype."""
-    return y + _product(*lora).astype(y.dtype)
+
+    def add(y: Array, lora: LowRank) -> Array:
+        return y + _product(*lora).astype(y.dtype)
+
+    return in_auto_axes(add, y, lora, result=lambda y, _: y.sharding.spec)
 
 
 def _product(x: Float[Array, "*batch k"], weight: Float[Array, "n k"]) -> Array:

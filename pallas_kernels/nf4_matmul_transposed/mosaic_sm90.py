@@ -32,15 +32,21 @@ from pallas_kernels._mosaic_decoder import (
     lookup_tables,
 )
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
+from pallas_kernels.nf4_matmul.mosaic_cluster import (
+    drain,
+    emptied,
+    launch_shape,
+    own_block,
+    shared_by,
+)
 from pallas_kernels.nf4_matmul.mosaic_lanes import fill_table, load_offset, store_sums
 from pallas_kernels.nf4_matmul.mosaic_plan import (
     COMPUTE,
     MatmulConfig,
     choose_config,
     place,
-    tiles,
+    tiles_of,
 )
-from pallas_kernels.nf4_matmul.mosaic_sm90 import drain, emptied
 from pallas_kernels.simt import arrays
 
 TILE_BYTES = BLOCK // 2 * COMPUTE  # of a row of codes, for all computing warpgroups
@@ -66,7 +72,7 @@ class Plan:
     @property
     def tiles(self) -> tuple[int, int]:
         """Along dy's rows and along dx's columns, of a cluster."""
-        return tiles(self.config, self.m, self.n)
+        return tiles_of(self.config, self.m, self.n)
 
     @property
     def grid(self) -> int:
@@ -181,7 +187,7 @@ def _kernel(plan: Plan):
         table, dy_tiles, code_tiles, scale_tiles, full, empty,
     ):  # fmt: skip
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        block = lax.axis_index("block") if cfg.cluster > 1 else 0
+        block = own_block(cfg)
         count = (math.prod(plan.tiles) - 1 - cta) // plan.grid + 1
         arrays.run(lambda m, t: fill_table(m, t, 128 * (COMPUTE + 1)), table, [tables])
 
@@ -220,7 +226,7 @@ def _kernel(plan: Plan):
                     dy.at[pl.ds(token, cfg.rows), pl.ds(row, BLOCK)],
                     dy_tiles.at[slot],
                     full.at[slot],
-                    collective_axes="block" if cfg.cluster > 1 else None,
+                    collective_axes=shared_by(cfg),
                 )
                 plgpu.copy_gmem_to_smem(
                     codes.at[pl.ds(row, BLOCK), pl.ds(column // 2, TILE_BYTES)],
@@ -237,8 +243,7 @@ def _kernel(plan: Plan):
                 return following
 
             lax.fori_loop(0, count * plan.steps, one, load(jnp.int32(0)))
-            if cfg.cluster > 1:
-                drain(empty, count * plan.steps, cfg.stages)
+            drain(cfg, empty, count * plan.steps)
 
         @pl.when(wg < COMPUTE)
         def _compute():
@@ -308,10 +313,7 @@ def _kernel(plan: Plan):
             plgpu.Barrier(num_arrivals=3, num_barriers=cfg.stages),
             emptied(cfg),
         ],
-        grid=(plan.grid,),
-        grid_names=("cta",),
-        cluster=(cfg.cluster,) if cfg.cluster > 1 else (),
-        cluster_names=("block",) if cfg.cluster > 1 else (),
+        **launch_shape(cfg, plan.grid),
         num_threads=COMPUTE + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(

@@ -251,8 +251,9 @@ class QuantDense(nnx.Module):
             return nnx.merge(graphdef, state)._output(x, dropout_key)
 
         def result(x: Any, state: Any, _key: Any) -> Any:
-            cut = self._cut(x, state["kernel"].get_value())
-            return cut if out_sharding is None else out_sharding
+            if out_sharding is not None:
+                return out_sharding
+            return self._cut(x, state["kernel"].get_value())
 
         return in_auto_axes(output, x, state, dropout_key, result=result)
 
@@ -263,7 +264,8 @@ class QuantDense(nnx.Module):
 
     def _cut(self, x: Any, weight: Any) -> jax.P:
         """How the output is cut, from the types of x and of the weight."""
-        return product_spec(x, rows_as_cut(weight))
+        codes = weight.codes if isinstance(weight, QuantizedTensor) else weight
+        return product_spec(x, rows_as_cut(codes, weight.shape))
 
     def _output(
         self, x: Float[Array, "*batch in"], dropout_key: Key[Array, ""] | None

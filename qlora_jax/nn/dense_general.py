@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from pallas_kernels import spec_entries
 from qlora_jax.nn.dense import QuantDense
 
 
@@ -50,7 +51,7 @@ class QuantDenseGeneral(QuantDense):
             )
         super().__init__(math.prod(self.in_shape), math.prod(self.out_shape), **options)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         x: Float[Array, "..."],
         out_sharding: jax.sharding.NamedSharding | jax.P | None = None,
@@ -87,9 +88,8 @@ class QuantDenseGeneral(QuantDense):
         return y.reshape(*batch, *self.out_shape)
 
     def _cut(self, x: Any, weight: Any) -> jax.P:
-        spec = (*x.sharding.spec, *[None] * x.ndim)[: x.ndim]
         contracted = self._contracted(x.ndim)
-        batch = [entry for axis, entry in enumerate(spec) if axis not in contracted]
+        batch = [cut for axis, cut in enumerate(spec_entries(x)) if axis not in contracted]
         return jax.P(*batch, *[None] * len(self.out_shape))
 
     def _contracted(self, ndim: int) -> list[int]:

@@ -65,7 +65,7 @@ def quantized_matmul(
     return in_auto_axes(
         partial(_matmul, kernel),
         *(x, w, bias, lora),
-        result=lambda x, w, *_: product_spec(x, rows_as_cut(w)),
+        result=lambda x, w, *_: product_spec(x, rows_as_cut(w.codes, w.shape)),
     )
 
 

@@ -175,7 +175,9 @@ def test_triton_tile_of_float32(card_name, rank):
     x, xa, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, k), (16, 64), (n, 64)))
     _, kernels = harness.inspect_kernels(CARDS[card_name], run, x, xa, b, *packed(n, k))
     own = [kernel for kernel in kernels if kernel.name.startswith("nf4_")]
-    assert [kernel.spill_bytes for kernel in own] == [0]
+    assert len(own) == 1
+    if own[0].registers is not None:
+        assert own[0].spill_bytes == 0, f"{own[0].spill_bytes} bytes of spills"
 
 
 @pytest.mark.parametrize("op", ["matmul", "transposed"])

@@ -53,6 +53,10 @@ def forward(x, dy, w, bias, lora):
     return nf4_matmul(x, *w, bias=bias, lora=lora, fuse_lora=True, **INTERPRETED)
 
 
+def unfused(x, dy, w, bias, lora):
+    return nf4_matmul(x, *w, bias=bias, lora=lora, fuse_lora=False, **INTERPRETED)
+
+
 def transposed(x, dy, w, bias, lora):
     return nf4_matmul_transposed(dy, *w, **INTERPRETED)
 
@@ -112,7 +116,7 @@ def exact(op, args):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("op", [forward, transposed, dequantize])
+@pytest.mark.parametrize("op", [forward, unfused, transposed, dequantize])
 def test_parts_make_the_whole(op, placement):
     args, result, _ = ran(op, placement)
     want, size = exact(op, args)

@@ -4,12 +4,16 @@ The interpreter has a block's threads, barriers and copies, but neither inline i
 `wgmma` of registers. So a lane program stands for what it computes (its own tests show that it
 does), and the product is NumPy's. Weights are small integers: every sum is exact.
 
-A copy for a whole cluster is made once for each block here: what is not shown is that a block
-writes into the others only when they are ready. That they wait for each other at all, as often as
-they are told, is.
+The interpreter makes a copy for a cluster as one copy for each block, into its own tile. What the
+hardware does besides, writing into the others', may only happen when they have read what was there:
+`Reads` counts that at every such copy, and keeps one of the blocks behind. That a block does not
+end before the others have told it of their last reads is not shown.
 """
 
+import collections
+import functools
 import importlib
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +21,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig, Plan
+from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan
 from pallas_kernels.simt import arrays
 
 pytestmark = pytest.mark.skipif(
@@ -85,7 +89,48 @@ def unpacked(np_like, codes):
     return np_like.stack([codes >> 4, codes & 15], axis=-1).reshape(len(codes), -1)
 
 
-def multiply_registers(interpreter, eqn, token, get_invals):
+class Reads:
+    """How often the tiles of a ring's slots were filled and read, by cluster, block and slot."""
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+        self.filled, self.read = collections.Counter(), collections.Counter()
+
+    def note_read(self, thread, slot):
+        if thread.block_id:
+            time.sleep(0.002)  # a block that is late
+        self.read[int(thread.cluster_id), int(thread.block_id), slot] += 1
+
+    def check_fill(self, thread, slot):
+        """Before the slot is filled for all blocks: each of them has read all that was there."""
+        own = (int(thread.cluster_id), int(thread.block_id), slot)
+        for block in range(self.blocks):
+            read = self.read[own[0], block, slot]
+            assert read >= COMPUTE * self.filled[own], f"block {block} still reads slot {slot}"
+        self.filled[own] += 1
+
+
+def fill_for_all(interpreter, eqn, token, get_invals, reads, copy):
+    """`copy_gmem_to_smem` in the interpreter; one for a whole cluster is counted first."""
+    from jax._src import callback
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    if eqn.params["collective_axes"]:
+        slot = get_invals()[3 + eqn.params["src_transforms_treedef"].num_leaves]
+
+        def check(token, thread, slot):
+            reads.check_fill(thread, int(slot))
+            return token
+
+        token = callback.io_callback(
+            gpu_callbacks.fail_on_exception(check),
+            gpu_callbacks.TOKEN_SHAPE_DTYPE,
+            *(token, interpreter.thread, slot),
+        )
+    return copy(interpreter, eqn, token, get_invals)
+
+
+def multiply_registers(interpreter, eqn, token, get_invals, reads):
     """`wgmma` in the interpreter, its left operand an array."""
     from jax._src import callback
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
@@ -98,31 +143,27 @@ def multiply_registers(interpreter, eqn, token, get_invals):
     acc, _ = jaxpr_interpret.resolve_ref(eqn.invars[0].aval, acc, acc_transforms)
     b, b_transforms = jaxpr_interpret.resolve_ref(eqn.invars[2].aval, b, b_transforms)
 
-    def product(token, acc, a, b, b_transforms):
+    def product(token, location, thread, acc, a, b, b_transforms):
         memory = gpu_callbacks._get_shared_memory()
-        where = gpu_callbacks.memory.GPULoggingInfo(
-            interpreter.mesh_location, interpreter.thread, eqn.source_info
-        )
+        where = gpu_callbacks.memory.GPULoggingInfo(location, thread, eqn.source_info)
 
         def read(key, transforms):
             inside = memory.access(key, transforms)
-            return inside, memory.get_buffer_content(
-                key, inside, interpreter.thread, logging_info=where
-            )[0]
+            return inside, memory.get_buffer_content(key, inside, thread, logging_info=where)[0]
 
         acc_key, b_key = map(gpu_callbacks.HostAllocationKey.from_array, (acc, b))
         b_transforms = gpu_callbacks._remove_noop_transforms(b_transforms)
         _, right = read(b_key, jax.tree.map(int, b_transforms))
         everything, sums = read(acc_key, ())
         sums = sums + np.asarray(a, np.float32) @ np.asarray(right, np.float32)
-        memory.store_buffer_content(
-            acc_key, everything, sums, interpreter.thread, logging_info=where
-        )
+        memory.store_buffer_content(acc_key, everything, sums, thread, logging_info=where)
+        reads.note_read(thread, int(jax.tree.leaves(b_transforms)[0]))
         return token
 
-    shape = gpu_callbacks.TOKEN_SHAPE_DTYPE
     return callback.io_callback(
-        gpu_callbacks.fail_on_exception(product), shape, token, acc, a, b, b_transforms
+        gpu_callbacks.fail_on_exception(product),
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
+        *(token, interpreter.mesh_location, interpreter.thread, acc, a, b, b_transforms),
     ), []
 
 
@@ -133,11 +174,15 @@ def interpreted(monkeypatch):
 
     for name in ("nf4_matmul.mosaic_plan", "nf4_matmul_transposed.mosaic_sm90"):
         monkeypatch.setattr(importlib.import_module(f"pallas_kernels.{name}"), "SMS", 4)
-    monkeypatch.setattr(
-        jaxpr_interpret.JaxprInterpreter, "_interpret_wgmma_ref_p", multiply_registers
-    )
+    interpreter = jaxpr_interpret.JaxprInterpreter
+    copy = interpreter._interpret_copy_gmem_to_smem_p
 
     def run(module, plan, *operands):
+        reads = Reads(plan.config.cluster)
+        multiply = functools.partialmethod(multiply_registers, reads=reads)
+        fill = functools.partialmethod(fill_for_all, reads=reads, copy=copy)
+        monkeypatch.setattr(interpreter, "_interpret_wgmma_ref_p", multiply)
+        monkeypatch.setattr(interpreter, "_interpret_copy_gmem_to_smem_p", fill)
         monkeypatch.setattr(arrays, "run", StandIns(plan).run)
         with params.force_gpu_interpret_mode():
             return np.asarray(module._kernel(plan)(*operands), np.float32)
