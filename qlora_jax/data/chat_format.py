@@ -110,6 +110,7 @@ class ChatTemplateFormat:
         """The rendering with marks around every text that comes out whole between them: contents
         and reasoning."""
         plain = self.template.render_marked(messages, variables={"tools": tools})
+        with_marks = functools.partial(self._with_marks, messages, tools, read_marks(plain)[0])
         texts: dict[Place, str] = {
             (index, key): message[key]
             for index, message in enumerate(messages)
@@ -118,7 +119,7 @@ class ChatTemplateFormat:
         }
         stripped = {place: text.strip() for place, text in texts.items()}
         for written in (texts, stripped):
-            whole = self._with_marks(messages, tools, written, plain)
+            whole = with_marks(written)
             if whole is not None:
                 return whole
         # One text that the template takes apart leaves the borders of the others.
@@ -126,14 +127,14 @@ class ChatTemplateFormat:
             place: written[place]
             for place in texts
             for written in (texts, stripped)
-            if self._with_marks(messages, tools, {place: written[place]}, plain) is not None
+            if with_marks({place: written[place]}) is not None
         }
-        return self._with_marks(messages, tools, kept, plain) or plain
+        return with_marks(kept) or plain
 
     def _with_marks(
-        self, messages: Sequence[Message], tools: Any, texts: Mapping[Place, str], plain: str
+        self, messages: Sequence[Message], tools: Any, plain: str, texts: Mapping[Place, str]
     ) -> str | None:
-        """The rendering with marks around these texts; None where it is not the plain one but for
+        """The rendering with marks around these texts; None where it is not the `plain` one but for
         the marks, or does not have the texts whole between them."""
         opening, closing = CONTENT
         changed = [dict(message) for message in messages]
@@ -145,7 +146,7 @@ class ChatTemplateFormat:
         except ValueError:
             return None  # a template that looks into texts, and not at ours
         intact = all(read[start:stop] in texts.values() for start, stop in spans[opening])
-        return marked if intact and read == read_marks(plain)[0] else None
+        return marked if intact and read == plain else None
 
     def _without_tail(self, text: str) -> str:
         """Without whitespace behind a last eos: nothing is learnt from it."""

@@ -10,7 +10,6 @@ not know how to, and `trust_remote_code` is not passed.
 """
 
 import gzip
-import json
 import os
 import re
 import warnings
@@ -18,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from qlora_jax.data.json_file import read_json
 
 # `datasets` takes two seconds to import: only those who read a dataset pay them.
 if TYPE_CHECKING:
@@ -172,9 +173,22 @@ def _load_local(
 
 
 def _saved_files(folder: Path) -> list[str]:
-    """The Arrow files of a folder that `Dataset.save_to_disk` wrote."""
-    state = json.loads((folder / _SAVED[0]).read_text(encoding="utf-8"))
-    return [str(folder / file["filename"]) for file in state["_data_files"]]
+    """The Arrow files of a folder that `Dataset.save_to_disk` wrote: none outside of it.
+
+    Raises:
+        ValueError: its list of them is damaged.
+    """
+    listed = read_json(folder / _SAVED[0]).get("_data_files")
+    found: list[str] = []
+    for entry in listed if isinstance(listed, list) else [None]:
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(
+                f"{folder / _SAVED[0]} lists {name!r} among its files, but the name of one in the "
+                "folder is needed: save the dataset again."
+            )
+        found.append(str(folder / name))
+    return found
 
 
 def _begins_with_null(path: Path) -> bool:
@@ -197,6 +211,7 @@ def _cells_as_text(path: Path, separator: str) -> dict[str, Any]:
 @contextmanager
 def _whole_lines() -> Iterator[None]:
     """Refuses lines of a CSV file that have more cells than its first, which pandas warns of."""
+    import datasets
     import pandas
 
     with warnings.catch_warnings():
@@ -204,7 +219,7 @@ def _whole_lines() -> Iterator[None]:
         warnings.filterwarnings("error", message, pandas.errors.ParserWarning)
         try:
             yield
-        except Exception as error:
+        except (datasets.exceptions.DatasetGenerationError, pandas.errors.ParserWarning) as error:
             if message not in _reason(error):
                 raise
             raise ValueError(

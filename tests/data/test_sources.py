@@ -259,6 +259,16 @@ def test_what_a_dataset_saved_of_itself_is_read(tmp_path, cache):
     assert load_rows(shard, cache_dir=cache)[0] in ROWS
 
 
+@pytest.mark.parametrize(
+    "listed", ['["a"]', '[{"filename": "../rows.arrow"}]', '[{"filename": "/rows.arrow"}]', "7"]
+)
+def test_a_saved_dataset_reaches_no_other_folder(tmp_path, listed):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    (tmp_path / "one" / "state.json").write_text(f'{{"_data_files": {listed}}}')
+    with pytest.raises(ValueError, match=r"state.json lists .*, but the name of one in the folder"):
+        load_rows(tmp_path / "one")
+
+
 def test_a_folder_of_several_configurations_is_read_by_name(tmp_path, cache):
     for name, rows in (("a", ROWS[:3]), ("b", ROWS[3:])):
         (tmp_path / name).mkdir()

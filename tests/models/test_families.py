@@ -283,6 +283,7 @@ def test_text_part_of_a_gemma_that_sees(tmp_path):
         ({"model_type": "llama", "hidden_size": "8"}, "hidden_size '8', but a positive whole"),
         ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads 0, but a pos"),
         ({"model_type": "llama", "tie_word_embeddings": "false"}, "'false', but true or false"),
+        ({"model_type": "roberta", "id2label": {"a": "b"}}, "an object of class numbers and names"),
         ({"model_type": "llama", "rope_theta": math.inf}, "rope_theta inf, but a number"),
         ({"model_type": "llama", "hidden_act": ["silu"]}, "hidden_act .*, but a text"),
         ({"model_type": "qwen2", "layer_types": 3}, "layer_types 3, but a list of texts"),

@@ -68,7 +68,12 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "an object",
         is_object,
-        "text_config rope_parameters rope_scaling full_attention sliding_attention id2label",
+        "text_config rope_parameters rope_scaling full_attention sliding_attention",
+    ),
+    (
+        "an object of class numbers and names",
+        lambda value: is_object(value) and all(k.isdecimal() and is_text(value[k]) for k in value),
+        "id2label",
     ),
 )
 _BY_NAME = {name: (wanted, test) for wanted, test, names in _KINDS for name in names.split()}
