@@ -1,6 +1,7 @@
 # make sweep          the embedded sweep: two tiny pretrained Llamas × their datasets, no network
 # make test           lint, types and all tests but the slow ones, in parallel
-# make test-slow      the rest: every kernel and the largest models compiled for their cards
+# make test-gpu-compile  every kernel compiled for every card; CI runs it after `make test`
+# make test-slow      all slow tests: those, and the largest models planned for their cards
 # make test-peers     round trips through transformers, PEFT and bitsandbytes, in .venv-peers
 #
 # Each creates its environment if there is none. PYTHON=python3.12 chooses the interpreter of a new one.
@@ -14,7 +15,7 @@ WORKERS ?= 2
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: sweep test test-slow test-peers lint types pytest clean
+.PHONY: sweep test test-gpu-compile test-slow test-peers lint types pytest clean
 
 sweep: $(VENV)/.installed
 	$(BIN)/python -m experiments.sweep
@@ -30,6 +31,9 @@ types: $(VENV)/.installed-test
 
 pytest: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(TESTS)
+
+test-gpu-compile:
+	$(MAKE) test-slow TESTS=tests/gpu_compile
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(TESTS)

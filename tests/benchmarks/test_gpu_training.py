@@ -56,6 +56,7 @@ def test_cases_of_the_command_line():
     assert found[2].tokens == 4 * 512
 
 
+@pytest.mark.slow
 def test_devices_take_a_batch_each(tmp_path):
     arguments = ["--toy", "--bases", "nf4", "--matmuls", "auto", "--steps", "1"]
     arguments += ["--devices", "2", "2-cut", "--out", str(tmp_path)]

@@ -85,6 +85,7 @@ def test_inspect_counts_what_is_stored(models, tmp_path, capsys):
     assert "model.layers.1.mlp.up_proj.weight" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_merge_reports_the_drift(tmp_path, capsys):
     base = shared_path("data/models/stories260K")
     adapter = shared_path("data/reference/stories260K/adapter_trained")

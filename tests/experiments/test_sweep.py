@@ -206,7 +206,10 @@ def test_an_interrupted_sweep_says_how_to_go_on(sweep_file, tmp_path, monkeypatc
 
     monkeypatch.setattr(run, "load_pretrained", stop)
     handler = signal.getsignal(signal.SIGTERM)
+    # A script's background processes begin with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     assert sweep.main([str(sweep_file), "--out", str(tmp_path / "out"), *fast()]) == 130
+    signal.signal(signal.SIGINT, before)
     assert "interrupted: the same command goes on" in capsys.readouterr().err
     assert not list(tmp_path.rglob("run.lock"))
     assert signal.getsignal(signal.SIGTERM) is handler

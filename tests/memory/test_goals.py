@@ -48,6 +48,7 @@ def test_65b_needs_at_most_37_gib():
     assert made.fits
 
 
+@pytest.mark.slow
 def test_accumulation_on_the_host_costs_the_card_nothing():
     once = planned("llama-7b", "l40")
     many = planned("llama-7b", "l40", accumulation=16, gradients_on_host=True)

@@ -68,8 +68,8 @@ def test_names_and_configs(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "gpt_neox-parallel",
         "mixtral-window",
+        pytest.param("gpt_neox-parallel", marks=pytest.mark.slow),
         pytest.param("gemma3_text-scaled", marks=pytest.mark.slow),
         pytest.param("opt-350m", marks=pytest.mark.slow),
         pytest.param("phi3-long", marks=pytest.mark.slow),

@@ -106,7 +106,16 @@ def of_loss(model: Any) -> tuple[Any, tuple[Any, Any, Any]]:
     return run, (moved, rest, batch)
 
 
-@pytest.mark.parametrize("build", [streamed, experts, dora, dense, encoder_decoder])
+@pytest.mark.parametrize(
+    "build",
+    [
+        streamed,
+        experts,
+        dense,
+        pytest.param(dora, marks=pytest.mark.slow),
+        pytest.param(encoder_decoder, marks=pytest.mark.slow),
+    ],
+)
 def test_as_on_one_device(build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "MIN_STREAM_BYTES", 256)
     loss, gradient = loss_and_gradient(build())

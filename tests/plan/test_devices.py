@@ -72,7 +72,7 @@ def test_the_answer_is_kept(monkeypatch):
     ("model", "quant"),
     [
         ("llama-2-7b", QuantConfig()),
-        ("llama-2-7b", None),
+        pytest.param("llama-2-7b", None, marks=pytest.mark.slow),
         pytest.param("mixtral-8x7b", QuantConfig(), marks=pytest.mark.slow),
     ],
     ids=["nf4", "bf16", "experts"],

@@ -55,8 +55,8 @@ def counted(**options) -> HostTraffic:
 @pytest.mark.parametrize(
     ("options", "copies"),
     [
-        ({}, 2),
-        ({"optim": "lion"}, 1),
+        pytest.param({}, 2, marks=pytest.mark.slow),
+        pytest.param({"optim": "lion"}, 1, marks=pytest.mark.slow),
         ({"master_weights": True}, 3),
         ({"paged": False}, 0),
     ],

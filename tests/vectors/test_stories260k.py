@@ -81,7 +81,7 @@ def test_logits_from_bitsandbytes_own_codes(case):
         # forty updates each of which sums in another order than torch does.
         (REFERENCE / "bnb-nf4-dq", 40, 4e-6, 1e-5),
         # 1.7e-5 and 1.4e-4 seen: our own quantization, other nested codes.
-        (MODEL, 15, 5e-5, 4e-4),
+        pytest.param(MODEL, 15, 5e-5, 4e-4, marks=pytest.mark.slow),
     ],
     ids=["bitsandbytes", "ours"],
 )
