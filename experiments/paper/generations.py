@@ -31,7 +31,7 @@ from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
 from experiments.embedded import MODELS
 from experiments.paper.judged import SHARED
 from qlora_jax.checkpoints import load_adapter, read_adapter_config
-from qlora_jax.cli.arguments import seed
+from qlora_jax.cli.arguments import count, seed
 from qlora_jax.data import FORMATS, InstructionFormat, load_chat_template
 from qlora_jax.evaluate import JudgedQuestion, read_questions
 from qlora_jax.evaluate.answers import ASSISTANT_SYSTEM
@@ -68,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=PAPER_SAMPLING.top_p)
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--limit", type=int, help="the first questions only")
+    parser.add_argument("--limit", type=count, help="the first questions only")
     return parser
 
 

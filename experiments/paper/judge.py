@@ -25,6 +25,7 @@ from rich.progress import Progress
 
 from experiments.cli import run_command
 from experiments.paper.judged import SHARED
+from qlora_jax.cli.arguments import count
 from qlora_jax.evaluate import (
     Budget,
     Endpoint,
@@ -53,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/paper/ratings"), metavar="FOLDER")
     parser.add_argument("--form", choices=("choice", "scores"), default="choice")
     parser.add_argument("--reference", help="a system that all others are compared with")
-    parser.add_argument("--limit", type=int, help="the first questions only")
+    parser.add_argument("--limit", type=count, help="the first questions only")
     parser.add_argument("--attempts", type=int, default=5)
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds")
@@ -102,7 +103,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
             on_progress=lambda done, todo: progress.update(task, completed=done, total=todo),
         )
     spent = report.spent
-    cost = f", {spent.cost(budget):.2f} spent" if budget.prompt_price else ""
+    priced = budget.prompt_price or budget.completion_price
+    cost = f", {spent.cost(budget):.2f} spent" if priced else ""
     console.print(
         f"{report.judged} pairs judged, {report.already} were judged before, {report.missing} "
         f"without a verdict, {report.unasked} not asked for the budget\n{spent.calls} calls, "

@@ -30,6 +30,7 @@ from experiments.examination import ask, check_questions
 from experiments.report import write_atomically
 from experiments.rows import context_length
 from qlora_jax.checkpoints import load_adapter, read_adapter_config
+from qlora_jax.cli.arguments import count
 from qlora_jax.evaluate import GROUPS, MmluResult
 from qlora_jax.pretrained import find_folder, load_pretrained
 from qlora_jax.quant import QuantConfig
@@ -50,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", default="cais/mmlu", help="hub name or folder of the questions (cais/mmlu)")
     add("--split", default="test", help="test, val (test)")
     add("--shots", type=int, default=5, metavar="N", help="solved questions shown (5)")
-    add("--limit", type=int, metavar="N", help="only so many questions of each subject")
+    add("--limit", type=count, metavar="N", help="only so many questions of each subject")
     add("--batch-size", type=int, default=8, metavar="N", help="questions at once (8)")
     add("--out", type=Path, metavar="FOLDER", help="(runs/mmlu/MODEL-Nshot-SPLIT)")
     return parser

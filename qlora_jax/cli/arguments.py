@@ -32,6 +32,14 @@ def seed(text: str) -> int:
     return number
 
 
+def count(text: str) -> int:
+    """The value of a `--limit` and its like, as `add_argument(type=count)` takes it."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few: give 1 or more")
+    return number
+
+
 def add_quant(parser: argparse.ArgumentParser, title: str) -> None:
     """How a model is quantized; `quant_config` reads the answers."""
     group = parser.add_argument_group(title)

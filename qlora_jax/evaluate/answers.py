@@ -48,7 +48,7 @@ def read_questions(file: Path) -> list[JudgedQuestion]:
         key = _id_key(file, row)
         if not isinstance(row.get("text"), str):
             raise ValueError(f"{file}: question {row[key]} has no text, only {', '.join(row)}.")
-        category = row.get("category", "generic")
+        category = str(row.get("category") or "generic")
         questions.append(JudgedQuestion(str(row[key]), row["text"], category, key, row))
     return questions
 
@@ -64,14 +64,15 @@ def read_answers(file: Path) -> dict[str, Answer]:
         question = str(row[_id_key(file, row)])
         if question in answers:
             raise ValueError(f"{file} holds two answers to question {question}.")
-        if "answer_id" in row and "text" in row:
-            answers[question] = Answer(row["answer_id"], row["text"])
+        number, text = row.get("answer_id"), row.get("text")
+        if isinstance(number, str) and isinstance(text, str):
+            answers[question] = Answer(number, text)
             continue
         text = row.get("generation_truncated", row.get("generation"))
-        if text is None:
+        if not isinstance(text, str):
             raise ValueError(
                 f"{file}: the row of question {question} has the columns {', '.join(row)}, but an "
-                "answer needs answer_id and text, or generation."
+                "answer needs answer_id and text, or generation, and strings in them."
             )
         # Up to the system text, as far as the assistant's name: a model may end its copy early.
         text = text.split(ASSISTANT_SYSTEM.partition(" assistant")[0])[0]

@@ -4,10 +4,12 @@
 commercial services answer it. Through the standard library: the package that huggingface_hub brings
 for HTTP has changed its name twice.
 
-The key comes from an environment variable that is named, and is in no message, log or file.
+The key comes from an environment variable that is named, and is in no message, log or file. It goes
+to the named address alone: redirects, which urllib would follow with the key, are refused.
 """
 
 import json
+import math
 import os
 import socket
 import urllib.error
@@ -20,6 +22,8 @@ from time import time
 from typing import Any, NamedTuple
 
 Chat = Sequence[dict[str, str]]
+
+_DAY = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,13 @@ class Endpoint:
     timeout: float = 120.0
 
     def __post_init__(self) -> None:
-        """ValueError where `url` is none."""
+        """ValueError where `url` is none, or `timeout` no time to wait."""
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url is {self.url!r}; expected http:// or https://….")
+        if not 0 < self.timeout <= _DAY:
+            raise ValueError(
+                f"timeout is {self.timeout}; expected seconds, above 0 and up to a day's."
+            )
 
 
 class Reply(NamedTuple):
@@ -81,8 +89,7 @@ def ask(endpoint: Endpoint, messages: Chat) -> Reply:
         "max_tokens": endpoint.max_tokens,
     }
     headers = {"Content-Type": "application/json"}
-    key = os.environ.get(endpoint.key_variable)
-    if key:
+    if key := _key(endpoint.key_variable):
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(
         f"{endpoint.url.rstrip('/')}/chat/completions",
@@ -90,7 +97,8 @@ def ask(endpoint: Endpoint, messages: Chat) -> Reply:
         headers=headers,
     )
     try:
-        with urllib.request.urlopen(request, timeout=endpoint.timeout) as response:
+        opener = urllib.request.build_opener(_NoRedirect)
+        with opener.open(request, timeout=endpoint.timeout) as response:
             content = response.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -107,6 +115,23 @@ def ask(endpoint: Endpoint, messages: Chat) -> Reply:
     return _read(content)
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Leaves a redirect to be raised as the HTTP error that it is."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _key(variable: str) -> str:
+    """The key, or "". Checked here, since http.client quotes a header that it refuses."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise EndpointError(
+            f"the key in {variable} holds characters that no HTTP header can", fatal=True
+        )
+    return key
+
+
 def _read(content: bytes) -> Reply:
     """The text of a response body."""
     try:
@@ -114,8 +139,8 @@ def _read(content: bytes) -> Reply:
         message = body["choices"][0]["message"]
         text, refusal = message.get("content"), message.get("refusal")
         usage = body.get("usage") or {}
-        tokens = (int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion"))
-    except (ValueError, LookupError, TypeError, AttributeError):
+        tokens = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
         raise EndpointError("the response is no chat completion") from None
     if not isinstance(text, str) or not text.strip():
         raise EndpointError("the judge refused" if refusal else "the response holds no text")
@@ -129,6 +154,9 @@ def _refused(endpoint: Endpoint, error: urllib.error.HTTPError) -> EndpointError
         403: f"the key in {endpoint.key_variable} may not use this model",
         404: f"there is no {endpoint.url}, or no model {endpoint.model!r} there",
     }
+    if 300 <= error.code < 400:
+        moved = error.headers.get("Location")
+        hints[error.code] = f"{endpoint.url} sends on to {moved}: give the address that answers"
     message = f"HTTP {error.code}: {hints.get(error.code, error.reason)}"
     return EndpointError(
         message, fatal=error.code in hints, retry_after=_seconds(error.headers.get("Retry-After"))
@@ -136,14 +164,14 @@ def _refused(endpoint: Endpoint, error: urllib.error.HTTPError) -> EndpointError
 
 
 def _seconds(text: str | None) -> float:
-    """A Retry-After header, seconds or a date, as seconds from now."""
+    """A Retry-After header, seconds or a date, as seconds from now; at most a day's."""
     if not text:
         return 0.0
     try:
-        return max(0.0, float(text))
+        seconds = float(text)
     except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time())
-    except ValueError:
-        return 0.0
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - time()
+        except ValueError:
+            return 0.0
+    return min(max(seconds, 0.0), _DAY) if math.isfinite(seconds) else 0.0

@@ -18,6 +18,7 @@ than the answers that were on their way.
 
 import itertools
 import json
+import math
 import os
 import random
 import threading
@@ -30,7 +31,13 @@ from typing import Any, NamedTuple
 from qlora_jax.evaluate.answers import Answer, JudgedQuestion
 from qlora_jax.evaluate.endpoint import Chat, Endpoint, EndpointError, Reply, ask
 from qlora_jax.evaluate.judge_prompts import Form, judge_messages
-from qlora_jax.evaluate.ratings import UNREADABLE, answer_id, parse_choice, parse_scores
+from qlora_jax.evaluate.ratings import (
+    UNREADABLE,
+    answer_id,
+    check_rating,
+    parse_choice,
+    parse_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,12 @@ class Budget:
     completion_price: float = 0.0
 
     def __post_init__(self) -> None:
-        """ValueError for a cost limit without prices, which nothing would ever reach."""
+        """ValueError for what is no limit or price, or a cost limit without prices, which nothing
+        would ever reach.
+        """
+        for name, value in vars(self).items():
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
         if self.cost is not None and not (self.prompt_price or self.completion_price):
             raise ValueError(
                 f"cost={self.cost} limits nothing without prices: give prompt_price and "
@@ -319,13 +331,15 @@ def _complete_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line:
             continue
         try:
-            yield line, json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             if number == len(lines):
                 return
             raise ValueError(
                 f"{file}, line {number} is not JSON ({error}): mend or delete it."
             ) from error
+        check_rating(row, file, number)
+        yield line, row
 
 
 def _is_missing(row: dict[str, Any]) -> bool:

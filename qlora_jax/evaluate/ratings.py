@@ -159,14 +159,34 @@ def system_name(stem: str) -> str:
 def _read_rows(file: Path) -> list[dict[str, Any]]:
     rows = []
     for number, row in read_json_lines(file):
-        missing = [key for key in ("answer1_id", "answer2_id", "score") if key not in row]
-        if missing:
-            raise ValueError(
-                f"{file}, line {number} has the keys {', '.join(row)}, but a rating also needs "
-                f"{', '.join(missing)}: is this a file of answers?"
-            )
+        check_rating(row, file, number)
         rows.append(row)
     return rows
+
+
+def check_rating(row: Any, file: Path, number: int) -> None:
+    """Checks one line of a rating file.
+
+    Raises:
+        ValueError: it lacks what a rating has, or holds something else in its place.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{file}, line {number} holds no JSON object, but a rating is one.")
+    missing = [key for key in ("answer1_id", "answer2_id", "score") if key not in row]
+    if missing:
+        raise ValueError(
+            f"{file}, line {number} has the keys {', '.join(row)}, but a rating also needs "
+            f"{', '.join(missing)}: is this a file of answers?"
+        )
+    metadata = row.get("metadata") or {}
+    texts = [row["answer1_id"], row["answer2_id"], row.get("text") or ""]
+    if isinstance(metadata, dict):
+        texts += [metadata[key] for key in ("system1", "system2") if key in metadata]
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"{file}, line {number} is no rating: answer ids, text and the systems of its metadata "
+            "have to be strings."
+        )
 
 
 def _question(row: dict[str, Any]) -> str:

@@ -20,8 +20,11 @@ def completion(content: str | None, **message: Any) -> bytes:
 class StandIn:
     """`script` is how the first requests are met; later ones get `answer(messages)`.
 
-    A word of the script: an HTTP status, "hang", "drop", "garble", "empty", "refuse", or a text.
+    A word of the script: an HTTP status, "hang", "drop", "garble", "empty", "refuse", a text, or a
+    whole body in bytes. `retry_after` is the header of a 429.
     """
+
+    retry_after = "7"
 
     def __init__(self, answer: Callable[[list[dict]], str], script: Sequence[Any] = ()) -> None:
         self.answer = answer
@@ -55,6 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
         status, content = 200, b""
         if isinstance(word, int):
             status, content = word, b"{}"
+        elif isinstance(word, bytes):
+            content = word
         elif word == "garble":
             content = b'{"choices": [{"message"'
         elif word == "empty":
@@ -65,7 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
             content = completion(word)
         self.send_response(status)
         if status == 429:
-            self.send_header("Retry-After", "7")
+            self.send_header("Retry-After", self.judge.retry_after)
+        if 300 <= status < 400:
+            self.send_header("Location", f"{self.judge.url}/elsewhere")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)

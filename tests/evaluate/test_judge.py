@@ -98,6 +98,35 @@ def test_trouble_is_retried_with_longer_waits(tmp_path, trouble):
         assert [0.5 <= w / 2**i <= 1 for i, w in enumerate(waits)] == [True] * 3
 
 
+@pytest.mark.parametrize(
+    "usage", ['["many"]', '{"prompt_tokens": "many"}', '{"prompt_tokens": 1e999}']
+)
+def test_what_is_no_count_of_tokens_is_no_answer(tmp_path, usage):
+    body = f'{{"choices": [{{"message": {{"content": "1"}}}}], "usage": {usage}}}'.encode()
+    with stand_in(prefers_cats, [body]) as server:
+        report = judge(PAIRS[:1], endpoint(server), tmp_path, sleep=lambda _: None)
+    assert (report.judged, report.spent.calls, report.spent.prompt_tokens) == (1, 2, 100)
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        ("inf", 0.5, 1),
+        ("nan", 0.5, 1),
+        ("-3", 0.5, 1),
+        ("soon", 0.5, 1),
+        ("1e300", 86_400, 86_400),
+        ("Fri, 31 Dec 9998 23:59:59 GMT", 86_400, 86_400),
+    ],
+)
+def test_no_wait_is_longer_than_a_day(tmp_path, header, least, most):
+    waits = []
+    with stand_in(prefers_cats, [429]) as server:
+        server.retry_after = header
+        assert judge(PAIRS[:1], endpoint(server), tmp_path, sleep=waits.append).judged == 1
+    assert least <= waits[0] <= most
+
+
 @pytest.mark.parametrize(("trouble", "reason"), [("hang", "no answer within 0.2 s"), (503, "503")])
 def test_what_stays_without_a_verdict_is_recorded_as_missing(tmp_path, trouble, reason):
     with stand_in(prefers_cats, [trouble] * 3) as server:
@@ -170,6 +199,30 @@ def test_a_wrong_key_ends_the_run_in_plain_words_without_the_key(tmp_path):
     assert KEY not in "".join(file.read_text() for file in tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_does_not_get_the_key(tmp_path, status):
+    with stand_in(prefers_cats, [status]) as server:
+        with pytest.raises(ValueError, match=r"sends on to .*/v1/elsewhere: give the address"):
+            judge(PAIRS[:1], endpoint(server), tmp_path)
+        assert len(server.keys) == 1
+
+
+def test_a_keys_line_end_is_not_sent(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    with stand_in(prefers_cats) as server:
+        judge(PAIRS[:1], endpoint(server), tmp_path)
+    assert server.keys == [f"Bearer {KEY}"]
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\r\nX-Other: 1", f"“{KEY}”"])
+def test_a_key_that_no_header_can_hold_is_not_shown(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with stand_in() as server, pytest.raises(ValueError, match="key in OPENAI_API_KEY") as error:
+        judge(PAIRS[:1], endpoint(server), tmp_path)
+    assert KEY not in str(error.getrepr(style="long"))
+    assert not server.requests
+
+
 def test_without_a_key_none_is_sent(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with stand_in(prefers_cats) as server:
@@ -183,6 +236,26 @@ def test_a_damaged_file_is_not_written_over(tmp_path):
     with stand_in() as server, pytest.raises(ValueError, match="line 1 is not JSON"):
         judge(PAIRS, endpoint(server), tmp_path)
     assert file.read_text() == "not json\n{}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("[]", "line 1 holds no JSON object"),
+        ('{"score": 1}', "also needs answer1_id, answer2_id"),
+        ('{"answer1_id": "a", "answer2_id": ["b"], "score": 1}', "line 1 is no rating"),
+        ('{"answer1_id": "a", "answer2_id": "b", "score": 1, "text": 5}', "line 1 is no rating"),
+        ('{"answer1_id": "a", "answer2_id": "b", "score": 1, "metadata": "x"}', "is no rating"),
+    ],
+)
+def test_a_line_that_is_no_rating_is_named(tmp_path, line, words):
+    file = tmp_path / "cat-vs-dog-stand_in-reviewer-threeclass.jsonl"
+    file.write_text(f"{line}\n")
+    with stand_in() as server, pytest.raises(ValueError, match=words):
+        judge(PAIRS, endpoint(server), tmp_path)
+    if line != "[]":
+        with pytest.raises(ValueError, match=words):
+            read_ratings([file])
 
 
 @pytest.mark.parametrize("form", ["scores", "choice"])
@@ -227,7 +300,11 @@ def test_pairings():
         (lambda: pairings(QUESTIONS, {**ANSWERS, "eel": {}}), "eel has no answer to 3 of 3"),
         (lambda: pairings(QUESTIONS, ANSWERS, reference="eel"), "reference is 'eel'"),
         (lambda: Budget(cost=1.0), "limits nothing without prices"),
+        (lambda: Budget(calls=-1), "calls=-1 must be a finite number, 0 or more"),
+        (lambda: Budget(cost=float("nan"), prompt_price=1.0), "cost=nan must be a finite"),
         (lambda: Endpoint("localhost:8000", "m"), "expected http://"),
+        (lambda: Endpoint("http://x", "m", timeout=float("nan")), "timeout is nan"),
+        (lambda: Endpoint("http://x", "m", timeout=0.0), "timeout is 0.0"),
         (lambda: judge(PAIRS, Endpoint("http://x", "m"), Path("."), attempts=0), "1 or more"),
     ],
 )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.paper import elo, generations, judge, vicuna
+from experiments.paper import elo, generations, judge, mmlu, vicuna
 from experiments.paper.generations import STYLES
 from qlora_jax.evaluate import read_answers, read_questions
 from tests.evaluate.released import released
@@ -138,3 +138,10 @@ def test_bad_input_is_one_sentence(command, arguments, message, capsys, tmp_path
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [judge, generations, mmlu])
+def test_no_questions_at_all_are_no_limit(command, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--limit", "0"])
+    assert "argument --limit: 0 is too few: give 1 or more" in capsys.readouterr().err
