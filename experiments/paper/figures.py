@@ -57,12 +57,12 @@ def win_figure(title: str, matrix: WinMatrix, order: Sequence[int]) -> Figure:
     return figure
 
 
-def percent_figure(title: str, percents: dict[str, Percent]) -> Figure:
+def percent_figure(title: str, percents: dict[str, Percent], reference: str) -> Figure:
     """Both reading orders of every system as two ends of a line, the mean as a dot."""
     names = [system_label(name) for name in percents][::-1]
     values = list(percents.values())[::-1]
     figure = _figure(6.5, 0.25 * len(names) + 1.2)
-    axes = figure.add_subplot(title=title, xlabel="percent of ChatGPT's score")
+    axes = figure.add_subplot(title=title, xlabel=f"percent of {reference}'s score")
     axes.hlines(
         names,
         [value.reference_first for value in values],
@@ -70,7 +70,7 @@ def percent_figure(title: str, percents: dict[str, Percent]) -> Figure:
         color="tab:blue",
         linewidth=3,
         alpha=0.35,
-        label="ChatGPT read first … system read first",
+        label=f"{reference} read first … system read first",
     )
     means, errors = [v.mean for v in values], [v.half_width for v in values]
     axes.errorbar(means, names, xerr=errors, fmt="o", color="tab:blue", label="mean, 95% interval")

@@ -10,6 +10,7 @@ file's name. Seconds; writes result.json, the table as CSV and Markdown, and a P
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 from rich.console import Console
@@ -27,8 +28,6 @@ from experiments.paper.judged import (
 from experiments.paper.tables import Table, write_results
 from qlora_jax.evaluate import Percent, Ratings, percent_of, read_ratings
 
-TITLE = "Table 6: percent of ChatGPT's score, Vicuna questions"
-
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -37,19 +36,24 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def percents(ratings: Ratings, reference: str | None) -> dict[str, Percent]:
-    """By system, best first; ChatGPT is found by its label, whatever the files call it."""
-    if reference is None:
-        names = [name for name in ratings.systems if system_label(name) == REFERENCE]
-        reference = names[0] if names else REFERENCE
-    return percent_of(ratings.ratings, reference)
+def reference_of(ratings: Ratings, reference: str | None) -> str:
+    """The system whose score is 100; ChatGPT is found by its label, whatever the files call it."""
+    if reference is not None:
+        return reference
+    return next((name for name in ratings.systems if system_label(name) == REFERENCE), REFERENCE)
 
 
-def percent_table(found: dict[str, Percent]) -> Table:
-    """The paper's three numbers and ours."""
+def percent_table(found: dict[str, Percent], reference: str) -> Table:
+    """Our three numbers of each system, best first, and the paper's, which are of ChatGPT's score.
+
+    Args:
+        found: system → its percent.
+        reference: the label of the system that they are percents of.
+    """
+    papers = TABLE_6 if reference == REFERENCE else {}
     rows = []
     for name, percent in found.items():
-        paper = TABLE_6.get(system_label(name), (None, None, None))
+        paper = papers.get(system_label(name), (None, None, None))
         rows.append(
             (
                 system_label(name),
@@ -65,8 +69,8 @@ def percent_table(found: dict[str, Percent]) -> Table:
         )
     columns = (
         "system",
-        "ChatGPT first: paper",
-        "ChatGPT first",
+        f"{reference} first: paper",
+        f"{reference} first",
         "system first: paper",
         "system first",
         "mean: paper",
@@ -74,7 +78,11 @@ def percent_table(found: dict[str, Percent]) -> Table:
         "±",
         "judgements",
     )
-    return Table("percent-of-chatgpt", TITLE, columns, tuple(rows))
+    name = re.sub(r"[^a-z0-9.]+", "-", reference.lower())
+    title = (
+        f"{'Table 6: percent' if papers else 'Percent'} of {reference}'s score, Vicuna questions"
+    )
+    return Table(f"percent-of-{name}", title, columns, tuple(rows))
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -84,11 +92,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
     else:
         files = own_files(options.ratings)
     ratings = read_ratings(files, reread=options.reread)
-    found = percents(ratings, options.reference)
-    table = percent_table(found)
+    reference = reference_of(ratings, options.reference)
+    found = percent_of(ratings.ratings, reference)
+    table = percent_table(found, system_label(reference))
     result = {
+        "reference": system_label(reference),
         "percent": {system_label(name): percent._asdict() for name, percent in found.items()},
-        "paper": TABLE_6,
+        "paper": TABLE_6 if system_label(reference) == REFERENCE else {},
         "judgements": len(ratings.ratings),
         "unreadable": ratings.unreadable,
     }
@@ -100,7 +110,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
         highlight=False,
     )
     if can_draw():
-        percent_figure(TITLE, found).savefig(options.out / "percent-of-chatgpt.png")
+        percent_figure(table.title, found, system_label(reference)).savefig(
+            options.out / f"{table.name}.png"
+        )
     else:
         console.print("no figure: it needs pip install 'qlora-jax[plots]'", markup=False)
     console.print(f"written to {options.out}", highlight=False)

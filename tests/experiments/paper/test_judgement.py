@@ -119,6 +119,20 @@ def test_tables_1_and_6_on_the_released_ratings(tmp_path, capsys):
         assert (tmp_path / "vicuna" / name).stat().st_size > 1000
 
 
+def test_percents_of_another_system_do_not_stand_beside_the_papers(tmp_path, capsys):
+    data, out = str(released("")), tmp_path / "out"
+    assert vicuna.main(["--data", data, "--reference", "7b-guanaco", "--out", str(out)]) == 0
+    told = json.loads((out / "result.json").read_text())
+    assert told["reference"] == "Guanaco-7B"
+    # All were judged beside ChatGPT alone.
+    assert told["percent"].keys() == {"ChatGPT"}
+    text = (out / "tables.md").read_text()
+    assert "Percent of Guanaco-7B's score, Vicuna questions" in text
+    assert "Guanaco-7B first" in text
+    assert "Table 6" not in text
+    assert (out / "percent-of-guanaco-7b.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
