@@ -14,7 +14,17 @@ from pallas_kernels.compile_for import PLUGIN_HINT, gpu_compiler_available
 from qlora_jax.cli import SUBCOMMANDS
 from qlora_jax.models import REMAT, EncoderDecoderConfig
 from qlora_jax.nn import LoraConfig
-from qlora_jax.plan import SHAPES, Report, Workload, find_config, measure, plot, report, text
+from qlora_jax.plan import (
+    SHAPES,
+    Report,
+    Workload,
+    check_plot,
+    find_config,
+    measure,
+    plot,
+    report,
+    text,
+)
 from qlora_jax.plan.report import gib
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import OPTIMIZERS, TrainConfig
@@ -114,12 +124,18 @@ def run(args: argparse.Namespace) -> int:
     cards = [None] if args.card is None else [find_card(name) for name in args.card]
     if args.card is not None and not gpu_compiler_available():
         raise ModuleNotFoundError(f"{PLUGIN_HINT} (140 MB, no driver needed).")
-    if args.decode_batch < 1:
-        raise ValueError(f"--decode-batch is {args.decode_batch}, but 1 text or more is needed.")
+    for name in ("decode_batch", "decode_length", "devices"):
+        if getattr(args, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is {getattr(args, name)}, but 1 or more is needed.")
     # Before minutes of compiling.
     for option, file in (("--json", args.json), ("--plot", args.plot)):
         if file is not None and not file.parent.is_dir():
             raise FileNotFoundError(f"{option} is {file}, but there is no folder {file.parent}.")
+        if file is not None and file.is_dir():
+            raise ValueError(f"{option} is {file}, which is a folder: name a file.")
+    if args.plot is not None:
+        check_plot(args.plot)
     configs = [find_config(model) for model in args.models]
     if args.target is not None and not any(isinstance(c, EncoderDecoderConfig) for c in configs):
         raise ValueError(

@@ -12,7 +12,7 @@ from qlora_jax.plan.advice import Advice, Switch, advise
 from qlora_jax.plan.compiled import ProgramBytes, program_bytes
 from qlora_jax.plan.measure import Measured, measure
 from qlora_jax.plan.memory import USABLE, Components, Plan, plan
-from qlora_jax.plan.plot import plot
+from qlora_jax.plan.plot import check_plot, plot
 from qlora_jax.plan.preflight import check_fits
 from qlora_jax.plan.report import Report, report, text
 from qlora_jax.plan.search import largest_that_fits
@@ -32,6 +32,7 @@ __all__ = [
     "Workload",
     "advise",
     "check_fits",
+    "check_plot",
     "find_config",
     "largest_that_fits",
     "measure",

@@ -5,6 +5,8 @@ adapters, their gradients and the optimizer's state lie as the weights beside th
 placed here, on cards that are here or are described, and the compiler counts what each of them has.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import jax
 import numpy as np
 from jaxtyping import PyTree
@@ -35,6 +37,15 @@ def mesh_of(card: Card | None, count: int) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(
         np.asarray(here[:count]), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,)
     )
+
+
+def traced_for(card: Card | None, count: int) -> AbstractContextManager[object]:
+    """Within it, what is traced is for so many of the card: it may ask for kernels that this
+    machine cannot run. None is this machine.
+    """
+    if card is None:
+        return nullcontext()
+    return jax.sharding.use_abstract_mesh(card_mesh(card, count).abstract_mesh)
 
 
 def by_rows(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:

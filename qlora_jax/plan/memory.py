@@ -18,7 +18,7 @@ from pallas_kernels.cards import Card, find_card
 from qlora_jax.models import AttentionName, attention_for, capability_here, is_stacked
 from qlora_jax.models.streaming import HOST_LIMIT, host_limit_for
 from qlora_jax.plan.compiled import ProgramBytes, cudnn_available, program_bytes
-from qlora_jax.plan.devices import mesh_of, with_cut_weights
+from qlora_jax.plan.devices import mesh_of, traced_for, with_cut_weights
 from qlora_jax.plan.shapes import find_config
 from qlora_jax.plan.workload import Step, Workload, host_bytes, training_step, tree_bytes
 from qlora_jax.train import HostTraffic, host_traffic
@@ -105,7 +105,7 @@ def plan(
         work = Workload(find_config(work))
     work, notes = _for_target(work, target)
     mesh = mesh_of(target, work.devices) if work.devices > 1 else None
-    step = training_step(work, present=target is None, mesh=mesh)
+    step = training_step(work, target, present=target is None, mesh=mesh)
     found = program_bytes(step.program, target)
     if memory is None:
         memory = device_memory() if target is None else target.memory
@@ -115,18 +115,18 @@ def plan(
         memory=memory,
         device=_components(work, step, found),
         host=found.host,
-        traffic=_traffic(work, step),
+        traffic=_traffic(work, step, target),
         notes=(*notes, *_about_the_host(found.host * work.devices)),
     )
 
 
-def _traffic(work: Workload, step: Step) -> HostTraffic:
+def _traffic(work: Workload, step: Step, card: Card | None) -> HostTraffic:
     """Of one card."""
-    if work.devices == 1:
-        return host_traffic(step.program.fn, *step.placed)
-    alone = training_step(work.of_one_device)
-    traffic = host_traffic(alone.program.fn, *alone.placed)
-    return with_cut_weights(traffic, work.devices) if work.cut_weights else traffic
+    alone = step if work.devices == 1 else training_step(work.of_one_device, card)
+    with traced_for(card, 1):
+        traffic = host_traffic(alone.program.fn, *alone.placed)
+    cut = work.cut_weights and work.devices > 1
+    return with_cut_weights(traffic, work.devices) if cut else traffic
 
 
 def device_memory() -> int | None:
@@ -152,6 +152,11 @@ def _for_target(work: Workload, card: Card | None) -> tuple[Workload, tuple[str,
         return dataclasses.replace(work, attention=here), ()
     notes = []
     attention, matmul = work.attention, work.matmul
+    if attention == "cudnn" and not cudnn_available():
+        raise ModuleNotFoundError(
+            "attention is 'cudnn', which only cuDNN compiles: pip install --no-deps "
+            "nvidia-cudnn-cu13 (0.9 GB), or leave it to the card."
+        )
     if attention is None:
         attention = _attention(work, "cuda", card.compute_capability)
         newer = _attention(work, "cuda", None)

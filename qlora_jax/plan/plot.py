@@ -1,12 +1,29 @@
 """The paper's memory figure: stacked bars, one for each model and card, with the cards' limits."""
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 
 from qlora_jax.plan.memory import Components
 from qlora_jax.plan.report import LABELS, Report
 
 _COLOURS = ("#3b4a6b", "#7d8fb3", "#c46a4a", "#e0a458", "#8a5a83", "#5f9e7c", "#b9b9b0")
+
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(file: Path) -> None:
+    """Checks, before there is anything to draw, that `plot` can write `file`.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: its name ends in none of FORMATS.
+    """
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("A plot needs matplotlib: pip install 'qlora-jax[plots]'.")
+    if file.suffix.lower() not in FORMATS:
+        raise ValueError(f"a plot is one of {', '.join(FORMATS)}, and {file} is named as none.")
 
 
 def plot(reports: list[Report], file: str | Path) -> None:
@@ -17,14 +34,11 @@ def plot(reports: list[Report], file: str | Path) -> None:
         file: PNG, SVG or PDF, by its name.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        ModuleNotFoundError, ValueError: as `check_plot` does.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "A plot needs matplotlib: pip install 'qlora-jax[plots]'."
-        ) from error
+    check_plot(Path(file))
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(2.8 + 1.1 * len(reports), 4.2), layout="constrained")
     axes = figure.subplots()
     places = range(len(reports))

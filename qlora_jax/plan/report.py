@@ -191,7 +191,7 @@ def report(
     resident = made.device.base + made.device.embeddings + made.device.adapters
     # Decoding is planned with the weights on the card.
     resting = dataclasses.replace(work, stream_weights=False)
-    decoding = decoding_step(resting, batch=decode_batch, length=decode_length, mesh=mesh)
+    decoding = decoding_step(resting, target, batch=decode_batch, length=decode_length, mesh=mesh)
     return Report(
         name=name,
         plan=made,

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.extend import core as jex_core
 from jaxtyping import PyTree
 
+from pallas_kernels.cards import Card
 from qlora_jax.checkpoints.load import put
 from qlora_jax.data import Batch, PackedBatch, Seq2SeqBatch
 from qlora_jax.evaluate import LossFn, loss_for, split_adapters
@@ -34,7 +35,7 @@ from qlora_jax.models import (
 )
 from qlora_jax.models.streaming import compiler_options, streams
 from qlora_jax.nn import FrozenParam, LoraConfig, add_lora
-from qlora_jax.plan.devices import AXIS, beside, by_rows
+from qlora_jax.plan.devices import AXIS, beside, by_rows, traced_for
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from qlora_jax.train import TrainConfig, init_state, make_train_step
 
@@ -210,12 +211,17 @@ def batch_shapes(work: Workload) -> Any:
 
 
 def training_step(
-    work: Workload, *, present: bool = False, mesh: jax.sharding.Mesh | None = None
+    work: Workload,
+    card: Card | None = None,
+    *,
+    present: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Step:
     """The training step of the workload, traced for shapes.
 
     Args:
         work: what is trained.
+        card: what it is for, where that is not here; needed where `work.matmul` names a kernel.
         present: for this process's default device, whose memories JAX can name; else for a card
             that is only described (`pallas_kernels.compile_for`).
         mesh: the devices, present or described, where there are several (`devices.mesh_of`).
@@ -247,7 +253,8 @@ def training_step(
         program = program._replace(kinds=((*kinds, "device"), (kinds[0], "device")))
         if work.stream_weights:
             program = program._replace(options=tuple(options.items()))
-    saved = _saved_bytes(graphdef, loss, lora, frozen, micro) // work.devices
+    with traced_for(card, work.devices):
+        saved = _saved_bytes(graphdef, loss, lora, frozen, micro) // work.devices
     return Step(program, placed, lora, frozen, state.opt_state, kinds, saved)
 
 
@@ -282,7 +289,12 @@ def _placed(leaf: Any, kind: str) -> Any:
 
 
 def decoding_step(
-    work: Workload, *, batch: int, length: int, mesh: jax.sharding.Mesh | None = None
+    work: Workload,
+    card: Card | None = None,
+    *,
+    batch: int,
+    length: int,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Program:
     """One token more for `batch` texts, with a key-value cache of `length` slots a text.
 
@@ -299,7 +311,8 @@ def decoding_step(
 
     read = 1 if work.target_length is None else work.sequence
     prompt = jax.ShapeDtypeStruct((batch, read), jnp.int32)
-    cache = jax.eval_shape(first, lora, frozen, prompt)
+    with traced_for(card, work.devices):
+        cache = jax.eval_shape(first, lora, frozen, prompt)
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
     step = jax.jit(step, donate_argnums=3)
     return Program(step, (lora, frozen, tokens, cache), devices=work.devices)

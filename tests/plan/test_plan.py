@@ -21,7 +21,7 @@ from qlora_jax.models.streaming import HOST_LIMIT, host_limit_for
 from qlora_jax.nn import LoraConfig, TrainedParam
 from qlora_jax.plan import Workload, check_fits, find_config, measure, plan
 from qlora_jax.plan.advice import SWITCHES, advise
-from qlora_jax.plan.compiled import CACHE_VARIABLE, cache_folder
+from qlora_jax.plan.compiled import CACHE_VARIABLE, cache_folder, cudnn_available
 from qlora_jax.plan.measure import random_batch, random_weights
 from qlora_jax.plan.report import Streaming
 from qlora_jax.plan.workload import model_shapes, training_step
@@ -264,6 +264,7 @@ def test_the_command(tmp_path, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "matmul: xla, since Pallas does not know" in printed
+    assert "--matmul triton plans the kernels of its sibling" in printed
     (found,) = json.loads(out.read_text())
     parts = found["device"]
     assert sum(parts[name] for name in parts if name != "total") == parts["total"]
@@ -273,6 +274,18 @@ def test_the_command(tmp_path, capsys):
     assert "vocabulary in 8 bits" in printed
     assert (found["embedding_bits"], parts["embeddings"]) == (8, 2 * 256 * 128 * 8.5 / 8)
     assert figure.stat().st_size > 1000
+
+
+@needs_compiler
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_kernels_that_cannot_run_here_are_planned(tmp_path, devices):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    out = tmp_path / "plan.json"
+    arguments = ["plan", str(tmp_path), "--card", "a6000", "--no-search", "--sequence", "32"]
+    arguments += ["--matmul", "triton", "--devices", str(devices), "--decode-length", "16"]
+    assert main([*arguments, "--json", str(out)]) == 0
+    (found,) = json.loads(out.read_text())
+    assert found["matmul"] == "triton"
 
 
 @needs_compiler
@@ -286,6 +299,32 @@ def test_the_command_says_nothing_of_devices_that_are_not_here(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "device" in done.stdout
     assert done.stderr == ""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--decode-length", "0"], "--decode-length is 0, but 1 or more"),
+        (["--devices", "0"], "--devices is 0, but 1 or more"),
+        (["--json", "."], "--json is ., which is a folder"),
+        (["--plot", "plan.txt"], "one of .png, .svg, .pdf, and plan.txt is named as none"),
+        (["--matmul", "mosaic_gpu"], "needs compute capability 9.0"),
+        pytest.param(
+            ["--attention", "cudnn"],
+            "pip install --no-deps nvidia-cudnn-cu13",
+            marks=pytest.mark.skipif(cudnn_available(), reason="cuDNN is here"),
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_before_it_is_compiled(
+    tmp_path, monkeypatch, capsys, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    monkeypatch.setattr("qlora_jax.plan.compiled.compile_lowered", None)
+    assert main(["plan", str(tmp_path), "--card", "l40", "--no-search", *arguments]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_the_command_needs_a_card(capsys):
