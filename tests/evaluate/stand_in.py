@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,6 +32,7 @@ class StandIn:
         self.keys: list[str | None] = []
         self.lock = threading.Lock()
         self.url = ""
+        self.over = threading.Event()
 
     def met(self, body: dict, key: str | None) -> Any:
         with self.lock:
@@ -50,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
         assert self.path == "/v1/chat/completions"
         word = self.judge.met(body, self.headers.get("Authorization"))
         if word == "hang":
-            time.sleep(0.5)
+            self.judge.over.wait()
             return
         if word == "drop":
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nhalf")
@@ -95,6 +95,7 @@ def stand_in(
     try:
         yield judge
     finally:
+        judge.over.set()
         server.shutdown()
         thread.join()
         server.server_close()
