@@ -118,10 +118,15 @@ def on_card(card: Card, tree: Any, *, count: int = 1) -> Any:
     return jax.tree.map(place, tree)
 
 
+def tracing_for(card: Card, count: int = 1) -> contextlib.AbstractContextManager[object]:
+    """Within it, what is traced is for so many cards: it may ask for kernels that only they run."""
+    return jax.sharding.use_abstract_mesh(card_mesh(card, count).abstract_mesh)
+
+
 def lower_for(card: Card, fn: Callable[..., Any], *args: Any, count: int = 1) -> jax.stages.Lowered:
     """Trace and lower `fn` (jitted already or not) for so many cards; arguments may be shapes."""
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
-    with jax.sharding.use_abstract_mesh(card_mesh(card, count).abstract_mesh):
+    with tracing_for(card, count):
         traced = jitted.trace(*on_card(card, args, count=count))
         # Named, because JAX looks for the "gpu" among this machine's where types say what is cut.
         return traced.lower(lowering_platforms=("cuda",))

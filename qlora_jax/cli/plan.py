@@ -98,7 +98,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write everything there; - prints"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="stacked bars, PNG or SVG")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="stacked bars, PNG, SVG or PDF")
     parser.set_defaults(run=run)
 
 

@@ -64,9 +64,9 @@ def read_answers(file: Path) -> dict[str, Answer]:
         question = str(row[_id_key(file, row)])
         if question in answers:
             raise ValueError(f"{file} holds two answers to question {question}.")
-        number, text = row.get("answer_id"), row.get("text")
-        if isinstance(number, str) and isinstance(text, str):
-            answers[question] = Answer(number, text)
+        given, text = row.get("answer_id"), row.get("text")
+        if isinstance(given, str) and isinstance(text, str):
+            answers[question] = Answer(given, text)
             continue
         text = row.get("generation_truncated", row.get("generation"))
         if not isinstance(text, str):

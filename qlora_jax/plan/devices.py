@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from pallas_kernels.cards import Card
-from pallas_kernels.compile_for import card_mesh
+from pallas_kernels.compile_for import card_mesh, tracing_for
 from qlora_jax.optim.per_parameter import by_path
 from qlora_jax.train import HostTraffic
 from qlora_jax.train.traffic import Crossing
@@ -40,12 +40,8 @@ def mesh_of(card: Card | None, count: int) -> jax.sharding.Mesh:
 
 
 def traced_for(card: Card | None, count: int) -> AbstractContextManager[object]:
-    """Within it, what is traced is for so many of the card: it may ask for kernels that this
-    machine cannot run. None is this machine.
-    """
-    if card is None:
-        return nullcontext()
-    return jax.sharding.use_abstract_mesh(card_mesh(card, count).abstract_mesh)
+    """`tracing_for` so many of the card; None is this machine."""
+    return nullcontext() if card is None else tracing_for(card, count)
 
 
 def by_rows(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:

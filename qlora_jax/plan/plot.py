@@ -9,8 +9,8 @@ from qlora_jax.plan.report import LABELS, Report
 
 _COLOURS = ("#3b4a6b", "#7d8fb3", "#c46a4a", "#e0a458", "#8a5a83", "#5f9e7c", "#b9b9b0")
 
-
 FORMATS = (".png", ".svg", ".pdf")
+"""What the name of a figure's file may end in."""
 
 
 def check_plot(file: Path) -> None:

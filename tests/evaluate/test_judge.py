@@ -242,7 +242,7 @@ def test_a_damaged_file_is_not_written_over(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("[]", "line 1 holds no JSON object"),
+        ("[]", "line 1 holds"),
         ('{"score": 1}', "also needs answer1_id, answer2_id"),
         ('{"answer1_id": "a", "answer2_id": ["b"], "score": 1}', "line 1 is no rating"),
         ('{"answer1_id": "a", "answer2_id": "b", "score": 1, "text": 5}', "line 1 is no rating"),
@@ -254,9 +254,8 @@ def test_a_line_that_is_no_rating_is_named(tmp_path, line, words):
     file.write_text(f"{line}\n")
     with stand_in() as server, pytest.raises(ValueError, match=words):
         judge(PAIRS, endpoint(server), tmp_path)
-    if line != "[]":
-        with pytest.raises(ValueError, match=words):
-            read_ratings([file])
+    with pytest.raises(ValueError, match=words):
+        read_ratings([file])
 
 
 @pytest.mark.parametrize("form", ["scores", "choice"])

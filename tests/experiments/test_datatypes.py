@@ -17,15 +17,20 @@ def command(out, *more: str) -> list[str]:
 
 # It runs a real model for longer than it is compiled.
 @pytest.mark.optimized
-def test_losses_equal_bitsandbytes(tmp_path, capsys):
-    """Torch, transformers and bitsandbytes on the same 32,768 tokens; more types: tests/vectors."""
-    flags = ["--max-tokens", "32768", "--batch-size", "16", "--types", "FP32", "NF4+DQ"]
+@pytest.mark.parametrize(
+    "types",
+    [("FP32", "NF4+DQ"), pytest.param(("NF4", "FP4-E2M1"), marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_losses_equal_bitsandbytes(tmp_path, capsys, types):
+    """Torch, transformers and bitsandbytes on the same 32,768 tokens."""
+    flags = ["--max-tokens", "32768", "--batch-size", "16", "--types", *types]
     assert datatypes.main(command(tmp_path / "out", *flags)) == 0
     results = json.loads((tmp_path / "out" / "datatypes.json").read_text())["results"]
     reference = json.loads(
         shared_path("data/reference/stories260K/reference_losses.json").read_text()
     )["loss"]
-    names = {"FP32": "fp32", "NF4+DQ": "nf4-dq"}
+    names = {"FP32": "fp32", "NF4": "nf4", "FP4-E2M1": "fp4", "NF4+DQ": "nf4-dq"}
     for line in results:
         expected = reference[names[line["type"]]]["tinystories_share_first_32769"]
         assert line["tokens"] == expected["tokens"]
@@ -34,12 +39,13 @@ def test_losses_equal_bitsandbytes(tmp_path, capsys):
         assert line["nll"] == pytest.approx(expected["nll"], abs=tolerance)
         assert line["perplexity"] == pytest.approx(expected["ppl"], rel=2e-5)
     printed = capsys.readouterr().out
-    assert re.search(r"NF4\+DQ +│ +64 │ +4\.127 │ +1\.5275 │", printed)
+    if "NF4+DQ" in types:
+        assert re.search(r"NF4\+DQ +│ +64 │ +4\.127 │ +1\.5275 │", printed)
 
 
 def test_a_table_over_block_sizes_that_goes_on(tmp_path, capsys, monkeypatch):
     flags = ["--max-tokens", "256", "--window", "64", "--stride", "32"]
-    more = ["--types", "FP16", "INT8", "NF4", "--blocksizes", "64", "256"]
+    more = ["--types", "FP16", "INT8", "INT4", "FP4-E3M0", "NF4", "--blocksizes", "64", "256"]
     assert datatypes.main(command(tmp_path, *flags, *more)) == 0
     results = json.loads((tmp_path / "datatypes.json").read_text())["results"]
     assert [(r["type"], r["blocksize"]) for r in results[:3]] == [
@@ -48,8 +54,8 @@ def test_a_table_over_block_sizes_that_goes_on(tmp_path, capsys, monkeypatch):
     assert all(r["tokens"] == 256 for r in results)
     loss = {(r["type"], r["blocksize"]): r["nll"] for r in results}
     assert abs(loss["INT8", 64] - loss["FP16", None]) < 0.01
-    assert loss["INT8", 64] < loss["NF4", 64]
-    assert (tmp_path / "datatypes.md").read_text().count("\n") == 2 + 5
+    assert loss["NF4", 64] < loss["FP4-E3M0", 64]
+    assert (tmp_path / "datatypes.md").read_text().count("\n") == 2 + 9
     assert (tmp_path / "datatypes.png").read_bytes()[:4] == b"\x89PNG"
 
     def fail(*arguments, **options):

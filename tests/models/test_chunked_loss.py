@@ -86,8 +86,12 @@ def model(tied: bool) -> Decoder:
 
 @pytest.mark.parametrize(
     ("tied", "trained"),
-    [(False, nnx.LoRAParam), (True, nnx.Param)],
-    ids=["own head, adapters", "tied head, everything"],
+    [
+        pytest.param(False, nnx.LoRAParam, id="own head, adapters"),
+        pytest.param(True, nnx.Param, id="tied head, everything"),
+        pytest.param(True, nnx.LoRAParam, id="tied head, adapters", marks=pytest.mark.slow),
+        pytest.param(False, nnx.Param, id="own head, everything", marks=pytest.mark.slow),
+    ],
 )
 def test_a_models_loss_and_gradients_do_not_depend_on_the_chunk(tied, trained):
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 9)), jnp.int32)

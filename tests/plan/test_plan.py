@@ -221,14 +221,16 @@ def test_more_than_jaxs_pinned_pool_is_told_and_refused(monkeypatch):
     assert host_limit_for(195 * 2**30) is None
 
 
-@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("card", "note"),
     [
         ("t4", "the kernels need sm_80"),
-        *((card, None) for card in ("a100-40", "h100", "b200")),
-        *((card, "does not know 'NVIDIA") for card in ("rtx-3060", "rtx-5090")),
+        *(pytest.param(card, None, marks=pytest.mark.slow) for card in ("a100-40", "h100", "b200")),
+        *(
+            pytest.param(card, "does not know 'NVIDIA", marks=pytest.mark.slow)
+            for card in ("rtx-3060", "rtx-5090")
+        ),
     ],
 )
 def test_the_step_is_compiled_for_every_generation_of_cards(card, note):

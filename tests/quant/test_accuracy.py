@@ -81,7 +81,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=15)
+@settings(max_examples=40)
 @given(weights(), CONFIGS)
 def test_every_value_goes_to_a_nearest_code(weight: np.ndarray, config: ql.QuantConfig) -> None:
     """The error of each element is that of the nearest table entry, up to float32 rounding (and
@@ -97,7 +97,7 @@ def test_every_value_goes_to_a_nearest_code(weight: np.ndarray, config: ql.Quant
         assert (error <= best + 1e-6 * absmax).all()
 
 
-@settings(max_examples=10)
+@settings(max_examples=25)
 @given(weights(), st.sampled_from(sorted(CODEBOOKS)))
 def test_zeros_stay_zero(weight: np.ndarray, quant_type: str) -> None:
     decoded = np.asarray(ql.quantize(weight, ql.QuantConfig(quant_type)).dequantize())
@@ -109,7 +109,7 @@ def test_zeros_stay_zero(weight: np.ndarray, quant_type: str) -> None:
     assert (np.asarray(alone.dequantize())[weight == 0] == 0).all()
 
 
-@settings(max_examples=15)
+@settings(max_examples=40)
 @given(st.integers(1, 3000), st.integers(0, 2**32 - 1))
 def test_accurate_mean_is_the_float64_mean(count: int, seed: int) -> None:
     values = np.random.default_rng(seed).lognormal(0, 3, count).astype(np.float32)
