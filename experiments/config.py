@@ -15,6 +15,7 @@ from typing import Any, Literal
 from experiments.embedded import DATASETS, MODELS
 from experiments.tree import Tree, convert
 from qlora_jax.data import INSTRUCT
+from qlora_jax.data.segments import TrainOn
 from qlora_jax.models import LOSS_CHUNK
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
@@ -81,8 +82,8 @@ class DataConfig:
         format: a prompt format of `qlora_jax.data.FORMATS`; "chat-template", the model's own;
             "auto" looks at the columns. A dataset of the paper brings its own.
         system_prompt: for conversations (`messages`) that have none.
-        train_on: loss on the "response" only, or on "all"; None: as the paper did for its dataset,
-            else on the response.
+        train_on: loss on the "response" only, of a conversation only on what answers its "last"
+            question, or on "all"; None: as the paper did for its dataset, else on the response.
         source_max_len, target_max_len: tokens that prompt and response are cut to; a conversation
             is all response.
         max_len: refuse longer examples; None: the model's own limit, beyond which rotary positions
@@ -106,7 +107,7 @@ class DataConfig:
     max_rows: int | None = None
     format: str = "auto"
     system_prompt: str | None = None
-    train_on: Literal["response", "all"] | None = None
+    train_on: TrainOn | None = None
     source_max_len: int | None = 384
     target_max_len: int | None = 128
     max_len: int | None = None

@@ -5,8 +5,9 @@ it:
 
 - **Is it trained on?** Where the template has `{% generation %}` blocks, they say so. Elsewhere an
   assistant's turn is what rendering grows by when the turn is added to those before it, prompted to
-  answer; this is verified, and a template that rewrites earlier turns later on is refused. The loss
-  ends with the eos token, not with the line break that many templates put behind it.
+  answer; this is verified, and where a template writes an earlier turn anew once others follow (as
+  Qwen3's, which takes its reasoning out), only the answer to the last question can be trained on.
+  The loss ends with the eos token, not with the line break that many templates put behind it.
 - **Is it the template's or the row's?** A marker in a row's own text (a row about `<|im_end|>`)
   must stay characters. Contents and reasoning are rendered between two marks, and the borders read
   back. A text that does not come out whole between its marks (the template rewrites it beyond
@@ -29,6 +30,7 @@ from qlora_jax.data.segments import (
     TrainOn,
     joined,
     tools_of,
+    trained_turns,
     trains_on_all,
     turns_of,
     with_system,
@@ -36,7 +38,8 @@ from qlora_jax.data.segments import (
 )
 
 _MARK_IT = (
-    "put {% generation %} … {% endgeneration %} around it in the template, or train on 'all'."
+    "train on 'last', the answer to the last question, or on 'all', or put {% generation %} … "
+    "{% endgeneration %} around it in the template."
 )
 
 Place = tuple[int, str]
@@ -47,8 +50,8 @@ Place = tuple[int, str]
 class ChatTemplateFormat:
     """Rows of `messages`, and perhaps of `tools`, written by a model's own chat template.
 
-    `"response"` trains what assistants write, up to and with their eos token; see the module's
-    prologue for how it is found.
+    `"response"` trains what assistants write, up to and with their eos token, `"last"` what they
+    write after the last question; see the module's prologue for how it is found.
 
     Attributes:
         template: the template.
@@ -73,7 +76,7 @@ class ChatTemplateFormat:
 
         Raises:
             ValueError: the row holds no conversation, the template refuses it, or, without
-                `{% generation %}`, it writes an assistant's turn differently once others follow.
+                `{% generation %}`, it writes a turn with loss differently once others follow.
         """
         everything = trains_on_all(train_on)
         turns = with_system(turns_of(row, self.messages, self.name), self.system)
@@ -90,10 +93,14 @@ class ChatTemplateFormat:
             )
         text, marks = read_marks(self._marked(messages, tools))
         text = self._without_tail(text)
-        if self.template.marks_generation:
-            trained = marks[GENERATION[0]]
+        answers = [] if everything else trained_turns([turn.role for turn in turns], train_on)
+        if not self.template.marks_generation:
+            trained = self._answers(messages, answers, tools, text)
         else:
-            trained = [] if everything else self._answers(messages, tools, text)
+            trained = marks[GENERATION[0]]
+            if train_on == "last" and answers:
+                begin = len(self._prompt(messages, answers[0], tools, text))
+                trained = [span for span in trained if span[1] > begin]
         contents = marks[CONTENT[0]]
         borders = {at for span in (*trained, *contents) for at in span if at < len(text)}
         cuts = sorted({0, len(text), *borders})
@@ -153,33 +160,42 @@ class ChatTemplateFormat:
         eos, bare = self.template.special_tokens.get("eos_token"), text.rstrip()
         return bare if eos and bare.endswith(eos) else text
 
-    def _answers(self, messages: Sequence[Message], tools: Any, text: str) -> list[Span]:
-        """Where the assistants' turns stand, by rendering the conversation turn by turn."""
-        render = functools.partial(self.template.render, tools=tools)
+    def _answers(
+        self, messages: Sequence[Message], answers: Sequence[int], tools: Any, text: str
+    ) -> list[Span]:
+        """Where these turns of assistants stand, by rendering the conversation turn by turn."""
         eos = self.template.special_tokens.get("eos_token")
         spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            try:
-                before = render(messages[:index], add_generation_prompt=True)
-            except ValueError as error:
-                raise ValueError(
-                    f"turn {index} of a conversation cannot be prompted for ({error}), so that "
-                    f"what the assistant wrote cannot be told apart: {_MARK_IT}"
-                ) from error
-            after = self._without_tail(render(messages[: index + 1]))
+        for index in answers:
+            before = self._prompt(messages, index, tools, text)
+            after = self._without_tail(self.template.render(messages[: index + 1], tools=tools))
             if eos and not text.startswith(after):
                 # One that stands behind the last turn alone, whoever's that is (Phi-3).
                 after = after.removesuffix(eos)
             if not (text.startswith(after) and after.startswith(before)):
-                raise ValueError(
-                    f"the chat template of {self.template.name} writes turn {index} of a "
-                    "conversation differently when others follow or when it is prompted for, so "
-                    f"that what the assistant wrote cannot be told apart: {_MARK_IT}"
-                )
+                raise self._rewritten(index)
             spans.append((len(before), len(after)))
         return spans
+
+    def _prompt(self, messages: Sequence[Message], index: int, tools: Any, text: str) -> str:
+        """What prompts for a turn; ValueError where the whole `text` does not begin with it."""
+        try:
+            prompt = self.template.render(messages[:index], add_generation_prompt=True, tools=tools)
+        except ValueError as error:
+            raise ValueError(
+                f"turn {index} of a conversation cannot be prompted for ({error}), so that "
+                f"what the assistant wrote cannot be told apart: {_MARK_IT}"
+            ) from error
+        if not text.startswith(prompt):
+            raise self._rewritten(index)
+        return prompt
+
+    def _rewritten(self, index: int) -> ValueError:
+        return ValueError(
+            f"the chat template of {self.template.name} writes turn {index} of a conversation "
+            "differently when others follow or when it is prompted for, so that what the assistant "
+            f"wrote cannot be told apart: {_MARK_IT}"
+        )
 
 
 def _inside(at: int, spans: Sequence[Span]) -> bool:

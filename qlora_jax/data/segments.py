@@ -5,10 +5,11 @@ And what all formats share: how they read a row's columns and turns, and refuse 
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 Row = Mapping[str, Any]
-TrainOn = Literal["response", "all"]
+TrainOn = Literal["response", "last", "all"]
+"""What the loss is taken on: every answer, the answer to the last question alone, or all text."""
 
 
 class Segment(NamedTuple):
@@ -60,10 +61,20 @@ def joined(segments: Iterable[Segment]) -> tuple[Segment, ...]:
 
 
 def trains_on_all(train_on: str) -> bool:
-    """Whether `train_on` is "all"; ValueError where it is neither that nor "response"."""
-    if train_on not in ("response", "all"):
-        raise ValueError(f"train_on is {train_on!r}, but must be 'response' or 'all'.")
+    """Whether `train_on` is "all"; ValueError where it is no `TrainOn`."""
+    if train_on not in get_args(TrainOn):
+        raise ValueError(f"train_on is {train_on!r}, but must be 'response', 'last' or 'all'.")
     return train_on == "all"
+
+
+def trained_turns(roles: Sequence[str], train_on: TrainOn) -> list[int]:
+    """Which turns of a conversation are an assistant's with loss: all of its, or with "last" those
+    that answer the last question, several where it calls tools."""
+    written = [index for index, role in enumerate(roles) if role == "assistant"]
+    if train_on != "last" or not written:
+        return written
+    question = max((i for i in range(written[-1]) if roles[i] == "user"), default=-1)
+    return [index for index in written if index > question]
 
 
 def text_of(row: Row, column: str, name: str) -> str:

@@ -8,7 +8,8 @@ after it (`tokenize`, `batches`, the training step) knows nothing of instruction
 
 `train_on="response"` takes loss on the answers alone, which the QLoRA paper found better wherever
 instruction and answer are clearly apart (38.6 against 37.5 on MMLU, appendix B); `"all"` takes it
-on everything, as the paper did for OASST1 and HH-RLHF, which it read as whole conversations.
+on everything, as the paper did for OASST1 and HH-RLHF, which it read as whole conversations;
+`"last"`, of a conversation, on what answers its last question.
 
 Whitespace is part of a format. A boundary between segments is always a boundary between tokens
 (see `encode`), so a space that separates two segments opens the second one, where both
@@ -30,6 +31,7 @@ from qlora_jax.data.segments import (
     joined,
     shown,
     text_of,
+    trained_turns,
     trains_on_all,
     turns_of,
     with_system,
@@ -136,7 +138,8 @@ CHATML_STYLE = ChatStyle(
 
 @dataclass(frozen=True)
 class ConversationFormat:
-    """A list of turns (`role`, `content`) in a style; `"response"` trains every assistant turn.
+    """A list of turns (`role`, `content`) in a style; `"response"` trains every assistant turn,
+    `"last"` those behind the last question.
 
     `system` is a system prompt for conversations that have none. What names of roles and contents
     are understood: `segments.turns_of`. A model's own style: `chat_format`.
@@ -156,14 +159,16 @@ class ConversationFormat:
         """Turn by turn: opening, content, closing; all of it target."""
         turns = turns_of(row, self.messages, self.name, roles=self.style.openings)
         everything = trains_on_all(train_on)
+        turns = with_system(turns, self.system)
+        answers = trained_turns([turn.role for turn in turns], train_on)
         style, segments = self.style, []
-        for index, (role, content, more) in enumerate(with_system(turns, self.system)):
+        for index, (role, content, more) in enumerate(turns):
             if content is None or more.get("tool_calls"):
                 raise ValueError(
                     f"format {self.name!r} has no way to write a call of a tool, but a row holds "
                     f"{shown(more['tool_calls'])}; take the model's own (chat-template)."
                 )
-            trained = everything or role == "assistant"
+            trained = everything or index in answers
             opening = (style.between if index else "") + style.openings[role]
             if content and not content[0].isspace() and (opening or index):
                 content = style.content_prefix + content
@@ -180,7 +185,8 @@ class FlatChatFormat:
     """A conversation already flattened to one text, split again at the markers of its speakers.
 
     With `"all"` the text is one segment, exactly as given. With `"response"` what follows an
-    `assistant` marker is trained on, up to the next `human` marker and the whitespace before it.
+    `assistant` marker is trained on, up to the next `human` marker and the whitespace before it;
+    with `"last"` only what answers the last question.
     """
 
     name: str
@@ -205,13 +211,13 @@ class FlatChatFormat:
                 f"know what the response is, but a row holds {shown(text)}; train on all of it "
                 "(train_on='all') or choose another format."
             )
-        # re.split with a group alternates text and marker; the text belongs to the last marker.
-        segments, answering = [], False
-        for index, piece in enumerate(pieces):
-            is_marker = index % 2 == 1
-            segments.append(Segment(piece, answering and not is_marker))
-            if is_marker:
-                answering = piece == self.assistant
+        # re.split with a group alternates text and marker; the text belongs to the marker before.
+        markers = pieces[1::2]
+        roles = ["assistant" if marker == self.assistant else "user" for marker in markers]
+        answers = trained_turns(roles, train_on)
+        segments = [Segment(pieces[0], False)]
+        for index, (marker, content) in enumerate(zip(markers, pieces[2::2], strict=True)):
+            segments += [Segment(marker, False), Segment(content, index in answers)]
         return joined(segments)
 
 

@@ -52,7 +52,8 @@ def tokenize_rows(
         rows: mappings from column to value (`load_rows`, or a plain list of dicts).
         form: the prompt format (`FORMATS[...]`).
         tokenizer: the model's.
-        train_on: loss on the "response" only or on "all" of the text.
+        train_on: loss on the "response" only, of a conversation perhaps only on the "last", or on
+            "all" of the text.
         source_max_len: cut the source part, bos included, to so many tokens; None: never cut.
         target_max_len: cut the target part, eos included, to so many tokens; None: never cut.
         max_len: the longest example allowed after cutting: the model's context, say.

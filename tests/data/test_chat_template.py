@@ -111,20 +111,42 @@ def test_both_ways_to_find_the_answers_agree(turns):
     assert text(ours) == text(told)
     # A template without marks begins an answer where it prompts for one; so does ours.
     assert ours == told
+    assert form_of(TRIMMED).segments(row, "last") == form_of(MARKED).segments(row, "last")
     assert text(s for s in ours if not s.special) == "".join(c.strip() for _, c in turns)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    rewriting = (
-        "{% for m in messages %}[{{ m['role'] }}] "
-        "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
-        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+# In the way of Qwen3: the answers to the last question alone are written with their reasoning.
+FORGETTING = (
+    "{% set last = namespace(question=-1) %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set last.question = loop.index0 %}"
+    "{% endif %}{% endfor %}"
+    "{% for m in messages %}[{{ m['role'] }}] "
+    "{% if m['role'] == 'assistant' and loop.index0 > last.question %}"
+    "<think>{{ m['reasoning_content'] }}</think>{% endif %}"
+    "{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def test_of_a_template_that_rewrites_earlier_turns_the_last_answers_are_trained():
+    called = {"role": "assistant", "content": "Add.", "reasoning_content": "A sum."}
+    told = {"role": "tool", "content": "3"}
+    conversation = [*HELLO[:2], {"role": "user", "content": "1 + 2?"}, called, told, HELLO[3]]
+    form = form_of(FORGETTING)
+    segments = form.segments({"messages": conversation}, "last")
+    assert text(segments) == (
+        "[user] Hi</s>[assistant]  Hello.\n</s>[user] 1 + 2?</s>[assistant] <think>A sum.</think>"
+        "Add.</s>[tool] 3</s>[assistant] <think></think>An end.</s>"
     )
-    form = form_of(rewriting)
-    assert form.segments({"messages": HELLO[:2]})[-1].trained
+    assert [s.text for s in segments if s.trained] == [
+        "<think>", "A sum.", "</think>", "Add.", "</s>", "<think></think>", "An end.", "</s>"
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="writes turn 1 of a conversation differently when others"):
-        form.segments({"messages": HELLO})
-    assert all(s.trained for s in form.segments({"messages": HELLO}, "all"))
+        form.segments({"messages": conversation})
+    assert all(s.trained for s in form.segments({"messages": conversation}, "all"))
+    # A question that nobody answers takes the reasoning out of all answers.
+    with pytest.raises(ValueError, match="writes turn 3 of a conversation differently"):
+        form.segments({"messages": [*conversation, HELLO[0]]}, "last")
 
 
 # In the way of Qwen3: what stands before "</think>" in an answer is written anew.

@@ -182,8 +182,23 @@ def test_flattened_chats_are_cut_without_loss(text):
     assert all("### Human:" not in answer for answer in trained(segments))
 
 
+def test_last_trains_what_answers_the_last_question():
+    for row in rows_of("oasst1_best_replies.jsonl"):
+        text = {"text": row["guanaco_text"]}
+        segments = FORMATS["guanaco"].segments(text, "last")
+        assert joined(segments) == row["guanaco_text"]
+        assert trained(segments) == [" " + row["output"]]
+    turns = ["assistant", "user", "assistant", "assistant", "user"]
+    row = {"messages": [{"role": role, "content": str(i)} for i, role in enumerate(turns)]}
+    assert trained(FORMATS["messages"].segments(row, "last")) == [" 2", " 3"]
+    row = {"messages": row["messages"][:1]}
+    assert trained(FORMATS["messages"].segments(row, "last")) == [" 0"]
+    pair = {"input": "Why?", "output": "So."}
+    assert trained(FORMATS["input-output"].segments(pair, "last")) == [" So."]
+
+
 def test_text_is_trained_on_whole():
-    for train_on in ("response", "all"):
+    for train_on in ("response", "last", "all"):
         assert FORMATS["text"].segments({"text": "a b"}, train_on) == (Segment("a b", True),)
 
 
@@ -243,5 +258,7 @@ def test_bad_names_are_refused():
     with pytest.raises(ValueError, match="no prompt format 'alpacca'; the formats are alpaca"):
         get_format("alpacca")
     # Below the signatures, whose Literal is checked here and not where users are.
-    with pytest.raises(ValueError, match="train_on is 'answers', but must be 'response' or 'all'"):
+    with pytest.raises(
+        ValueError, match="train_on is 'answers', but must be 'response', 'last' or 'all'"
+    ):
         trains_on_all("answers")
