@@ -8,7 +8,7 @@ the resolved tree is written beside a run's results and can be given back as a f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -79,6 +79,8 @@ class DataConfig:
             `validation_rows` of the training rows out instead (the same ones for every seed).
         validation_rows: how many rows are held out, or, of a split, the most that are used.
         max_rows: train on the first so many rows only.
+        columns: by the name that the format knows, what the dataset calls a column
+            (`messages: conversations`, `output: answer`).
         format: a prompt format of `qlora_jax.data.FORMATS`; "chat-template", the model's own;
             "auto" looks at the columns. A dataset of the paper brings its own.
         system_prompt: for conversations (`messages`) that have none.
@@ -105,6 +107,7 @@ class DataConfig:
     validation_split: str | None = None
     validation_rows: int = 200
     max_rows: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
     format: str = "auto"
     system_prompt: str | None = None
     train_on: TrainOn | None = None
@@ -261,6 +264,11 @@ def _resolved(data: DataConfig, where: str) -> DataConfig:
             raise ValueError(
                 f"data.format in {where} is {data.format!r}, but {data.source} is a dataset of the "
                 "paper and brings its own: leave it out, or name the rows by file or hub name."
+            )
+        if data.columns:
+            raise ValueError(
+                f"data.columns in {where} is given, but {data.source} is a dataset of the paper, "
+                "whose columns are known: leave it out."
             )
         if data.name is not None:
             raise ValueError(

@@ -119,7 +119,8 @@ def _split_rows(data: DataConfig, folder: Path) -> tuple[Any, Any, Format]:
         parts = None if data.hub_files is None else list(data.hub_files)
         rows, form, _ = load_instruct(data.source, data.files, data.split, data_files=parts)
     else:
-        rows = load_rows(source, data.split or ("train" if embedded else None), name=data.name)
+        split = data.split or ("train" if embedded else None)
+        rows = load_rows(source, split, name=data.name, columns=data.columns)
         form = _format(data, folder, rows.column_names)
     if data.validation_source is None and data.validation_split is None:
         if len(rows) <= data.validation_rows:
@@ -139,7 +140,12 @@ def _split_rows(data: DataConfig, folder: Path) -> tuple[Any, Any, Format]:
             )
     else:
         name = None if data.validation_source else data.name
-        held_out = load_rows(data.validation_source or source, data.validation_split, name=name)
+        held_out = load_rows(
+            data.validation_source or source,
+            data.validation_split,
+            name=name,
+            columns=data.columns,
+        )
     return rows, _first(held_out, data.validation_rows), form
 
 

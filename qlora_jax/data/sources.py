@@ -13,7 +13,7 @@ import gzip
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ def load_rows(
     *,
     name: str | None = None,
     data_files: str | list[str] | None = None,
+    columns: Mapping[str, str] | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> "datasets.Dataset":
@@ -60,13 +61,15 @@ def load_rows(
             is one split, "train". None: the only split there is, or "train".
         name: the configuration of the hub dataset or folder, where it has several.
         data_files: read only these files of the hub dataset or folder.
+        columns: by the name that a prompt format knows, what the dataset calls a column:
+            {"messages": "conversations"}. One that has the format's name already gives way.
         revision: the hub dataset's branch, tag or commit.
         cache_dir: where `datasets` keeps its Arrow files; None: its own default (HF_HOME).
 
     Raises:
         FileNotFoundError: a path that does not exist, a hub dataset that does not exist.
         ConnectionError: the hub cannot be reached and the dataset is not in the cache.
-        ValueError: a file that cannot be read, an unknown split, no rows.
+        ValueError: a file that cannot be read, an unknown split, no rows, no such column.
     """
     text = os.fspath(source)
     hub_name = _hub_name(text)
@@ -82,7 +85,22 @@ def load_rows(
         rows = _load_local(path, split, name=name, data_files=data_files, cache_dir=cache)
     if len(rows) == 0:
         raise ValueError(_empty(text, split))
-    return rows
+    return _renamed(rows, columns, text) if columns else rows
+
+
+def _renamed(
+    rows: "datasets.Dataset", columns: Mapping[str, str], source: str
+) -> "datasets.Dataset":
+    """The rows with columns under other names: new name -> the dataset's."""
+    has, wanted = rows.column_names, list(columns.values())
+    for column in wanted:
+        if column not in has:
+            raise ValueError(f"{source} has no column {column!r}, but {', '.join(has)}.")
+        if wanted.count(column) > 1:
+            raise ValueError(f"the column {column!r} of {source} cannot have two names.")
+    in_the_way = [name for name in columns if name in has and name not in wanted]
+    names = {theirs: name for name, theirs in columns.items()}
+    return rows.remove_columns(in_the_way).rename_columns(names)
 
 
 def _empty(source: str, split: str | None) -> str:

@@ -254,6 +254,8 @@ ALPACA = InstructionFormat(
     ),
 )
 
+_RENAME = "Say what is which: columns= of load_rows (data.columns of a run)."
+
 FORMATS: dict[str, Format] = {
     "alpaca": ALPACA,
     "input-output": PairFormat("input-output", "input", "output"),
@@ -295,7 +297,7 @@ def detect_format(columns: Iterable[str], *, source: str = "the dataset") -> For
             f"{source} has the columns {', '.join(found) or '(none)'}, which no prompt format "
             "takes; the formats need "
             + "; ".join(f"{name}: {', '.join(form.columns)}" for name, form in FORMATS.items())
-            + "."
+            + f". {_RENAME}"
         )
     # Alpaca's rows have an `input` and an `output` too, and an instruction besides.
     if "alpaca" in fitting:
@@ -316,11 +318,11 @@ def check_columns(columns: Iterable[str], form: Format, *, source: str = "the da
         return
     others = formats_for(found)
     remedy = (
-        f"the format{'s' if len(others) > 1 else ''} {', '.join(map(repr, others))} would take it"
+        f"the format{'s' if len(others) > 1 else ''} {', '.join(map(repr, others))} would take it."
         if others
-        else "no format takes these columns: rename them"
+        else f"no format takes these columns. {_RENAME}"
     )
     raise ValueError(
         f"{source} has the columns {', '.join(found) or '(none)'}, but the format {form.name!r} "
-        f"needs {', '.join(form.columns)} ({', '.join(missing)} missing); {remedy}."
+        f"needs {', '.join(form.columns)} ({', '.join(missing)} missing); {remedy}"
     )

@@ -282,6 +282,25 @@ def test_a_folder_of_several_configurations_is_read_by_name(tmp_path, cache):
         load_rows(tmp_path, cache_dir=cache)
 
 
+def test_columns_go_by_the_names_that_formats_know(tmp_path, cache):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": "1 + 2", "input": "?", "output": "3"}))
+    for columns, expected in (
+        ({"input": "question"}, {"input": "1 + 2", "output": "3"}),
+        (
+            {"input": "output", "output": "input"},
+            {"question": "1 + 2", "input": "3", "output": "?"},
+        ),
+        ({"input": "input"}, {"question": "1 + 2", "input": "?", "output": "3"}),
+        ({}, {"question": "1 + 2", "input": "?", "output": "3"}),
+    ):
+        assert load_rows(file, columns=columns, cache_dir=cache)[0] == expected
+    with pytest.raises(ValueError, match="no column 'answer', but question, input, output"):
+        load_rows(file, columns={"output": "answer"}, cache_dir=cache)
+    with pytest.raises(ValueError, match=r"column 'question' of .* cannot have two names"):
+        load_rows(file, columns={"input": "question", "text": "question"}, cache_dir=cache)
+
+
 def test_an_empty_folder_is_refused(tmp_path, cache):
     with pytest.raises(ValueError, match="cannot be read as a dataset"):
         load_rows(tmp_path, cache_dir=cache)

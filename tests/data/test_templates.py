@@ -224,7 +224,7 @@ def test_wrong_columns_are_refused_with_what_would_take_them():
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         check_columns(["prompt", "completion"], FORMATS["alpaca"], source="rows.json")
-    with pytest.raises(ValueError, match="no format takes these columns: rename them"):
+    with pytest.raises(ValueError, match=r"no format takes these columns\. Say what is which"):
         check_columns(["question"], FORMATS["text"])
     with pytest.raises(ValueError, match=r"\(none\)"):
         check_columns([], FORMATS["text"])

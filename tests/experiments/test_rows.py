@@ -8,6 +8,7 @@ from rich.console import Console
 from experiments import run as runs
 from experiments.config import build_run
 from experiments.rows import examples_of, told_of_cuts
+from experiments.tree import to_tree
 from qlora_jax.data import Examples, Pairs
 
 
@@ -47,3 +48,25 @@ def test_rows_that_are_cut_are_told(tiny_model, tmp_path, monkeypatch):
         assert out.getvalue().strip() == told
     else:
         raise AssertionError
+
+
+def test_columns_of_a_dataset_are_named_for_the_format(tiny_model, tmp_path):
+    """ShareGPT's names, for the rows and for those that are held out."""
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b c"}]
+    file = tmp_path / "talk.jsonl"
+    file.write_text((json.dumps({"conversations": turns}) + "\n") * 3)
+    data = {
+        "source": str(file),
+        "validation_source": str(file),
+        "columns": {"messages": "conversations"},
+        "format": "messages",
+    }
+    run = build_run({"data": data, "model": str(tiny_model)}, "here")
+    assert build_run(to_tree(run), "again") == run
+    train, held_out, _ = examples_of(run.data, tiny_model, None)
+    plain = tmp_path / "messages.jsonl"
+    plain.write_text((json.dumps({"messages": turns}) + "\n") * 3)
+    data = {**data, "source": str(plain), "validation_source": str(plain), "columns": {}}
+    expected, _, _ = examples_of(build_run({"data": data}, "here").data, tiny_model, None)
+    for examples in (train, held_out):
+        assert [list(e.labels) for e in examples] == [list(e.labels) for e in expected]
