@@ -58,7 +58,7 @@ from experiments.run import (
     with_own_adapters,
 )
 from experiments.tree import merged, read_yaml, to_yaml, with_setting
-from qlora_jax.cli.arguments import seed
+from qlora_jax.cli.arguments import readable, seed
 from qlora_jax.models import STREAMABLE
 from qlora_jax.train import Callback
 from qlora_jax.train.run_folder import locked_run_folder
@@ -174,14 +174,11 @@ def _train(run: RunConfig, folder: Path, callbacks: list[Callback], console: Con
         return status
     except KeyboardInterrupt:
         return interrupted(folder)
-    before, after = result["before"], result["after"]
+    before, after = result["before"]["perplexity"], result["after"]["perplexity"]
     console.print(
-        f"held-out loss {before['loss']:.4f} → {after['loss']:.4f}, "
-        f"perplexity {before['perplexity']:.2f} → {after['perplexity']:.2f}\n"
-        f"{result['tokens_per_second']:,.0f} tokens/s in training, {duration(result['seconds'])}, "
-        f"peak host memory {result['peak_host_memory_bytes'] / 1e9:.2f} GB\n"
-        f"base {result['base_bytes'] / 1e6:.1f} MB, adapter of "
-        f"{result['adapter_parameters']:,} parameters in {folder / 'adapter'}",
+        f"perplexity {before:.2f} → {after:.2f} in {duration(result['seconds'])}, base "
+        f"{readable(result['base_bytes'])}, adapter of {result['adapter_parameters']:,} parameters "
+        f"in {folder / 'adapter'}",
         highlight=False,
         soft_wrap=True,
     )

@@ -11,6 +11,7 @@ from html import escape
 
 from experiments.charts import Change, Line, change_chart, loss_panel, y_range
 from experiments.report import CellReport, duration, percent
+from qlora_jax.cli.arguments import readable
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1a; --soft: #6b6a66; --line: #e4e2dc; --card: #fff;
@@ -223,7 +224,7 @@ def _list(reports: Sequence[CellReport]) -> str:
             f"{result['before']['perplexity']:.2f} → {result['after']['perplexity']:.2f}",
             f"{result['tokens_per_second']:,.0f}",
             f"{result['adapter_parameters']:,}",
-            f"{result['base_bytes'] / 1e6:.1f} MB",
+            readable(result["base_bytes"]),
             duration(result["seconds"]),
         ]
         cells += "".join(f'<td class="number">{figure}</td>' for figure in figures)
