@@ -70,7 +70,7 @@ def run_command(
     options = parser.parse_args(arguments)
     try:
         return run(options, make_console())
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
         return refuse(error)
     except KeyboardInterrupt:
         return interrupted()

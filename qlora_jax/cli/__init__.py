@@ -31,6 +31,8 @@ def in_one_sentence(error: Exception) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     if isinstance(error, OSError) and error.filename and str(error.filename) not in text:
         text = f"{error.filename}: {text}"
+    if isinstance(error, MemoryError):
+        text = f"this machine has too little memory for that. {text}"
     return " ".join(text.split())
 
 
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     try:
         return args.run(args)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
         print(f"qlora-jax {args.command}: {in_one_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -239,6 +239,16 @@ def test_other_bad_input_is_one_sentence(arguments, message, models, capsys, mon
     assert captured.err.count("\n") == 1
 
 
+def test_too_little_memory_is_one_sentence(models, capsys, monkeypatch):
+    def exhausted(_):
+        raise MemoryError("Unable to allocate 13.9 TiB")
+
+    monkeypatch.setattr("qlora_jax.cli.inspect.run", exhausted)
+    assert main(["inspect", str(models / "base")]) == 2
+    told = "qlora-jax inspect: this machine has too little memory for that. Unable to allocate 13.9"
+    assert capsys.readouterr().err.startswith(told)
+
+
 def test_an_adapter_that_does_not_fit_is_seen_before_anything_is_written(models, tmp_path, capsys):
     """The drift report's first half, the model as it was trained, comes before the merged one."""
     tokenizer = shared_path("data/models/stories260K/tokenizer.model")
