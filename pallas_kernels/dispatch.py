@@ -47,6 +47,13 @@ AVAILABLE = {
 }
 """op -> the implementations it has."""
 
+# `wgmma` is Hopper's alone; the gemv uses no instruction that a B200 lacks.
+_MOSAIC_CAPABILITIES = {
+    "nf4_matmul": ((9, 0),),
+    "nf4_matmul_transposed": ((9, 0),),
+    "nf4_gemv": ((9, 0), (10, 0)),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -215,8 +222,9 @@ def why_not(
     if implementation == "mosaic_gpu":
         if interpret:
             return "Pallas' interpreter cannot run it (its own emulation is in the tests)"
-        if found != (9, 0):
-            return f"it needs compute capability 9.0 and {kind!r} has another"
+        if found not in _MOSAIC_CAPABILITIES[op]:
+            needed = " or ".join(f"{major}.{minor}" for major, minor in _MOSAIC_CAPABILITIES[op])
+            return f"it needs compute capability {needed} and {kind!r} has another"
         return why_not_mosaic(op, rows, layout, dtype)
     if implementation == "jax_triton":
         if interpret:

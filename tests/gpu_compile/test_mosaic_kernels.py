@@ -97,6 +97,27 @@ def test_hopper_kernel_with_an_adapter(shape_name, op, rows, rank):
     assert compiled.memory_analysis().temp_size_in_bytes < padding + 2**20
 
 
+@pytest.mark.parametrize(
+    ("shape_name", "rows"),
+    [
+        ("7b-qkvo", 1),
+        pytest.param("7b-qkvo", 8, marks=pytest.mark.slow),
+        pytest.param("70b-down", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_the_gemv_on_a_b200(shape_name, rows):
+    """Through the op, by name: Blackwell has what the Hopper gemv needs, and as many registers."""
+    n, k = SHAPES[shape_name]
+    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+
+    def run(x, *weight):
+        return nf4_matmul(x, *weight, implementation="mosaic_gpu")
+
+    compiled, kernels = harness.inspect_kernels(CARDS["b200"], run, x, *packed(n, k))
+    check_kernels(kernels, "gemv")
+    assert compiled.memory_analysis().temp_size_in_bytes < n * k
+
+
 def test_the_hopper_gemv_with_few_look_ups_and_long_loads():
     """The candidates that are furthest from the default still leave registers."""
     (n, k), config = SHAPES["7b-qkvo"], GemvConfig(8, 4, 1, 0, 2, skip_zeros=True, segments=4)

@@ -62,8 +62,24 @@ def test_a_card_that_the_table_does_not_know_is_asked_itself(monkeypatch):
     assert chosen_on("NVIDIA A10G", "8.6").implementation == "triton"
     ask = {"implementation": "mosaic_gpu"}
     assert chosen_on("NVIDIA H100 PCIe", "9.0", **ask).implementation == "mosaic_gpu"
-    with pytest.raises(ValueError, match=r"compute capability 9\.0"):
+    with pytest.raises(ValueError, match=r"compute capability 9\.0 or 10\.0 and"):
         chosen_on("NVIDIA A10G", "8.6", **ask)
+
+
+def test_a_b200_has_the_hopper_gemv_if_asked_for_and_no_wgmma():
+    def ask(op, rows):
+        implementation = "mosaic_gpu"
+        return which_implementation(
+            op, rows, WEIGHT, implementation=implementation, kind="NVIDIA B200"
+        )
+
+    assert ask("nf4_gemv", 1).implementation == "mosaic_gpu"
+    assert (
+        which_implementation("nf4_gemv", 1, WEIGHT, kind="NVIDIA B200").implementation == "triton"
+    )
+    for op in ("nf4_matmul", "nf4_matmul_transposed"):
+        with pytest.raises(ValueError, match=r"compute capability 9\.0 and 'NVIDIA B200' has"):
+            ask(op, 64)
 
 
 def test_the_default_device_is_the_one_that_jax_is_told(monkeypatch):
