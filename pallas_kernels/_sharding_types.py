@@ -4,10 +4,12 @@ An axis of a mesh is of one of three kinds. Along an `Auto` axis XLA decides how
 (`_mesh`). Along an `Explicit` axis (`jax.make_mesh` makes these) an array's type says it, and every
 operation has to know how its result is cut before anything runs: for a product of two matrices that
 are cut, or a look-up in a table, JAX cannot, and asks. `in_auto_axes` answers once for a whole
-function: its result is cut by `result`, and all within is XLA's.
+function: its result is cut by `result`, and all within is XLA's. Along a `Manual` axis, inside
+`jax.shard_map`, an array is a device's own, and its type says whether other devices have another
+(`varying_as`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -70,3 +72,22 @@ def spec_entries(array: Any) -> tuple:
 def axes_of(entry: Any) -> tuple[str, ...]:
     """The axes of the mesh in an entry of a PartitionSpec."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def varying_as(operands: Iterable[Array]) -> jax.sharding.ManualAxisType:
+    """Along which axes of a `jax.shard_map` a kernel's result differs, which Pallas does not find
+    out: all that one of its operands differs along.
+
+    Raises:
+        ValueError: an operand is but a part of a sum over devices.
+    """
+    kinds = [jax.typeof(operand).manual_axis_type for operand in operands]
+    if any(kind.unreduced for kind in kinds):
+        raise ValueError("an operand is a part of a sum over devices: jax.lax.psum it first.")
+    return jax.sharding.ManualAxisType(varying=frozenset().union(*(k.varying for k in kinds)))
+
+
+def as_varying(result: Array, operands: Iterable[Array]) -> Array:
+    """The result of a kernel that cannot be told beforehand what `varying_as` says of it."""
+    missing = varying_as(operands).varying - jax.typeof(result).manual_axis_type.varying
+    return jax.lax.pcast(result, tuple(sorted(missing)), to="varying") if missing else result

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout, LowRank, check_fields
 from pallas_kernels._decode import add_unfused
+from pallas_kernels._sharding_types import varying_as
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
 
 DECODERS = ("pairs", "table")
@@ -98,7 +99,7 @@ def launch(
     """Run `kernel` over `grid` through Pallas' Triton lowering; every ref is a whole array."""
     return pl.pallas_call(
         kernel,
-        out_shape=out,
+        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype, manual_axis_type=varying_as(operands)),
         grid=grid,
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(

@@ -166,3 +166,27 @@ print("left" if "CustomSPMDPartitioning" in step("l40", "data").as_text() else "
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "cut"
+
+
+@pytest.mark.parametrize("card", ["h200", "l40"])
+def test_gradients_inside_shard_map(card):
+    """JAX adds up what differs between devices, and so has to know that a kernel's result does."""
+    dense = jax.ShapeDtypeStruct((OUT, IN), jnp.bfloat16)
+    w = jax.eval_shape(lambda w: quantize(w, QuantConfig()), dense)
+
+    def loss(scale, x, w):
+        y = quantized_matmul(x * scale, w)
+        assert jax.typeof(y).manual_axis_type.varying == {"data"}
+        return jax.lax.pmean(jnp.mean(y.astype(jnp.float32) ** 2), "data")
+
+    def step(scale, x, w):
+        one_card = harness.card_mesh(CARDS[card], CARDS_USED).abstract_mesh
+        specs = (jax.P(), jax.P("data"), jax.P())
+        run = jax.shard_map(jax.grad(loss), mesh=one_card, in_specs=specs, out_specs=jax.P())
+        return run(scale, x, w)
+
+    scale = jax.ShapeDtypeStruct((IN,), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((CARDS_USED * TOKENS, IN), jnp.bfloat16)
+    compiled = harness.compile_for(CARDS[card], step, scale, x, w, count=CARDS_USED)
+    summed = [shapes for op, shapes in exchanges(compiled.as_text()) if op == "all-reduce"]
+    assert summed == [[f"bf16[1,{IN}]"]]

@@ -151,6 +151,35 @@ def test_sums_over_the_rows_of_a_cut_weight_are_added():
         assert exchanges == {("all-reduce", "f32", (rows, 8, K))}
 
 
+@pytest.mark.parametrize("op", [forward, unfused, transposed])
+def test_inside_shard_map(op):
+    args, cut, whole = arguments(64), jax.P("data"), jax.P()
+    given = (cut, cut, whole, whole, (cut, whole))
+
+    def rows_of_one(*args):
+        result = op(*args)
+        assert jax.typeof(result).manual_axis_type.varying == {"data"}
+        return result
+
+    # What differs nowhere says so as well, or its sum over devices would count it four times.
+    jax.eval_shape(jax.shard_map(rows_of_one, mesh=LINE, in_specs=given, out_specs=cut), *args)
+    jax.eval_shape(jax.shard_map(op, mesh=LINE, in_specs=whole, out_specs=whole), *args)
+    # Pallas' interpreter itself does not keep to these types.
+    run = jax.shard_map(op, mesh=LINE, in_specs=given, out_specs=cut, check_vma=False)
+    want, size = exact(op, args)
+    assert np.all(np.abs(np.asarray(jax.jit(run)(*args)) - want) <= 8 * ROUNDOFF["float32"] * size)
+
+
+def test_a_part_of_a_sum_over_devices_is_no_operand():
+    def partial(x, w):
+        part = jax.lax.pcast(jax.lax.pcast(x, "data", to="varying"), "data", to="unreduced")
+        return nf4_matmul(part, *w, **INTERPRETED)
+
+    run = jax.shard_map(partial, mesh=LINE, in_specs=jax.P(), out_specs=jax.P())
+    with pytest.raises(ValueError, match=r"part of a sum over devices: jax\.lax\.psum it"):
+        jax.eval_shape(run, np.zeros((8, K), np.float32), CASE.arrays)
+
+
 def test_a_single_row_does_not_gather_the_weight():
     x, dy, w, bias, lora = arguments(8)
     args = (x[:1], dy[:1], w, bias, (lora[0][:1], lora[1]))
