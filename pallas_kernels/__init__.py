@@ -11,6 +11,7 @@ from pallas_kernels._sharding_types import (
     product_spec,
     rows_as_cut,
     spec_entries,
+    vary_alike,
 )
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card, find_card
@@ -54,5 +55,6 @@ __all__ = [
     "product_spec",
     "rows_as_cut",
     "spec_entries",
+    "vary_alike",
     "which_implementation",
 ]

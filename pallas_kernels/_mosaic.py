@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout
 from pallas_kernels._batching import in_turn
-from pallas_kernels._sharding_types import as_varying
+from pallas_kernels._sharding_types import vary_alike
 from pallas_kernels.cards import CARDS
 
 BLOCK = 64
@@ -75,4 +75,4 @@ def call(kernel: Callable[..., Array], *operands: Array) -> Array:
     references. Its loops count in 32 bits, in a program in 64-bit mode as well.
     """
     with jax.enable_x64(False):
-        return as_varying(in_turn(kernel)(*operands), operands)
+        return vary_alike(in_turn(kernel)(*operands), *operands)[0]

@@ -6,10 +6,10 @@ operation has to know how its result is cut before anything runs: for a product 
 are cut, or a look-up in a table, JAX cannot, and asks. `in_auto_axes` answers once for a whole
 function: its result is cut by `result`, and all within is XLA's. Along a `Manual` axis, inside
 `jax.shard_map`, an array is a device's own, and its type says whether other devices have another
-(`varying_as`).
+(`vary_alike`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,20 +74,29 @@ def axes_of(entry: Any) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def varying_as(operands: Iterable[Array]) -> jax.sharding.ManualAxisType:
-    """Along which axes of a `jax.shard_map` a kernel's result differs, which Pallas does not find
-    out: all that one of its operands differs along.
+def varying_as(arrays: Any) -> jax.sharding.ManualAxisType:
+    """The type, inside `jax.shard_map`, of a result that differs along every axis that one of the
+    arrays (a pytree) differs along. Pallas does not find it out by itself.
 
     Raises:
-        ValueError: an operand is but a part of a sum over devices.
+        ValueError: one of them is but a part of a sum over devices.
     """
-    kinds = [jax.typeof(operand).manual_axis_type for operand in operands]
+    kinds = [jax.typeof(array).manual_axis_type for array in jax.tree.leaves(arrays)]
     if any(kind.unreduced for kind in kinds):
         raise ValueError("an operand is a part of a sum over devices: jax.lax.psum it first.")
     return jax.sharding.ManualAxisType(varying=frozenset().union(*(k.varying for k in kinds)))
 
 
-def as_varying(result: Array, operands: Iterable[Array]) -> Array:
-    """The result of a kernel that cannot be told beforehand what `varying_as` says of it."""
-    missing = varying_as(operands).varying - jax.typeof(result).manual_axis_type.varying
-    return jax.lax.pcast(result, tuple(sorted(missing)), to="varying") if missing else result
+def vary_alike(*arrays: Any) -> Any:
+    """The pytrees of arrays, inside `jax.shard_map` all of the type that `varying_as` gives them.
+
+    What a written-out gradient (`jax.custom_vjp`) needs: one of what is the same on all devices
+    would have to be added up over them, and is, where it passes back through here.
+    """
+    axes = varying_as(arrays).varying
+
+    def vary(array: Array) -> Array:
+        missing = axes - jax.typeof(array).manual_axis_type.varying
+        return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
+
+    return jax.tree.map(vary, arrays)

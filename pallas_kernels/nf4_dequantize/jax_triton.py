@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels._arguments import Layout
 from pallas_kernels._batching import in_turn
-from pallas_kernels._sharding_types import as_varying
+from pallas_kernels._sharding_types import vary_alike
 from pallas_kernels._triton import RUN, TritonConfig
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
 
@@ -103,7 +103,7 @@ def nf4_dequantize_jax_triton(
         ).reshape(layout.shape)
 
     parts = [w for w in (codes, absmax, nested_absmax, offset) if w is not None]
-    return as_varying(in_turn(run)(*parts), parts)
+    return vary_alike(in_turn(run)(*parts), *parts)[0]
 
 
 def kernel_constants(layout: Layout, width: int) -> dict[str, int | bool]:

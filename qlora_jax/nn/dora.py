@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import vary_alike
 from qlora_jax.quant import QuantizedTensor
 
 
@@ -69,7 +70,8 @@ def magnify(
     """
     norm = jnp.sqrt(jax.lax.stop_gradient(squares))
     on = (norm > 0) & (jnp.asarray(scaling) != 0)
-    return _scaled(y, jnp.where(on, magnitude.astype(jnp.float32) / jnp.where(on, norm, 1), 1))
+    factor = jnp.where(on, magnitude.astype(jnp.float32) / jnp.where(on, norm, 1), 1)
+    return _scaled(*vary_alike(y, factor))
 
 
 @jax.custom_vjp

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Key
 
+from pallas_kernels import vary_alike
 from qlora_jax.nn import targets
 
 ALL_LINEAR = targets.ALL_LINEAR
@@ -184,7 +185,7 @@ def dropout(
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return _only(x / (1 - rate), kept).astype(x.dtype)
+    return _only(*vary_alike(x / (1 - rate), kept)).astype(x.dtype)
 
 
 @jax.custom_vjp

@@ -8,12 +8,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import vary_alike
 
-@jax.custom_vjp
+
 def low_rank_product(
     hidden: Float[Array, "*batch r"], b: Float[Array, "out r"]
 ) -> Float[Array, "*batch out"]:
     """h · Bᵀ, with `hidden` = s · x · Aᵀ; both of one dtype, which is the result's."""
+    return _product(*vary_alike(hidden, b))
+
+
+@jax.custom_vjp
+def _product(hidden: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum("...r,or->...o", hidden, b)
 
 
@@ -27,7 +33,7 @@ def low_rank_gradients(
     return jnp.einsum("...o,or->...r", dy, b), jnp.einsum("tr,to->ro", tokens, outputs).T
 
 
-low_rank_product.defvjp(
-    lambda hidden, b: (low_rank_product(hidden, b), (hidden, b)),
+_product.defvjp(
+    lambda hidden, b: (_product(hidden, b), (hidden, b)),
     low_rank_gradients,
 )

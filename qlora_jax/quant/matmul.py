@@ -24,6 +24,7 @@ from pallas_kernels import (
     nf4_matmul_transposed,
     product_spec,
     rows_as_cut,
+    vary_alike,
 )
 from qlora_jax.quant.low_rank import low_rank_gradients
 from qlora_jax.quant.tensor import QuantizedTensor
@@ -64,7 +65,7 @@ def quantized_matmul(
     kernel = _Kernel(implementation, fuse_lora)
     return in_auto_axes(
         partial(_matmul, kernel),
-        *(x, w, bias, lora),
+        *vary_alike(x, w, bias, lora),
         result=lambda x, w, *_: product_spec(x, rows_as_cut(w.codes, w.shape)),
     )
 
