@@ -8,6 +8,7 @@ A module's name is its dotted path in the tree, or, where the caller has other o
 one for each layer of a stack), those.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -109,9 +110,7 @@ def _refuse_adapted(module: nnx.Module, lora: LoraConfig, called: Names) -> None
 
 
 def _names_of(path: str, layer: QuantDense, called: Names) -> Sequence[str]:
-    count = 1
-    for axis in layer.stack_shape:
-        count *= axis
+    count = math.prod(layer.stack_shape)
     own = called.get(path, [path] * count)
     if len(own) != count:
         raise ValueError(f"{path} is a stack of {count} layers, but has {len(own)} names")

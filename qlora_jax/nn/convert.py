@@ -4,7 +4,7 @@
     add_lora(model, LoraConfig(target_modules=("q", "v")), rngs=nnx.Rngs(0))         # adapt.py
     graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)     # the adapters | all the rest
 
-A module is found by walking attributes, lists and dicts; what is not linear is left alone.
+A module is found by walking attributes, lists, tuples and dicts; what is not linear is left alone.
 """
 
 import math
@@ -134,24 +134,36 @@ def replace_layers(
     module: Any, kind: type | tuple[type, ...], convert: Callable[[str, Any], nnx.Module]
 ) -> int:
     """Puts `convert(path, layer)` in the place of each layer of a type; a layer that is used in
-    two places stays one layer. Returns how many there were."""
+    two places stays one layer, and a kernel that two layers share stays one kernel. Returns how
+    many layers there were."""
     converted: dict[int, nnx.Module] = {}
+    kernels: dict[tuple[int, int], nnx.Variable] = {}
     visited: set[int] = set()
 
+    def replacement(path: str, layer: Any) -> nnx.Module:
+        if id(layer) not in converted:
+            new: Any = convert(path, layer)
+            if new is not layer:
+                shared = id(layer.kernel), new.in_features
+                new.kernel = kernels.setdefault(shared, new.kernel)
+            converted[id(layer)] = new
+        return converted[id(layer)]
+
     def visit(node: Any, path: str) -> None:
-        if id(node) in visited:
-            return
-        visited.add(id(node))
+        if id(node) not in visited:
+            visited.add(id(node))
+            replace_children(node, path)
+
+    def replace_children(node: Any, path: str) -> None:
         for name, child in list(children(node)):
             child_path = f"{path}.{name}" if path else str(name)
             if isinstance(child, kind):
-                if id(child) not in converted:
-                    converted[id(child)] = convert(child_path, child)
-                _assign(node, name, converted[id(child)])
+                _assign(node, name, replacement(child_path, child))
             elif isinstance(child, tuple):
-                # Nothing can be put into a tuple: another one takes its place.
+                # Nothing can be put into a tuple: another one takes its place. The list of its
+                # members is gone by the next tuple, which may be given the same id.
                 members = list(child)
-                visit(members, child_path)
+                replace_children(members, child_path)
                 if any(new is not old for new, old in zip(members, child, strict=True)):
                     named = hasattr(child, "_fields")
                     _assign(node, name, type(child)(*members) if named else tuple(members))

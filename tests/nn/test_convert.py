@@ -151,6 +151,45 @@ def test_layers_in_tuples_are_replaced_and_stay_shared() -> None:
     assert len(jax.tree.leaves(lora)) == 4
 
 
+def test_layers_in_many_tuples_are_all_replaced() -> None:
+    """Also if the list that stands for a tuple is given the id of an earlier one."""
+
+    class InTuples(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            for number in range(6):
+                pair = nnx.Linear(64, 64, rngs=rngs), nnx.Linear(64, 64, rngs=rngs)
+                setattr(self, f"pair{number}", nnx.data(pair))
+
+    model = ql.quantize_module(InTuples(nnx.Rngs(0)))
+    for number in range(6):
+        assert {type(layer) for layer in getattr(model, f"pair{number}")} == {ql.QuantDense}
+
+
+@pytest.mark.parametrize("quant", [ql.QuantConfig(), None])
+def test_layers_that_share_a_kernel_share_it_frozen(quant: ql.QuantConfig | None) -> None:
+    class Tied(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.first = nnx.Linear(64, 64, rngs=rngs)
+            self.second = nnx.Linear(64, 64, rngs=rngs)
+            self.second.kernel = self.first.kernel
+            self.apart = nnx.Linear(64, 64, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.second(nnx.relu(self.first(x))) + self.apart(x)
+
+    model, x = Tied(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (3, 64))
+    ql.quantize_module(model, quant)
+    assert model.second.kernel is model.first.kernel
+    assert model.second.bias is not model.first.bias
+    assert model.apart.kernel is not model.first.kernel
+    ql.add_lora(model, ql.LoraConfig(r=4), rngs=nnx.Rngs(2))
+    expected = model(x)
+    # Split and merged, there is one kernel still.
+    merged = nnx.merge(*nnx.split(model))
+    assert merged.second.kernel is merged.first.kernel
+    np.testing.assert_array_equal(merged(x), expected)
+
+
 def test_a_linear_that_computes_something_else_is_refused_by_name() -> None:
     model = nnx.Dict(
         plain=nnx.Linear(64, 64, rngs=nnx.Rngs(0)),
