@@ -14,28 +14,16 @@ import jax.numpy as jnp
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from qlora_jax.checkpoints import checkpoint_tokenizer, load_model, open_checkpoint
+from qlora_jax.checkpoints.folder import INDEX
 from qlora_jax.checkpoints.hub import plain_words
+from qlora_jax.checkpoints.open import COMPANIONS
 from qlora_jax.data import Tokenizer
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 
 # `model*` and not every safetensors file: some repositories carry the same weights a second time
 # under another name and in another layout.
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+_FILES = ("config.json", "model*.safetensors", INDEX, *COMPANIONS)
 
 
 def load_pretrained(

@@ -18,6 +18,12 @@ from qlora_jax.data.json_file import read_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+NO_PICKLE = (
+    "a pickle, which can run code and is never read here: convert it once where torch is "
+    "installed, with `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder, "
+    "safe_serialization=True)`."
+)
+"""What a message says of one."""
 
 
 def check_safetensors(path: Path) -> None:
@@ -89,11 +95,7 @@ class WeightFolder:
             return {name: self._inside(shard) for name, shard in weight_map.items()}
         pickles = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
         if pickles:
-            raise ValueError(
-                f"{self.folder} holds {pickles[0]}, a pickle, which can run code and is never read "
-                "here: convert it once where torch is installed, with `AutoModelForCausalLM"
-                ".from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)`."
-            )
+            raise ValueError(f"{self.folder} holds {pickles[0]}, {NO_PICKLE}")
         raise FileNotFoundError(
             f"{self.folder} holds neither {single} nor {INDEX}: give a folder with safetensors "
             "weights (pickles, such as pytorch_model.bin, are neither read nor fetched)."

@@ -14,7 +14,7 @@ from qlora_jax.checkpoints.bitsandbytes import (
     read_state,
 )
 from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, dtype_name
-from qlora_jax.checkpoints.folder import INDEX, PICKLES, SINGLE, WeightFolder
+from qlora_jax.checkpoints.folder import INDEX, NO_PICKLE, PICKLES, SINGLE, WeightFolder
 from qlora_jax.checkpoints.gguf import open_gguf
 from qlora_jax.data.json_file import read_json
 from qlora_jax.models import FAMILIES
@@ -49,11 +49,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path).expanduser()
     if path.is_file() and any(path.match(pattern) for pattern in PICKLES):
-        raise ValueError(
-            f"{path} is a pickle, which can run code and is never read here: convert it once where "
-            "torch is installed, with `AutoModelForCausalLM.from_pretrained(folder)"
-            ".save_pretrained(new_folder, safe_serialization=True)`."
-        )
+        raise ValueError(f"{path} is {NO_PICKLE}")
     if path.is_file():
         return open_gguf(path)
     has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()

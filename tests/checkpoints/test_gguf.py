@@ -342,7 +342,7 @@ def test_a_truncated_file_is_one_clear_sentence(whole, tmp_path_factory, share):
 
 def test_no_gguf_at_all(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGML" + bytes(400))
-    with pytest.raises(ValueError, match="truncated or no GGUF"):
+    with pytest.raises(ValueError, match="is no GGUF file"):
         open_gguf(tmp_path / "model.gguf")
 
 

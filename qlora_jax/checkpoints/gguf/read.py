@@ -16,6 +16,7 @@ from qlora_jax.checkpoints.gguf.names import gguf_names, heads_of, is_offset, li
 from qlora_jax.checkpoints.gguf.vocabulary import from_metadata, tokenizer_files
 from qlora_jax.models import family_of
 
+_MAGIC = b"GGUF"
 # Dequantized at once; the library's temporaries are several times as large.
 _CHUNK = 2**22
 
@@ -45,6 +46,13 @@ class GGUFFile:
             ValueError: no GGUF file, or one that is cut off.
             ModuleNotFoundError: the gguf package is missing.
         """
+        # What is cut off within the magic number is refused as truncated, below.
+        with path.open("rb") as file:
+            if not _MAGIC.startswith(file.read(len(_MAGIC))):
+                raise ValueError(
+                    f"{path} is no GGUF file: give one, or, of a checkpoint in safetensors, the "
+                    "folder that holds it."
+                )
         gguf = library()
         self.path = path
         try:
@@ -62,7 +70,7 @@ class GGUFFile:
         # The library reads past the end of what is not there, and fails as chance will have it.
         except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(
-                f"{path} is truncated or no GGUF file ({error}): fetch it again."
+                f"{path} is truncated or damaged ({error}): fetch it again."
             ) from error
         end = max((t.offset + t.nbytes for t in self.tensors.values()), default=0)
         if end > path.stat().st_size:
