@@ -153,17 +153,15 @@ def check_packed(
     return layout
 
 
-def check_matmul(
-    name: str, x: Array, contracted: int, bias: Array | None, layout: Layout
-) -> tuple[int, int]:
-    """Check the activations of a matmul and return the weight's (n, k).
+def check_matmul(name: str, x: Array, contracted: int, bias: Array | None, layout: Layout) -> None:
+    """Check that the activations and the bias of a matmul belong to a weight [n, k].
 
     `contracted` is the weight's axis that `x`'s last axis is summed over: 1 for x·Wᵀ, 0 for dy·W.
     """
     if len(layout.shape) != 2:
         raise ValueError(f"shape is {layout.shape}; expected a matrix (n, k)")
     check_float(f"{name}'s dtype", x.dtype)
-    n, k = layout.shape
+    n = layout.shape[0]
     if x.ndim < 1 or x.shape[-1] != layout.shape[contracted]:
         raise ValueError(
             f"{name} has shape {x.shape}; expected [..., {layout.shape[contracted]}] "
@@ -171,7 +169,6 @@ def check_matmul(
         )
     if bias is not None and (bias.shape != (n,) or not jnp.issubdtype(bias.dtype, jnp.floating)):
         raise ValueError(f"bias is {bias.dtype} {bias.shape}; expected a float array ({n},)")
-    return n, k
 
 
 def check_lora(lora: LowRank, x: Array, layout: Layout) -> None:

@@ -86,8 +86,8 @@ def _narrowed(config: Config | None, dtype: DTypeLike) -> Config | None:
 
 
 def config_for(op: str, choice: Choice, config: Config | None) -> Any:
-    """The caller's config where there is one, else the choice's; what XLA runs has none."""
-    if config is None or choice.implementation == "xla":
+    """The caller's config for a kernel where there is one, else the choice's."""
+    if config is None:
         return choice.config
     wanted = config_type(op, choice.implementation)
     if not isinstance(config, wanted):

@@ -1,15 +1,27 @@
 """`nf4_dequantize`: packed codes and block scales in, a 16- or 32-bit weight out."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels import dispatch
 from pallas_kernels._arguments import check_float, check_packed
-from pallas_kernels._mesh import Call, Parts, over_devices
+from pallas_kernels._mesh import Parts
+from pallas_kernels._run import Asked, run
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_dequantize.reference import nf4_dequantize_xla
 from pallas_kernels.nf4_dequantize.triton import nf4_dequantize_triton
+
+
+def _jax_triton(*arrays: Any, **options: Any) -> Array:
+    # Imported where it runs: it needs the extra [triton].
+    from pallas_kernels.nf4_dequantize.jax_triton import nf4_dequantize_jax_triton
+
+    return nf4_dequantize_jax_triton(*arrays, **options)
+
+
+_KERNELS = {"xla": nf4_dequantize_xla, "triton": nf4_dequantize_triton, "jax_triton": _jax_triton}
 
 
 def nf4_dequantize(
@@ -63,40 +75,12 @@ def nf4_dequantize(
         blocksize=blocksize,
     )
     check_float("dtype", dtype)
-    choice = dispatch.which_implementation(
-        "nf4_dequantize",
-        1,
-        layout,
-        implementation=implementation,
-        interpret=interpret,
-        dtype=dtype,
-    )
-    cut = dispatch.config_for("nf4_dequantize", choice, config)
-    if choice.implementation == "xla":
-        kernel = Call(nf4_dequantize_xla, layout=layout, dtype=dtype)
-    elif choice.implementation == "triton":
-        kernel = Call(
-            nf4_dequantize_triton, layout=layout, dtype=dtype, config=cut, interpret=interpret
-        )
-    else:
-        # Imported where it runs: it needs the extra [triton].
-        from pallas_kernels.nf4_dequantize.jax_triton import nf4_dequantize_jax_triton
-
-        kernel = Call(nf4_dequantize_jax_triton, layout=layout, dtype=dtype, config=cut)
-    again = Call(
+    return run(
         nf4_dequantize,
-        dtype=dtype,
-        quant_type=quant_type,
-        blocksize=blocksize,
-        implementation=implementation,
-        config=config,
-        interpret=interpret,
-    )
-    parts = Parts(None, codes, absmax, nested_absmax, offset)
-    return over_devices(
-        parts,
+        _KERNELS,
+        Parts(None, codes, absmax, nested_absmax, offset),
         op="dequantize",
         layout=layout,
-        whole=kernel,
-        part=None if choice.implementation == "xla" else again,
+        dtype=dtype,
+        asked=Asked(implementation, config, interpret),
     )

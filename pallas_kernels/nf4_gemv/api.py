@@ -1,16 +1,28 @@
 """`nf4_gemv`: x · Wᵀ for 1 to 16 rows, where reading the weight is all the work there is."""
 
+from typing import Any
+
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import LowRank, check_lora, check_matmul, check_packed, rows_of
-from pallas_kernels._mesh import Call, Parts, over_devices
+from pallas_kernels._mesh import Parts
+from pallas_kernels._run import Asked, run
 from pallas_kernels.nf4_gemv.reference import nf4_gemv_xla
 from pallas_kernels.nf4_gemv.triton import nf4_gemv_triton
-from pallas_kernels.nf4_matmul.reference import add_low_rank
 
 MAX_ROWS = 16
 """Rows of x beyond which `nf4_matmul` is the better kernel."""
+
+
+def _mosaic(*arrays: Any, **options: Any) -> Array:
+    # Imported where it runs: it loads Mosaic, which no other implementation needs.
+    from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
+
+    return nf4_gemv_mosaic(*arrays, **options)
+
+
+_KERNELS = {"xla": nf4_gemv_xla, "triton": nf4_gemv_triton, "mosaic_gpu": _mosaic}
 
 
 def nf4_gemv(
@@ -54,40 +66,12 @@ def nf4_gemv(
         raise ValueError(
             f"x has {rows_of(x)} rows; nf4_gemv takes up to {MAX_ROWS}: use nf4_matmul"
         )
-    choice = dispatch.which_implementation(
-        "nf4_gemv",
-        rows_of(x),
-        layout,
-        implementation=implementation,
-        interpret=interpret,
-        dtype=x.dtype,
-    )
-    fuse = choice.fuse_lora if fuse_lora is None else fuse_lora
-    cut = dispatch.config_for("nf4_gemv", choice, config)
-    parts = Parts(x, codes, absmax, nested_absmax, offset, bias, lora if fuse else None)
-    if choice.implementation == "xla":
-        kernel = Call(nf4_gemv_xla, layout=layout)
-    elif choice.implementation == "triton":
-        kernel = Call(nf4_gemv_triton, layout=layout, config=cut, interpret=interpret)
-    else:
-        # Imported where it runs: it loads Mosaic, which no other implementation needs.
-        from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
-
-        kernel = Call(nf4_gemv_mosaic, layout=layout, config=cut)
-    again = Call(
+    return run(
         nf4_gemv,
-        quant_type=quant_type,
-        blocksize=blocksize,
-        implementation=implementation,
-        fuse_lora=fuse,
-        config=config,
-        interpret=interpret,
-    )
-    y = over_devices(
-        parts,
+        _KERNELS,
+        Parts(x, codes, absmax, nested_absmax, offset, bias, lora),
         op="forward",
         layout=layout,
-        whole=kernel,
-        part=None if choice.implementation == "xla" else again,
+        dtype=x.dtype,
+        asked=Asked(implementation, config, interpret, fuse_lora),
     )
-    return y if lora is None or fuse else add_low_rank(y, lora)

@@ -1,5 +1,7 @@
 """`nf4_matmul`: x · Wᵀ against a packed weight, the forward pass of a QLoRA layer."""
 
+from typing import Any
+
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
@@ -11,13 +13,24 @@ from pallas_kernels._arguments import (
     check_packed,
     rows_of,
 )
-from pallas_kernels._mesh import Call, Parts, over_devices
+from pallas_kernels._mesh import Parts
 from pallas_kernels._mosaic import why_not_mosaic
+from pallas_kernels._run import Asked, run
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_gemv.api import MAX_ROWS, nf4_gemv
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
-from pallas_kernels.nf4_matmul.reference import add_low_rank, nf4_matmul_xla
+from pallas_kernels.nf4_matmul.reference import nf4_matmul_xla
 from pallas_kernels.nf4_matmul.triton import nf4_matmul_triton
+
+
+def _mosaic(*arrays: Any, **options: Any) -> Array:
+    # Imported where it runs: it loads Mosaic, which no other implementation needs.
+    from pallas_kernels.nf4_matmul.mosaic_sm90 import nf4_matmul_mosaic
+
+    return nf4_matmul_mosaic(*arrays, **options)
+
+
+_KERNELS = {"xla": nf4_matmul_xla, "triton": nf4_matmul_triton, "mosaic_gpu": _mosaic}
 
 
 def nf4_matmul(
@@ -92,43 +105,15 @@ def nf4_matmul(
             config=config,
             interpret=interpret,
         )
-    choice = dispatch.which_implementation(
-        "nf4_matmul",
-        rows_of(x),
-        layout,
-        implementation=implementation,
-        interpret=interpret,
-        dtype=x.dtype,
-    )
-    cut = dispatch.config_for("nf4_matmul", choice, config)
-    fuse = choice.fuse_lora if fuse_lora is None else fuse_lora
-    parts = Parts(x, codes, absmax, nested_absmax, offset, bias, lora if fuse else None)
-    if choice.implementation == "xla":
-        kernel = Call(nf4_matmul_xla, layout=layout)
-    elif choice.implementation == "triton":
-        kernel = Call(nf4_matmul_triton, layout=layout, config=cut, interpret=interpret)
-    else:
-        # Imported where it runs: it loads Mosaic, which no other implementation needs.
-        from pallas_kernels.nf4_matmul.mosaic_sm90 import nf4_matmul_mosaic
-
-        kernel = Call(nf4_matmul_mosaic, layout=layout, config=cut)
-    again = Call(
+    return run(
         nf4_matmul,
-        quant_type=quant_type,
-        blocksize=blocksize,
-        implementation=implementation,
-        fuse_lora=fuse,
-        config=config,
-        interpret=interpret,
-    )
-    y = over_devices(
-        parts,
+        _KERNELS,
+        Parts(x, codes, absmax, nested_absmax, offset, bias, lora),
         op="forward",
         layout=layout,
-        whole=kernel,
-        part=None if choice.implementation == "xla" else again,
+        dtype=x.dtype,
+        asked=Asked(implementation, config, interpret, fuse_lora),
     )
-    return y if lora is None or fuse else add_low_rank(y, lora)
 
 
 def _is_gemv(

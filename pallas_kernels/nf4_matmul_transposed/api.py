@@ -1,12 +1,29 @@
 """`nf4_matmul_transposed`: dy · W against a packed weight, the backward pass of a QLoRA layer."""
 
+from typing import Any
+
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
-from pallas_kernels._arguments import check_matmul, check_packed, rows_of
-from pallas_kernels._mesh import Call, Parts, over_devices
+from pallas_kernels._arguments import check_matmul, check_packed
+from pallas_kernels._mesh import Parts
+from pallas_kernels._run import Asked, run
 from pallas_kernels.nf4_matmul_transposed.reference import nf4_matmul_transposed_xla
 from pallas_kernels.nf4_matmul_transposed.triton import nf4_matmul_transposed_triton
+
+
+def _mosaic(*arrays: Any, **options: Any) -> Array:
+    # Imported where it runs: it loads Mosaic, which no other implementation needs.
+    from pallas_kernels.nf4_matmul_transposed.mosaic_sm90 import nf4_matmul_transposed_mosaic
+
+    return nf4_matmul_transposed_mosaic(*arrays, **options)
+
+
+_KERNELS = {
+    "xla": nf4_matmul_transposed_xla,
+    "triton": nf4_matmul_transposed_triton,
+    "mosaic_gpu": _mosaic,
+}
 
 
 def nf4_matmul_transposed(
@@ -51,37 +68,12 @@ def nf4_matmul_transposed(
         blocksize=blocksize,
     )
     check_matmul("dy", dy, 0, None, layout)
-    choice = dispatch.which_implementation(
-        "nf4_matmul_transposed",
-        rows_of(dy),
-        layout,
-        implementation=implementation,
-        interpret=interpret,
-        dtype=dy.dtype,
-    )
-    cut = dispatch.config_for("nf4_matmul_transposed", choice, config)
-    if choice.implementation == "xla":
-        kernel = Call(nf4_matmul_transposed_xla, layout=layout)
-    elif choice.implementation == "triton":
-        kernel = Call(nf4_matmul_transposed_triton, layout=layout, config=cut, interpret=interpret)
-    else:
-        # Imported where it runs: it loads Mosaic, which no other implementation needs.
-        from pallas_kernels.nf4_matmul_transposed.mosaic_sm90 import nf4_matmul_transposed_mosaic
-
-        kernel = Call(nf4_matmul_transposed_mosaic, layout=layout, config=cut)
-    again = Call(
+    return run(
         nf4_matmul_transposed,
-        quant_type=quant_type,
-        blocksize=blocksize,
-        implementation=implementation,
-        config=config,
-        interpret=interpret,
-    )
-    parts = Parts(dy, codes, absmax, nested_absmax, offset)
-    return over_devices(
-        parts,
+        _KERNELS,
+        Parts(dy, codes, absmax, nested_absmax, offset),
         op="transposed",
         layout=layout,
-        whole=kernel,
-        part=None if choice.implementation == "xla" else again,
+        dtype=dy.dtype,
+        asked=Asked(implementation, config, interpret),
     )

@@ -1,0 +1,89 @@
+"""From an op's checked arguments to its result: an implementation is chosen and run, on one device
+or several."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from pallas_kernels import dispatch
+from pallas_kernels._arguments import Layout, rows_of
+from pallas_kernels._mesh import Call, Op, Parts, over_devices
+from pallas_kernels.nf4_matmul.reference import add_low_rank
+
+Kernels = Mapping[str, Callable[..., Array]]
+"""An op's implementations by name. They take its arrays and `layout`, all but "xla" `config`, and
+"triton" `interpret`; those of `nf4_dequantize` take `dtype`, too."""
+
+
+class Asked(NamedTuple):
+    """What the caller of an op says of how it is to run; see `nf4_matmul`."""
+
+    implementation: str | None
+    config: dispatch.Config | None
+    interpret: bool
+    fuse_lora: bool | None = None
+
+
+def run(
+    function: Callable[..., Array],
+    kernels: Kernels,
+    parts: Parts,
+    *,
+    op: Op,
+    layout: Layout,
+    dtype: DTypeLike,
+    asked: Asked,
+) -> Array:
+    """Run one of an op's kernels.
+
+    Args:
+        function: the op itself, which is called once more on a device's part of its arrays.
+        kernels: its implementations.
+        parts: its arrays, checked.
+        op: what it computes.
+        layout: of the weight.
+        dtype: of the result.
+        asked: by the caller.
+
+    Raises:
+        ValueError: what is asked for cannot run.
+    """
+    name = function.__name__
+    choice = dispatch.which_implementation(
+        name,
+        1 if parts.x is None else rows_of(parts.x),
+        layout,
+        implementation=asked.implementation,
+        interpret=asked.interpret,
+        dtype=dtype,
+    )
+    fuse = choice.fuse_lora if asked.fuse_lora is None else asked.fuse_lora
+    options: dict[str, Any] = {"layout": layout}
+    again: dict[str, Any] = {}
+    if op == "dequantize":
+        options["dtype"] = again["dtype"] = dtype
+    if op == "forward":
+        again["fuse_lora"] = fuse
+    if choice.implementation != "xla":
+        options["config"] = dispatch.config_for(name, choice, asked.config)
+    if choice.implementation == "triton":
+        options["interpret"] = asked.interpret
+    part = Call(
+        function,
+        quant_type=layout.quant_type,
+        blocksize=layout.blocksize,
+        implementation=asked.implementation,
+        config=asked.config,
+        interpret=asked.interpret,
+        **again,
+    )
+    y = over_devices(
+        parts if fuse else parts._replace(lora=None),
+        op=op,
+        layout=layout,
+        whole=Call(kernels[choice.implementation], **options),
+        part=None if choice.implementation == "xla" else part,
+    )
+    return y if parts.lora is None or fuse else add_low_rank(y, parts.lora)
