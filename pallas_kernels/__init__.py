@@ -26,7 +26,7 @@ from pallas_kernels.dispatch import Choice, configs_to_try, which_implementation
 from pallas_kernels.nf4_dequantize.api import nf4_dequantize
 from pallas_kernels.nf4_gemv.api import nf4_gemv
 from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig
-from pallas_kernels.nf4_matmul.api import nf4_matmul
+from pallas_kernels.nf4_matmul.api import nf4_matmul, reads_layers
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from pallas_kernels.nf4_matmul_transposed.api import nf4_matmul_transposed
 
@@ -53,6 +53,7 @@ __all__ = [
     "nf4_matmul",
     "nf4_matmul_transposed",
     "product_spec",
+    "reads_layers",
     "rows_as_cut",
     "spec_entries",
     "vary_alike",

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -84,10 +85,10 @@ def check_float(name: str, dtype: DTypeLike) -> None:
 
 
 def check_packed(
-    codes: Array,
-    absmax: Array,
-    nested_absmax: Array | None,
-    offset: Array | None,
+    codes: Array | jax.ShapeDtypeStruct,
+    absmax: Array | jax.ShapeDtypeStruct,
+    nested_absmax: Array | jax.ShapeDtypeStruct | None,
+    offset: Array | jax.ShapeDtypeStruct | None,
     *,
     shape: tuple[int, ...] | None,
     quant_type: str,

@@ -45,6 +45,7 @@ from pallas_kernels._sharding_types import (
     rows_as_cut,
     spec_entries,
 )
+from pallas_kernels._stack import layer_of
 from pallas_kernels._triton import MAX_INDEX
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 
@@ -62,14 +63,28 @@ class Parts(NamedTuple):
     offset: Any
     bias: Any = None
     lora: Any = None
+    layer: Any = None
 
+    def of_layer(self) -> "Parts":
+        """With the weight taken out of its stack, if it lies in one."""
+        if self.layer is None:
+            return self
+        weight = layer_of(self.layer, *self[_WEIGHT])
+        return self._replace(**dict(zip(self._fields[_WEIGHT], weight, strict=True)), layer=None)
+
+
+_WEIGHT = slice(1, 5)
 
 _TAKES: dict[Op, slice] = {
     "forward": slice(0, 7),
     "transposed": slice(0, 5),
-    "dequantize": slice(1, 5),
+    "dequantize": _WEIGHT,
 }
-"""op -> its arguments among `Parts`."""
+"""op -> its arguments among `Parts`, without a `layer`."""
+
+
+def _arguments(op: Op, parts: Parts) -> tuple[Any, ...]:
+    return (*parts[_TAKES[op]], *(() if parts.layer is None else (parts.layer,)))
 
 
 class Call:
@@ -109,7 +124,7 @@ def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Cal
 
     def run(parts: Parts) -> Array:
         if part is None:
-            return whole(*parts[_TAKES[op]])
+            return whole(*_arguments(op, parts))
         return _by_parts(parts, op=op, layout=layout, whole=whole, part=part)
 
     def result(types: Parts) -> PartitionSpec:
@@ -124,12 +139,11 @@ def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Cal
 @functools.partial(jax.jit, static_argnames=("op", "layout", "whole", "part"))
 def _by_parts(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Call) -> Array:
     """A kernel on all of an op's arrays or, where they are cut, `part` on each device's."""
-    takes = _TAKES[op]
 
     @custom_partitioning
     def cut(parts: Parts) -> Array:
         # Jitted, because the kernels' tables are constants, which only an inner jit may hold.
-        return jax.jit(lambda parts: whole(*parts[takes]))(parts)
+        return jax.jit(lambda parts: whole(*_arguments(op, parts)))(parts)
 
     def partition(mesh: Mesh, shapes: tuple[Parts], _result: Any) -> tuple:
         places = _places(op, layout, mesh, shapes[0])
@@ -138,7 +152,7 @@ def _by_parts(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Call) 
             shape = (layout.shape[0] // _ways(mesh, places.rows), *layout.shape[1:])
             # `dispatch` and Pallas ask the mesh for the card.
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                result = part(*parts[takes], shape=shape)
+                result = part(*_arguments(op, parts), shape=shape)
             return jax.lax.psum(result, places.added) if places.added else result
 
         return mesh, on_one_device, places.result, (places.parts,)
@@ -155,7 +169,7 @@ def _by_parts(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Call) 
         # Pallas' Triton lowering finds an element of a stack by a signed 32-bit offset; it takes a
         # wider one only from 4 GiB on.
         kernel = in_turn(whole) if parts.codes.size > MAX_INDEX else whole
-        return jax.vmap(lambda parts: kernel(*parts[takes]), in_axes=(axes,))(parts), True
+        return jax.vmap(lambda parts: kernel(*_arguments(op, parts)), in_axes=(axes,))(parts), True
 
     return one(parts)
 
@@ -174,7 +188,9 @@ class _Places(NamedTuple):
 def _places(op: Op, layout: Layout, mesh: Mesh, parts: Parts) -> _Places:
     """The cut of an op whose arrays lie as `parts` (shapes with shardings) do."""
     x = () if parts.x is None else _leading(mesh, parts.x)
-    rows = _rows_of_weight(layout, mesh, parts.codes)
+    # Whatever layer of a stack it is, a device needs the same part of it.
+    stack = () if parts.layer is None else (None,)
+    rows = _rows_of_weight(layout, mesh, parts.codes, stack)
     both = {axis for entry in x for axis in axes_of(entry)} & set(axes_of(rows))
     if both and _is_less_to_send(layout, parts.x):
         x = tuple(tuple(axis for axis in axes_of(entry) if axis not in both) for entry in x)
@@ -186,12 +202,13 @@ def _places(op: Op, layout: Layout, mesh: Mesh, parts: Parts) -> _Places:
 
     places = Parts(
         x=None if parts.x is None else at(*x, rows if op == "transposed" else None),
-        codes=at(rows, *[None] * (parts.codes.ndim - 1)),
-        absmax=at(rows),
-        nested_absmax=None if parts.nested_absmax is None else at(rows),
-        offset=None if parts.offset is None else at(),
+        codes=at(*stack, rows, *[None] * (parts.codes.ndim - len(stack) - 1)),
+        absmax=at(*stack, rows),
+        nested_absmax=None if parts.nested_absmax is None else at(*stack, rows),
+        offset=None if parts.offset is None else at(*stack),
         bias=None if parts.bias is None else at(rows),
         lora=None if parts.lora is None else (at(*x, None), at(rows, None)),
+        layer=None if parts.layer is None else at(),
     )
     if op == "dequantize":
         return _Places(places, at(rows, *[None] * (len(layout.shape) - 1)), rows, ())
@@ -212,14 +229,15 @@ def _leading(mesh: Mesh, x: Any) -> tuple:
     return tuple(entry if size % _ways(mesh, entry) == 0 else None for entry, size in cuts)
 
 
-def _rows_of_weight(layout: Layout, mesh: Mesh, codes: Any) -> Any:
+def _rows_of_weight(layout: Layout, mesh: Mesh, codes: Any, stack: tuple) -> Any:
     """What W's rows are cut along, if its parts are weights again; else None.
 
     A part needs its own rows of codes, whole blocks of them, and whole nested blocks of those.
+    `stack` has an entry for each axis before those of W.
     """
-    if codes.ndim != len(layout.shape) or not layout.rows_are_whole_blocks:
+    if codes.ndim - len(stack) != len(layout.shape) or not layout.rows_are_whole_blocks:
         return None
-    rows = _spec(codes)[0]
+    rows = _spec(codes)[len(stack)]
     ways = _ways(mesh, rows)
     divides = NESTED_BLOCKSIZE * ways if layout.double_quant else ways
     return rows if layout.shape[0] % ways == 0 and layout.blocks % divides == 0 else None
@@ -247,8 +265,11 @@ def _sharding_rule(op: Op, layout: Layout, parts: Parts) -> str:
     wherever weights are cut, and bring it back to rows again.
     """
     names = {"x": "... x", "absmax": "a", "nested_absmax": "b", "offset": "", "bias": "c"}
-    names["codes"] = " ".join(f"w{axis}" for axis in range(parts.codes.ndim))
-    names["lora"] = "... d, e f"
+    stack = 0 if parts.layer is None else 1
+    names["codes"] = " ".join(f"w{axis}" for axis in range(parts.codes.ndim - stack))
+    if stack:
+        names |= {name: f"l {names[name]}" for name in Parts._fields[_WEIGHT]}
+    names |= {"lora": "... d, e f", "layer": ""}
     given = [names[name] for name, part in parts._asdict().items() if part is not None]
     result = "... y"
     if op == "dequantize":

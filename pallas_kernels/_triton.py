@@ -18,6 +18,7 @@ from jaxtyping import Array
 from pallas_kernels._arguments import Layout, LowRank, check_fields
 from pallas_kernels._decode import add_unfused
 from pallas_kernels._sharding_types import varying_as
+from pallas_kernels._stack import InStack, reading_layer
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
 
 DECODERS = ("pairs", "table")
@@ -94,9 +95,13 @@ def launch(
     out: jax.ShapeDtypeStruct,
     config: TritonConfig,
     interpret: bool,
-    *operands: Array,
+    *operands: Array | InStack,
+    layer: Array | None = None,
 ) -> Array:
-    """Run `kernel` over `grid` through Pallas' Triton lowering; every ref is a whole array."""
+    """Run `kernel` over `grid` through Pallas' Triton lowering; every ref is a whole array, or the
+    `layer` of one that is `InStack`."""
+    if layer is not None:
+        kernel, operands = reading_layer(kernel, layer, operands)
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype, manual_axis_type=varying_as(operands)),
@@ -110,17 +115,25 @@ def launch(
 
 
 def weight_operands(
-    layout: Layout, codes: Array, absmax: Array, nested_absmax: Array | None, offset: Array | None
-) -> tuple[Array, ...]:
-    """What a kernel reads of a weight: bytes, scales as `load_scales` wants them, code table."""
-    scales: tuple[Array, ...] = (absmax,)
-    if nested_absmax is not None and offset is not None:
-        dynamic_map = jnp.asarray(DYNAMIC_SIGNED)
-        scales = (absmax, nested_absmax, jnp.reshape(offset, (1,)), dynamic_map)
-    table = jnp.asarray(CODEBOOKS[layout.quant_type])
+    layout: Layout,
+    codes: Array,
+    absmax: Array,
+    nested_absmax: Array | None,
+    offset: Array | None,
+    *,
+    in_stack: bool = False,
+) -> tuple[Any, ...]:
+    """What a kernel reads of a weight, or of one in a stack: bytes, scales as `load_scales` wants
+    them, code table."""
+    stack = absmax.shape[:-1]
+    parts = [codes, absmax]
     if len(layout.shape) == 2 and layout.shape[1] % 2 == 0:
-        codes = codes.reshape(layout.shape[0], -1)
-    return (codes, *scales, table)
+        parts[0] = codes.reshape(*stack, layout.shape[0], -1)
+    tables = [jnp.asarray(CODEBOOKS[layout.quant_type])]
+    if nested_absmax is not None and offset is not None:
+        parts += [nested_absmax, offset.reshape(*stack, 1)]
+        tables.insert(0, jnp.asarray(DYNAMIC_SIGNED))
+    return (*map(InStack, parts), *tables) if in_stack else (*parts, *tables)
 
 
 def rank_of(lora: LowRank | None) -> int:

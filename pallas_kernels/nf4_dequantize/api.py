@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels._arguments import check_float, check_packed
 from pallas_kernels._mesh import Parts
-from pallas_kernels._run import Asked, run
+from pallas_kernels._run import Asked, Kernels, run
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.nf4_dequantize.reference import nf4_dequantize_xla
 from pallas_kernels.nf4_dequantize.triton import nf4_dequantize_triton
@@ -21,7 +21,11 @@ def _jax_triton(*arrays: Any, **options: Any) -> Array:
     return nf4_dequantize_jax_triton(*arrays, **options)
 
 
-_KERNELS = {"xla": nf4_dequantize_xla, "triton": nf4_dequantize_triton, "jax_triton": _jax_triton}
+_KERNELS: Kernels = {
+    "xla": nf4_dequantize_xla,
+    "triton": nf4_dequantize_triton,
+    "jax_triton": _jax_triton,
+}
 
 
 def nf4_dequantize(

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import LowRank, check_lora, check_matmul, check_packed, rows_of
 from pallas_kernels._mesh import Parts
-from pallas_kernels._run import Asked, run
+from pallas_kernels._run import Asked, Kernels, run
+from pallas_kernels._stack import layer_types
 from pallas_kernels.nf4_gemv.reference import nf4_gemv_xla
 from pallas_kernels.nf4_gemv.triton import nf4_gemv_triton
 
@@ -22,17 +23,18 @@ def _mosaic(*arrays: Any, **options: Any) -> Array:
     return nf4_gemv_mosaic(*arrays, **options)
 
 
-_KERNELS = {"xla": nf4_gemv_xla, "triton": nf4_gemv_triton, "mosaic_gpu": _mosaic}
+_KERNELS: Kernels = {"xla": nf4_gemv_xla, "triton": nf4_gemv_triton, "mosaic_gpu": _mosaic}
 
 
 def nf4_gemv(
     x: Float[Array, "*batch k"],
     codes: UInt8[Array, "..."],
-    absmax: UInt8[Array, " blocks"] | Float32[Array, " blocks"],
-    nested_absmax: Float32[Array, " nested"] | None = None,
-    offset: Float32[Array, ""] | None = None,
+    absmax: UInt8[Array, "*stack blocks"] | Float32[Array, "*stack blocks"],
+    nested_absmax: Float32[Array, "*stack nested"] | None = None,
+    offset: Float32[Array, "*stack"] | None = None,
     bias: Float[Array, " n"] | None = None,
     lora: LowRank | None = None,
+    layer: Int[Array, ""] | None = None,
     *,
     shape: tuple[int, int] | None = None,
     quant_type: str = "nf4",
@@ -50,11 +52,9 @@ def nf4_gemv(
         ValueError: more than 16 rows, parts that do not belong together, or an implementation that
             cannot run.
     """
+    weight = codes, absmax, nested_absmax, offset
     layout = check_packed(
-        codes,
-        absmax,
-        nested_absmax,
-        offset,
+        *(weight if layer is None else layer_types(*weight)),
         shape=shape,
         quant_type=quant_type,
         blocksize=blocksize,
@@ -69,7 +69,7 @@ def nf4_gemv(
     return run(
         nf4_gemv,
         _KERNELS,
-        Parts(x, codes, absmax, nested_absmax, offset, bias, lora),
+        Parts(x, *weight, bias, lora, layer),
         op="forward",
         layout=layout,
         dtype=x.dtype,

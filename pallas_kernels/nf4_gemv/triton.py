@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from pallas_kernels._arguments import Layout, LowRank, rows_of
 from pallas_kernels._triton import (
@@ -123,17 +123,19 @@ def _low_rank(
 def nf4_gemv_triton(
     x: Float[Array, "*batch k"],
     codes: UInt8[Array, "..."],
-    absmax: UInt8[Array, " blocks"] | Float32[Array, " blocks"],
-    nested_absmax: Float32[Array, " nested"] | None,
-    offset: Float32[Array, ""] | None,
+    absmax: UInt8[Array, "*stack blocks"] | Float32[Array, "*stack blocks"],
+    nested_absmax: Float32[Array, "*stack nested"] | None,
+    offset: Float32[Array, "*stack"] | None,
     bias: Float[Array, " n"] | None,
     lora: LowRank | None = None,
+    layer: Int[Array, ""] | None = None,
     *,
     layout: Layout,
     config: TritonConfig,
     interpret: bool = False,
 ) -> Float[Array, "*batch n"]:
-    """x · Wᵀ + xa · bᵀ + bias for a few rows of x; the rows of W must be whole blocks.
+    """x · Wᵀ + xa · bᵀ + bias for a few rows of x; the rows of W must be whole blocks. With a
+    `layer`, W is that one of a stack.
 
     A `config` with block_m above 1 asks for `nf4_matmul`'s tensor-core tiles, padded to that many
     rows: from about five rows on the scalar products here cost more than reading the weight. So
@@ -148,12 +150,15 @@ def nf4_gemv_triton(
             offset,
             bias,
             lora,
+            layer,
             layout=layout,
             config=config,
             interpret=interpret,
         )
     rows, n = rows_of(x), layout.shape[0]
-    weight, *scales_and_table = weight_operands(layout, codes, absmax, nested_absmax, offset)
+    weight, *scales_and_table = weight_operands(
+        layout, codes, absmax, nested_absmax, offset, in_stack=layer is not None
+    )
     kernel = functools.partial(
         _kernel,
         rows=rows,
@@ -175,5 +180,6 @@ def nf4_gemv_triton(
         *(() if bias is None else (bias,)),
         *lora_operands(lora, rows),
         *scales_and_table,
+        layer=layer,
     )
     return out.reshape(*x.shape[:-1], n)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from jaxtyping import Array, Float, Float32, UInt8
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import (
@@ -15,8 +17,9 @@ from pallas_kernels._arguments import (
 )
 from pallas_kernels._mesh import Parts
 from pallas_kernels._mosaic import why_not_mosaic
-from pallas_kernels._run import Asked, run
-from pallas_kernels._triton import TritonConfig
+from pallas_kernels._run import Asked, Kernels, run
+from pallas_kernels._stack import layer_types
+from pallas_kernels._triton import MAX_INDEX, TritonConfig
 from pallas_kernels.nf4_gemv.api import MAX_ROWS, nf4_gemv
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from pallas_kernels.nf4_matmul.reference import nf4_matmul_xla
@@ -30,17 +33,18 @@ def _mosaic(*arrays: Any, **options: Any) -> Array:
     return nf4_matmul_mosaic(*arrays, **options)
 
 
-_KERNELS = {"xla": nf4_matmul_xla, "triton": nf4_matmul_triton, "mosaic_gpu": _mosaic}
+_KERNELS: Kernels = {"xla": nf4_matmul_xla, "triton": nf4_matmul_triton, "mosaic_gpu": _mosaic}
 
 
 def nf4_matmul(
     x: Float[Array, "*batch k"],
     codes: UInt8[Array, "..."],
-    absmax: UInt8[Array, " blocks"] | Float32[Array, " blocks"],
-    nested_absmax: Float32[Array, " nested"] | None = None,
-    offset: Float32[Array, ""] | None = None,
+    absmax: UInt8[Array, "*stack blocks"] | Float32[Array, "*stack blocks"],
+    nested_absmax: Float32[Array, "*stack nested"] | None = None,
+    offset: Float32[Array, "*stack"] | None = None,
     bias: Float[Array, " n"] | None = None,
     lora: LowRank | None = None,
+    layer: Int[Array, ""] | None = None,
     *,
     shape: tuple[int, int] | None = None,
     quant_type: str = "nf4",
@@ -62,6 +66,8 @@ def nf4_matmul(
         bias: [n], added in float32 before the last rounding.
         lora: an adapter's (xa, b), or None: xa [..., r] is s · x · Aᵀ and b [n, r] is B, both in
             x's dtype.
+        layer: which weight, where codes, absmax, nested_absmax and offset are stacks with a leading
+            axis: the Triton-lowered kernels read it where it lies, which a slice would copy.
         implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "mosaic_gpu", which
             is the Hopper matmul where the rows are too many, or too long, for the Hopper gemv.
         fuse_lora: add xa · bᵀ inside the kernel, to its float32 sums, instead of by a product of
@@ -76,11 +82,9 @@ def nf4_matmul(
     Raises:
         ValueError: parts that do not belong together, or an implementation that cannot run.
     """
+    weight = codes, absmax, nested_absmax, offset
     layout = check_packed(
-        codes,
-        absmax,
-        nested_absmax,
-        offset,
+        *(weight if layer is None else layer_types(*weight)),
         shape=shape,
         quant_type=quant_type,
         blocksize=blocksize,
@@ -91,12 +95,10 @@ def nf4_matmul(
     if _is_gemv(x, layout, implementation, config):
         return nf4_gemv(
             x,
-            codes,
-            absmax,
-            nested_absmax,
-            offset,
+            *weight,
             bias,
             lora,
+            layer,
             shape=(layout.shape[0], layout.shape[1]),
             quant_type=quant_type,
             blocksize=blocksize,
@@ -108,12 +110,39 @@ def nf4_matmul(
     return run(
         nf4_matmul,
         _KERNELS,
-        Parts(x, codes, absmax, nested_absmax, offset, bias, lora),
+        Parts(x, *weight, bias, lora, layer),
         op="forward",
         layout=layout,
         dtype=x.dtype,
         asked=Asked(implementation, config, interpret, fuse_lora),
     )
+
+
+def reads_layers(
+    rows: int,
+    layout: Layout,
+    layers: int,
+    *,
+    implementation: str | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> bool:
+    """Whether `nf4_matmul` reads one of a stack of weights where it lies if it is told which.
+
+    The Triton-lowered kernels do. To others XLA gives a loop's slices, which it does not copy.
+
+    Args:
+        rows, layout, implementation, dtype: as of `which_implementation`.
+        layers: weights in the stack.
+    """
+    choice = dispatch.which_implementation(
+        "nf4_gemv" if rows <= MAX_ROWS else "nf4_matmul",
+        rows,
+        layout,
+        implementation=implementation,
+        dtype=dtype,
+    )
+    fused = isinstance(choice.config, TritonConfig) and choice.config.fused
+    return fused and layers * layout.nbytes <= MAX_INDEX
 
 
 def _is_gemv(

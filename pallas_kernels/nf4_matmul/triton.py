@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from pallas_kernels._arguments import Layout, LowRank, rows_of
+from pallas_kernels._stack import layer_of
 from pallas_kernels._triton import (
     TritonConfig,
     below,
@@ -127,18 +128,23 @@ def _dot(x: Array, w: Array) -> Array:
 def nf4_matmul_triton(
     x: Float[Array, "*batch k"],
     codes: UInt8[Array, "..."],
-    absmax: UInt8[Array, " blocks"] | Float32[Array, " blocks"],
-    nested_absmax: Float32[Array, " nested"] | None,
-    offset: Float32[Array, ""] | None,
+    absmax: UInt8[Array, "*stack blocks"] | Float32[Array, "*stack blocks"],
+    nested_absmax: Float32[Array, "*stack nested"] | None,
+    offset: Float32[Array, "*stack"] | None,
     bias: Float[Array, " n"] | None,
     lora: LowRank | None = None,
+    layer: Int[Array, ""] | None = None,
     *,
     layout: Layout,
     config: TritonConfig,
     interpret: bool = False,
 ) -> Float[Array, "*batch n"]:
-    """x · Wᵀ + xa · bᵀ + bias; the rows of W must be whole blocks."""
+    """x · Wᵀ + xa · bᵀ + bias; the rows of W must be whole blocks. With a `layer`, W is that one of
+    a stack."""
     if not config.fused:
+        if layer is not None:
+            weight = layer_of(layer, codes, absmax, nested_absmax, offset)
+            codes, absmax, nested_absmax, offset = weight
         dense = nf4_dequantize_triton(
             codes,
             absmax,
@@ -153,7 +159,9 @@ def nf4_matmul_triton(
     rows, n = rows_of(x), layout.shape[0]
     split = config.split_k > 1
     fused_bias = None if split else bias
-    weight, *scales_and_table = weight_operands(layout, codes, absmax, nested_absmax, offset)
+    weight, *scales_and_table = weight_operands(
+        layout, codes, absmax, nested_absmax, offset, in_stack=layer is not None
+    )
     kernel = functools.partial(
         _kernel,
         rows=rows,
@@ -176,6 +184,7 @@ def nf4_matmul_triton(
         *(() if fused_bias is None else (fused_bias,)),
         *lora_operands(lora, rows),
         *scales_and_table,
+        layer=layer,
     )
     if split:
         out = out.sum(axis=0)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import check_matmul, check_packed
 from pallas_kernels._mesh import Parts
-from pallas_kernels._run import Asked, run
+from pallas_kernels._run import Asked, Kernels, run
 from pallas_kernels.nf4_matmul_transposed.reference import nf4_matmul_transposed_xla
 from pallas_kernels.nf4_matmul_transposed.triton import nf4_matmul_transposed_triton
 
@@ -19,7 +19,7 @@ def _mosaic(*arrays: Any, **options: Any) -> Array:
     return nf4_matmul_transposed_mosaic(*arrays, **options)
 
 
-_KERNELS = {
+_KERNELS: Kernels = {
     "xla": nf4_matmul_transposed_xla,
     "triton": nf4_matmul_transposed_triton,
     "mosaic_gpu": _mosaic,

@@ -246,6 +246,7 @@ class Decoder(nnx.Module):
             # Without a gradient nothing is computed again, but a stream takes no other name.
             remat="full" if self.stream_weights else "none",
             stream_weights=self.stream_weights,
+            rows=len(tokens),
         )
         x = jnp.where(cache.filled < cache.length, self._finish(x, None)[:, 0], jnp.nan)
         return self.head(x), advance(cache, *cached)

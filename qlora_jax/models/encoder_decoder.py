@@ -274,7 +274,9 @@ class EncoderDecoder(nnx.Module):
         numbers = jnp.arange(self.decoder.depth, dtype=jnp.int32)
         carry = (self._embed(tokens[:, None]), (cache.key, cache.value))
         given = (numbers, (cache.source_key, cache.source_value))
-        (x, (key, value)), _ = scan_layers(self.decoder.layers, apply, carry, given, remat="none")
+        (x, (key, value)), _ = scan_layers(
+            self.decoder.layers, apply, carry, given, remat="none", rows=len(tokens)
+        )
         logits = self.head(self.decoder.final_layer_norm(x[:, 0]))
         return logits, cache._replace(key=key, value=value, filled=cache.filled + 1)
 

@@ -8,9 +8,10 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
@@ -18,7 +19,7 @@ from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.remat import check_remat, run_layers
 from qlora_jax.models.spread import cut_by_rows, gather_dense
 from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense
-from qlora_jax.quant import QuantConfig
+from qlora_jax.quant import QuantConfig, QuantizedTensor
 
 Keys = Iterator[Key[Array, ""] | None]
 """Dropout keys, drawn one after another; without dropout each of them is None."""
@@ -99,6 +100,7 @@ def scan_layers(
     *,
     remat: str,
     stream_weights: bool = False,
+    rows: int | None = None,
 ) -> tuple[Any, Any]:
     """Runs a stack: `apply(layer, x, slice) -> (x, output)`, layer after layer.
 
@@ -109,25 +111,41 @@ def scan_layers(
         per_layer: a pytree whose leaves carry the layers' axis (dropout keys, caches), or None.
         remat: a key of `REMAT`: what the backward pass finds saved.
         stream_weights: whether frozen weights come in from host memory layer by layer.
+        rows: in decoding, how many tokens a layer takes: weights whose kernel reads a layer of a
+            stack where it lies are not sliced then. None: all are.
 
     Returns:
         What came through, and the outputs stacked.
     """
     parts: tuple[Any, ...] = nnx.split(layers, FrozenParam, ...)
     graphdef, frozen, rest = parts
+    stay = {} if rows is None or stream_weights else _read_in_place(layers, rows)
+    flat = dict(nnx.to_flat_state(frozen))
+    moving = nnx.from_flat_state({path: leaf for path, leaf in flat.items() if path not in stay})
+    numbers = jnp.arange(next(iter(stay.values())).stack_shape[0]) if stay else None
 
-    def step(x: Any, frozen: Any, own: tuple[Any, Any]) -> tuple[Any, Any]:
-        rest, given = own
-        layer = nnx.merge(graphdef, frozen, rest)
+    def step(x: Any, frozen: Any, own: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+        rest, given, number = own
+        whole = dict(nnx.to_flat_state(frozen))
+        whole |= {path: flat[path].replace(w.at_layer(number)) for path, w in stay.items()}
+        layer = nnx.merge(graphdef, nnx.from_flat_state(whole), rest)
         # Decoding's x is no single array; its few rows go where the weights lie.
         if isinstance(x, jax.Array):
             x = cut_by_rows(x)
             gather_dense(layer, beside=x)
         return apply(layer, x, given)
 
-    return run_layers(
-        step, x, frozen, (rest, per_layer), remat=remat, stream_weights=stream_weights
-    )
+    own = rest, per_layer, numbers
+    return run_layers(step, x, moving, own, remat=remat, stream_weights=stream_weights)
+
+
+def _read_in_place(layers: nnx.Module, rows: int) -> dict[tuple, QuantizedTensor]:
+    """Stacks of weights that so many rows are better multiplied with where they lie, by path."""
+    found = {}
+    for path, module in nnx.iter_modules(layers):
+        if isinstance(module, QuantDense) and module.stays_in_stack(rows):
+            found[*path, "kernel"] = cast(QuantizedTensor, module.kernel.get_value())
+    return found
 
 
 def split_key(key: Key[Array, ""] | None, count: int) -> Key[Array, " count"] | None:

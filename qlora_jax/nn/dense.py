@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from pallas_kernels import LowRank, in_auto_axes, product_spec, rows_as_cut
+from pallas_kernels import LowRank, in_auto_axes, product_spec, reads_layers, rows_as_cut
 from qlora_jax.nn.dora import adapted_squares, magnify, row_squares
 from qlora_jax.nn.lora import LoraConfig, dropout, init_lora_a, lora_hidden
 from qlora_jax.nn.variables import FrozenParam
@@ -256,6 +256,20 @@ class QuantDense(nnx.Module):
             return self._cut(x, state["kernel"].get_value())
 
         return in_auto_axes(output, x, state, dropout_key, result=result)
+
+    def stays_in_stack(self, rows: int) -> bool:
+        """Whether a stack of layers, multiplied with so many rows, had better stay where it lies
+        than be sliced for each layer (`QuantizedTensor.at_layer`)."""
+        weight = self.kernel.get_value()
+        if not isinstance(weight, QuantizedTensor) or len(weight.stack_shape) != 1:
+            return False
+        return reads_layers(
+            rows,
+            weight.layout,
+            weight.stack_shape[0],
+            implementation=self.implementation,
+            dtype=self.compute_dtype,
+        )
 
     def _check_input(self, x: Array) -> None:
         if x.shape[-1:] != (self.in_features,):

@@ -27,7 +27,7 @@ from pallas_kernels import (
     vary_alike,
 )
 from qlora_jax.quant.low_rank import low_rank_gradients
-from qlora_jax.quant.tensor import QuantizedTensor
+from qlora_jax.quant.tensor import QuantizedLayer, QuantizedTensor
 
 
 def quantized_matmul(
@@ -44,7 +44,7 @@ def quantized_matmul(
     Args:
         x: float32, bfloat16 or float16; the weight is dequantized to this dtype, and products are
             summed in float32.
-        w: a single quantized matrix [out, in].
+        w: a single quantized matrix [out, in], or a layer of a stack of them (`at_layer`).
         bias: added to the product, or None.
         lora: (h, B) of an adapter in x's dtype, h [..., r] = s · x · Aᵀ and B [out, r]; or None.
         implementation: which kernel; None lets `pallas_kernels` choose (see its `dispatch`).
@@ -97,6 +97,8 @@ def _forward(
 
 def _backward(kernel: _Kernel, residuals: tuple, dy: jax.Array) -> tuple:
     w, bias, lora = residuals
+    if isinstance(w, QuantizedLayer):
+        w = w.taken_out()
     dlora = None if lora is None else low_rank_gradients(lora, dy)
     dy, w = _in_turn(dy, w)
     dx = _transposed(kernel.implementation, dy, w)
@@ -160,6 +162,7 @@ def _arguments(w: QuantizedTensor) -> dict[str, Any]:
         "absmax": w.absmax,
         "nested_absmax": w.nested_absmax,
         "offset": w.offset,
+        **({"layer": w.layer} if isinstance(w, QuantizedLayer) else {}),
         "shape": w.shape,
         "quant_type": w.quant_type,
         "blocksize": w.blocksize,

@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
-from pallas_kernels import nf4_dequantize
+from pallas_kernels import Layout, nf4_dequantize
 
 _LEAVES = ("codes", "absmax", "nested_absmax", "offset")
 _STATIC = ("shape", "dtype", "quant_type", "blocksize")
@@ -94,6 +94,11 @@ class QuantizedTensor:
         return self.nested_absmax is not None
 
     @property
+    def layout(self) -> Layout:
+        """One tensor of the stack, as `pallas_kernels` describes it."""
+        return Layout(self.shape, self.quant_type, self.blocksize, self.double_quant)
+
+    @property
     def size(self) -> int:
         """Weights in one tensor of the stack."""
         return math.prod(self.shape)
@@ -149,6 +154,11 @@ class QuantizedTensor:
             function = jax.vmap(function)
         return function(tuple(getattr(self, n) for n in _LEAVES))
 
+    def at_layer(self, layer: Int[Array, ""]) -> "QuantizedLayer":
+        """One tensor of a stack of layers, left where it lies."""
+        leaves = (getattr(self, n) for n in _LEAVES)
+        return QuantizedLayer.tree_unflatten(self.tree_flatten_with_keys()[1], (*leaves, layer))
+
     def __repr__(self) -> str:
         stacked = hasattr(self.codes, "ndim") and self.stack_shape
         stack = f"{list(self.stack_shape)} × " if stacked else ""
@@ -157,3 +167,51 @@ class QuantizedTensor:
             f"QuantizedTensor({stack}{list(self.shape)} {self.dtype.name}: "
             f"{self.quant_type} blocksize={self.blocksize}{double})"
         )
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class QuantizedLayer(QuantizedTensor):
+    """One tensor of a stack, to be multiplied with (`quantized_matmul`) where it lies.
+
+    A kernel that takes the whole stack and the number of a layer needs no copy of that layer.
+
+    Attributes:
+        layer: which one; the other leaves are the stack's.
+    """
+
+    layer: Any
+
+    def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
+        """The stack's leaves, then `layer`."""
+        leaves, static = super().tree_flatten_with_keys()
+        return (*leaves, (jax.tree_util.GetAttrKey("layer"), self.layer)), static
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple, leaves: tuple) -> "QuantizedLayer":
+        """The inverse of flattening."""
+        *stack, layer = leaves
+        made = cls(*stack, **dict(zip(_STATIC, static, strict=True)))
+        made.layer = layer
+        return made
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """(): it is one tensor."""
+        return ()
+
+    def taken_out(self) -> QuantizedTensor:
+        """A tensor of its own: what is not multiplied where it lies."""
+        leaves, static = super().tree_flatten_with_keys()
+        own = (
+            None
+            if stack is None
+            else jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)
+            for _, stack in leaves
+        )
+        return QuantizedTensor.tree_unflatten(static, tuple(own))
+
+    def dequantize(
+        self, dtype: Any = None, *, implementation: str | None = None
+    ) -> Shaped[Array, "..."]:
+        """As of any tensor."""
+        return self.taken_out().dequantize(dtype, implementation=implementation)

@@ -9,6 +9,9 @@ import pytest
 from flax import nnx
 
 from qlora_jax.models import Decoder, DecoderConfig, RopeConfig
+from qlora_jax.nn import LoraConfig, QuantDense
+from qlora_jax.quant import QuantConfig
+from tests.models.variants import VARIANTS
 from tests.random_decoder import random_decoder
 
 PLAIN = DecoderConfig(
@@ -79,6 +82,30 @@ def test_greedy_decoding_equals_full_forward_passes(config, side):
     # A step too many is loud.
     logits, _ = decode(model, jnp.zeros(2, jnp.int32), cache)
     assert np.isnan(logits).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "experts"])
+def test_weights_that_stay_in_their_stacks(name, monkeypatch):
+    """As Triton's kernels read them: the same to the bit, here by XLA; experts' are sliced."""
+    config = {"plain": PLAIN, "experts": VARIANTS["mixtral-window"]}[name]
+    options = {"quant": QuantConfig(blocksize=32), "lora": LoraConfig(r=2)}
+    model = random_decoder(config, **options)
+    logits, cache = model.prefill(*padded("left"), cache_length=8)
+    tokens = logits.argmax(axis=-1).astype(jnp.int32)
+    sliced = jax.jit(lambda model: model.decode_step(tokens, cache))(model)
+
+    stacks = []
+
+    def stays(layer: QuantDense, rows: int) -> bool:
+        assert rows == len(tokens)
+        one_a_layer = len(layer.stack_shape) == 1
+        stacks.append(one_a_layer)
+        return one_a_layer
+
+    monkeypatch.setattr(QuantDense, "stays_in_stack", stays)
+    in_place = jax.jit(lambda model: model.decode_step(tokens, cache))(model)
+    assert stacks.count(True) == (7 if name == "plain" else 4)
+    jax.tree.map(np.testing.assert_array_equal, in_place, sliced)
 
 
 def test_the_cache_has_to_hold_the_prompt():

@@ -25,7 +25,7 @@ from qlora_jax.models import (
 from qlora_jax.models.dropped_attention import dropped_attention
 from qlora_jax.models.families.t5 import T5
 from qlora_jax.models.relative_bias import relative_buckets
-from qlora_jax.nn import FrozenParam, LoraConfig, TrainedParam
+from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense, TrainedParam
 from qlora_jax.quant import QuantConfig
 
 CONFIG = EncoderDecoderConfig(
@@ -129,6 +129,15 @@ def test_word_by_word_is_the_same_with_a_longer_cache():
         if position + 1 < READ.shape[1]:
             found, cache = step(model, READ[:, position + 1], cache)
     assert int(cache.filled) == READ.shape[1]
+
+
+def test_weights_that_stay_in_their_stacks(monkeypatch):
+    model = t5(quant=QuantConfig(blocksize=32))
+    _, cache = model.prefill(SOURCE, cache_length=3)
+    sliced = jax.jit(lambda model: model.decode_step(READ[:, 1], cache))(model)
+    monkeypatch.setattr(QuantDense, "stays_in_stack", lambda _, rows: rows == len(READ))
+    in_place = jax.jit(lambda model: model.decode_step(READ[:, 1], cache))(model)
+    jax.tree.map(np.testing.assert_array_equal, in_place, sliced)
 
 
 def test_loss_is_the_sum_over_real_words():

@@ -39,3 +39,23 @@ def test_a_gradient_s_gradient_through_a_kernel(monkeypatch):
     exact = penalty(lambda x, bias, lora: x @ dense.T + bias + lora[0] @ lora[1].T)
     for got, want in zip(by_kernel, exact, strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+def test_a_layer_of_a_stack_has_the_gradients_of_its_weight():
+    dense = jax.random.normal(jax.random.key(0), (3, 32, 64))
+    stack = jax.vmap(ql.quantize)(dense)
+    x, bias = jax.random.normal(jax.random.key(1), (5, 64)), jnp.arange(32.0)
+
+    def loss(x, bias, w):
+        return jnp.sum(ql.quantized_matmul(x, w, bias) ** 2)
+
+    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    for layer in (0, 2):
+        alone = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack)
+        there = stack.at_layer(jnp.int32(layer))
+        assert there.stack_shape == ()
+        assert there.shape == alone.shape
+        np.testing.assert_array_equal(there.dequantize(), alone.dequantize())
+        jax.tree.map(
+            np.testing.assert_array_equal, gradients(x, bias, there), gradients(x, bias, alone)
+        )
