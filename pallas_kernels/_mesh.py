@@ -46,7 +46,7 @@ from pallas_kernels._sharding_types import (
     spec_entries,
 )
 from pallas_kernels._stack import layer_of
-from pallas_kernels._triton import MAX_INDEX
+from pallas_kernels._triton import stack_is_addressable
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 
 Op = Literal["forward", "transposed", "dequantize"]
@@ -166,9 +166,7 @@ def _by_parts(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Call) 
     @one.def_vmap
     def many(_size: int, is_stack: list[Parts], parts: Parts) -> tuple[Array, bool]:
         axes = jax.tree.map(lambda stack: 0 if stack else None, is_stack[0])
-        # Pallas' Triton lowering finds an element of a stack by a signed 32-bit offset; it takes a
-        # wider one only from 4 GiB on.
-        kernel = in_turn(whole) if parts.codes.size > MAX_INDEX else whole
+        kernel = whole if stack_is_addressable(parts.codes.size) else in_turn(whole)
         return jax.vmap(lambda parts: kernel(*_arguments(op, parts)), in_axes=(axes,))(parts), True
 
     return one(parts)

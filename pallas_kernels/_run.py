@@ -10,7 +10,7 @@ from jaxtyping import Array
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import Layout, rows_of
 from pallas_kernels._mesh import Call, Op, Parts, over_devices
-from pallas_kernels._triton import MAX_INDEX
+from pallas_kernels._triton import stack_is_addressable
 from pallas_kernels.nf4_matmul.reference import add_low_rank
 
 Kernels = Mapping[str, Callable[..., Array]]
@@ -80,7 +80,7 @@ def run(
         interpret=asked.interpret,
         **again,
     )
-    if choice.implementation != "triton" or parts.codes.size > MAX_INDEX:
+    if choice.implementation != "triton" or not stack_is_addressable(parts.codes.size):
         parts = parts.of_layer()
     y = over_devices(
         parts if fuse else parts._replace(lora=None),

@@ -31,6 +31,12 @@ MAX_INDEX = 2**31 - 1
 """The kernels count in signed 32-bit numbers."""
 
 
+def stack_is_addressable(nbytes: int) -> bool:
+    """Whether Pallas' Triton lowering finds an element of a stack of so many codes: by a signed
+    32-bit offset, or, from 4 GiB on, by a wider one."""
+    return nbytes <= MAX_INDEX or nbytes > 2**32
+
+
 @dataclasses.dataclass(frozen=True)
 class TritonConfig:
     """Tile sizes and compiler hints of one kernel launch.

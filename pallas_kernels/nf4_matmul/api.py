@@ -19,7 +19,7 @@ from pallas_kernels._mesh import Parts
 from pallas_kernels._mosaic import why_not_mosaic
 from pallas_kernels._run import Asked, Kernels, run
 from pallas_kernels._stack import layer_types
-from pallas_kernels._triton import MAX_INDEX, TritonConfig
+from pallas_kernels._triton import TritonConfig, stack_is_addressable
 from pallas_kernels.nf4_gemv.api import MAX_ROWS, nf4_gemv
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from pallas_kernels.nf4_matmul.reference import nf4_matmul_xla
@@ -142,7 +142,7 @@ def reads_layers(
         dtype=dtype,
     )
     fused = isinstance(choice.config, TritonConfig) and choice.config.fused
-    return fused and layers * layout.nbytes <= MAX_INDEX
+    return fused and stack_is_addressable(layers * layout.nbytes)
 
 
 def _is_gemv(
