@@ -40,6 +40,7 @@ from qlora_jax.models import (
     train_rows_of,
 )
 from qlora_jax.nn import LoraConfig, TrainedParam
+from qlora_jax.nn.targets import ALSO_CALLED
 
 # The second name under which PEFT wants a trained embedding that is its head, too.
 _TIED = "lm_head.weight"
@@ -81,6 +82,15 @@ def save_adapter(
     if heads:
         saved = (*(lora_config.modules_to_save or ()), *sorted(heads))
         lora_config = replace(lora_config, modules_to_save=saved)
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    for module, others in ALSO_CALLED.items():
+        weight = tensors.get(f"{PREFIX}{module}.weight")
+        if weight is None or tied:
+            continue
+        # PEFT passes over the names that its version of transformers does not know.
+        tensors |= {f"{PREFIX}{other}.weight": weight.copy() for other in others}
+        saved = dict.fromkeys((*(lora_config.modules_to_save or ()), module, *others))
+        lora_config = replace(lora_config, modules_to_save=tuple(saved))
     config = config_to_json(
         lora_config,
         base_name=base_name,
@@ -92,7 +102,7 @@ def save_adapter(
         config["trainable_token_indices"] = {
             module: e.token_ids.get_value().tolist() for module, e in trained.items()
         }
-    if getattr(model.config, "tie_word_embeddings", False):
+    if tied:
         # Our head is the embedding itself; PEFT trains a copy unless it is told.
         whole = [m for m, e in token_modules(model).items() if isinstance(e.weight, TrainedParam)]
         if whole or trained:
@@ -169,7 +179,14 @@ def load_adapter(folder: str | Path, model: Any) -> None:
             raise ValueError(
                 f"{folder} lacks {part.names[0]!r}, but the model trains it: {advice}."
             )
-        tensor = tensors.pop(name)
+        copies = {name: tensors.pop(name) for name in part.names if name in tensors}
+        tensor = copies[name]
+        apart = next((n for n, x in copies.items() if not np.array_equal(x, tensor)), None)
+        if apart is not None:
+            raise ValueError(
+                f"{folder} has trained {name!r} and {apart!r} apart, which are one matrix here: "
+                "use the adapter in PEFT."
+            )
         if tensor.shape != part.taken().shape:
             raise ValueError(
                 f"{folder}: {name!r} has shape {list(tensor.shape)}, but the model's is "

@@ -14,6 +14,7 @@ from qlora_jax.checkpoints.adapter_file import TOKENS
 from qlora_jax.checkpoints.matching import node_at
 from qlora_jax.models import FAMILIES, module_names, vocabularies
 from qlora_jax.nn import LoraConfig, QuantDense, TrainedParam
+from qlora_jax.nn.targets import ALSO_CALLED
 
 
 class Part(NamedTuple):
@@ -97,7 +98,8 @@ def trained_parts(model: Any, lora: LoraConfig) -> Iterator[Part]:
         variable = node_at(model, slot.path)
         if not isinstance(variable, TrainedParam):
             continue
-        names: tuple[str, ...] = (name,)
+        others = ALSO_CALLED.get(name.removesuffix(".weight"), ())
+        names = (name, *(f"{module}.weight" for module in others))
         if name in biases:
             # Where PEFT has put an adapter around the layer; older versions left the name alone.
             names = (f"{name.removesuffix('bias')}base_layer.bias", name)

@@ -40,6 +40,7 @@ from qlora_jax.checkpoints.checkpoint import (
 from qlora_jax.checkpoints.matching import linear_weights
 from qlora_jax.data.json_file import read_json
 from qlora_jax.nn import LoraConfig, start_from_weight
+from qlora_jax.nn.targets import ALSO_CALLED
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
 
 MODES = ("original", "dequantized", "requantized")
@@ -181,6 +182,13 @@ def merged(checkpoint: Checkpoint, adapter: str | Path, *, dtype: Any = None) ->
     return replace(checkpoint, config=file.config, tensors=tensors, read=read)
 
 
+def _names(name: str) -> list[str]:
+    """The names that a tensor of an adapter's may have in files."""
+    module = name.removesuffix(".weight")
+    files = [file for file, others in ALSO_CALLED.items() if module in others]
+    return [name, *(f"{file}.weight" for file in files)]
+
+
 class AdapterFile:
     """A PEFT adapter beside the checkpoint it is for: every name and shape is compared at once,
     numbers are read when they are asked for.
@@ -247,6 +255,7 @@ class AdapterFile:
             self.adapted.add(name)
         else:
             name = name.replace(".base_layer.", ".").replace(COPY, ".")
+            name = next((n for n in _names(name) if n in base.tensors), name)
             self.replaced[name] = shape
             if name not in base.tensors and self.config.get("tie_word_embeddings"):
                 self.config["tie_word_embeddings"] = False
@@ -256,7 +265,15 @@ class AdapterFile:
                 f"{self._path} adapts {name!r}, which {base.source} does not have: the adapter was "
                 "trained on another base model."
             )
-        self._keys.setdefault(name, {})[part] = key
+        copy = self._keys.setdefault(name, {}).setdefault(part, key)
+        if copy != key and part == "whole":
+            with safe_open(self._path, framework="np") as file:
+                same = np.array_equal(file.get_tensor(copy), file.get_tensor(key))
+            if not same:
+                raise ValueError(
+                    f"{self._path} has trained {copy!r} and {key!r} apart, which are one matrix "
+                    "in the base: use the adapter in PEFT."
+                )
 
     def _check(self, shapes: dict[str, tuple[int, ...]], base: Checkpoint) -> None:
         for name in self.adapted:

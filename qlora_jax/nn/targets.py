@@ -13,6 +13,12 @@ Names = tuple[str, ...] | str
 Number = TypeVar("Number", int, float)
 
 ALL_LINEAR = "all-linear"
+ALSO_CALLED = {
+    "embed_out": ("lm_head",),
+    "shared": ("encoder.embed_tokens", "decoder.embed_tokens"),
+}
+"""Modules that transformers has under other names than files do: GPT-NeoX's head (in version 5) and
+T5's embedding, which computes nothing under its own."""
 # What scores: not part of "all-linear" (PEFT asks the model for its output embeddings).
 _HEADS = frozenset({"lm_head", "embed_out", "classifier", "score", "qa_outputs"})
 
@@ -34,7 +40,8 @@ def saved(names: Names, path: str) -> bool:
 
     PEFT asks only that a path end in the name: "norm" means "input_layernorm", too.
     """
-    return any(f"{name}." in f"{path}." for name in names)
+    paths = (path, *ALSO_CALLED.get(path, ()))
+    return any(f"{name}." in f"{path}." for name in names for path in paths)
 
 
 def targeted(

@@ -21,9 +21,10 @@ from qlora_jax.checkpoints import (
     read_adapter_config,
     save_adapter,
 )
+from qlora_jax.checkpoints.matching import node_at
 from qlora_jax.models import FAMILIES, Decoder, module_names
 from qlora_jax.nn import LoraConfig, TrainedParam, add_lora
-from tests.checkpoints.tiny import CONFIG, IDS, write_model
+from tests.checkpoints.tiny import CONFIG, IDS, change_config, change_tensors, write_model
 from tests.models.variants import VARIANTS
 from tests.random_decoder import random_decoder
 from tests.shared import shared_path
@@ -267,6 +268,52 @@ def test_a_tied_head_follows_the_trained_embedding(tmp_path: Path) -> None:
     save_file(tensors, weights)
     with pytest.raises(ValueError, match="as a copy apart from the matrix that this base shares"):
         load_adapter(tmp_path / "a", model)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "others"),
+    [
+        ("gpt_neox", "embed_out", ("lm_head",)),
+        ("t5_v1_1", "shared", ("encoder.embed_tokens", "decoder.embed_tokens")),
+    ],
+)
+def test_what_transformers_calls_otherwise_is_saved_under_all_its_names(
+    name: str, module: str, others: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(shared_path(f"vectors/models/{name}"), folder)
+    if name == "t5_v1_1":
+        change_config(folder, tie_word_embeddings=False)
+        change_tensors(folder, lambda t: t.update({"lm_head.weight": t["shared.weight"] + 1}))
+    lora = LoraConfig(r=2, target_modules=("dense", "q"), modules_to_save=(module,))
+    options = {"quant": None, "compute_dtype": jnp.float32}
+    model = load_model(folder, lora=lora, **options)
+    save_adapter(tmp_path, model, lora, str(folder))
+    weights = tmp_path / "adapter_model.safetensors"
+    written = load_file(weights)
+    whole = {f"base_model.model.{other}.weight" for other in (module, *others)}
+    assert {tensor for tensor in written if "lora" not in tensor} == whole
+    read = read_adapter_config(tmp_path)
+    assert read.modules_to_save == (module, *others)
+
+    # Any one of the names is enough, and stands for the others.
+    for other in others:
+        one = f"base_model.model.{other}.weight"
+        new = written[one] + 1
+        save_file({n: x for n, x in written.items() if n not in whole} | {one: new}, weights)
+        change_config(tmp_path, file="adapter_config.json", modules_to_save=[other])
+        again = load_model(folder, lora=read_adapter_config(tmp_path), **options)
+        load_adapter(tmp_path, again)
+        path = FAMILIES[again.config.model_type].weight_names(again.config)[f"{module}.weight"].path
+        np.testing.assert_array_equal(node_at(again, path)[...], new)
+        merged = merge(open_checkpoint(folder), tmp_path, "original").read(f"{module}.weight")
+        np.testing.assert_array_equal(merged, new.astype(merged.dtype))
+
+    save_file(written | {f"base_model.model.{others[-1]}.weight": new + 1}, weights)
+    with pytest.raises(ValueError, match="apart, which are one matrix"):
+        load_adapter(tmp_path, again)
+    with pytest.raises(ValueError, match="apart, which are one matrix"):
+        merge(open_checkpoint(folder), tmp_path, "original")
 
 
 @pytest.mark.parametrize(

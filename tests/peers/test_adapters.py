@@ -23,6 +23,7 @@ from qlora_jax.checkpoints import (
     save_adapter,
 )
 from qlora_jax.models import FAMILIES
+from tests.peers.models import save_random
 
 torch = pytest.importorskip("torch", reason="make test-peers installs it")
 transformers = pytest.importorskip("transformers", reason="make test-peers installs it")
@@ -187,6 +188,44 @@ def test_kinds_both_ways(kind: str, vectors, tmp_path) -> None:
     save_adapter(tmp_path / "ours", model, lora, str(folder))
     read = peft.PeftModel.from_pretrained(theirs(folder), tmp_path / "ours")
     same(our_logits(model), their_logits(read), before)
+
+
+def test_a_head_that_transformers_5_calls_otherwise(vectors, tmp_path) -> None:
+    """GPT-NeoX: `embed_out` in files and in transformers 4, `lm_head` in transformers 5."""
+    folder = vectors("gpt_neox")
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["dense"], "modules_to_save": ["lm_head"]}
+    base = theirs(folder)
+    before = their_logits(base)
+    trained = peft_adapter(base, tmp_path / "theirs", **options)
+    model = ours(folder, read_adapter_config(tmp_path / "theirs"))
+    load_adapter(tmp_path / "theirs", model)
+    same(our_logits(model), their_logits(trained), before)
+    checkpoint = merge(open_checkpoint(folder), tmp_path / "theirs", "original")
+    merged = trained.merge_and_unload().state_dict()["lm_head.weight"].numpy()
+    read = checkpoint.read("embed_out.weight")
+    np.testing.assert_array_equal(read, merged.astype(read.dtype))
+
+    lora = ql.LoraConfig(r=4, target_modules=("dense",), modules_to_save=("embed_out",))
+    model = moved(ours(folder, lora))
+    save_adapter(tmp_path / "ours", model, lora, str(folder))
+    peer = peft.PeftModel.from_pretrained(theirs(folder), tmp_path / "ours")
+    same(our_logits(model), their_logits(peer), before)
+    again = ours(folder, read_adapter_config(tmp_path / "ours"))
+    load_adapter(tmp_path / "ours", again)
+    np.testing.assert_array_equal(our_logits(again), our_logits(model))
+
+
+def test_t5s_embedding_trained_whole(tmp_path) -> None:
+    """PEFT has the copies that encoder and decoder read, not the one that files hold."""
+    folder = tmp_path / "base"
+    save_random("t5 v1.1", folder)
+    lora = ql.LoraConfig(r=2, target_modules=("q",), modules_to_save=("shared",))
+    model = moved(ours(folder, lora))
+    save_adapter(tmp_path, model, lora, str(folder))
+    base = theirs(folder)
+    before = their_logits(base)
+    peer = peft.PeftModel.from_pretrained(base, tmp_path)
+    same(our_logits(model), their_logits(peer), before)
 
 
 def test_doras_gradients_are_pefts(vectors, tmp_path) -> None:
