@@ -31,7 +31,7 @@ from qlora_jax.checkpoints.adapter_parts import (
     token_modules,
     trained_parts,
 )
-from qlora_jax.checkpoints.folder import replace_file
+from qlora_jax.checkpoints.staging import replace_file
 from qlora_jax.data import Tokenizer
 from qlora_jax.models import (
     FAMILIES,
@@ -89,8 +89,8 @@ def save_adapter(
             continue
         # PEFT passes over the names that its version of transformers does not know.
         tensors |= {f"{PREFIX}{other}.weight": weight.copy() for other in others}
-        saved = dict.fromkeys((*(lora_config.modules_to_save or ()), module, *others))
-        lora_config = replace(lora_config, modules_to_save=tuple(saved))
+        names = dict.fromkeys((*(lora_config.modules_to_save or ()), module, *others))
+        lora_config = replace(lora_config, modules_to_save=tuple(names))
     config = config_to_json(
         lora_config,
         base_name=base_name,

@@ -39,12 +39,22 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
         FileNotFoundError: there is no adapter_config.json.
         ValueError: it asks for what is not supported here, or is no LoRA.
     """
+    return config_from_json(read_config_json(folder), Path(folder) / CONFIG)
+
+
+def read_config_json(folder: str | Path) -> dict[str, Any]:
+    """The content of a folder's adapter_config.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it holds no JSON object.
+    """
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: give an adapter's folder, as PEFT's save_pretrained wrote it."
         )
-    return config_from_json(read_json(path), path)
+    return read_json(path)
 
 
 def config_from_json(config: Mapping[str, Any], path: Path) -> LoraConfig:

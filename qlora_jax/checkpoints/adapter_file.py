@@ -12,19 +12,18 @@ Face model. `<what>` is
 Adapters are small, so nothing is streamed here.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from qlora_jax.checkpoints.adapter_config import CONFIG, config_from_json
-from qlora_jax.checkpoints.checkpoint import DTYPES, dtype_name
-from qlora_jax.data.json_file import read_json
+from qlora_jax.checkpoints.adapter_config import CONFIG, config_from_json, read_config_json
+from qlora_jax.checkpoints.checkpoint import DTYPES
+from qlora_jax.checkpoints.folder import open_safetensors
 from qlora_jax.nn import LoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
@@ -65,28 +64,10 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
         ValueError: the adapter is damaged, or asks for what is not supported here.
     """
     folder = Path(folder)
-    raw = read_json(folder / CONFIG)
+    raw = read_config_json(folder)
     config = config_from_json(raw, folder / CONFIG)
-    if not (folder / WEIGHTS).is_file():
-        pickle = folder / "adapter_model.bin"
-        hint = (
-            f"; {pickle.name} is a pickle and never read here: load it once in PEFT and save it "
-            "with `safe_serialization=True`"
-            if pickle.is_file()
-            else ": give the folder that PEFT's save_pretrained wrote"
-        )
-        raise FileNotFoundError(f"{folder} has no {WEIGHTS}{hint}.")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{folder / WEIGHTS} is truncated or no safetensors file ({error}): fetch it again."
-        ) from error
-    check_tensors(
-        folder / WEIGHTS,
-        {name: tensor.shape for name, tensor in tensors.items()},
-        {name: tensor.dtype for name, tensor in tensors.items()},
-    )
+    with open_weights(folder) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     named = {
         name.removeprefix(PREFIX).replace(COPY, "."): tensor
         for name, tensor in tensors.items()
@@ -101,15 +82,43 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
     )
 
 
-def check_tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, Any]
+@contextlib.contextmanager
+def open_weights(folder: Path) -> Iterator[Any]:
+    """An adapter's tensors, checked but not read, as `safe_open` gives them.
+
+    Raises:
+        FileNotFoundError: there is no file, or a pickle in its place.
+        ValueError: it is damaged, or holds what is not supported here.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickle = folder / "adapter_model.bin"
+        hint = (
+            f"; {pickle.name} is a pickle and never read here: load it once in PEFT and save it "
+            "with `safe_serialization=True`"
+            if pickle.is_file()
+            else ": give the folder that PEFT's save_pretrained wrote"
+        )
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}{hint}.")
+    with open_safetensors(path) as file:
+        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        _check_tensors(
+            path,
+            {name: tuple(view.get_shape()) for name, view in views.items()},
+            {name: view.get_dtype() for name, view in views.items()},
+        )
+        yield file
+
+
+def _check_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
 ) -> None:
     """Refuses what no adapter of linear layers can hold, before a number is read.
 
     Args:
         path: of the file.
         shapes: of its tensors by name.
-        dtypes: NumPy's, or safetensors' names for them.
+        dtypes: safetensors' names for them.
 
     Raises:
         ValueError: there is no tensor, a factor is no matrix, or a tensor holds no 16- or 32-bit
@@ -128,13 +137,11 @@ def check_tensors(
                 f"{path}: {name!r} has shape {list(shape)}, but a matrix is needed: adapters of "
                 "linear layers are read."
             )
-        try:
-            dtype_name(dtypes[name])
-        except ValueError as error:
+        if dtypes[name] not in DTYPES:
             raise ValueError(
                 f"{path}: {name!r} is stored as {dtypes[name]}, but {', '.join(DTYPES)} are read: "
                 "save the adapter in one of them."
-            ) from error
+            )
 
 
 def token_indices(raw: Mapping[str, Any], named: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ needs the whole model in memory. Names are Hugging Face's throughout; a 4-bit we
 here, whose `read` gives a `QuantizedTensor`, however many tensors its file keeps it in.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,26 +133,35 @@ def quantized(
     return replace(checkpoint, tensors=tensors, read=read)
 
 
-def dequantized(checkpoint: Checkpoint, dtype: Any = None) -> Checkpoint:
+def dense(value: np.ndarray | QuantizedTensor, dtype: Any = jnp.float32) -> np.ndarray:
+    """A tensor as it was read or, of codes, the numbers that they stand for, in this dtype."""
+    if isinstance(value, QuantizedTensor):
+        return np.asarray(jax.tree.map(jnp.asarray, value).dequantize(dtype))
+    return value
+
+
+def dequantized(
+    checkpoint: Checkpoint, dtype: Any = None, *, names: Collection[str] | None = None
+) -> Checkpoint:
     """The same with dense numbers in the place of quantized ones.
 
     Args:
         checkpoint: any; dense tensors stay as they are.
         dtype: of the dequantized tensors; None for what each was before.
+        names: of the tensors to dequantize; None for all.
     """
     name_of = None if dtype is None else dtype_name(dtype)
-
-    def read(name: str) -> np.ndarray | QuantizedTensor:
-        value = checkpoint.read(name)
-        if isinstance(value, QuantizedTensor):
-            value = jax.tree.map(jnp.asarray, value)
-            return np.asarray(value.dequantize(DTYPES[tensors[name].dtype]))
-        return value
-
     tensors = {
-        name: info if info.quant is None else TensorInfo(info.shape, name_of or info.dtype)
+        name: TensorInfo(info.shape, name_of or info.dtype)
+        if info.quant is not None and (names is None or name in names)
+        else info
         for name, info in checkpoint.tensors.items()
     }
+
+    def read(name: str) -> np.ndarray | QuantizedTensor:
+        value, info = checkpoint.read(name), tensors[name]
+        return value if info.quant is not None else dense(value, DTYPES[info.dtype])
+
     return replace(checkpoint, tensors=tensors, read=read)
 
 

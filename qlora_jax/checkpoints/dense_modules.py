@@ -13,17 +13,11 @@ T5's `wo` in 16 or 32 bits.
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
+from qlora_jax.checkpoints.checkpoint import Checkpoint, dequantized
 from qlora_jax.checkpoints.matching import linear_weights
 from qlora_jax.models import family_of
-from qlora_jax.quant import QuantizedTensor
 
 
 def packable_weights(checkpoint: Checkpoint) -> frozenset[str]:
@@ -39,22 +33,7 @@ def packable_weights(checkpoint: Checkpoint) -> frozenset[str]:
 def with_kept_dense(checkpoint: Checkpoint) -> Checkpoint:
     """The same with dense numbers, those that the codes stand for, where transformers reads no
     codes."""
-    unread = {name for name in _kept_dense(checkpoint) if checkpoint.tensors[name].quant}
-    if not unread:
-        return checkpoint
-    tensors = {
-        name: info._replace(quant=None) if name in unread else info
-        for name, info in checkpoint.tensors.items()
-    }
-
-    def read(name: str) -> np.ndarray | QuantizedTensor:
-        value = checkpoint.read(name)
-        if name not in unread or not isinstance(value, QuantizedTensor):
-            return value
-        value = jax.tree.map(jnp.asarray, value)
-        return np.asarray(value.dequantize(DTYPES[tensors[name].dtype]))
-
-    return replace(checkpoint, tensors=tensors, read=read)
+    return dequantized(checkpoint, names=_kept_dense(checkpoint))
 
 
 def skip_modules(checkpoint: Checkpoint) -> list[str] | None:

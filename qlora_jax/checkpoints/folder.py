@@ -5,7 +5,8 @@ A folder holds `config.json` and either one `model.safetensors` or shards of it 
 headers only, and every check that needs no numbers happens here, before anything is computed.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -26,26 +27,20 @@ NO_PICKLE = (
 """What a message says of one."""
 
 
-def check_safetensors(path: Path) -> None:
-    """Reads a file's header alone.
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A file's tensors, as `safe_open` gives them; its header is read at once.
 
     Raises:
         ValueError: it is truncated, or no safetensors file.
     """
     try:
-        with safe_open(path, framework="np"):
-            pass
+        with safe_open(path, framework="np") as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated or no safetensors file ({error}): fetch it again."
         ) from error
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside a file and moves the result into its place, so that no half is ever seen."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    partial.replace(path)
 
 
 class WeightFolder:
@@ -118,18 +113,13 @@ class WeightFolder:
 
     def _read_header(self, shard: Path) -> None:
         expected = {name for name, path in self._shard_of.items() if path == shard and name}
-        try:
-            with safe_open(shard, framework="np") as file:
-                names = file.offset_keys()
-                for name in names if not expected else filter(expected.__contains__, names):
-                    view = file.get_slice(name)
-                    self.shapes[name] = tuple(view.get_shape())
-                    self.dtypes[name] = view.get_dtype()
-                    self._shard_of[name] = shard
-        except SafetensorError as error:
-            raise ValueError(
-                f"{shard} is truncated or no safetensors file ({error}): fetch it again."
-            ) from error
+        with open_safetensors(shard) as file:
+            names = file.offset_keys()
+            for name in names if not expected else filter(expected.__contains__, names):
+                view = file.get_slice(name)
+                self.shapes[name] = tuple(view.get_shape())
+                self.dtypes[name] = view.get_dtype()
+                self._shard_of[name] = shard
         self._shard_of.pop("", None)
         absent = sorted(expected - self.shapes.keys())
         if absent:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from qlora_jax.checkpoints.card import CARD, model_card, read_facts
-from qlora_jax.checkpoints.folder import PICKLES, check_safetensors
+from qlora_jax.checkpoints.folder import PICKLES, open_safetensors
 
 PUBLISHED = (
     "*.safetensors",
@@ -160,4 +160,5 @@ def check_publishable(folder: Path, name: str) -> None:
             "loads it: remove it, the safetensors are enough."
         )
     for path in folder.glob("*.safetensors"):
-        check_safetensors(path)
+        with open_safetensors(path):
+            pass

@@ -28,7 +28,7 @@ from jaxtyping import Array, Key
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qlora_jax.checkpoints.checkpoint import Checkpoint
+from qlora_jax.checkpoints.checkpoint import Checkpoint, dense
 from qlora_jax.checkpoints.matching import is_vocabulary, keep_dense, matching, node_at
 from qlora_jax.checkpoints.open import open_checkpoint
 from qlora_jax.models import (
@@ -248,7 +248,7 @@ def _fill(
                 hosted = stream_weights and bool(slot.stack_index)
                 filled[path] = _empty(struct, hosted, places.get(path))
             if isinstance(struct, QuantizedTensor) and is_vocabulary(model, slot):
-                filled[path] = _put_vocabulary(filled[path], _dense(checkpoint.read(name)))
+                filled[path] = _put_vocabulary(filled[path], dense(checkpoint.read(name)))
                 bar.advance(task, sizes[name])
                 continue
             # The tensor has no name here: it would outlive its turn and lie beside the next one.
@@ -330,13 +330,6 @@ def _brought(tensor: Any, stack: Any, axes: int, quant: QuantConfig | None) -> A
         spec = jax.sharding.PartitionSpec(*place.spec[axes:])
         parts.append(jax.device_put(leaf, jax.sharding.NamedSharding(place.mesh, spec)))
     return jax.tree.unflatten(treedef, parts)
-
-
-def _dense(tensor: np.ndarray | QuantizedTensor) -> np.ndarray:
-    """A file's tensor in the host's memory, its codes, if it has such, as their numbers."""
-    if isinstance(tensor, QuantizedTensor):
-        return np.asarray(jax.tree.map(jnp.asarray, tensor).dequantize(jnp.float32))
-    return tensor
 
 
 def _put_vocabulary(codes: QuantizedTensor, matrix: np.ndarray) -> QuantizedTensor:

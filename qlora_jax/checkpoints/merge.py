@@ -16,29 +16,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from qlora_jax.checkpoints.adapter_config import CONFIG, read_adapter_config
+from qlora_jax.checkpoints.adapter_config import (
+    CONFIG,
+    config_from_json,
+    read_adapter_config,
+    read_config_json,
+)
 from qlora_jax.checkpoints.adapter_file import (
     COPY,
+    PREFIX,
     TOKENS,
     UNUSED,
     WEIGHTS,
-    check_tensors,
+    open_weights,
     token_indices,
 )
 from qlora_jax.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
     TensorInfo,
+    dense,
     dtype_name,
     quantized,
 )
 from qlora_jax.checkpoints.matching import linear_weights
-from qlora_jax.data.json_file import read_json
 from qlora_jax.nn import LoraConfig, start_from_weight
 from qlora_jax.nn.targets import ALSO_CALLED
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
@@ -46,7 +51,6 @@ from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
 MODES = ("original", "dequantized", "requantized")
 """Which base takes the adapter."""
 
-_PREFIX = "base_model.model."
 _HEAD = "lm_head.weight"
 # How PEFT ends the name of each part of a module's adapter.
 _PARTS = {
@@ -168,11 +172,9 @@ def merged(checkpoint: Checkpoint, adapter: str | Path, *, dtype: Any = None) ->
         for name, info in (file.added | dict(checkpoint.tensors)).items()
     }
 
-    def read(name: str) -> np.ndarray | QuantizedTensor:
+    def read(name: str) -> np.ndarray:
         target = DTYPES[tensors[name].dtype]
-        value = file.replacement(name) if name in file.replaced else checkpoint.read(name)
-        if isinstance(value, QuantizedTensor):
-            value = np.asarray(jax.tree.map(jnp.asarray, value).dequantize(jnp.float32))
+        value = file.replacement(name) if name in file.replaced else dense(checkpoint.read(name))
         if name in file.grown:
             value = file.grow(name, value.astype(np.float32))
         if name in file.adapted:
@@ -204,7 +206,8 @@ class AdapterFile:
 
     def __init__(self, folder: str | Path, base: Checkpoint) -> None:
         """Opens the adapter; raises as `merged`."""
-        self._lora = read_adapter_config(folder)
+        config = read_config_json(folder)
+        self._lora = config_from_json(config, Path(folder) / CONFIG)
         self._path = Path(folder) / WEIGHTS
         self._keys: dict[str, dict[str, str]] = {}
         self.adapted: set[str] = set()
@@ -213,22 +216,12 @@ class AdapterFile:
         self.grown: dict[str, tuple[int, ...]] = {}
         self._rows: dict[str, tuple[str, np.ndarray]] = {}
         self.config = dict(base.config)
-        if not self._path.is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {WEIGHTS}: give the folder that PEFT's save_pretrained wrote "
-                "(pickles are never read)."
-            )
-        try:
-            with safe_open(self._path, framework="np") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-                shapes = {key: tuple(x.get_shape()) for key, x in slices.items()}
-                dtypes = {key: x.get_dtype() for key, x in slices.items()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{self._path} is truncated or no safetensors file ({error}): fetch it again."
-            ) from error
-        check_tensors(self._path, shapes, dtypes)
-        self._tokens = token_indices(read_json(Path(folder) / CONFIG), shapes)
+        with open_weights(Path(folder)) as file:
+            shapes = {
+                key: tuple(file.get_slice(key).get_shape())
+                for key in file.keys()  # noqa: SIM118
+            }
+        self._tokens = token_indices(config, shapes)
         for key, shape in shapes.items():
             if UNUSED not in key:
                 self._place(key, shape, base)
@@ -237,7 +230,7 @@ class AdapterFile:
 
     def _place(self, key: str, shape: tuple[int, ...], base: Checkpoint) -> None:
         """Finds the base tensor that one of the adapter's belongs to."""
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         if name.endswith(f".{TOKENS}"):
             module = name.removesuffix(f".{TOKENS}")
             ids = self._tokens.get(module, ())
