@@ -70,7 +70,12 @@ def config_from_json(config: Mapping[str, Any], path: Path) -> LoraConfig:
             "use an adapter trained without it."
         )
     _check_kinds(config, path)
-    targets = config.get("target_modules") or "all-linear"
+    targets = config.get("target_modules")
+    if not targets:
+        raise ValueError(
+            f"{path} has target_modules {targets!r}, for which PEFT takes a list of its own: write "
+            "the names of the adapted layers there."
+        )
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = "all-linear"
     names: dict[str, Any] = {

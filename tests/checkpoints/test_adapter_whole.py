@@ -333,6 +333,7 @@ def test_what_transformers_calls_otherwise_is_saved_under_all_its_names(
         ({"r": 2.5}, "has r 2.5, but a whole number"),
         ({"lora_dropout": "much"}, "lora_dropout 'much', but a number"),
         ({"target_modules": 5}, "target_modules 5, but a list of names"),
+        ({"target_modules": None}, "has target_modules None, for which PEFT takes"),
         ({"target_modules": "(["}, "target_modules .*, but a list of names or a regular"),
         ({"modules_to_save": [1]}, "modules_to_save .*, but a list of names"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern .*, but names with whole numbers"),
