@@ -1,6 +1,9 @@
 """The Hopper kernels (Mosaic GPU, wgmma) at Llama's linear shapes, compiled for an H200."""
 
+import concurrent.futures
 import itertools
+import math
+import multiprocessing
 import re
 
 import jax
@@ -106,7 +109,18 @@ def test_hopper_kernel_with_an_adapter(shape_name, op, rows, rank):
     ],
 )
 def test_the_gemv_on_a_b200(shape_name, rows):
-    """Through the op, by name: Blackwell has what the Hopper gemv needs, and as many registers."""
+    """Through the op, by name: Blackwell has what the Hopper gemv needs, and as many registers.
+
+    In a process of its own: after a compile for Blackwell, Mosaic GPU compiles none for Hopper.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+        kernels, temporaries = process.submit(gemv_on_a_b200, shape_name, rows).result()
+    check_kernels(kernels, "gemv")
+    assert temporaries < math.prod(SHAPES[shape_name])
+
+
+def gemv_on_a_b200(shape_name, rows):
     n, k = SHAPES[shape_name]
     x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
 
@@ -114,8 +128,7 @@ def test_the_gemv_on_a_b200(shape_name, rows):
         return nf4_matmul(x, *weight, implementation="mosaic_gpu")
 
     compiled, kernels = harness.inspect_kernels(CARDS["b200"], run, x, *packed(n, k))
-    check_kernels(kernels, "gemv")
-    assert compiled.memory_analysis().temp_size_in_bytes < n * k
+    return kernels, compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_the_hopper_gemv_with_few_look_ups_and_long_loads():
