@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int
 
 _KEY_SLOTS, _VALUE_SLOTS = 2, 3
@@ -65,7 +66,7 @@ def kept(
     def in_slots(new: Array, axis: int) -> Array:
         spare = [(0, 0)] * new.ndim
         spare[axis] = (0, length - new.shape[1])
-        return _in_order(jnp.pad(jnp.moveaxis(new, 1, axis), spare))
+        return _in_order(jnp.pad(jnp.moveaxis(new, 1, axis), spare), rows=0)
 
     return in_slots(key, _KEY_SLOTS), in_slots(value, _VALUE_SLOTS)
 
@@ -75,8 +76,8 @@ def read(
 ) -> tuple[Float[Array, "batch length groups dim"], Float[Array, "batch length groups dim"]]:
     """A layer's keys and values as attention takes them, from what a cache keeps of it."""
     return (
-        jnp.moveaxis(_in_order(key), _KEY_SLOTS, 1),
-        jnp.moveaxis(_in_order(value), _VALUE_SLOTS, 1),
+        jnp.moveaxis(_in_order(key, rows=0), _KEY_SLOTS, 1),
+        jnp.moveaxis(_in_order(value, rows=0), _VALUE_SLOTS, 1),
     )
 
 
@@ -123,7 +124,7 @@ def store(whole: Pair, new: Pair, layer: Int[Array, ""], slot: Int[Array, ""]) -
         place = [layer, *[jnp.int32(0)] * 4]
         place[1 + axis] = slot
         turned = jnp.moveaxis(new, 1, axis)[None].astype(stack.dtype)
-        return _in_order(jax.lax.dynamic_update_slice(stack, turned, place))
+        return _in_order(jax.lax.dynamic_update_slice(stack, turned, place), rows=1)
 
     keys, values = put(whole[0], new[0], _KEY_SLOTS), put(whole[1], new[1], _VALUE_SLOTS)
     key, value = (
@@ -147,6 +148,20 @@ def advance(
     )
 
 
-def _in_order(x: Array) -> Array:
-    """x, which the compiler is to keep in memory in the order of its axes."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+def _in_order(x: Array, rows: int) -> Array:
+    """x, which the compiler is to keep in memory in the order of its axes.
+
+    On several devices each asks for its own part of the batch, which is x's axis `rows`: XLA does
+    not cut the request itself, and would gather the whole cache in every layer of every step.
+    """
+
+    def keep(x: Array) -> Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    mesh = jax.typeof(x).sharding.mesh
+    if all(kind == AxisType.Manual for kind in mesh.axis_types) or mesh.size == 1:
+        return keep(x)
+    if mesh.axis_types != (AxisType.Auto,) or x.shape[rows] % mesh.size:
+        return x
+    spec = jax.P(*[None] * rows, mesh.axis_names[0])
+    return jax.shard_map(keep, mesh=mesh, in_specs=spec, out_specs=spec)(x)

@@ -40,10 +40,13 @@ class Embedding(nnx.Module):
         token_ids: `FrozenParam` [n], int32: rows that `token_rows` stands for; or None.
         token_rows: `TrainedParam` [n, embed]: those rows, dense and trained while the matrix stays
             frozen (`tokens.py`); or None.
+        over: the axis of a mesh that the matrix is cut along, set by `spread`; None: not cut.
 
     Raises:
         ValueError: bits that there are not, or rows that do not fill whole blocks.
     """
+
+    over: str | None = None
 
     def __init__(
         self, vocab: int, embed: int, *, dtype: Any, bits: int | None = None, rngs: nnx.Rngs

@@ -66,7 +66,7 @@ def spread(model: nnx.Module, mesh: jax.sharding.Mesh, *, over: str | None = Non
     """
     shardings = shardings_of(model, mesh, over=over)
     for _, node in nnx.iter_graph(model):
-        if isinstance(node, GathersItself):
+        if isinstance(node, GathersItself | Embedding):
             node.over = over
 
     def put(leaf: Any, sharding: jax.sharding.NamedSharding) -> Any:
@@ -193,6 +193,15 @@ def whole_beside(x: Float[Array, "batch ..."], weights: PyTree) -> PyTree:
         return weights
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.lax.with_sharding_constraint(weights, everywhere)
+
+
+def whole_beside_head(x: Float[Array, "batch ..."], head: Embedding) -> Float[Array, "batch ..."]:
+    """x, whole on every device if the head is cut, and more to gather than x and its scores are."""
+    mesh, rows = mesh_of_rows(x), x.size // x.shape[-1]
+    vocab, embed = head.shape
+    if mesh is None or head.over is None or rows * (vocab + embed) >= vocab * embed:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, jax.P()))
 
 
 def gather_dense(layer: nnx.Module, *, beside: Float[Array, "batch ..."]) -> None:
