@@ -10,6 +10,7 @@ the nearest one that does, a value of the wrong kind with what was expected.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -31,19 +32,27 @@ Tree = dict[str, Any]
 def read_yaml(path: Path) -> Tree:
     """The tree of a YAML file; ValueError where it is not one."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = from_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         nearby = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(nearby)}" if nearby else ""
         raise FileNotFoundError(f"the configuration file {path} does not exist{hint}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not valid YAML: {reason}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}).") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ValueError(f"{path} should hold keys and values, but holds a {_kind(tree)}.")
     return tree
+
+
+def from_yaml(text: str, where: str) -> Any:
+    """What a YAML text says; ValueError names `where` it stands if it is none."""
+    try:
+        return yaml.safe_load(text)
+    # A date without such a day is a ValueError, brackets in many brackets a RecursionError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
 def parse_setting(text: str, flag: str = "--set") -> tuple[str, Any]:
@@ -54,10 +63,7 @@ def parse_setting(text: str, flag: str = "--set") -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ValueError(f"{flag} {text!r} should read key=value, as in train.learning_rate=1e-3.")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{flag} {text!r}: the value is not valid YAML.") from error
+    return key.strip(), from_yaml(value, f"the value of {flag} {text!r}")
 
 
 def with_setting(tree: Tree, key: str, value: Any) -> Tree:
@@ -92,7 +98,7 @@ def convert(value: Any, kind: Any, key: str, where: str) -> Any:
         return _convert_union(value, arguments, key, where)
     if origin is Literal:
         if value in arguments:
-            return value
+            return arguments[arguments.index(value)]
         choices = ", ".join(map(str, arguments))
         raise ValueError(f"{key} in {where} is {value!r}, but should be one of {choices}.")
     if origin is Mapping:
@@ -119,13 +125,13 @@ def _convert_plain(value: Any, kind: Any, key: str, where: str) -> Any:
     if kind in (int, float) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3 as text, and 1e4 is a number of steps as people write it.
         try:
-            number = float(value) if not isinstance(value, int) else value
-        except (TypeError, ValueError):
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
             number = None
         if number is not None and kind is float:
-            return float(number)
-        if number is not None and number == int(number):
-            return int(number)
+            return number
+        if number is not None and number.is_integer():
+            return value if isinstance(value, int) else int(number)
     expected = next((name for known, name in _KINDS if kind is known), str(kind))
     raise _wrong(value, expected, key, where)
 
@@ -199,10 +205,11 @@ def option_names(kind: Any) -> list[str]:
 
 
 def _dtype(value: Any, key: str, where: str) -> Any:
-    try:
-        return jnp.dtype(value)
-    except TypeError:
-        raise _wrong(value, "a dtype such as float32 or bfloat16", key, where) from None
+    # NumPy takes nothing for float64, and a list for a record.
+    with contextlib.suppress(TypeError):
+        if isinstance(value, str):
+            return jnp.dtype(value)
+    raise _wrong(value, "a dtype such as float32 or bfloat16", key, where)
 
 
 def _wrong(value: Any, expected: str, key: str, where: str) -> ValueError:

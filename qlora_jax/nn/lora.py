@@ -8,6 +8,7 @@ PEFT's, so that adapters travel both ways unchanged. `dora.py` adds a trained ma
 starts from the error of quantization.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -92,6 +93,9 @@ class LoraConfig:
         ranks = [self.r, *self.rank_pattern.values()]
         if min(ranks) < 1:
             raise ValueError(f"r is {min(ranks)}; the rank of an adapter is at least 1")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if not math.isfinite(alpha):
+                raise ValueError(f"alpha is {alpha}; give a finite number")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; give a probability in [0, 1)")
         if self.bias not in ("none", "lora_only", "all"):
@@ -101,6 +105,9 @@ class LoraConfig:
                 f"init_lora_weights is {self.init_lora_weights!r}; choose one of "
                 f"{', '.join(map(repr, _INITS))}"
             )
+        if self.dtype is None or not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"dtype is {self.dtype}; give a float, such as float32 or bfloat16")
+        self._check_expressions()
         if self.loftq_iter < 1:
             raise ValueError(f"loftq_iter is {self.loftq_iter}; LoftQ takes at least one round")
         chosen_by_text = isinstance(self.target_modules, str)
@@ -115,6 +122,19 @@ class LoraConfig:
                 f"layers_pattern is {self.layers_pattern!r}, but layers_to_transform is not set: "
                 "say which layers of that list"
             )
+
+    def _check_expressions(self) -> None:
+        """Refuses what is to be matched with paths but is no regular expression."""
+        expressions = {
+            name: (value,) if isinstance(value := getattr(self, name), str) else ()
+            for name in ("target_modules", "exclude_modules")
+        } | {
+            name: tuple(getattr(self, name) or ())
+            for name in ("rank_pattern", "alpha_pattern", "layers_pattern")
+        }
+        for name, texts in expressions.items():
+            for text in texts:
+                targets.check_expression(name, text)
 
     @property
     def scaling(self) -> float:

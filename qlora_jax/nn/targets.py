@@ -23,6 +23,14 @@ T5's embedding, which computes nothing under its own."""
 _HEADS = frozenset({"lm_head", "embed_out", "classifier", "score", "qa_outputs"})
 
 
+def check_expression(name: str, text: str) -> None:
+    """ValueError where a field's text is no regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{name} has {text!r}, which is no regular expression ({error})") from error
+
+
 def named(names: Names, path: str) -> bool:
     """Whether a list of names, or a regular expression, means the module at a path."""
     if isinstance(names, str):

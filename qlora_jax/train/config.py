@@ -8,6 +8,7 @@ import dataclasses
 import math
 import numbers
 
+import numpy as np
 import optax
 
 from qlora_jax.optim import (
@@ -116,15 +117,18 @@ class TrainConfig:
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed} must be less than 2**32: JAX's keys hold 32 bits.")
         for name in ("learning_rate", "weight_decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} must be a finite number of 0 or more.")
+            if not 0 <= self._single(name) < math.inf:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be a finite number of 0 or more."
+                )
         for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
-        if not (math.isfinite(self.eps) and self.eps > 0):
-            raise ValueError(f"eps={self.eps} must be a finite number above 0.")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            if not 0 <= self._single(name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be in [0, 1), rounded to float32, too."
+                )
+        if not np.finfo(np.float32).tiny <= self._single("eps") < math.inf:
+            raise ValueError(f"eps={self.eps} must be a finite number above 0, in float32, too.")
+        if self.max_grad_norm is not None and not self._single("max_grad_norm") > 0:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm} must be positive; None does not clip."
             )
@@ -142,6 +146,11 @@ class TrainConfig:
             )
 
         self._check_update_in_backward()
+
+    def _single(self, name: str) -> float:
+        """A field as the optimizer computes with it: in float32, where 1e-50 is 0."""
+        with np.errstate(over="ignore", under="ignore"):
+            return float(np.float32(getattr(self, name)))
 
     def _check_update_in_backward(self) -> None:
         """Refuses what needs the gradients of all layers before the first update."""

@@ -1,5 +1,7 @@
 """Configurations: what a file says becomes a run, and what it says wrongly is refused by name."""
 
+import math
+
 import pytest
 import yaml
 
@@ -55,10 +57,17 @@ def test_a_resolved_run_comes_back_from_its_yaml():
         ({"quant": {"blocksiz": 64}}, "the nearest is quant.blocksize"),
         ({"train": {"steps": "many"}}, "train.steps in a test is 'many', but should be a whole"),
         ({"train": {"steps": 1.5}}, "should be a whole number"),
+        *(
+            ({"train": {"steps": odd}}, f"steps in a test is {odd!r}, but should be a whole")
+            for odd in (math.inf, math.nan, "1e400")
+        ),
+        ({"train": {"learning_rate": 10**400}}, "but should be a number"),
         ({"train": 3}, "train in a test is 3, but should be a section"),
         ({"quant": {"quant_type": "nf5"}}, "quant_type is 'nf5'"),
         ({"model": {"compute_dtype": "int8"}}, "should be one of bfloat16, float32, float16"),
         ({"lora": {"dtype": "float12"}}, "a dtype such as float32"),
+        ({"lora": {"dtype": None}}, "a dtype such as float32"),
+        ({"lora": {"dtype": []}}, "a dtype such as float32"),
         ({"data": 7}, "describe, implement, chat"),
         ({"data": {"group_by_length": "yes please"}}, "should be true or false"),
     ],
@@ -82,6 +91,10 @@ def test_settings():
     assert with_setting({"quant": None}, "quant.blocksize", 128) == {"quant": {"blocksize": 128}}
     with pytest.raises(ValueError, match="key=value"):
         parse_setting("train.steps")
+    for wrong in ("[", "2024-13-45", "[" * 5000):
+        with pytest.raises(ValueError, match="the value of --set .* is not valid YAML: "):
+            parse_setting(f"train.steps={wrong}")
+    assert type(build_run({"model": {"embedding_bits": 8.0}}, "a test").model.embedding_bits) is int
 
 
 def test_flags_win_over_the_file():

@@ -94,6 +94,17 @@ def test_patterns_set_rank_and_alpha_of_some_layers() -> None:
     ("options", "words"),
     [
         ({"rank_pattern": {"q_proj": 0}}, "at least 1"),
+        ({"alpha": float("nan")}, "alpha is nan; give a finite number"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha is inf"),
+        ({"dtype": "int32"}, "dtype is int32; give a float"),
+        ({"dtype": None}, "dtype is None; give a float"),
+        ({"target_modules": "(q_proj"}, r"target_modules has '\(q_proj', which is no regular"),
+        ({"exclude_modules": "("}, "exclude_modules has"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern has"),
+        (
+            {"layers_to_transform": (0,), "layers_pattern": ("h", "(")},
+            r"layers_pattern has '\('",
+        ),
         ({"bias": "some"}, "none, lora_only, all"),
         ({"init_lora_weights": "olora"}, "'gaussian', 'loftq', 'pissa'"),
         ({"loftq_iter": 0}, "at least one round"),

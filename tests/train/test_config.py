@@ -27,6 +27,11 @@ from qlora_jax.train import TrainConfig
         ("b2", 1.0),
         ("eps", 0.0),
         ("eps", float("inf")),
+        # What they are in float32: infinite, 1, 0, and what a processor may take for 0.
+        ("learning_rate", 1e39),
+        ("b1", 1 - 1e-12),
+        ("eps", 1e-50),
+        ("eps", 1e-40),
         ("seed", 2**32),
         ("max_grad_norm", 0.0),
         ("schedule", "polynomial"),
