@@ -13,7 +13,8 @@
     lora: {alpha: 16}
 
 What wins where several say something, from weakest to strongest: the defaults, the file's
-sections, a model's or dataset's own section, the rules in their order, `--set`, the axes.
+sections, a model's or dataset's own section, the rules in their order, `--set`, the axes. A cell's
+model, dataset and seed are those that it is called by, and nothing else sets them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ from experiments.embedded import DATASETS, MODELS
 from experiments.tree import Tree, merged, option_names, unknown_key, with_setting
 
 LISTS = ("name", "models", "datasets", "seeds", "axes", "rules")
+
+_LISTED = {
+    "model": "models",
+    "model.source": "models",
+    "data": "datasets",
+    "data.source": "datasets",
+    "train.seed": "seeds",
+}
+"""Options that a list of the sweep sets in every cell."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +104,13 @@ def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = Non
     # The file of a single run is a sweep of one cell.
     models = _sources(tree.get("models", [base.get("model", {})]), MODELS, "models", where)
     datasets = _sources(tree.get("datasets", [base.get("data", {})]), DATASETS, "datasets", where)
-    seeds = tree.get("seeds", [0])
+    seeds = tree.get("seeds", [(base.get("train") or {}).get("seed", 0)])
     if not isinstance(seeds, list) or not seeds:
         raise ValueError(f"seeds in {where} is {seeds!r}, but should be a list such as [0, 1].")
     axes = _axes(tree.get("axes") or {}, where)
     rules = _rules(tree.get("rules") or [], ["dataset", "model", "seed", *axes], where)
 
+    _refuse_idle(settings or {}, axes, rules)
     cells: dict[str, Cell] = {}
     choices = [list(axis.items()) for axis in axes.values()]
     for (data_name, data), (model_name, model), *picked, seed in itertools.product(
@@ -122,6 +133,29 @@ def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = Non
             raise ValueError(f"{where} makes two cells called {cell.name}: give them other labels.")
         cells[cell.name] = cell
     return Sweep(name, tuple(cells.values()))
+
+
+def _refuse_idle(
+    settings: Mapping[str, Any],
+    axes: Mapping[str, Mapping[str, Tree]],
+    rules: list[tuple[dict[str, set[str]], Tree]],
+) -> None:
+    """ValueError for an option that no cell would heed, since a list or an axis sets it."""
+    given = [settings, *(options for _, options in rules)]
+    for options in [*given, *(own for axis in axes.values() for own in axis.values())]:
+        for key, _ in _dotted(dict(options)):
+            if key in _LISTED:
+                raise ValueError(
+                    f"{key} is set, but a sweep's cells have theirs from {_LISTED[key]} "
+                    f"(--{_LISTED[key]}): name it there."
+                )
+    for key in settings:
+        for name, axis in axes.items():
+            if all(key in options for options in axis.values()):
+                raise ValueError(
+                    f"{key} is set, but the axis {name} sets it in every cell: leave it out, or "
+                    f"give --axis {key}=... for other values."
+                )
 
 
 def _with_all(tree: Tree, options: Mapping[str, Any]) -> Tree:

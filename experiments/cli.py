@@ -8,7 +8,7 @@ import importlib.util
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,30 @@ def run_command(
         return interrupted()
 
 
-def read_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """`--set key=value` flags as dotted options."""
-    return dict(parse_setting(text) for text in texts)
+def read_settings(
+    texts: Iterable[str], flags: Mapping[str, Any] | None = None, flag: str = "--set"
+) -> dict[str, Any]:
+    """`--set key=value` flags as dotted options, beside what other flags set.
+
+    Args:
+        texts: the values of all `--set`.
+        flags: dotted options that flags of their own have set.
+        flag: what gave the texts, for the message of a ValueError.
+
+    Raises:
+        ValueError: a text is no setting, or two are about one option, of which one would be lost.
+    """
+    settings = dict(flags or {})
+    for key, value in (parse_setting(text, flag) for text in texts):
+        for other, was in settings.items():
+            inside = key.startswith(f"{other}.") or other.startswith(f"{key}.")
+            if inside or (key == other and value != was):
+                raise ValueError(
+                    f"{other}={was} and {key}={value} are both given, which are about one option: "
+                    "leave one of them out."
+                )
+        settings[key] = value
+    return settings
 
 
 def keep_compiled_programs(folder: Path) -> None:

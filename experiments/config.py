@@ -120,9 +120,17 @@ class DataConfig:
     packed_length: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.source:
-            raise ValueError("source is empty: give a name, a file, a folder or a hub name.")
-        for name in ("validation_rows", "max_rows", "packed_length"):
+        for name in ("source", "name", "files", "split", "validation_source", "validation_split"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty: give a name, a path or a hub name, or null.")
+        for name in (
+            "validation_rows",
+            "max_rows",
+            "source_max_len",
+            "target_max_len",
+            "max_len",
+            "packed_length",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more.")
@@ -178,6 +186,11 @@ class MmluConfig:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        if self.split == "dev":
+            raise ValueError(
+                "split is 'dev', whose questions are shown with their answers in front of every "
+                "question: give test or val."
+            )
         for name, least in (("every", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")

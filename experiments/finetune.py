@@ -57,7 +57,7 @@ from experiments.run import (
     is_finished,
     with_own_adapters,
 )
-from experiments.tree import merged, read_yaml, to_yaml, with_setting
+from experiments.tree import read_yaml, to_yaml, with_setting
 from qlora_jax.cli.arguments import readable, seed
 from qlora_jax.models import STREAMABLE
 from qlora_jax.train import Callback
@@ -106,20 +106,17 @@ def read_run(options: argparse.Namespace) -> RunConfig:
     for section, known in (("model", MODELS), ("data", DATASETS)):
         if section in tree:
             tree[section] = named_source(known, tree[section], f"{section} in {file}")
-    flags = {
-        "model": {"source": options.model, "stream_weights": options.stream_weights or None},
-        "data": {"source": options.data},
-    }
-    for section, values in flags.items():
-        over = {name: value for name, value in values.items() if value is not None}
-        if over:
-            tree[section] = merged(tree.get(section, {}), over)
-    if options.stream_weights and tree["model"].get("remat") not in STREAMABLE:
+    if options.stream_weights and tree.get("model", {}).get("remat") not in STREAMABLE:
         tree = with_setting(tree, "model.remat", "full")
-    for key, value in read_settings(options.set).items():
+    flags = {
+        "model.source": options.model,
+        "model.stream_weights": options.stream_weights or None,
+        "data.source": options.data,
+        "train.seed": options.seed,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    for key, value in read_settings(options.set, given).items():
         tree = with_setting(tree, key, value)
-    if options.seed is not None:
-        tree = with_setting(tree, "train.seed", options.seed)
     run = build_run(tree, str(file) if file else "the command line")
     return with_own_adapters(run, tree.get("lora") or {})
 
@@ -164,7 +161,7 @@ def _train(run: RunConfig, folder: Path, callbacks: list[Callback], console: Con
     console.print(f"{run.model.source} on {run.data.source}, in {folder}", highlight=False)
     try:
         result = execute(run, folder, labels=labels, callbacks=callbacks, console=console)
-    except (FloatingPointError, ValueError, OSError, RuntimeError) as error:
+    except (FloatingPointError, ValueError, OSError, RuntimeError, MemoryError) as error:
         # What `fit` refuses (a folder of another run, say), a training that blew up, a full disk or
         # device.
         status = refuse(error)

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 from rich.console import Console
 
 from experiments.cells import Cell, Sweep, build_sweep
@@ -64,7 +63,7 @@ from experiments.report import (
     write_atomically,
 )
 from experiments.run import check, check_writable, delete_run, execute, is_finished
-from experiments.tree import Tree, parse_setting, read_yaml
+from experiments.tree import Tree, from_yaml, read_yaml
 from pallas_kernels.cards import CARDS, find_card
 from qlora_jax.cli.arguments import seed
 from qlora_jax.train.run_folder import locked_run_folder
@@ -87,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="of a preset: the paper's models, or the embedded ones on this machine (full)",
     )  # fmt: skip
     parser.add_argument(
-        "--rows", type=Path, default=ROWS, metavar="FOLDER",
+        "--rows", type=Path, metavar="FOLDER",
         help="real rows for --scale tiny, where it has them (../shared/data/instruct)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of all (runs/NAME)")
@@ -104,18 +103,20 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
     parser.add_argument("--only", metavar="PATTERN", help="cells whose name matches, as in *qlora*")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--dry-run", action="store_true",
         help="list the cells with their tokens, FLOPs, memory and hours, and stop",
     )  # fmt: skip
+    instead.add_argument("--report-only", action="store_true", help="run nothing, report again")
+    instead.add_argument("--overwrite", action="store_true", help="delete the cells' earlier runs")
     parser.add_argument(
-        "--cards", nargs="+", default=DRY_RUN_CARDS, metavar="CARD", help=f"({', '.join(CARDS)})"
-    )
+        "--cards", nargs="+", metavar="CARD",
+        help=f"with --dry-run: hours on these ({' '.join(DRY_RUN_CARDS)}; of {', '.join(CARDS)})",
+    )  # fmt: skip
     parser.add_argument(
         "--compile", action="store_true", help="with --dry-run: memory from the compiler"
     )
-    parser.add_argument("--report-only", action="store_true", help="run nothing, report again")
-    parser.add_argument("--overwrite", action="store_true", help="delete the cells' earlier runs")
     return parser
 
 
@@ -126,13 +127,13 @@ def read_sweep(options: argparse.Namespace) -> Sweep:
         chosen = getattr(options, name)
         if chosen is not None:
             tree[name] = _chosen(tree.get(name), chosen)
-    for text in options.axis:
-        key, values = parse_setting(text, "--axis")
-        if isinstance(values, str):
-            values = yaml.safe_load(f"[{values}]")
-        axes = tree.get("axes") or {}
-        tree["axes"] = {**axes, key: values if isinstance(values, list) else [values]}
-    sweep = build_sweep(tree, where, read_settings(options.set))
+    settings = read_settings(options.set)
+    axes = read_settings(options.axis, settings, "--axis")
+    own = {key: _values(key, value) for key, value in axes.items() if key not in settings}
+    given = tree.get("axes") or {}
+    if isinstance(given, dict):  # anything else is refused below
+        tree["axes"] = {**given, **own}
+    sweep = build_sweep(tree, where, settings)
     if options.only is None:
         return sweep
     cells = tuple(c for c in sweep.cells if fnmatch.fnmatch(c.name.lower(), options.only.lower()))
@@ -145,8 +146,6 @@ def read_sweep(options: argparse.Namespace) -> Sweep:
 def _tree(options: argparse.Namespace) -> tuple[Tree, str]:
     """The tree that a file or a preset gives, and what to call it."""
     if options.preset is None:
-        if options.scale is not None:
-            raise ValueError(f"--scale is {options.scale}, but belongs to a --preset.")
         file = options.config or CONFIGS / "embedded.yaml"
         return read_yaml(file), str(file)
     if options.config is not None:
@@ -156,10 +155,29 @@ def _tree(options: argparse.Namespace) -> tuple[Tree, str]:
         options.preset,
         scale,
         out=None if options.dry_run else _out(options, f"{options.preset}-{scale}"),
-        rows=options.rows,
+        rows=options.rows or ROWS,
         questions=QUESTIONS,
     )
     return tree, f"the preset {options.preset}"
+
+
+def _refuse_idle(options: argparse.Namespace) -> None:
+    """ValueError for an option that does nothing without another, which is not given."""
+    for name, other in (
+        ("scale", "preset"),
+        ("rows", "preset"),
+        ("cards", "dry_run"),
+        ("compile", "dry_run"),
+    ):
+        if getattr(options, name) and not getattr(options, other):
+            raise ValueError(f"--{name} is given, but belongs to --{other.replace('_', '-')}.")
+
+
+def _values(key: str, given: Any) -> list[Any]:
+    """What `--axis KEY=V1,V2` lists; one value is a list of one."""
+    if isinstance(given, str):
+        given = from_yaml(f"[{given}]", f"the value of --axis {key!r}")
+    return given if isinstance(given, list) else [given]
 
 
 def _out(options: argparse.Namespace, name: str) -> Path:
@@ -249,15 +267,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     console = make_console()
     try:
+        _refuse_idle(options)
         sweep = read_sweep(options)
         out = _out(options, sweep.name)
-        if options.compile and not options.dry_run:
-            raise ValueError("--compile is given, but belongs to --dry-run.")
         if options.dry_run:
-            cards = [find_card(name) for name in options.cards]
+            cards = [find_card(name) for name in options.cards or DRY_RUN_CARDS]
             dry_run(sweep, out, console, cards, compiled=options.compile)
             return 0
-        if options.overwrite and not options.report_only:
+        if options.report_only and not out.is_dir():
+            raise FileNotFoundError(f"--report-only is given, but there is no folder {out}.")
+        if options.overwrite:
             for cell in sweep.cells:
                 check(cell.run)
             for cell in sweep.cells:

@@ -28,7 +28,9 @@ def check_expression(name: str, text: str) -> None:
     try:
         re.compile(text)
     except re.error as error:
-        raise ValueError(f"{name} has {text!r}, which is no regular expression ({error})") from error
+        raise ValueError(
+            f"{name} has {text!r}, which is no regular expression ({error})"
+        ) from error
 
 
 def named(names: Names, path: str) -> bool:

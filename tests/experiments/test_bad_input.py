@@ -60,6 +60,14 @@ def test_data(tiny_model, tmp_path, capsys):
         ([few, "data.buckets=[]"], "must be lengths of 1 token or more"),
         ([few, "data.buckets=[-8]"], "must be lengths of 1 token or more"),
         ([""], "source is empty"),
+        *(
+            ([few, f"data.{name}=''"], f"{name} is empty: give a name")
+            for name in ("name", "split", "validation_source", "validation_split")
+        ),
+        *(
+            ([few, f"data.{name}=0"], f"{name}=0 must be 1 or more")
+            for name in ("max_len", "source_max_len", "target_max_len")
+        ),
         ([long, "data.validation_rows=1", "data.target_max_len=null"], "at most 512 are allowed"),
         # The number counts rows that are left after some were drawn; the row itself is shown.
         ([blank, "data.validation_rows=1"], "The row: {'input': 'a', 'output': 3}"),
@@ -130,8 +138,29 @@ def test_options_and_files(tiny_model, tmp_path, capsys):
     assert "key=value" in sentence(capsys)
     assert sweep.main(["--axis", "lora.r"]) == 2
     assert "--axis 'lora.r' should read key=value" in sentence(capsys)
-    assert sweep.main(["--compile"]) == 2
-    assert "belongs to --dry-run" in sentence(capsys)
+    for idle, words in (
+        (["--compile"], "--compile is given, but belongs to --dry-run"),
+        (["--cards", "h100"], "--cards is given, but belongs to --dry-run"),
+        (["--scale", "tiny"], "--scale is given, but belongs to --preset"),
+        (["--rows", str(tmp_path)], "--rows is given, but belongs to --preset"),
+        (["--report-only", "--out", str(tmp_path / "o")], "there is no folder"),
+        (["--axis", "lora.r=4,[16"], "the value of --axis 'lora.r' is not valid YAML"),
+        (["--axis", "lora.r=4", "--axis", "lora.r=8"], "lora.r=4 and lora.r=8 are both given"),
+        (["--axis", "lora.r=4,8", "--set", "lora.r=2"], "lora.r=2 and lora.r=4,8 are both given"),
+        (
+            ["--set", "train.seed=3"],
+            "set, but a sweep's cells have theirs from seeds",
+        ),
+        (["--axis", "train.seed=1,2"], "have theirs from seeds (--seeds)"),
+        (["--set", "model=stdlib-4m"], "have theirs from models (--models)"),
+        (["--axis", "data.source=chat,describe"], "have theirs from datasets"),
+    ):
+        assert sweep.main(idle) == 2
+        assert words in sentence(capsys)
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main(["--dry-run", "--overwrite"])
+    assert "not allowed with argument" in capsys.readouterr().err
     assert sweep.main(["--models", str(tiny_model), "--only", "nothing-like-this"]) == 2
     assert "matches no cell" in sentence(capsys)
 
@@ -145,6 +174,9 @@ def test_options_and_files(tiny_model, tmp_path, capsys):
         ("rules: [{when: 3, set: {}}]", "a rule's when in {file} is 3"),
         ("rules: [{when: {}, set: 3}]", "a rule's set in {file} is 3"),
         ("name: ../elsewhere", "is '../elsewhere', but a folder in runs/ is called by it"),
+        ("axes: 5", "axes in {file} is 5, but should be a section"),
+        ("train: {steps: 2024-13-45}", "{file} is not valid YAML: month must be in 1..12"),
+        ("rules: [{when: {}, set: {model: x}}]", "model is set, but a sweep's cells have theirs"),
         ("seeds: [0, 0]", "makes two cells called describe--stdlib-1m--seed0"),
     ],
 )
@@ -153,6 +185,46 @@ def test_a_sweeps_file(text, words, tmp_path, capsys):
     file.write_text(text)
     assert sweep.main([str(file)]) == 2
     assert words.format(file=file) in sentence(capsys)
+
+
+def test_an_axis_of_the_file_is_not_overruled_in_silence(tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    file.write_text("axes: {lora.r: [4, 8], method: {QLoRA: {}, LoRA: {quant: null}}}\n")
+    assert sweep.main([str(file), "--set", "lora.r=16"]) == 2
+    assert "lora.r is set, but the axis lora.r sets it in every cell" in sentence(capsys)
+    # The cells of QLoRA heed this one.
+    options = sweep.make_parser().parse_args([str(file), "--set", "quant.blocksize=32"])
+    blocksizes = [c.run.quant and c.run.quant.blocksize for c in sweep.read_sweep(options).cells]
+    assert blocksizes == [32, None, 32, None]
+    options = sweep.make_parser().parse_args([str(file), "--axis", "lora.r=2"])
+    assert {cell.run.lora.r for cell in sweep.read_sweep(options).cells} == {2}
+    file.write_text("axes: 5\n")
+    assert sweep.main([str(file), "--axis", "lora.r=2"]) == 2
+    assert "but should be a section" in sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--set lora.r=4 --set lora.r=8", "lora.r=4 and lora.r=8 are both given"),
+        ("--seed 3 --set train.seed=4", "train.seed=3 and train.seed=4"),
+        ("--model stdlib-1m --set model=stdlib-4m", "model.source=stdlib-1m and model=stdlib-4m"),
+        ("--data chat --set data.source=describe", "data.source=chat and data.source=describe"),
+        # The second had made a section with the default's source, or of 4 bits, of the first.
+        ("--set model=stdlib-4m --set model.remat=none", "model=stdlib-4m and model.remat=none"),
+        ("--set quant=null --set quant.blocksize=32", "quant=None and quant.blocksize=32"),
+    ],
+)
+def test_two_flags_about_one_option(flags, words, capsys):
+    assert finetune.main(["--print-config", *flags.split()]) == 2
+    assert words in sentence(capsys)
+
+
+def test_what_is_said_twice_is_said_once(capsys):
+    flags = "--seed 3 --set train.seed=3 --set lora.r=4 --set lora.r=4 --print-config"
+    assert finetune.main(flags.split()) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert (tree["train"]["seed"], tree["lora"]["r"]) == (3, 4)
 
 
 def test_a_model_by_name_in_a_file_keeps_its_name_beside_options(tiny_model, tmp_path, capsys):

@@ -92,7 +92,7 @@ def test_settings():
     with pytest.raises(ValueError, match="key=value"):
         parse_setting("train.steps")
     for wrong in ("[", "2024-13-45", "[" * 5000):
-        with pytest.raises(ValueError, match="the value of --set .* is not valid YAML: "):
+        with pytest.raises(ValueError, match=r"the value of --set .* is not valid YAML: "):
             parse_setting(f"train.steps={wrong}")
     assert type(build_run({"model": {"embedding_bits": 8.0}}, "a test").model.embedding_bits) is int
 
@@ -106,6 +106,11 @@ def test_flags_win_over_the_file():
 
 
 # ------------------------------------------------------------------ sweeps
+
+
+def test_the_file_of_one_run_is_a_sweep_of_one_cell_with_its_seed():
+    (cell,) = build_sweep({"data": "chat", "train": {"seed": 5, "steps": 3}}, "a test").cells
+    assert (cell.run.train.seed, cell.labels["seed"]) == (5, "5")
 
 
 def test_cells_are_the_product_of_all_lists():

@@ -129,7 +129,7 @@ def test_the_command(tmp_path, capsys):
     assert "h200" in printed
     for command, words in (
         (["--preset", "paper-table9"], "there is no preset 'paper-table9'; there are paper-table5"),
-        (["--scale", "tiny"], "--scale is tiny, but belongs to a --preset"),
+        (["--scale", "tiny"], "--scale is given, but belongs to --preset"),
         (["my.yaml", "--preset", "paper-table5"], "give either my.yaml or --preset"),
         (["--preset", "paper-table5", "--dry-run", "--cards", "abacus"], "Unknown card 'abacus'"),
     ):
