@@ -77,23 +77,25 @@ def run_command(
 
 
 def read_settings(
-    texts: Iterable[str], flags: Mapping[str, Any] | None = None, flag: str = "--set"
+    texts: Iterable[str], others: Mapping[str, Any] | None = None, flag: str = "--set"
 ) -> dict[str, Any]:
-    """`--set key=value` flags as dotted options, beside what other flags set.
+    """`--set key=value` flags as dotted options, beside those that other flags set.
 
     Args:
-        texts: the values of all `--set`.
-        flags: dotted options that flags of their own have set.
+        texts: the values of all `--set`; the last one about an option counts.
+        others: dotted options that other flags have set.
         flag: what gave the texts, for the message of a ValueError.
 
     Raises:
-        ValueError: a text is no setting, or two are about one option, of which one would be lost.
+        ValueError: a text is no setting; it says something else about an option than another flag;
+            or it is about a part of what another one sets as a whole, which one of them would lose.
     """
-    settings = dict(flags or {})
+    others = others or {}
+    settings = dict(others)
     for key, value in (parse_setting(text, flag) for text in texts):
         for other, was in settings.items():
-            inside = key.startswith(f"{other}.") or other.startswith(f"{key}.")
-            if inside or (key == other and value != was):
+            part = key.startswith(f"{other}.") or other.startswith(f"{key}.")
+            if part or (key == other and key in others and value != was):
                 raise ValueError(
                     f"{other}={was} and {key}={value} are both given, which are about one option: "
                     "leave one of them out."

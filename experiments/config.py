@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import jax.numpy as jnp
+import numpy as np
+
 from experiments.embedded import DATASETS, MODELS
 from experiments.tree import Tree, convert
 from qlora_jax.data import INSTRUCT
@@ -231,6 +234,12 @@ class RunConfig:
                 f"devices.count={self.devices.count} does not divide train.micro_batch_size="
                 f"{self.train.micro_batch_size}, whose rows are dealt out to the devices: make "
                 "that a multiple of it."
+            )
+        divides = self.train.optim.startswith("adamw") and not self.train.master_weights
+        if divides and not np.asarray(self.train.eps).astype(jnp.dtype(self.lora.dtype)):
+            raise ValueError(
+                f"train.eps={self.train.eps}, by which AdamW divides, is 0 in lora.dtype="
+                f"{jnp.dtype(self.lora.dtype)}: set train.master_weights=true, or take bfloat16."
             )
         if self.quant is None and self.lora.init_lora_weights == "loftq":
             raise ValueError(

@@ -82,8 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=seed, help="sets train.seed")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="set any option; repeatable"
-    )
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="set any option; repeatable, the last about an option counts",
+    )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="run folder (runs/finetune/MODEL-DATA-seedN)"
     )

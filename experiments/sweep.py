@@ -95,11 +95,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=seed, metavar="N", help="instead of the file's")
     parser.add_argument(
         "--axis", action="append", default=[], metavar="KEY=V1,V2",
-        help="an axis of any option's values; repeatable",
+        help="an axis of any option's values; repeatable, the last about an option counts",
     )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="set any option in every cell; repeatable",
+        help="set any option in every cell; repeatable, the last about an option counts",
     )  # fmt: skip
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
     parser.add_argument("--only", metavar="PATTERN", help="cells whose name matches, as in *qlora*")

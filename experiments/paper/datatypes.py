@@ -39,6 +39,7 @@ from experiments.embedded import MODELS
 from experiments.estimate import bits_per_weight
 from experiments.report import write_atomically
 from experiments.rows import context_length
+from qlora_jax.cli.arguments import count
 from qlora_jax.data import Tokenizer, load_rows, load_tokenizer
 from qlora_jax.evaluate import perplexity, text_batches
 from qlora_jax.pretrained import find_folder, load_pretrained
@@ -93,10 +94,10 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"({' '.join([*_FLOATS, *TYPES])})")  # fmt: skip
     add("--blocksizes", nargs="+", type=int, default=[64], metavar="N", help="(64)")
     add("--embedding-bits", type=int, choices=[8, 4], help="of embedding and head (32)")
-    add("--window", type=int, default=512, metavar="N", help="tokens read at once (512)")
-    add("--stride", type=int, metavar="N", help="tokens a window moves on by (the window)")
-    add("--max-tokens", type=int, metavar="N", help="score only the first so many")
-    add("--batch-size", type=int, default=4, metavar="N", help="windows at once (4)")
+    add("--window", type=count, default=512, metavar="N", help="tokens read at once (512)")
+    add("--stride", type=count, metavar="N", help="tokens a window moves on by (the window)")
+    add("--max-tokens", type=count, metavar="N", help="score only the first so many")
+    add("--batch-size", type=count, default=4, metavar="N", help="windows at once (4)")
     add("--compute-dtype", choices=COMPUTE_DTYPES, default="float32", help="of activations")
     add("--out", type=Path, metavar="FOLDER", help="(runs/datatypes/MODEL)")
     return parser

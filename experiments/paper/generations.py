@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=PAPER_SAMPLING.temperature)
     parser.add_argument("--top-p", type=float, default=PAPER_SAMPLING.top_p)
     parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=count, default=8)
     parser.add_argument("--limit", type=count, help="the first questions only")
     return parser
 

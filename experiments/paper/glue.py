@@ -43,13 +43,16 @@ from experiments.paper.table3 import (
     Recipe,
     about,
     add_arguments,
+    fill_in,
     markdown,
     mean_scores,
+    read_base,
     read_recipe,
     run_cells,
     write_report,
 )
 from qlora_jax.checkpoints import save_model
+from qlora_jax.cli.arguments import count
 from qlora_jax.data import (
     ClassificationBatches,
     Labelled,
@@ -92,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), help="columns (all eight)"
     )
-    parser.add_argument("--max-len", type=int, default=128, help="tokens of an example (128)")
+    parser.add_argument("--max-len", type=count, default=128, help="tokens of an example (128)")
     add_arguments(parser, RECIPE)
     return parser
 
@@ -214,18 +217,19 @@ def _cells(options: argparse.Namespace) -> Iterator[Cell]:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Trains and scores every cell, prints the table and writes OUT."""
     out = options.out or Path("runs") / "paper-glue"
-    if options.scale == "tiny":
-        for name, value in TINY.items():
-            if getattr(options, name) is None:
-                setattr(options, name, value)
+    fill_in(options, TINY if options.scale == "tiny" else {})
     recipe = read_recipe(RECIPE, options)
+    for task in options.tasks:  # before anything is computed
+        load_split(task, options.data, "train", options.train_rows)
+        for split in TASKS[task].validation:
+            load_split(task, options.data, split, options.eval_rows)
     if options.model is None and options.scale == "tiny":
         base = tiny_roberta(out / "tiny-roberta")
     else:
-        base = find_folder(options.model or "FacebookAI/roberta-large")
-    for task in options.tasks:  # before anything is computed
-        for split in ("train", *TASKS[task].validation):
-            load_split(task, options.data, split, 1)
+        base = find_folder("FacebookAI/roberta-large" if options.model is None else options.model)
+    longest = read_base(base, EncoderClassifier).max_length
+    if options.max_len > longest:
+        raise ValueError(f"--max-len is {options.max_len}, but {base.name} reads {longest} tokens.")
     settings = {
         "model": str(base),
         "data": options.data,

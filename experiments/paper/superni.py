@@ -22,7 +22,6 @@ what is missing.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -46,18 +45,20 @@ from experiments.paper.table3 import (
     Recipe,
     about,
     add_arguments,
+    fill_in,
     markdown,
     mean_scores,
+    read_base,
     read_recipe,
     run_cells,
     write_report,
 )
 from qlora_jax.checkpoints import save_model
+from qlora_jax.cli.arguments import count
 from qlora_jax.data import PairFormat, Seq2SeqBatches, Tokenizer, load_tokenizer, tokenize_pairs
 from qlora_jax.evaluate import rouge_l, seq2seq_lm_loss
 from qlora_jax.generate import GenerationConfig, generate
 from qlora_jax.models import EncoderDecoder, EncoderDecoderConfig, t5_lora
-from qlora_jax.models.families.t5 import T5
 from qlora_jax.nn import LoraConfig
 from qlora_jax.pretrained import find_folder
 from qlora_jax.train import fit
@@ -101,12 +102,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--models", nargs="+", help=f"columns (small to xxl of {MODELS[0]})")
     parser.add_argument("--data", required=True, help="repository, or rows: file, folder, hub name")
-    parser.add_argument("--per-task", type=int, default=100, help="instances of a task (100)")
+    parser.add_argument("--per-task", type=count, default=100, help="instances of a task (100)")
     parser.add_argument(
-        "--held-out-tasks", type=int, help="of flattened rows, tasks to score on (12)"
+        "--held-out-tasks", type=count, help="of flattened rows, tasks to score on (12)"
     )
-    parser.add_argument("--source-max-len", type=int, help="tokens of a source (1024)")
-    parser.add_argument("--target-max-len", type=int, help="tokens of a target, of an answer (128)")
+    parser.add_argument("--source-max-len", type=count, help="tokens of a source (1024)")
+    parser.add_argument(
+        "--target-max-len", type=count, help="tokens of a target, of an answer (128)"
+    )
     add_arguments(parser, RECIPE)
     return parser
 
@@ -224,15 +227,19 @@ def _bases(options: argparse.Namespace, out: Path) -> dict[str, Path]:
     """Column → model folder."""
     if options.models is None and options.scale == "tiny":
         return {"tiny-t5": tiny_t5(out / "tiny-t5")}
-    return {Path(name).name: find_folder(name) for name in options.models or MODELS}
+    bases: dict[str, Path] = {}
+    for name in options.models or MODELS:
+        column = Path(name).name
+        if column in bases:
+            raise ValueError(f"two of --models are called {column}, as one column would be.")
+        bases[column] = find_folder(name)
+    return bases
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Trains and scores every cell, prints the table and writes OUT."""
     out = options.out or Path("runs") / "paper-superni"
-    for name, value in (TINY if options.scale == "tiny" else FULL).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    fill_in(options, TINY if options.scale == "tiny" else FULL)
     recipe = read_recipe(RECIPE, options)
     train, held_out = load_split(
         options.data, per_task=options.per_task, held_out_tasks=options.held_out_tasks
@@ -274,7 +281,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 def _ranked(recipe: Recipe, base: Path, options: argparse.Namespace) -> Recipe:
     """The recipe with the paper's rank for a model of this size, unless one was asked for."""
-    config = T5.read_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
+    config = read_base(base, EncoderDecoder)
     if options.r is not None:
         return recipe
     return replace(recipe, lora=replace(recipe.lora, r=t5_lora(config).r))

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,9 @@ from rich.console import Console
 from experiments.report import ERROR, RESULT, write_atomically
 from experiments.tree import flat
 from qlora_jax.checkpoints import load_model
-from qlora_jax.cli.arguments import seed
+from qlora_jax.cli.arguments import count, seed
+from qlora_jax.data.json_file import read_json
+from qlora_jax.models import family_of
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig
@@ -109,9 +113,22 @@ class Recipe:
     max_grad_norm: float | None
     compute_dtype: str
 
+    def __post_init__(self) -> None:
+        """ValueError for what no cell can train by, before the first one begins."""
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs={self.epochs} must be a finite number above 0.")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation={self.accumulation} has to divide batch_size={self.batch_size}."
+            )
+        for method in METHODS.values():
+            self.train_config(method, rows=1, seed=0)
+
     def train_config(self, method: Method, rows: int, seed: int) -> TrainConfig:
         """The `TrainConfig` of a cell on so many rows."""
-        steps = self.steps or max(1, round(self.epochs * rows / self.batch_size))
+        steps = self.steps
+        if steps is None:
+            steps = max(1, round(self.epochs * rows / self.batch_size))
         return TrainConfig(
             steps=steps,
             learning_rate=self.learning_rate if method.adapters else self.full_learning_rate,
@@ -152,24 +169,53 @@ def add_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
         help="tiny: a random model of two layers, made on the spot, and a few rows",
     )
     group = parser.add_argument_group("training")
-    group.add_argument("--r", type=int, help=f"rank of the adapters ({recipe.lora.r})")
+    group.add_argument("--r", type=count, help=f"rank of the adapters ({recipe.lora.r})")
     group.add_argument("--alpha", type=float, help=f"scale: alpha / r ({recipe.lora.alpha})")
     group.add_argument("--learning-rate", type=float, help=f"adapters ({recipe.learning_rate:g})")
     group.add_argument(
         "--full-learning-rate", type=float, help=f"all weights ({recipe.full_learning_rate:g})"
     )
-    group.add_argument("--epochs", type=float, help=f"passes over the rows ({recipe.epochs:g})")
-    group.add_argument("--steps", type=int, help="updates, instead of epochs")
-    group.add_argument("--batch-size", type=int, help=f"rows of an update ({recipe.batch_size})")
-    group.add_argument("--accumulation", type=int, help="micro-batches that it is cut into (1)")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, help=f"passes over the rows ({recipe.epochs:g})")
+    length.add_argument("--steps", type=count, help="updates, instead of epochs")
+    group.add_argument("--batch-size", type=count, help=f"rows of an update ({recipe.batch_size})")
+    group.add_argument("--accumulation", type=count, help="micro-batches that it is cut into (1)")
     group.add_argument(
         "--compute-dtype",
         choices=("bfloat16", "float32"),
         help="of activations (bfloat16 on an accelerator, float32 on a CPU)",
     )
     rows = parser.add_argument_group("rows")
-    rows.add_argument("--train-rows", type=int, help="train on the first so many")
-    rows.add_argument("--eval-rows", type=int, help="score the first so many")
+    rows.add_argument("--train-rows", type=count, help="train on the first so many")
+    rows.add_argument("--eval-rows", type=count, help="score the first so many")
+
+
+def fill_in(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Gives a scale's defaults to the options that the command line says nothing of."""
+    for name, value in defaults.items():
+        given = "epochs" if name == "steps" and options.epochs is not None else name
+        if getattr(options, given) is None:
+            setattr(options, name, value)
+
+
+def read_base(folder: Path, build: type) -> Any:
+    """The configuration of a model that is to be finetuned.
+
+    Args:
+        folder: its folder.
+        build: the class that it has to be of.
+
+    Raises:
+        ValueError, OSError: config.json is missing or damaged, or says that it is another.
+    """
+    raw = read_json(folder / "config.json")
+    family = family_of(raw)
+    if family.build is not build:
+        raise ValueError(
+            f"{folder} is a {family.model_type!r}, but an {build.__name__} is finetuned here: give "
+            "a folder of one."
+        )
+    return family.read_config(raw)
 
 
 def read_recipe(recipe: Recipe, options: argparse.Namespace) -> Recipe:
@@ -196,8 +242,6 @@ def read_recipe(recipe: Recipe, options: argparse.Namespace) -> Recipe:
         for name in ("r", "alpha")
         if getattr(options, name) is not None
     }
-    if given.get("batch_size", recipe.batch_size) % given.get("accumulation", recipe.accumulation):
-        raise ValueError("--accumulation has to divide --batch-size.")
     given.setdefault("compute_dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
     fields = {**vars(recipe), **given, "lora": LoraConfig(**{**vars(recipe.lora), **lora})}
     return Recipe(**fields)
@@ -220,15 +264,18 @@ def run_cells(
         console: where progress is told.
 
     Raises:
-        ValueError: a finished cell was made with other settings.
+        ValueError: a finished cell was made with other settings, or one is asked for twice.
     """
+    for cell, times in Counter(cell.name for cell in cells).items():
+        if times > 1:
+            raise ValueError(f"the cell {cell} is asked for {times} times: once will do.")
     decided = {cell: json.loads(json.dumps(dict(settings(cell)), default=str)) for cell in cells}
     results: dict[Cell, dict[str, Any]] = {}
     for cell in cells:
         path = out / cell.name / RESULT
         if path.is_file():
-            results[cell] = json.loads(path.read_text(encoding="utf-8"))
-            was, now = flat(results[cell]["settings"]), flat(decided[cell])
+            results[cell] = read_json(path)
+            was, now = flat(results[cell].get("settings", {})), flat(decided[cell])
             for name in sorted({*was, *now}):
                 if was.get(name) != now.get(name):
                     raise ValueError(

@@ -105,7 +105,9 @@ class LoraConfig:
                 f"init_lora_weights is {self.init_lora_weights!r}; choose one of "
                 f"{', '.join(map(repr, _INITS))}"
             )
-        if self.dtype is None or not jnp.issubdtype(self.dtype, jnp.floating):
+        # 8-bit floats do not mix with others. (NumPy takes None for float64.)
+        floats = self.dtype is not None and jnp.issubdtype(self.dtype, jnp.floating)
+        if not floats or jnp.dtype(self.dtype).itemsize < 2:
             raise ValueError(f"dtype is {self.dtype}; give a float, such as float32 or bfloat16")
         self._check_expressions()
         if self.loftq_iter < 1:

@@ -68,6 +68,7 @@ def test_a_resolved_run_comes_back_from_its_yaml():
         ({"lora": {"dtype": "float12"}}, "a dtype such as float32"),
         ({"lora": {"dtype": None}}, "a dtype such as float32"),
         ({"lora": {"dtype": []}}, "a dtype such as float32"),
+        ({"lora": {"dtype": "float16"}}, "eps=1e-08, by which AdamW divides, is 0 in lora.dtype"),
         ({"data": 7}, "describe, implement, chat"),
         ({"data": {"group_by_length": "yes please"}}, "should be true or false"),
     ],
@@ -94,6 +95,8 @@ def test_settings():
     for wrong in ("[", "2024-13-45", "[" * 5000):
         with pytest.raises(ValueError, match=r"the value of --set .* is not valid YAML: "):
             parse_setting(f"train.steps={wrong}")
+    sixteen = {"lora": {"dtype": "float16"}, "train": {"master_weights": True}}
+    assert build_run(sixteen, "a test").train.master_weights
     assert type(build_run({"model": {"embedding_bits": 8.0}}, "a test").model.embedding_bits) is int
 
 

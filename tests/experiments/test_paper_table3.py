@@ -2,12 +2,13 @@ import json
 
 import pytest
 
+from experiments.embedded import MODELS
 from experiments.finetune import main as finetune
 from experiments.paper import glue, superni
 from experiments.paper.glue_tasks import TASKS, load_split
 from experiments.paper.superni_rows import Instance, by_task, prompt
 from experiments.paper.superni_rows import load_split as load_superni
-from experiments.paper.table3 import METHODS, PUBLISHED, SIZES
+from experiments.paper.table3 import METHODS, PUBLISHED, SIZES, fill_in, read_recipe
 from tests.shared import shared_path
 
 COLA = 'src\t1\t\tThe list is long.\nsrc\t0\t*\tList the is "long.\n'
@@ -182,9 +183,72 @@ def test_what_the_paper_published():
     assert all(set(SIZES) <= set(row) for row in PUBLISHED.values())
 
 
-def test_refusals(tmp_path, capsys):
+@pytest.mark.parametrize("command", [glue.main, superni.main])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--steps 0", "0 is too few: give 1 or more"),
+        ("--batch-size 0", "0 is too few"),
+        ("--accumulation 0", "0 is too few"),
+        ("--r -1", "-1 is too few"),
+        ("--train-rows -1", "-1 is too few"),
+        ("--eval-rows 0", "0 is too few"),
+        ("--steps 3 --epochs 1", "not allowed with argument --steps"),
+        ("--epochs 0", "epochs=0.0 must be a finite number above 0"),
+        ("--epochs nan", "epochs=nan must be"),
+        ("--alpha inf", "alpha is inf; give a finite number"),
+        ("--learning-rate nan", "learning_rate=nan must be"),
+        ("--full-learning-rate -1", "learning_rate=-1.0 must be"),
+        ("--batch-size 8 --accumulation 3", "accumulation=3 has to divide batch_size=8"),
+    ],
+)
+def test_options_that_no_cell_can_train_by(command, options, words, tmp_path, capsys):
+    out = tmp_path / "o"
+    try:
+        status = command(["--data", str(tmp_path), "--out", str(out), *options.split()])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert words in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_epochs_at_tiny_scale_are_not_overruled_by_its_steps():
+    for half, more in ((glue, []), (superni, ["--data", "x"])):
+        options = half.make_parser().parse_args(["--epochs", "2", *more])
+        fill_in(options, half.TINY)
+        assert (options.epochs, options.steps, options.batch_size) == (2, None, 8)
+        recipe = read_recipe(half.RECIPE, options)
+        assert recipe.train_config(METHODS["nf4"], rows=64, seed=0).steps == 16
+
+
+def test_refusals(glue_folder, tmp_path, capsys):
     assert superni.main(["--data", str(tmp_path / "nothing.jsonl")]) == 2
     assert "does not exist" in capsys.readouterr().err
-    glue_arguments = f"--scale tiny --tasks rte --data {tmp_path} --out {tmp_path / 'o'}".split()
-    assert glue.main(glue_arguments) == 2
+    out = tmp_path / "o"
+    tiny = f"--scale tiny --data {glue_folder} --out {out}".split()
+    assert glue.main([*tiny, "--tasks", "rte"]) == 2
     assert "has no train file of rte" in capsys.readouterr().err
+    with (glue_folder / "CoLA" / "dev.tsv").open("a", encoding="utf-8") as file:
+        file.write("src\t7\t\tAn odd label.\n")
+    assert glue.main([*tiny, "--tasks", "cola"]) == 2
+    assert "row 3 of" in capsys.readouterr().err
+    assert not out.exists()
+    (glue_folder / "CoLA" / "dev.tsv").write_text(COLA, encoding="utf-8")
+    llama = str(MODELS["stdlib-1m"])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, superni_rows(14))))
+    for command, words in (
+        ([glue.main, *tiny, "--tasks", "cola", "--model", llama], "is a 'llama', but an Encoder"),
+        ([glue.main, *tiny, "--tasks", "cola", "--max-len", "130"], "reads 129 tokens"),
+        ([glue.main, *tiny, "--tasks", "cola", "cola"], "cola-bf16-seed0 is asked for 2 times"),
+        ([superni.main, "--data", str(rows), "--models", llama], "is a 'llama', but an Encoder"),
+        (
+            [superni.main, "--data", str(rows), "--models", llama, f"{llama}/../stdlib-1m"],
+            "two of --models are called stdlib-1m",
+        ),
+    ):
+        main, *arguments = command
+        assert main([*arguments, "--out", str(out)]) == 2
+        assert words in capsys.readouterr().err
+    assert not list(out.rglob("result.json"))

@@ -98,6 +98,7 @@ def test_patterns_set_rank_and_alpha_of_some_layers() -> None:
         ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha is inf"),
         ({"dtype": "int32"}, "dtype is int32; give a float"),
         ({"dtype": None}, "dtype is None; give a float"),
+        ({"dtype": "float8_e4m3fn"}, "dtype is float8_e4m3fn; give a float"),
         ({"target_modules": "(q_proj"}, r"target_modules has '\(q_proj', which is no regular"),
         ({"exclude_modules": "("}, "exclude_modules has"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern has"),
