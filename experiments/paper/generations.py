@@ -22,6 +22,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,16 @@ from rich.console import Console
 from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
 from experiments.embedded import MODELS
 from experiments.paper.judged import SHARED
-from qlora_jax.checkpoints import load_adapter, read_adapter_config
+from experiments.rows import model_config
+from qlora_jax.checkpoints import load_adapter, read_adapter
 from qlora_jax.cli.arguments import count, seed
-from qlora_jax.data import FORMATS, InstructionFormat, load_chat_template
+from qlora_jax.data import FORMATS, InstructionFormat, load_chat_template, load_tokenizer
 from qlora_jax.evaluate import JudgedQuestion, read_questions
 from qlora_jax.evaluate.answers import ASSISTANT_SYSTEM
 from qlora_jax.generate import (
     PAPER_SAMPLING,
     GenerationConfig,
+    check_prompts,
     generate_text,
     read_eos_token_ids,
 )
@@ -143,8 +146,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     questions = read_questions(options.questions)[: options.limit]
     folder = find_folder(MODELS.get(options.model, options.model))
     out = options.out or Path("runs/paper/answers") / f"{Path(options.model).name}.jsonl"
-    out.parent.mkdir(parents=True, exist_ok=True)
     config = sampling(options, folder)
+    quant = None if options.quant == "none" else QuantConfig(options.quant)
+    lora = None if options.adapter is None else read_adapter(options.adapter).config
     model_name = model_id(options, config)
     done = answered(out, model_name)
     todo = [question for question in questions if question.id not in done]
@@ -152,13 +156,16 @@ def run(options: argparse.Namespace, console: Console) -> int:
         console.print(f"{out} holds all {len(questions)} answers.", highlight=False)
         return 0
     write = prompt_writer(options.format, folder)
+    reading: dict[str, Any] = {"special": False, "bos": None}
+    if options.format == "chat":
+        reading = {"special": True, "bos": False}
+    tokenizer = load_tokenizer(folder)
+    ids = [tokenizer.encode(write(question), **reading) for question in todo]
+    check_prompts(ids, config, model_config(folder))
+    out.parent.mkdir(parents=True, exist_ok=True)
     keep_compiled_programs(out.parent / ".jax-cache")
-    model, tokenizer = load_pretrained(
-        folder,
-        quant=None if options.quant == "none" else QuantConfig(options.quant),
-        lora=None if options.adapter is None else read_adapter_config(options.adapter),
-        compute_dtype=jnp.dtype(options.compute_dtype),
-    )
+    dtype = jnp.dtype(options.compute_dtype)
+    model, tokenizer = load_pretrained(folder, quant=quant, lora=lora, compute_dtype=dtype)
     if options.adapter is not None:
         load_adapter(options.adapter, model)
     with out.open("a", encoding="utf-8") as stream:
@@ -172,8 +179,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 config,
                 key=jax.random.key(options.seed),
                 batch_size=options.batch_size,
-                special=options.format == "chat",
-                bos=False if options.format == "chat" else None,
+                **reading,
             )
             for question, prompt, answer in zip(batch, prompts, answers, strict=True):
                 text = answer.text.strip()

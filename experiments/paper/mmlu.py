@@ -29,7 +29,7 @@ from experiments.embedded import MODELS
 from experiments.examination import ask, check_questions
 from experiments.report import write_atomically
 from experiments.rows import context_length
-from qlora_jax.checkpoints import load_adapter, read_adapter_config
+from qlora_jax.checkpoints import load_adapter, read_adapter
 from qlora_jax.cli.arguments import count
 from qlora_jax.evaluate import GROUPS, MmluResult
 from qlora_jax.pretrained import find_folder, load_pretrained
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if context is None:
         raise ValueError(f"{folder} is an encoder–decoder, which this examination does not ask.")
     quant = None if options.quant == "none" else QuantConfig(options.quant)
-    lora = None if options.adapter is None else read_adapter_config(options.adapter)
+    lora = None if options.adapter is None else read_adapter(options.adapter).config
     identity: dict[str, Any] = {"model": options.model, "quant": str(quant)}
     identity["compute_dtype"] = options.compute_dtype
     name = f"{Path(options.model).name}-{options.shots}shot-{options.split}"

@@ -1,7 +1,6 @@
 """`qlora-jax generate`: a model continues texts."""
 
 import argparse
-import dataclasses
 import sys
 
 from qlora_jax.cli import SUBCOMMANDS
@@ -28,11 +27,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the prompts and their continuations on standard output."""
     path = find_source(args.model, revision=args.revision)
-    model, tokenizer, config, key = load_writer(args, path)
-    config = dataclasses.replace(config, stop=tuple(args.stop))
     if not args.prompt and sys.stdin.isatty():
         print("The prompt, then Ctrl-D on a line of its own:", file=sys.stderr)
     prompts = args.prompt or [sys.stdin.read()]
+    model, tokenizer, config, key = load_writer(args, path, prompts, args.stop)
     if len(prompts) == 1:
         # The prompt goes ahead of the first piece, and so is written only if it can be continued.
         ahead = iter(prompts)

@@ -7,7 +7,7 @@ chat            a conversation -> the assistant's next turn
 
 from qlora_jax.generate.config import PAPER_SAMPLING, GenerationConfig, read_eos_token_ids
 from qlora_jax.generate.decode import Generative
-from qlora_jax.generate.generate import Generation, generate
+from qlora_jax.generate.generate import Generation, check_prompts, generate
 from qlora_jax.generate.sampling import (
     keep_top_k,
     keep_top_p,
@@ -24,6 +24,7 @@ __all__ = [
     "GenerationConfig",
     "Generative",
     "chat",
+    "check_prompts",
     "generate",
     "generate_text",
     "keep_top_k",

@@ -9,6 +9,9 @@ from pathlib import Path
 from qlora_jax.data.json_file import read_json_if_any
 from qlora_jax.data.json_kinds import IDS, check_kinds
 
+# Logits of many thousands, divided by less, leave float32.
+_COLDEST = 1e-30
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -48,6 +51,11 @@ class GenerationConfig:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature={self.temperature} must be a finite number, 0 (greedy) or more."
+            )
+        if 0 < self.temperature < _COLDEST:
+            raise ValueError(
+                f"temperature={self.temperature} is too near to 0, by which float32 logits cannot "
+                f"be divided: give 0 (greedy), or {_COLDEST} or more."
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be 1 or more, or None for no limit.")

@@ -78,7 +78,7 @@ def generate(
     finished: dict[int, Generation] = {}
     for begin in range(0, len(prompts), batch_size):
         rows = by_length[begin : begin + batch_size]
-        length = _bucket(len(prompts[rows[0]]), _room(model, config))
+        length = _bucket(len(prompts[rows[0]]), _room(getattr(model, "config", None), config))
         input_ids, mask = left_padded([prompts[i] for i in rows], length, batch_size)
         # Rows that fill the batch up have ended before they begin.
         filled = [*rows, *rows[:1] * (batch_size - len(rows))]
@@ -165,11 +165,10 @@ def _bucket(length: int, room: int | None) -> int:
     return bucket if room is None else min(bucket, room)
 
 
-def _room(model: Generative, config: GenerationConfig) -> int | None:
-    """The longest prompt that the model's positions allow; None where nothing limits it."""
-    if reads_source(model):
-        return None
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+def _room(shape: Any, config: GenerationConfig) -> int | None:
+    """The longest prompt that the positions of a model of this shape (its `config`) allow; None
+    where nothing limits it: an encoder–decoder's are distances."""
+    limit = getattr(shape, "max_position_embeddings", None)
     return None if limit is None else limit - config.max_new_tokens
 
 
@@ -203,11 +202,10 @@ def _check(
         raise ValueError("stop texts need a tokenizer to be found: call generate_text.")
     if batch_size < 1 or every < 1:
         raise ValueError(f"batch_size={batch_size} and every={every} must be 1 or more.")
-    room = _room(model, config)
-    rows = getattr(getattr(model, "config", None), "vocab_size", math.inf)
+    shape = getattr(model, "config", None)
+    check_prompts(prompts, config, shape)
+    rows = getattr(shape, "vocab_size", math.inf)
     for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {index} is empty: begin it with the bos token at least.")
         strange = [token for token in prompt if not 0 <= token < rows]
         if strange:
             raise ValueError(
@@ -215,6 +213,23 @@ def _check(
                 f"{rows}: take the model's own tokenizer, or add the tokens to the model, too "
                 "(qlora_jax.add_tokens)."
             )
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], config: GenerationConfig, shape: Any) -> None:
+    """Refuses what `generate` would, with the model's shape alone: before it is loaded.
+
+    Args:
+        prompts: token ids.
+        config: how long the answers may be.
+        shape: the model's `config`, such as a `DecoderConfig`.
+
+    Raises:
+        ValueError: an empty prompt, or one that leaves no room for `max_new_tokens`.
+    """
+    room = _room(shape, config)
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {index} is empty: begin it with the bos token at least.")
         if room is not None and len(prompt) > room:
             raise ValueError(
                 f"prompt {index} has {len(prompt)} tokens, and with max_new_tokens="

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.embedded import ROOT
+from experiments.paper.glue import tiny_roberta
 from qlora_jax.checkpoints import save_model
 from qlora_jax.cli import main
 from qlora_jax.models import DecoderConfig
@@ -91,6 +92,31 @@ def test_bad_input_is_refused(folder, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_what_is_wrong_is_told_before_the_model_is_read(folder, capsys, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr("qlora_jax.cli.writing.load_model", fail)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    roberta = tmp_path / "roberta"
+    tiny_roberta(roberta)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    for model, options, words in (
+        (folder, ["a " * 70], "prompt 0 has 72 tokens, and with max_new_tokens=5 exceeds"),
+        (folder, ["x", "--max-new-tokens", "64"], "and with max_new_tokens=64 exceeds"),
+        (folder, ["x", "--stop", ""], "stop holds an empty text"),
+        (folder, ["x", "--temperature", "1e-50"], "temperature=1e-50 is too near to 0"),
+        (folder, ["x", "--blocksize", "32"], "--16-bit is given, but other options ask for"),
+        (folder, ["x", "--adapter", str(adapter)], "has no adapter_model.safetensors"),
+        (roberta, ["x"], "is a 'roberta', which writes no texts"),
+    ):
+        assert main(["generate", str(model), *SMALL, *options]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_a_folder_in_4_bits_is_taken_as_it_is(folder, capsys, tmp_path):
     packed = ["--quant-type", "fp4", "--blocksize", "32", "--no-double-quant"]
     assert main(["quantize", str(folder), str(tmp_path / "fp4"), *packed]) == 0
@@ -100,6 +126,11 @@ def test_a_folder_in_4_bits_is_taken_as_it_is(folder, capsys, tmp_path):
     quantized_here = capsys.readouterr().out
     assert main(["generate", str(tmp_path / "fp4"), "The file", *options]) == 0
     assert capsys.readouterr().out == quantized_here
+    assert main(["generate", str(tmp_path / "fp4"), "The file", *options, *packed]) == 0
+    assert capsys.readouterr().out == quantized_here
+    other = ["--blocksize", "128"]
+    assert main(["generate", str(tmp_path / "fp4"), "The file", *options, *other]) == 2
+    assert "but other options ask for QuantConfig" in capsys.readouterr().err
     assert main(["generate", str(tmp_path / "fp4"), "The file", *SMALL]) == 2
     assert "is quantized already" in capsys.readouterr().err
 

@@ -76,6 +76,13 @@ def test_filters_keep_something_and_change_nothing_else(row, p, k):
         assert np.asarray(logits)[alive].max() == max(np.float32(row))
 
 
+def test_the_coldest_temperature_takes_the_most_likely():
+    coldest = GenerationConfig(temperature=1e-30, top_p=0.9)
+    keys = jax.random.split(jax.random.key(0), len(LOGITS))
+    found = next_tokens(jnp.asarray(1e4 * LOGITS), keys, coldest)
+    np.testing.assert_array_equal(found, LOGITS.argmax(-1))
+
+
 def test_temperature_divides():
     np.testing.assert_allclose(with_temperature(jnp.asarray(LOGITS), 0.7), LOGITS / 0.7, rtol=1e-6)
 
@@ -119,6 +126,7 @@ def test_greedy_takes_the_most_likely():
     [
         ({"max_new_tokens": 0}, "1 or more"),
         ({"max_new_tokens": 4, "min_new_tokens": 5}, "0 to max_new_tokens=4"),
+        ({"temperature": 1e-50}, "temperature=1e-50 is too near to 0"),
         ({"temperature": -0.1}, "0 \\(greedy\\) or more"),
         ({"top_k": 0}, "None for no limit"),
         ({"top_p": 0.0}, "at most 1"),

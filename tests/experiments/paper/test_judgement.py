@@ -154,6 +154,25 @@ def test_bad_input_is_one_sentence(command, arguments, message, capsys, tmp_path
     assert error.count("\n") == 1
 
 
+def test_answers_that_cannot_be_written_leave_no_file(tiny_model, questions, tmp_path, capsys):
+    out = tmp_path / "answers" / "a.jsonl"
+    with questions.open("a") as file:
+        file.write(json.dumps({"question_id": 4, "text": "a " * 600}) + "\n")
+    for options, words in (
+        (("--temperature", "nan"), "temperature=nan"),
+        (("--quant", "nf5"), "quant_type is 'nf5'"),
+        (("--adapter", str(tmp_path)), "adapter_config.json does not exist"),
+        # The first batch could be answered, the second could not.
+        ((), "prompt 3 has"),
+    ):
+        assert answer(tiny_model, questions, out, *options) == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        answer(tiny_model, questions, out, "--batch-size", "-1")
+    assert "-1 is too few" in capsys.readouterr().err
+    assert not out.parent.exists()
+
+
 @pytest.mark.parametrize("command", [judge, generations, mmlu])
 def test_no_questions_at_all_are_no_limit(command, capsys):
     with pytest.raises(SystemExit):
