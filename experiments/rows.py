@@ -40,6 +40,14 @@ def context_length(folder: Path) -> int | None:
     return getattr(model_config(folder), "max_position_embeddings", None)
 
 
+def decoder_context(folder: Path) -> int:
+    """As `context_length`; ValueError for an encoder–decoder, too."""
+    context = context_length(folder)
+    if context is None:
+        raise ValueError(f"{folder} is an encoder–decoder, but a decoder is asked here.")
+    return context
+
+
 @functools.lru_cache(maxsize=16)
 def model_config(folder: Path) -> Any:
     """The model's configuration, from a config.json of a known architecture.

@@ -26,6 +26,7 @@ import importlib.util
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,9 +39,10 @@ from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
 from experiments.embedded import MODELS
 from experiments.estimate import bits_per_weight
 from experiments.report import write_atomically
-from experiments.rows import context_length
+from experiments.rows import decoder_context
 from qlora_jax.cli.arguments import count
 from qlora_jax.data import Tokenizer, load_rows, load_tokenizer
+from qlora_jax.data.json_file import read_json_if_any
 from qlora_jax.evaluate import perplexity, text_batches
 from qlora_jax.pretrained import find_folder, load_pretrained
 from qlora_jax.quant import QuantConfig
@@ -94,7 +96,13 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"({' '.join([*_FLOATS, *TYPES])})")  # fmt: skip
     add("--blocksizes", nargs="+", type=int, default=[64], metavar="N", help="(64)")
     add("--embedding-bits", type=int, choices=[8, 4], help="of embedding and head (32)")
-    add("--window", type=count, default=512, metavar="N", help="tokens read at once (512)")
+    add(
+        "--window",
+        type=count,
+        default=512,
+        metavar="N",
+        help="tokens read at once, within the model's context (512)",
+    )
     add("--stride", type=count, metavar="N", help="tokens a window moves on by (the window)")
     add("--max-tokens", type=count, metavar="N", help="score only the first so many")
     add("--batch-size", type=count, default=4, metavar="N", help="windows at once (4)")
@@ -116,6 +124,9 @@ def read_tokens(path: Path, tokenizer: Tokenizer) -> list[int]:
                 f"{path} has the columns {', '.join(rows.column_names)}, but its text is expected "
                 "in a column `text`."
             )
+        for number, text in enumerate(rows["text"]):
+            if not isinstance(text, str):
+                raise ValueError(f"row {number} of {path} has the text {text!r}, which is none.")
         return tokenizer.encode("\n\n".join(rows["text"]))
     try:
         text = path.read_text(encoding="utf-8")
@@ -139,8 +150,10 @@ def cases_of(types: Sequence[str], blocksizes: Sequence[int]) -> list[Case]:
             raise ValueError(
                 f"there is no data type {name!r}; there are {', '.join([*_FLOATS, *TYPES])}."
             )
-    for case in cases:
+    for case, times in Counter(cases).items():
         _ = case.quant  # an impossible blocksize is refused here
+        if times > 1:
+            raise ValueError(f"{case.name} is asked for {times} times: name types and sizes once.")
     return cases
 
 
@@ -182,7 +195,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Measures every case and writes OUT."""
     cases = cases_of(options.types, options.blocksizes)
     folder = find_folder(MODELS.get(options.model, options.model))
-    window = min(options.window, context_length(folder))
+    window = min(options.window, decoder_context(folder))
     tokenizer = load_tokenizer(folder)
     ids = read_tokens(options.text, tokenizer)
     if options.max_tokens is not None:
@@ -233,9 +246,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 def _known(path: Path, about: dict[str, Any]) -> dict[Case, dict[str, Any]]:
     """The cases that a file has, where they are of the same model, text and windows."""
-    if not path.is_file():
+    saved = read_json_if_any(path)
+    if not saved:
         return {}
-    saved = json.loads(path.read_text(encoding="utf-8"))
     different = [key for key, value in about.items() if saved.get(key) != value]
     if different:
         raise ValueError(

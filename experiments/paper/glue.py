@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ from experiments.paper.table3 import (
     run_cells,
     write_report,
 )
-from qlora_jax.checkpoints import save_model
+from qlora_jax.checkpoints import Checkpoint, open_checkpoint, save_model
 from qlora_jax.cli.arguments import count
 from qlora_jax.data import (
     ClassificationBatches,
@@ -118,6 +118,13 @@ def tiny_roberta(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def without_head(base: Path) -> Checkpoint:
+    """The base without the head of another task, which it may bring: every task's is new."""
+    checkpoint = open_checkpoint(base)
+    kept = {n: i for n, i in checkpoint.tensors.items() if not n.startswith("classifier.")}
+    return replace(checkpoint, tensors=kept)
+
+
 def predict(model: EncoderClassifier, batches: ClassificationBatches) -> np.ndarray:
     """A class for each example in order, or a value; batches of `shuffle=False`."""
     graphdef, state = nnx.split(model)
@@ -152,7 +159,9 @@ def run_cell(
     }
     config = recipe.train_config(method, len(train), cell.seed)
     tokenizer = load_tokenizer(base)
-    model = recipe.load(base, method, cell.seed, overrides={"num_labels": task.num_labels})
+    model = recipe.load(
+        without_head(base), method, cell.seed, overrides={"num_labels": task.num_labels}
+    )
     fit(
         model,
         _batches(
@@ -219,6 +228,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     out = options.out or Path("runs") / "paper-glue"
     fill_in(options, TINY if options.scale == "tiny" else {})
     recipe = read_recipe(RECIPE, options)
+    if Path(options.data).is_file():
+        raise ValueError(f"--data is {options.data}, one file, which cannot hold both splits.")
     for task in options.tasks:  # before anything is computed
         load_split(task, options.data, "train", options.train_rows)
         for split in TASKS[task].validation:

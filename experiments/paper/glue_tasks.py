@@ -7,7 +7,9 @@ character.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -69,7 +71,10 @@ class Task:
         texts = tuple(str(_column(columns, names, where)) for names in self.texts)
         label = _column(columns, ("label", "gold_label", "Quality", "is_duplicate", "score"), where)
         if not self.classes:
-            return Row(texts, float(label))
+            with contextlib.suppress(TypeError, ValueError):
+                if math.isfinite(float(label)):
+                    return Row(texts, float(label))
+            raise ValueError(f"{where}: the label is {label!r}, but {self.title} has numbers.")
         if label in self.classes:
             return Row(texts, self.classes.index(label))
         if str(label).isdecimal() and int(label) < len(self.classes):

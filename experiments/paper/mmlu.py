@@ -28,7 +28,7 @@ from experiments.config import MmluConfig
 from experiments.embedded import MODELS
 from experiments.examination import ask, check_questions
 from experiments.report import write_atomically
-from experiments.rows import context_length
+from experiments.rows import decoder_context
 from qlora_jax.checkpoints import load_adapter, read_adapter
 from qlora_jax.cli.arguments import count
 from qlora_jax.evaluate import GROUPS, MmluResult
@@ -85,9 +85,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     )
     check_questions(config)
     folder = find_folder(MODELS.get(options.model, options.model))
-    context = context_length(folder)
-    if context is None:
-        raise ValueError(f"{folder} is an encoder–decoder, which this examination does not ask.")
+    context = decoder_context(folder)
     quant = None if options.quant == "none" else QuantConfig(options.quant)
     lora = None if options.adapter is None else read_adapter(options.adapter).config
     identity: dict[str, Any] = {"model": options.model, "quant": str(quant)}

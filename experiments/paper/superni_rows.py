@@ -104,16 +104,15 @@ def _official(folder: Path, split: str, per_task: int) -> list[Instance]:
 
 
 def _flattened(row: Mapping[str, Any], where: str) -> Instance:
-    needed = ("instruction", "input", "output")
-    task = row.get("topic") or row.get("task")
-    if task is None or any(row.get(name) is None for name in needed):
+    task, output = row.get("topic") or row.get("task"), row.get("output")
+    references = output if isinstance(output, list) else [output]
+    texts = [task, row.get("instruction"), row.get("input"), *(references or [None])]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError(
-            f"{where} has the columns {', '.join(row)}, but topic (or task), "
-            f"{', '.join(needed)} are needed."
+            f"{where} has the columns {', '.join(row)}, but topic (or task), instruction and input "
+            "are needed as texts, and output as a text or a list of them."
         )
-    output = row["output"]
-    references = (output,) if isinstance(output, str) else tuple(output)
-    return Instance(task, row["instruction"], (), row["input"], references)
+    return Instance(str(task), row["instruction"], (), row["input"], tuple(references))
 
 
 def as_pairs(instances: Iterable[Instance]) -> list[dict[str, str]]:

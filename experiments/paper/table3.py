@@ -25,7 +25,7 @@ from rich.console import Console
 
 from experiments.report import ERROR, RESULT, write_atomically
 from experiments.tree import flat
-from qlora_jax.checkpoints import load_model
+from qlora_jax.checkpoints import Checkpoint, load_model
 from qlora_jax.cli.arguments import count, seed
 from qlora_jax.data.json_file import read_json
 from qlora_jax.models import family_of
@@ -142,10 +142,10 @@ class Recipe:
             log_every=max(1, steps // 5),
         )
 
-    def load(self, folder: Path, method: Method, seed: int, **options: Any) -> Any:
+    def load(self, base: Path | Checkpoint, method: Method, seed: int, **options: Any) -> Any:
         """The model of a cell; `options` are further arguments of `load_model`."""
         return load_model(
-            folder,
+            base,
             quant=method.quant,
             lora=self.lora if method.adapters else None,
             trainable_base=not method.adapters,

@@ -69,6 +69,7 @@ def test_a_resolved_run_comes_back_from_its_yaml():
         ({"lora": {"dtype": None}}, "a dtype such as float32"),
         ({"lora": {"dtype": []}}, "a dtype such as float32"),
         ({"lora": {"dtype": "float16"}}, "eps=1e-08, by which AdamW divides, is 0 in lora.dtype"),
+        ({"mmlu": {"split": "dev"}}, "whose questions are shown with their answers"),
         ({"data": 7}, "describe, implement, chat"),
         ({"data": {"group_by_length": "yes please"}}, "should be true or false"),
     ],

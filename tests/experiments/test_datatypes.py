@@ -6,6 +6,7 @@ import re
 import pytest
 
 from experiments.paper import datatypes
+from experiments.paper.superni import tiny_t5
 from tests.shared import shared_path
 
 
@@ -64,11 +65,25 @@ def test_a_table_over_block_sizes_that_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(datatypes, "measure", fail)
     assert datatypes.main(command(tmp_path, *flags, *more)) == 0
     capsys.readouterr()
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"text": "a"}\n{"text": null}\n')
+    t5 = tiny_t5(tmp_path / "t5")
+    assert datatypes.main([str(t5), "--text", str(odd), "--out", str(tmp_path / "o")]) == 2
+    assert "is an encoder–decoder, but a decoder is asked" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(SystemExit):
+        datatypes.main(command(tmp_path, "--max-tokens", "-1"))
+    assert "-1 is too few" in capsys.readouterr().err
     for wrong, words in (
+        (["--text", str(odd)], "row 1 of"),
         (["--types", "NF5"], "there is no data type 'NF5'; there are FP32"),
         (["--blocksizes", "48"], "blocksize is 48"),
-        (["--stride", "0"], "stride=0"),
+        (["--window", "64", "--stride", "65"], "stride=65"),
+        (["--types", "NF4", "FP16", "NF4"], "NF4 is asked for 2 times"),
         ([], "results of another tokens_sha256, window, stride"),
     ):
         assert datatypes.main(command(tmp_path, *wrong)) == 2
         assert words in capsys.readouterr().err
+    (tmp_path / "datatypes.json").write_text("{")
+    assert datatypes.main(command(tmp_path)) == 2
+    assert "datatypes.json is not valid JSON" in capsys.readouterr().err

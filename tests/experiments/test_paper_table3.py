@@ -28,6 +28,7 @@ def glue_folder(tmp_path):
         "CoLA/dev.tsv": COLA,
         "QNLI/train.tsv": QNLI,
         "STS-B/train.tsv": STSB,
+        "STS-B/dev.tsv": STSB,
         "MRPC/train.tsv": MRPC,
         "MNLI/dev_matched.tsv": "sentence1\tsentence2\tgold_label\na\tb\tneutral\n",
         "MNLI/dev_mismatched.tsv": "sentence1\tsentence2\tgold_label\nc\td\tcontradiction\n",
@@ -60,6 +61,9 @@ def test_glues_files_and_the_hubs_columns(glue_folder):
         TASKS["mnli"].row({"sentence": "x", "label": 1}, "row 1")
     with pytest.raises(ValueError, match="the label is 7, but RTE has"):
         TASKS["rte"].row({"sentence1": "x", "sentence2": "y", "label": 7}, "row 1")
+    for label in ("nan", "much", [5]):
+        with pytest.raises(ValueError, match=r"row 1: the label is .*, but STS-B has numbers"):
+            TASKS["stsb"].row({"sentence1": "x", "sentence2": "y", "label": label}, "row 1")
 
 
 def test_cola_as_it_was_published():
@@ -79,19 +83,22 @@ def test_the_mean_of_mnlis_two_sets():
 def test_glue_resumed_and_reported(glue_folder, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = (
-        f"--scale tiny --tasks cola --data {glue_folder} --out {out} --steps 2 --batch-size 4 "
-        "--max-len 32 --methods nf4"
+        f"--scale tiny --tasks cola stsb --data {glue_folder} --out {out} --steps 2 "
+        "--batch-size 4 --max-len 32 --methods nf4"
     ).split()
+    # The second task has a head of another width than the base's.
     assert glue.main(arguments) == 0
     cells = json.loads((out / "results.json").read_text())["cells"]
-    assert [(cell["method"], cell["eval_rows"]) for cell in cells] == [("nf4", {"validation": 2})]
-    assert -1 <= cells[0]["score"] <= 1
+    assert [(cell["method"], cell["eval_rows"]["validation"]) for cell in cells] == [
+        ("nf4", 2), ("nf4", 1),
+    ]  # fmt: skip
+    assert all(-1 <= cell["score"] <= 1 for cell in cells)
     table = (out / "table.md").read_text()
     assert "| QLoRA NF4+DQ |" in table
     assert "the base is random" in table
     capsys.readouterr()
     assert glue.main(arguments) == 0
-    assert capsys.readouterr().out.count("finished before") == 1
+    assert capsys.readouterr().out.count("finished before") == 2
     assert glue.main([*arguments, "--r", "4"]) == 2
     assert "was made with recipe.lora.r 8, but now it is 4" in capsys.readouterr().err
 
@@ -123,6 +130,11 @@ def test_superni_prompts_and_tasks(tmp_path):
     with pytest.raises(ValueError, match="has the columns instruction, input, output, but topic"):
         load_superni(flat, per_task=3, held_out_tasks=0)
     assert by_task(train[:2], [0.5, 1.0])
+    whole = {"task": "t", "instruction": "x", "input": "y", "output": "z"}
+    for odd in ({"output": []}, {"output": 5}, {"output": ["a", None]}, {"input": 5}, {"task": 5}):
+        flat.write_text(json.dumps(whole | odd))
+        with pytest.raises(ValueError, match=r"row 0 .* are needed as texts, and output as a text"):
+            load_superni(flat, per_task=3, held_out_tasks=0)
 
 
 def test_superni_from_the_repository(tmp_path):
@@ -240,6 +252,10 @@ def test_refusals(glue_folder, tmp_path, capsys):
     rows.write_text("\n".join(map(json.dumps, superni_rows(14))))
     for command, words in (
         ([glue.main, *tiny, "--tasks", "cola", "--model", llama], "is a 'llama', but an Encoder"),
+        (
+            [glue.main, "--tasks", "cola", "--data", str(glue_folder / "CoLA" / "train.tsv")],
+            "one file, which cannot hold both splits",
+        ),
         ([glue.main, *tiny, "--tasks", "cola", "--max-len", "130"], "reads 129 tokens"),
         ([glue.main, *tiny, "--tasks", "cola", "cola"], "cola-bf16-seed0 is asked for 2 times"),
         ([superni.main, "--data", str(rows), "--models", llama], "is a 'llama', but an Encoder"),
