@@ -28,7 +28,7 @@ from typing import Any
 
 from experiments.config import RunConfig, build_run, named_source
 from experiments.embedded import DATASETS, MODELS
-from experiments.tree import Tree, merged, option_names, unknown_key, with_setting
+from experiments.tree import Tree, convert, merged, option_names, unknown_key, with_setting
 
 LISTS = ("name", "models", "datasets", "seeds", "axes", "rules")
 
@@ -107,6 +107,7 @@ def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = Non
     seeds = tree.get("seeds", [(base.get("train") or {}).get("seed", 0)])
     if not isinstance(seeds, list) or not seeds:
         raise ValueError(f"seeds in {where} is {seeds!r}, but should be a list such as [0, 1].")
+    seeds = [convert(seed, int, "a seed", where) for seed in seeds]
     axes = _axes(tree.get("axes") or {}, where)
     rules = _rules(tree.get("rules") or [], ["dataset", "model", "seed", *axes], where)
 

@@ -46,10 +46,25 @@ def read_yaml(path: Path) -> Tree:
     return tree
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a section: YAML would keep the last and lose the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {name} stands twice in one section", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def from_yaml(text: str, where: str) -> Any:
     """What a YAML text says; ValueError names `where` it stands if it is none."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     # A date without such a day is a ValueError, brackets in many brackets a RecursionError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error

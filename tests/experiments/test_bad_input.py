@@ -176,6 +176,10 @@ def test_options_and_files(tiny_model, tmp_path, capsys):
         ("axes: 5", "axes in {file} is 5, but should be a section"),
         ("train: {steps: 2024-13-45}", "{file} is not valid YAML: month must be in 1..12"),
         ("rules: [{when: {}, set: {model: x}}]", "model is set, but a sweep's cells have theirs"),
+        ("train: {steps: 3}\ntrain: {seed: 4}", "the key train stands twice in one section"),
+        ("lora: {r: 4, r: 8}", "the key r stands twice"),
+        ("seeds: [0, 0.0]", "makes two cells called describe--stdlib-1m--seed0"),
+        ("seeds: [1.5]", "a seed in {file} is 1.5, but should be a whole number"),
         ("seeds: [0, 0]", "makes two cells called describe--stdlib-1m--seed0"),
     ],
 )

@@ -93,7 +93,7 @@ def test_settings():
     assert with_setting({"quant": None}, "quant.blocksize", 128) == {"quant": {"blocksize": 128}}
     with pytest.raises(ValueError, match="key=value"):
         parse_setting("train.steps")
-    for wrong in ("[", "2024-13-45", "[" * 5000):
+    for wrong in ("[", "2024-13-45", "[" * 5000, "{? [a] : b}", "{a: 1, a: 2}"):
         with pytest.raises(ValueError, match=r"the value of --set .* is not valid YAML: "):
             parse_setting(f"train.steps={wrong}")
     sixteen = {"lora": {"dtype": "float16"}, "train": {"master_weights": True}}
