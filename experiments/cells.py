@@ -49,10 +49,12 @@ class Cell:
     Attributes:
         labels: what tells it from the other cells, as text: dataset, model, each axis, seed.
         run: its configuration.
+        own_lora: options of `lora` that the sweep sets, whatever the model's kind would have.
     """
 
     labels: Mapping[str, str]
     run: RunConfig
+    own_lora: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -129,7 +131,7 @@ def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = Non
         for _, options in picked:
             own = _with_all(own, options)
         own = with_setting(own, "train.seed", seed)
-        cell = Cell(labels, build_run(own, where))
+        cell = Cell(labels, build_run(own, where), frozenset(own.get("lora") or {}))
         if cell.name in cells:
             raise ValueError(f"{where} makes two cells called {cell.name}: give them other labels.")
         cells[cell.name] = cell

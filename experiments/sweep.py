@@ -62,7 +62,14 @@ from experiments.report import (
     terminal_table,
     write_atomically,
 )
-from experiments.run import check, check_writable, delete_run, execute, is_finished
+from experiments.run import (
+    check,
+    check_writable,
+    delete_run,
+    execute,
+    is_finished,
+    with_own_adapters,
+)
 from experiments.tree import Tree, from_yaml, read_yaml
 from pallas_kernels.cards import CARDS, find_card
 from qlora_jax.cli.arguments import seed
@@ -191,6 +198,16 @@ def _chosen(given: Any, names: Sequence[Any]) -> Any:
     return list(names)
 
 
+def with_adapters(sweep: Sweep) -> Sweep:
+    """The sweep with the adapters that `python -m experiments.finetune` gives its models.
+
+    Raises:
+        ValueError, OSError: there is no such model, or its config.json is damaged.
+    """
+    cells = (replace(c, run=with_own_adapters(c.run, c.own_lora)) for c in sweep.cells)
+    return replace(sweep, cells=tuple(cells))
+
+
 def plan(sweep: Sweep, out: Path) -> list[Cell]:
     """The cells still to run, once everything that they read has been looked at.
 
@@ -274,7 +291,9 @@ def main(arguments: list[str] | None = None) -> int:
             cards = [find_card(name) for name in options.cards or DRY_RUN_CARDS]
             dry_run(sweep, out, console, cards, compiled=options.compile)
             return 0
-        if options.report_only and not out.is_dir():
+        if not options.report_only:
+            sweep = with_adapters(sweep)
+        elif not out.is_dir():
             raise FileNotFoundError(f"--report-only is given, but there is no folder {out}.")
         if options.overwrite:
             for cell in sweep.cells:

@@ -10,6 +10,8 @@ from experiments.cli import CONFIGS
 from experiments.config import RunConfig, build_run
 from experiments.embedded import DATASETS, MODELS
 from experiments.finetune import make_parser, read_run
+from experiments.paper.superni import tiny_t5
+from experiments.sweep import with_adapters
 from experiments.tree import (
     differences,
     flat,
@@ -140,6 +142,17 @@ def test_cells_are_the_product_of_all_lists():
     assert (cell.run.train.steps, cell.run.train.seed) == (7, 2)
     assert cell.variant == "lora.r=16, LoRA"
     assert next(c for c in sweep.cells if c.labels["model"] == "stdlib-1m").run.train.steps == 5
+
+
+def test_a_cells_t5_has_the_adapters_that_a_single_runs_has(tmp_path):
+    t5 = str(tiny_t5(tmp_path / "t5"))
+    sweep = build_sweep(
+        {"models": [t5, "stdlib-1m"], "axes": {"m": {"a": {}, "b": {"lora.r": 4}}}}, "a test"
+    )
+    found = [(cell.run.lora.r, cell.run.lora.alpha) for cell in with_adapters(sweep).cells]
+    assert found == [(16, 64), (4, 64), (64, 16), (4, 16)]
+    single = read_run(make_parser().parse_args(["--model", t5]))
+    assert (single.lora.r, single.lora.alpha) == found[0]
 
 
 @pytest.mark.parametrize(
