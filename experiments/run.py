@@ -15,6 +15,7 @@ then trains. Tokenized datasets are kept between runs of one process: a sweep re
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import shutil
@@ -47,7 +48,7 @@ from qlora_jax.data import (
     load_tokenizer,
 )
 from qlora_jax.evaluate import answer_tokens, loss_for
-from qlora_jax.models import EncoderDecoderConfig, check_remat, t5_lora
+from qlora_jax.models import FAMILIES, EncoderDecoderConfig, check_remat, module_names, t5_lora
 from qlora_jax.nn import FrozenParam
 from qlora_jax.plan import find_config
 from qlora_jax.plan.workload import model_shapes
@@ -110,6 +111,14 @@ def check(run: RunConfig) -> Checked:
         answer_tokens(load_tokenizer(folder))
         check_questions(run.mmlu)
     return Checked(folder, train, validation, pad)
+
+
+def told_of_idle_names(run: RunConfig, folder: Path) -> str:
+    """Which names of `lora` mean no module of the model, in a sentence; "" where all do."""
+    config = find_config(folder)
+    names = module_names(FAMILIES[config.model_type].weight_names(config))
+    idle = run.lora.idle(itertools.chain.from_iterable(names.values()))
+    return f"lora names what {run.model.source} does not have: {'; '.join(idle)}" if idle else ""
 
 
 def mesh_of(devices: DevicesConfig) -> jax.sharding.Mesh | None:
@@ -214,8 +223,9 @@ def execute(
     console = console or Console()
     checked = check(run)
     cuts = told_of_cuts(run.data, checked.train)
-    if cuts:
-        console.print(cuts, highlight=False, markup=False, soft_wrap=True)
+    idle = told_of_idle_names(run, checked.folder)
+    for told in filter(None, (cuts, idle)):
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
     length, target = row_lengths(run.data, checked.train)
     check_room(run, checked.folder, length, target)
     train = run.train

@@ -9,7 +9,7 @@ starts from the error of quantization.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -162,6 +162,25 @@ class LoraConfig:
         return targets.targeted(
             self.target_modules, path, self.layers_to_transform, self.layers_pattern
         )
+
+    def idle(self, paths: Iterable[str]) -> list[str]:
+        """The names and patterns that mean none of a model's modules, which have these paths, as
+        "rank_pattern: q_proj". PEFT lets them stand, so that one configuration serves several
+        models."""
+        paths = tuple(paths)
+        means: dict[str, Callable[[str, str], bool]] = {
+            "target_modules": lambda name, path: targets.named((name,), path),
+            "exclude_modules": lambda name, path: targets.named((name,), path),
+            "rank_pattern": lambda key, path: targets.by_pattern({key: 1}, path, 0) == 1,
+            "alpha_pattern": lambda key, path: targets.by_pattern({key: 1}, path, 0) == 1,
+        }
+        return [
+            f"{field}: {name}"
+            for field, meant in means.items()
+            if not isinstance(getattr(self, field), str)
+            for name in getattr(self, field) or ()
+            if not any(meant(name, path) for path in paths)
+        ]
 
     def at(self, path: str) -> "LoraConfig | None":
         """The configuration of the layer at a dotted path, its own rank and alpha in place of the

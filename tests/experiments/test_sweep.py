@@ -101,7 +101,8 @@ def check_page(text: str, *, cells: int) -> None:
 
 def test_a_failing_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    command = [str(sweep_file), "--out", str(out), "--only", "describe*", *fast()]
+    names = ("lora.target_modules=[q_proj, vproj]",)
+    command = [str(sweep_file), "--out", str(out), "--only", "describe*", *fast(*names)]
     load = run.load_pretrained
 
     def broken(folder, *, quant, **options):
@@ -113,6 +114,7 @@ def test_a_failing_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path, c
     assert sweep.main(command) == 1
     printed = capsys.readouterr().out
     assert "failed: no memory left" in printed
+    assert "does not have: target_modules: vproj\n" in printed
     failed = out / "describe--tiny--LoRA-16--seed0"
     assert "Traceback" in (failed / "error.txt").read_text()
     assert (out / "describe--tiny--QLoRA--seed0" / "result.json").is_file()

@@ -118,6 +118,22 @@ def test_what_does_not_fit_is_refused(options: dict, words: str) -> None:
         LoraConfig(**options)
 
 
+def test_names_that_mean_nothing_are_told() -> None:
+    lora = LoraConfig(
+        target_modules=("q_proj", "vproj"),
+        exclude_modules=("lm_hed",),
+        rank_pattern={r"layers\.0\..*q_proj": 2, "k_prj": 4},
+        alpha_pattern={"q_proj": 8, "o": 2},
+    )
+    assert lora.idle([Q, "model.layers.0.self_attn.q_proj"]) == [
+        "target_modules: vproj",
+        "exclude_modules: lm_hed",
+        "rank_pattern: k_prj",
+        "alpha_pattern: o",
+    ]
+    assert LoraConfig().idle([Q]) == []
+
+
 def test_a_configuration_travels_through_an_experiment_file() -> None:
     from experiments.config import build_run
     from experiments.tree import to_tree
