@@ -17,7 +17,9 @@ from rich.console import Console
 
 from experiments.config import RunConfig
 from experiments.tree import parse_setting, to_tree
+from qlora_jax.checkpoints import open_checkpoint
 from qlora_jax.cli import in_one_sentence
+from qlora_jax.quant import QuantConfig
 from qlora_jax.train import Callback, WandB
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
@@ -102,6 +104,24 @@ def read_settings(
                 )
         settings[key] = value
     return settings
+
+
+QUANT_HELP = "how its weights are stored: nf4, fp4 … or none (as a 4-bit folder holds them, or nf4)"
+
+
+def read_quant(named: str | None, folder: Path) -> QuantConfig | None:
+    """How `--quant` has the model in a folder stored; None for 16 bits.
+
+    Args:
+        named: a data type, "none", or None where nothing was given.
+        folder: the model's.
+
+    Raises:
+        ValueError, OSError: there is no such data type, or no model.
+    """
+    if named == "none":
+        return None
+    return (open_checkpoint(folder).quant if named is None else None) or QuantConfig(named or "nf4")
 
 
 def keep_compiled_programs(folder: Path) -> None:

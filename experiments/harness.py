@@ -19,15 +19,20 @@ from rich.console import Console
 from rich.table import Table
 from yaml import YAMLError
 
-from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
+from experiments.cli import (
+    COMPUTE_DTYPES,
+    QUANT_HELP,
+    keep_compiled_programs,
+    read_quant,
+    run_command,
+)
 from experiments.embedded import MODELS
 from experiments.report import write_atomically
-from experiments.rows import context_length
-from qlora_jax.checkpoints import load_adapter, read_adapter_config
+from experiments.rows import decoder_context
+from qlora_jax.checkpoints import load_adapter, read_adapter
 from qlora_jax.data import load_chat_template
 from qlora_jax.evaluate import Harness
 from qlora_jax.pretrained import find_folder, load_pretrained
-from qlora_jax.quant import QuantConfig
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="embedded model, folder or hub name")
     add("--tasks", nargs="+", required=True, metavar="TASK", help="names, or YAML files")
     add("--adapter", type=Path, metavar="FOLDER", help="a PEFT adapter for it")
-    add("--quant", default="nf4", help="how its weights are stored: nf4, fp4 … or none (nf4)")
+    add("--quant", help=QUANT_HELP)
     add("--compute-dtype", choices=COMPUTE_DTYPES, default="bfloat16", help="of activations")
     add("--shots", type=int, metavar="N", help="solved examples shown (the task's own)")
     add("--limit", type=int, metavar="N", help="only so many examples of each task")
@@ -79,18 +84,16 @@ def run(options: argparse.Namespace, console: Console) -> int:
             "lists, tasks of --include, or YAML files."
         ) from error
     folder = find_folder(MODELS.get(options.model, options.model))
-    context = context_length(folder)
-    if context is None:
-        raise ValueError(f"{options.model} is an encoder–decoder, which is not asked here.")
-    quant = None if options.quant == "none" else QuantConfig(options.quant)
-    lora = None if options.adapter is None else read_adapter_config(options.adapter)
+    context = decoder_context(folder)
+    quant = read_quant(options.quant, folder)
+    lora = None if options.adapter is None else read_adapter(options.adapter).config
     out = options.out or Path("runs") / "harness" / Path(options.model).name
-    out.mkdir(parents=True, exist_ok=True)
     keep_compiled_programs(out.parent / ".jax-cache")
     dtype = jnp.dtype(options.compute_dtype)
     model, tokenizer = load_pretrained(folder, quant=quant, lora=lora, compute_dtype=dtype)
     if options.adapter is not None:
         load_adapter(options.adapter, model)
+    out.mkdir(parents=True, exist_ok=True)
     harness = Harness(
         model,
         tokenizer,
@@ -119,7 +122,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 shown = f"{deviation:.4f}" if isinstance(deviation, float) else ""
                 table.add_row(task, metric, f"{value:.4f}", shown)
     console.print(table)
-    told = {"model": options.model, "quant": options.quant, "results": results}
+    told = {
+        "model": options.model,
+        "quant": "none" if quant is None else quant.quant_type,
+        "results": results,
+    }
     write_atomically(out / "harness.json", json.dumps(told, indent=1, default=str) + "\n")
     console.print(str(out / "harness.json"), highlight=False)
     return 0

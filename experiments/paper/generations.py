@@ -4,9 +4,9 @@
         --questions vicuna_questions.jsonl --out runs/paper/answers/NAME.jsonl
 
 Nucleus sampling, p = 0.9 at temperature 0.7. MODEL is an embedded model, a Hugging Face folder or
-a hub name; the base is quantized to NF4 unless --quant says otherwise. `--format` is how a question
-is put: `guanaco` as to the paper's models (the OA questions bring their conversation with them),
-`chat` by the model's own template, `alpaca`, or `text` as it is.
+a hub name; the base is quantized to NF4 unless it is in 4 bits or --quant says otherwise.
+`--format` is how a question is put: `guanaco` as to the paper's models (the OA questions bring
+their conversation with them), `chat` by the model's own template, `alpaca`, or `text` as it is.
 
 One line per answer, in the form of the released generations, written batch by batch: the same
 command again goes on where a killed one stopped. Then: python -m experiments.paper.judge.
@@ -28,13 +28,20 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
+from experiments.cli import (
+    COMPUTE_DTYPES,
+    QUANT_HELP,
+    keep_compiled_programs,
+    read_quant,
+    run_command,
+)
 from experiments.embedded import MODELS
 from experiments.paper.judged import SHARED
 from experiments.rows import model_config
 from qlora_jax.checkpoints import load_adapter, read_adapter
 from qlora_jax.cli.arguments import count, seed
 from qlora_jax.data import FORMATS, InstructionFormat, load_chat_template, load_tokenizer
+from qlora_jax.data.json_file import parse_json_lines
 from qlora_jax.evaluate import JudgedQuestion, read_questions
 from qlora_jax.evaluate.answers import ASSISTANT_SYSTEM
 from qlora_jax.generate import (
@@ -64,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="runs/paper/answers/MODEL.jsonl")
     parser.add_argument("--format", choices=STYLES, default="guanaco")
-    parser.add_argument("--quant", default="nf4", help="nf4, fp4, or none for 16 bits")
+    parser.add_argument("--quant", help=QUANT_HELP)
     parser.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, default="bfloat16")
     parser.add_argument("--max-new-tokens", type=int, default=PAPER_SAMPLING.max_new_tokens)
     parser.add_argument("--temperature", type=float, default=PAPER_SAMPLING.temperature)
@@ -109,9 +116,12 @@ def sampling(options: argparse.Namespace, folder: Path) -> GenerationConfig:
     return config.with_eos(read_eos_token_ids(folder))
 
 
-def model_id(options: argparse.Namespace, config: GenerationConfig) -> str:
+def model_id(
+    options: argparse.Namespace, config: GenerationConfig, quant: QuantConfig | None
+) -> str:
     """Whose answers these are, to the last option that they depend on."""
-    parts = [options.model, options.quant, options.compute_dtype, options.format]
+    stored = "none" if quant is None else quant.quant_type
+    parts = [options.model, stored, options.compute_dtype, options.format]
     if options.adapter is not None:
         weights = (options.adapter / "adapter_model.safetensors").read_bytes()
         parts.insert(1, f"adapter {hashlib.sha256(weights).hexdigest()[:12]}")
@@ -129,15 +139,15 @@ def answered(out: Path, model: str) -> set[str]:
         return set()
     text = out.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        out.write_text(whole, encoding="utf-8")
-    rows = [json.loads(line) for line in whole.splitlines()]
+    rows = [row for _, row in parse_json_lines(whole, out)]
     others = {str(row.get("model_id")) for row in rows} - {model}
     if others:
         raise ValueError(
             f"{out} holds answers of {others.pop()}, and these would be of {model}: give another "
             "--out."
         )
+    if whole != text:
+        out.write_text(whole, encoding="utf-8")
     return {str(row.get("question_id", row.get("message_id"))) for row in rows}
 
 
@@ -147,9 +157,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     folder = find_folder(MODELS.get(options.model, options.model))
     out = options.out or Path("runs/paper/answers") / f"{Path(options.model).name}.jsonl"
     config = sampling(options, folder)
-    quant = None if options.quant == "none" else QuantConfig(options.quant)
+    quant = read_quant(options.quant, folder)
     lora = None if options.adapter is None else read_adapter(options.adapter).config
-    model_name = model_id(options, config)
+    model_name = model_id(options, config, quant)
     done = answered(out, model_name)
     todo = [question for question in questions if question.id not in done]
     if not todo:
@@ -162,12 +172,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
     tokenizer = load_tokenizer(folder)
     ids = [tokenizer.encode(write(question), **reading) for question in todo]
     check_prompts(ids, config, model_config(folder))
-    out.parent.mkdir(parents=True, exist_ok=True)
     keep_compiled_programs(out.parent / ".jax-cache")
     dtype = jnp.dtype(options.compute_dtype)
     model, tokenizer = load_pretrained(folder, quant=quant, lora=lora, compute_dtype=dtype)
     if options.adapter is not None:
         load_adapter(options.adapter, model)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as stream:
         for begin in range(0, len(todo), options.batch_size):
             batch = todo[begin : begin + options.batch_size]

@@ -23,7 +23,13 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
+from experiments.cli import (
+    COMPUTE_DTYPES,
+    QUANT_HELP,
+    keep_compiled_programs,
+    read_quant,
+    run_command,
+)
 from experiments.config import MmluConfig
 from experiments.embedded import MODELS
 from experiments.examination import ask, check_questions
@@ -33,7 +39,6 @@ from qlora_jax.checkpoints import load_adapter, read_adapter
 from qlora_jax.cli.arguments import count
 from qlora_jax.evaluate import GROUPS, MmluResult
 from qlora_jax.pretrained import find_folder, load_pretrained
-from qlora_jax.quant import QuantConfig
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="embedded model, folder or hub name")
     add("--adapter", type=Path, metavar="FOLDER", help="a PEFT adapter for it")
-    add("--quant", default="nf4", help="how its weights are stored: nf4, fp4 … or none (nf4)")
+    add("--quant", help=QUANT_HELP)
     add("--compute-dtype", choices=COMPUTE_DTYPES, default="bfloat16", help="of activations")
     add("--data", default="cais/mmlu", help="hub name or folder of the questions (cais/mmlu)")
     add("--split", default="test", help="test, val (test)")
@@ -86,13 +91,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
     check_questions(config)
     folder = find_folder(MODELS.get(options.model, options.model))
     context = decoder_context(folder)
-    quant = None if options.quant == "none" else QuantConfig(options.quant)
+    quant = read_quant(options.quant, folder)
     lora = None if options.adapter is None else read_adapter(options.adapter).config
     identity: dict[str, Any] = {"model": options.model, "quant": str(quant)}
     identity["compute_dtype"] = options.compute_dtype
     name = f"{Path(options.model).name}-{options.shots}shot-{options.split}"
     out = options.out or Path("runs") / "mmlu" / name
-    out.mkdir(parents=True, exist_ok=True)
     keep_compiled_programs(out.parent / ".jax-cache")
     dtype = jnp.dtype(options.compute_dtype)
     model, tokenizer = load_pretrained(folder, quant=quant, lora=lora, compute_dtype=dtype)
@@ -100,6 +104,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         load_adapter(options.adapter, model)
         weights = (options.adapter / "adapter_model.safetensors").read_bytes()
         identity["adapter"] = hashlib.sha256(weights).hexdigest()
+    out.mkdir(parents=True, exist_ok=True)
     result = ask(
         model,
         tokenizer,

@@ -50,6 +50,11 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error.reason}).") from error
+    yield from parse_json_lines(text, path)
+
+
+def parse_json_lines(text: str, file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file's content; raises ValueError as `read_json_lines` does."""
     # Not by splitlines: JSON may hold U+2028 and its like as they are.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -57,9 +62,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}).") from error
+            raise ValueError(f"{file}, line {number} is not JSON ({error}).") from error
         if not isinstance(row, dict):
             raise ValueError(
-                f"{path}, line {number} holds a JSON {type(row).__name__}, but an object is needed."
+                f"{file}, line {number} holds a JSON {type(row).__name__}, but an object is needed."
             )
         yield number, row

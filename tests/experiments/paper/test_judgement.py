@@ -6,6 +6,7 @@ import pytest
 
 from experiments.paper import elo, generations, judge, mmlu, vicuna
 from experiments.paper.generations import STYLES
+from qlora_jax.cli import main as quantize
 from qlora_jax.evaluate import read_answers, read_questions
 from tests.evaluate.released import released
 from tests.evaluate.stand_in import stand_in
@@ -171,6 +172,30 @@ def test_answers_that_cannot_be_written_leave_no_file(tiny_model, questions, tmp
         answer(tiny_model, questions, out, "--batch-size", "-1")
     assert "-1 is too few" in capsys.readouterr().err
     assert not out.parent.exists()
+
+
+def test_a_file_that_holds_something_else_stays_as_it_is(tiny_model, questions, tmp_path, capsys):
+    out = tmp_path / "notes.jsonl"
+    for text, words in (
+        ('{"model_id": "another"}\n{"a": 1}', "holds answers of another"),
+        ("[]\n", "line 1 holds a JSON list"),
+        ("years of work\nand more", "line 1 is not JSON"),
+    ):
+        out.write_text(text)
+        assert answer(tiny_model, questions, out) == 2
+        assert words in capsys.readouterr().err
+        assert out.read_text() == text
+
+
+def test_a_folder_in_4_bits_is_asked_as_it_is(tiny_model, questions, tmp_path, capsys):
+    packed, out = tmp_path / "packed", tmp_path / "answers.jsonl"
+    options = ("--quant-type", "fp4", "--blocksize", "32", "--no-double-quant")
+    assert quantize(["quantize", str(tiny_model), str(packed), *options]) == 0
+    assert answer(packed, questions, out) == 0
+    assert ", fp4, float32" in json.loads(out.read_text().splitlines()[0])["model_id"]
+    assert answer(packed, questions, tmp_path / "other.jsonl", "--quant", "nf4") == 2
+    assert "is quantized already" in capsys.readouterr().err
+    assert not (tmp_path / "other.jsonl").exists()
 
 
 @pytest.mark.parametrize("command", [judge, generations, mmlu])
