@@ -105,7 +105,7 @@ def _official(folder: Path, split: str, per_task: int) -> list[Instance]:
 
 def _flattened(row: Mapping[str, Any], where: str) -> Instance:
     task, output = row.get("topic") or row.get("task"), row.get("output")
-    references = output if isinstance(output, list) else [output]
+    references: list[Any] = output if isinstance(output, list) else [output]
     texts = [task, row.get("instruction"), row.get("input"), *(references or [None])]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(

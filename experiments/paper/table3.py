@@ -266,9 +266,9 @@ def run_cells(
     Raises:
         ValueError: a finished cell was made with other settings, or one is asked for twice.
     """
-    for cell, times in Counter(cell.name for cell in cells).items():
+    for name, times in Counter(cell.name for cell in cells).items():
         if times > 1:
-            raise ValueError(f"the cell {cell} is asked for {times} times: once will do.")
+            raise ValueError(f"the cell {name} is asked for {times} times: once will do.")
     decided = {cell: json.loads(json.dumps(dict(settings(cell)), default=str)) for cell in cells}
     results: dict[Cell, dict[str, Any]] = {}
     for cell in cells:

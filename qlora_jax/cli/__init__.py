@@ -55,9 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             subparsers.add_parser(name, help=summary)
     args, words = parser.parse_known_args(argv)
-    if words and hasattr(args, "prompt") and not any(word.startswith("-") for word in words):
+    ended = words[:1] == ["--"]
+    plain = ended or not any(word.startswith("-") for word in words)
+    if words and hasattr(args, "prompt") and plain:
         # argparse gives a `*` that options stand before no words, and leaves them over.
-        args.prompt += words
+        args.prompt += words[ended:]
     elif words:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     try:

@@ -49,6 +49,8 @@ def test_generate_streams_one_prompt_and_lists_several(folder, capsys, monkeypat
     assert capsys.readouterr() == (alone, "")
     assert main(["generate", str(folder), *SMALL, "The file"]) == 0
     assert capsys.readouterr() == (alone, "")
+    assert main(["generate", str(folder), *SMALL, "--", "-x"]) == 0
+    assert capsys.readouterr().out.startswith("-x")
     terminal = io.StringIO("The file")
     terminal.isatty = lambda: True
     monkeypatch.setattr("sys.stdin", terminal)
