@@ -13,6 +13,7 @@ from pallas_kernels._sharding_types import (
     spec_entries,
     vary_alike,
 )
+from pallas_kernels._stack import layer_of
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card, find_card
 from pallas_kernels.codebooks import (
@@ -47,6 +48,7 @@ __all__ = [
     "configs_to_try",
     "find_card",
     "in_auto_axes",
+    "layer_of",
     "mesh_of_rows",
     "nf4_dequantize",
     "nf4_gemv",

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-from pallas_kernels import Layout, nf4_dequantize
+from pallas_kernels import Layout, layer_of, nf4_dequantize
 
 _LEAVES = ("codes", "absmax", "nested_absmax", "offset")
 _STATIC = ("shape", "dtype", "quant_type", "blocksize")
@@ -199,16 +199,18 @@ class QuantizedLayer(QuantizedTensor):
         """(): it is one tensor."""
         return ()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the one tensor."""
+        leaves, _ = super().tree_flatten_with_keys()
+        stacks = [stack for _, stack in leaves if stack is not None]
+        return sum(stack.size // len(stack) * stack.dtype.itemsize for stack in stacks)
+
     def taken_out(self) -> QuantizedTensor:
         """A tensor of its own: what is not multiplied where it lies."""
         leaves, static = super().tree_flatten_with_keys()
-        own = (
-            None
-            if stack is None
-            else jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)
-            for _, stack in leaves
-        )
-        return QuantizedTensor.tree_unflatten(static, tuple(own))
+        own = layer_of(self.layer, *(stack for _, stack in leaves))
+        return QuantizedTensor.tree_unflatten(static, own)
 
     def dequantize(
         self, dtype: Any = None, *, implementation: str | None = None

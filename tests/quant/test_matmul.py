@@ -55,6 +55,7 @@ def test_a_layer_of_a_stack_has_the_gradients_of_its_weight():
         there = stack.at_layer(jnp.int32(layer))
         assert there.stack_shape == ()
         assert there.shape == alone.shape
+        assert there.nbytes == alone.nbytes
         np.testing.assert_array_equal(there.dequantize(), alone.dequantize())
         jax.tree.map(
             np.testing.assert_array_equal, gradients(x, bias, there), gradients(x, bias, alone)
