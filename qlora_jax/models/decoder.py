@@ -35,7 +35,7 @@ from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.norm import norm_for
 from qlora_jax.models.remat import check_remat
 from qlora_jax.models.rope import rotations
-from qlora_jax.models.spread import whole_beside_head
+from qlora_jax.models.spread import scores_of
 from qlora_jax.models.stack import Storage, check_options, scan_layers, split_key, stack_layers
 from qlora_jax.models.tile import check_mlp_tile
 from qlora_jax.nn import LoraConfig
@@ -317,7 +317,7 @@ class Decoder(nnx.Module):
     def head(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Float32 logits of hidden states."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        logits = head.attend(whole_beside_head(hidden, head))
+        logits = scores_of(hidden, head)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -28,7 +28,7 @@ from qlora_jax.models.encoder_config import EncoderDecoderConfig
 from qlora_jax.models.encoder_decoder_layer import LAYER_KEYS, DecoderLayer, EncoderLayer
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.relative_bias import RelativeBias
-from qlora_jax.models.spread import whole_beside_head
+from qlora_jax.models.spread import scores_of
 from qlora_jax.models.stack import (
     Storage,
     check_options,
@@ -213,7 +213,7 @@ class EncoderDecoder(nnx.Module):
         if self.config.scale_decoder_outputs:
             hidden = hidden * self.config.d_model**-0.5
         head = self.shared if self.lm_head is None else self.lm_head
-        return head.attend(whole_beside_head(hidden, head))
+        return scores_of(hidden, head)
 
     def prefill(
         self,

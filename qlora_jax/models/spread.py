@@ -195,13 +195,17 @@ def whole_beside(x: Float[Array, "batch ..."], weights: PyTree) -> PyTree:
     return jax.lax.with_sharding_constraint(weights, everywhere)
 
 
-def whole_beside_head(x: Float[Array, "batch ..."], head: Embedding) -> Float[Array, "batch ..."]:
-    """x, whole on every device if the head is cut, and more to gather than x and its scores are."""
+def scores_of(x: Float[Array, "*batch embed"], head: Embedding) -> Float[Array, "*batch vocab"]:
+    """`head.attend(x)`, x and the scores whole on every device if the head is cut and is more to
+    gather than they are: in decoding."""
     mesh, rows = mesh_of_rows(x), x.size // x.shape[-1]
     vocab, embed = head.shape
     if mesh is None or head.over is None or rows * (vocab + embed) >= vocab * embed:
-        return x
-    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, jax.P()))
+        return head.attend(x)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+    # Of the scores, too: cut by rows they would have the head gathered all the same.
+    scores = head.attend(jax.lax.with_sharding_constraint(x, everywhere))
+    return jax.lax.with_sharding_constraint(scores, everywhere)
 
 
 def gather_dense(layer: nnx.Module, *, beside: Float[Array, "batch ..."]) -> None:

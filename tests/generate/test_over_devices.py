@@ -30,24 +30,26 @@ MESH = jax.make_mesh(
     (DEVICES,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:DEVICES]
 )
 GREEDY = GenerationConfig(max_new_tokens=8, temperature=0.0)
+SAMPLED = GenerationConfig(max_new_tokens=8, temperature=0.7, top_k=20, top_p=0.9)
 
 
 def model():
     return random_decoder(CONFIG, quant=QuantConfig(), lora=LoraConfig(r=4))
 
 
-@pytest.mark.parametrize("over", [None, "data"])
-def test_caches_and_vocabulary_stay_where_they_lie(over):
+@pytest.mark.parametrize(("over", "config"), [(None, GREEDY), ("data", GREEDY), ("data", SAMPLED)])
+def test_caches_and_vocabulary_stay_where_they_lie(over, config):
     """Each device has the cache of its own rows; a cut vocabulary is read by columns."""
     spread_model = model()
     spread(spread_model, MESH, over=over)
     graphdef, state = nnx.split(spread_model)
     ids, mask = np.ones((BATCH, 16), np.int32), np.ones((BATCH, 16), bool)
     given = (ids, mask, jax.random.split(jax.random.key(0), BATCH), np.zeros(BATCH, bool))
-    ask = {"config": GREEDY}
-    written = decode.start(graphdef, state, *spread_rows(given, state), cache_length=LENGTH, **ask)
+    written = decode.start(
+        graphdef, state, *spread_rows(given, state), cache_length=LENGTH, config=config
+    )
     assert written.cache.key.sharding.spec == jax.P(None, "data")
-    program = decode.advance.lower(graphdef, state, written, jnp.int32(8), **ask).compile()
+    program = decode.advance.lower(graphdef, state, written, jnp.int32(8), config=config).compile()
     sent = re.findall(
         r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all)\(", program.as_text()
     )
