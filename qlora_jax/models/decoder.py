@@ -195,7 +195,7 @@ class Decoder(nnx.Module):
         real = jnp.ones(input_ids.shape, bool) if mask is None else mask
         last = length - 1 - jnp.argmax(real[:, ::-1], axis=1)
         hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        return self.head(hidden), start(key, value, real)
+        return self.head(hidden, few=True), start(key, value, real)
 
     def decode_step(
         self, tokens: Int[Array, " batch"], cache: Cache
@@ -250,7 +250,7 @@ class Decoder(nnx.Module):
             rows=len(tokens),
         )
         x = jnp.where(cache.filled < cache.length, self._finish(x, None)[:, 0], jnp.nan)
-        return self.head(x), advance(cache, *cached)
+        return self.head(x, few=True), advance(cache, *cached)
 
     def _forward(
         self,
@@ -314,10 +314,13 @@ class Decoder(nnx.Module):
         )
         return self._finish(x, dropout_key), caches
 
-    def head(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Float32 logits of hidden states."""
+    def head(
+        self, hidden: Float[Array, "*batch embed"], *, few: bool = False
+    ) -> Float[Array, "*batch vocab"]:
+        """Float32 logits of hidden states; of `few`, the next token of each text, see
+        `spread.scores_of`."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        logits = scores_of(hidden, head)
+        logits = scores_of(hidden, head) if few else head.attend(hidden)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -208,12 +208,14 @@ class EncoderDecoder(nnx.Module):
         x, _ = scan_layers(self.encoder.layers, apply, x, layer_keys, remat=self.remat)
         return dropout(self.encoder.final_layer_norm(x), rate, next(keys))
 
-    def head(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Float32 logits of hidden states."""
+    def head(
+        self, hidden: Float[Array, "*batch embed"], *, few: bool = False
+    ) -> Float[Array, "*batch vocab"]:
+        """Float32 logits of hidden states; `few` as of a `Decoder`'s."""
         if self.config.scale_decoder_outputs:
             hidden = hidden * self.config.d_model**-0.5
         head = self.shared if self.lm_head is None else self.lm_head
-        return scores_of(hidden, head)
+        return scores_of(hidden, head) if few else head.attend(hidden)
 
     def prefill(
         self,
@@ -279,7 +281,7 @@ class EncoderDecoder(nnx.Module):
         (x, (key, value)), _ = scan_layers(
             self.decoder.layers, apply, carry, given, remat="none", rows=len(tokens)
         )
-        logits = self.head(self.decoder.final_layer_norm(x[:, 0]))
+        logits = self.head(self.decoder.final_layer_norm(x[:, 0]), few=True)
         return logits, cache._replace(key=key, value=value, filled=cache.filled + 1)
 
     def _embed(self, ids: Array) -> Array:
