@@ -276,14 +276,15 @@ def _sharding_rule(op: Op, layout: Layout, parts: Parts) -> str:
     return f"{', '.join(given)} -> {result}"
 
 
-def mesh_of_rows(x: Array) -> AbstractMesh | None:
-    """The mesh of a traced array's program, if it can cut the array's first axis, else None.
+def mesh_of_rows(x: Array, axis: int = 0) -> AbstractMesh | None:
+    """The mesh of a traced array's program, if it can cut the array's rows, else None.
 
     It can where it has several devices, one axis that XLA cuts things along by itself, and divides
-    the array evenly. Whether XLA does cut the array so is not known while a program is traced.
+    the array's `axis` evenly. Whether XLA does cut the array so is not known while a program is
+    traced.
     """
     mesh = jax.typeof(x).sharding.mesh
-    if mesh.axis_types != (AxisType.Auto,) or mesh.size == 1 or x.shape[0] % mesh.size:
+    if mesh.axis_types != (AxisType.Auto,) or mesh.size == 1 or x.shape[axis] % mesh.size:
         return None
     return mesh
 

@@ -128,7 +128,7 @@ def reads_layers(
 ) -> bool:
     """Whether `nf4_matmul` reads one of a stack of weights where it lies if it is told which.
 
-    The Triton-lowered kernels do. To others XLA gives a loop's slices, which it does not copy.
+    The Triton-lowered kernels do, see `_stack`; others take a slice.
 
     Args:
         rows, layout, implementation, dtype: as of `which_implementation`.

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import mesh_of_rows
 
 _KEY_SLOTS, _VALUE_SLOTS = 2, 3
 """The axis of a layer's keys, and of its values, along which the slots lie."""
@@ -151,17 +152,15 @@ def advance(
 def _in_order(x: Array, rows: int) -> Array:
     """x, which the compiler is to keep in memory in the order of its axes.
 
-    On several devices each asks for its own part of the batch, which is x's axis `rows`: XLA does
-    not cut the request itself, and would gather the whole cache in every layer of every step.
+    Where a batch, x's axis `rows`, is dealt out to several devices, each asks for its own part: XLA
+    does not cut the request itself, and would gather the whole cache in every layer of every step.
     """
 
     def keep(x: Array) -> Array:
         return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
-    mesh = jax.typeof(x).sharding.mesh
-    if all(kind == AxisType.Manual for kind in mesh.axis_types) or mesh.size == 1:
+    mesh = mesh_of_rows(x, rows)
+    if mesh is None:
         return keep(x)
-    if mesh.axis_types != (AxisType.Auto,) or x.shape[rows] % mesh.size:
-        return x
     spec = jax.P(*[None] * rows, mesh.axis_names[0])
     return jax.shard_map(keep, mesh=mesh, in_specs=spec, out_specs=spec)(x)
