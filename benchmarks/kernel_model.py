@@ -40,6 +40,7 @@ from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card
 from pallas_kernels.nf4_gemv import mosaic_plan as gemv_plan
 from pallas_kernels.nf4_matmul import mosaic_plan as matmul_plan
+from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE
 
 UNITS = ("float", "integer", "multiply", "convert", "shared", "global", "issue")
 """`multiply` is IMAD, which runs beside the other integer work, on float lanes."""
@@ -80,7 +81,10 @@ _BRANCH = re.compile(r"BRA[\w.]*\s+.*?`\((\.L_\w+)\)")
 
 
 def count_hot_loop(sass: str) -> LoopCount:
-    """Count the instructions of the largest innermost loop, or of everything before EXIT."""
+    """Count the instructions of the largest innermost loop, or of everything before EXIT.
+
+    Of warps with roles, those that multiply: a loop with tensor instructions comes before others.
+    """
     code: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
@@ -100,7 +104,12 @@ def count_hot_loop(sass: str) -> LoopCount:
     ]
     is_loop = bool(innermost)
     if is_loop:
-        begin, end = max(innermost, key=lambda loop: loop[1] - loop[0])
+
+        def weight(loop: tuple[int, int]) -> tuple[bool, int]:
+            body = (opcode for opcode, _ in code[slice(*loop)])
+            return any(unit_of(opcode) == "tensor" for opcode in body), loop[1] - loop[0]
+
+        begin, end = max(innermost, key=weight)
     else:
         exits = [i for i, (op, _) in enumerate(code) if op.startswith("EXIT")]
         begin, end = 0, (exits[-1] if exits else len(code))
@@ -126,6 +135,9 @@ def _tally(body: Sequence[tuple[str, str]], is_loop: bool) -> LoopCount:
             width = int(bits[1]) / 32 if bits else 1.0
             vector_loads += unit == "global" and width == 4 and opcode.startswith("LDG")
         units[unit] += width
+        if tile := re.match(r"HGMMA\.64x(\d+)x16\b", opcode):
+            # Its right operand: 32 bytes a column, for the four warps together.
+            units["shared"] += int(tile[1]) / 16
     return LoopCount(dict(opcodes), dict(units), len(body), is_loop, vector_loads)
 
 
@@ -254,26 +266,24 @@ def mosaic_split(point: Point) -> tuple[int, float]:
         plan = gemv_plan.Plan(point.rows, point.n, point.k, "bfloat16", True, False, config)
         return 1, 1 / plan.efficiency
     config, (passes, columns) = _matmul_tiles(point)
-    work, at_once = config.split * passes * columns, SMS // config.cluster
-    return passes, -(-work // at_once) / (work / at_once)
+    work = config.split * passes * columns
+    return passes, -(-work // SMS) / (work / SMS)
 
 
 def _matmul_tiles(point: Point) -> tuple[matmul_plan.MatmulConfig, tuple[int, int]]:
-    """How a Hopper matmul is cut, and the tiles of its clusters along rows and columns."""
-    config = point.config or matmul_plan.choose_config(point.rows)
+    """How a Hopper matmul is cut, and its tiles along rows and columns."""
+    back = point.op == "transposed"
+    config = point.config or matmul_plan.choose_config(point.rows, transposed=back)
     assert isinstance(config, matmul_plan.MatmulConfig)
-    columns = point.k if point.op == "transposed" else point.n
+    columns = point.k if back else point.n
     return config, matmul_plan.tiles_of(config, point.rows, columns)
 
 
 def cache_bytes(point: Point) -> int:
-    """What the blocks of a Hopper matmul fetch of x and of codes, wherever the cache has it from.
-
-    Blocks of a cluster fetch a tile of x once between them.
-    """
+    """What a Hopper matmul's blocks fetch of x and of codes, wherever the cache has it from."""
     config, (passes, columns) = _matmul_tiles(point)
     x = config.rows * BLOCK * 2
-    codes = config.columns * BLOCK // 2
+    codes = COMPUTE * BLOCK * BLOCK // 2
     steps = (point.n if point.op == "transposed" else point.k) // BLOCK
     return passes * columns * steps * (x + codes)
 

@@ -270,8 +270,9 @@ def configs_to_try(
     if implementation == "mosaic_gpu":
         if op == "nf4_gemv":
             return gemv_plan.configs_to_try(rows, n, k) if rows <= GEMV_ROWS else []
-        split = matmul_plan.split_configs_to_try(rows, k) if op == "nf4_matmul" else []
-        return matmul_plan.configs_to_try(rows) + split
+        if op == "nf4_matmul_transposed":
+            return matmul_plan.configs_to_try(rows, transposed=True)
+        return matmul_plan.configs_to_try(rows) + matmul_plan.split_configs_to_try(rows, k)
     found: list[TritonConfig] = []
     if op == "nf4_dequantize":
         for block in (1024, 2048, 4096, 8192):

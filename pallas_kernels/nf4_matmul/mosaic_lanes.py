@@ -1,71 +1,72 @@
-"""What a thread of the Hopper matmul does: load a block of W, decode it, store its sums.
+"""What a thread of the Hopper matmul does: load scales, decode a step of W, store its sums.
 
 Lane programs (see `pallas_kernels.simt`). A warpgroup's fragment is 64 rows of W by 64 columns, one
 quantization block a row; a warp has 16 of the rows, a lane two of them. Of a warp's 16 rows of the
 fragment, row g is W's row 2g and row g + 8 is 2g + 1: so the two sums that a lane holds for a row
 of x are neighbours in y, and a group of 8 lanes stores a full sector.
-
-A lane needs byte t of every word of its rows, so the four lanes of a group load the same 32 bytes
-(one sector) of a row. A byte becomes two float16 by one look-up in shared memory
-(`_mosaic_decoder`); they are scaled in float32 and rounded to x's dtype.
 """
 
 from pallas_kernels._mosaic import BLOCK
-from pallas_kernels._mosaic_decoder import look_up_absmax, look_up_pair
-from pallas_kernels.codebooks import NESTED_BLOCKSIZE
-
-CODE_WORDS, SCALE_WORDS = 16, 4
+from pallas_kernels.nf4_matmul.mosaic_ring import load_scales
+from pallas_kernels.nf4_matmul.mosaic_table import as_pair, look_up
 
 
-def load_block(m, plan, first_row, step, codes, absmax, nested):
-    """What a thread needs of its two rows' block `step`: 16 words of codes, 4 for the scales.
+def load_group(m, plan, first_row, step, absmax, nested):
+    """The raw scales of this thread of the feeding warpgroup for a group of steps from `step`.
 
-    `first_row`: the row of W that the warpgroup's fragment starts with. Rows past the end are
-    clamped: their sums are not stored.
+    A thread for each row of W, from the block of threads' `first_row` on.
     """
-    lane, warp = m.thread & 31, m.thread >> 5 & 3
-    words, scale_words = [], []
-    for h in (0, 1):
-        row = m.minimum(first_row + warp * 16 + (lane >> 2) * 2 + h, plan.n - 1)
-        at = row * (plan.k // 2) + step * (BLOCK // 2)
-        words += m.load(codes, at, 4) + m.load(codes, at, 4, offset=16)
-        block = row * (plan.k // BLOCK) + step
-        if plan.double_quant:
-            scale_words.append(m.load_byte(absmax, block))
-            scale_words += m.load(nested, (block // NESTED_BLOCKSIZE) * 4)
-        else:
-            scale_words += m.load(absmax, block * 4)
-            scale_words.append(m.word(0))
-    return words + scale_words
+    row = m.minimum(first_row + (m.thread & 127), plan.n - 1)
+    blocks = plan.k // BLOCK
+    return load_scales(m, plan, row * blocks + step, 1, plan.n * blocks, absmax, nested)
 
 
-def load_offset(m, plan, offset):
-    """The mean of the absmax constants, and three words that fill up."""
-    return m.load(offset, m.word(0)) + [m.word(0)] * 3
+def read_codes(m, plan, warpgroup, even, odd):
+    """The thread's 16 bytes of a step, a word each, [column / 8][half]: of row 2g + h byte 4j + t.
 
-
-def decode_block(m, plan, words, offset):
-    """The `wgmma` fragment of the block: 16 words of two weights in x's dtype, [column / 8][half].
-
-    Register [j][h] of lane (g, t) is columns 8j + 2t and the next, of row 2g + h: byte t of word j.
+    `even` and `odd` are the block of threads' even and odd rows, [64, 32] bytes each under the
+    32-byte swizzle: the 16-byte chunk c of row r stands at chunk c ^ (r / 4 % 2). So the lanes of a
+    warp read from different banks.
     """
     lane = m.thread & 31
-    table_lane = lane << 2
-    scales = []
-    for h in (0, 1):
-        code, scale = words[CODE_WORDS + 2 * h : CODE_WORDS + 2 * h + 2]
-        if plan.double_quant:
-            value = look_up_absmax(m, code, 0, table_lane)
-            scales.append(m.fma(value, m.as_float(scale), m.as_float(offset[0])))
-        else:
-            scales.append(m.as_float(code))
+    chunk = (lane >> 4) << 4
+    first = _pair_of(m, warpgroup) * 32 + (lane & 3)
+    at = [first + (chunk ^ upper) for upper in (0, 16)]
+    return [
+        m.shared_load_byte(at[j // 4], offset=j % 4 * 4, region=tile)
+        for j in range(8)
+        for tile in (even, odd)
+    ]
+
+
+def find_weights(m, plan, warpgroup, codes, scales):
+    """What `scale_weights` needs: the codes' unscaled weights, and the thread's two scales.
+
+    Wide look-ups are left to `scale_weights`: nothing that is made of them could be kept from being
+    made at once, in the way of `wgmma`.
+    """
+    scale = m.shared_load(_pair_of(m, warpgroup) << 3, 2, region=scales)
+    found = codes if plan.config.wide else [w for c in codes for w in look_up(m, plan.config, c)]
+    return [*found, *scale, m.word(0), m.word(0)]
+
+
+def scale_weights(m, plan, found):
+    """The `wgmma` fragment of a step: 16 words of two weights in x's dtype, [column / 8][half].
+
+    Register [j][h] of lane (g, t) is columns 8j + 2t and the next, of row 2g + h.
+    """
+    scale = [m.as_float(w) for w in found[16:18]]
+    words = [look_up(m, plan.config, c) if plan.config.wide else [c] for c in found[:16]]
     out = []
-    for j in range(8):
-        for h in (0, 1):
-            pair = look_up_pair(m, words[8 * h + j], lane & 3, table_lane)
-            low, high = m.half_pair(pair)
-            out.append(m.pack(low * scales[h], high * scales[h], plan.dtype))
+    for i, pair in enumerate(words):
+        low, high = as_pair(m, pair)
+        out.append(m.pack(low * scale[i % 2], high * scale[i % 2], plan.dtype))
     return out
+
+
+def _pair_of(m, warpgroup):
+    """The thread's pair of rows, of the block of threads' 64."""
+    return warpgroup * 32 + (m.thread >> 5 & 3) * 8 + ((m.thread & 31) >> 2)
 
 
 def load_low_rank(m, plan, first_row, step, b):
@@ -78,17 +79,6 @@ def load_low_rank(m, plan, first_row, step, b):
             at = (row * plan.rank + step * BLOCK + (lane & 3) * 2) * 2
             out += m.load(b, at, offset=16 * j)
     return out
-
-
-def fill_table(m, tables, threads):
-    """Copy the look-up tables to the start of shared memory, 32 copies of each entry."""
-    entries = 256 * 16
-    for first in range(0, entries, threads):
-        at = m.thread + first
-        when = at < entries
-        word = m.load(tables, ((at >> 4) * 2 + (at >> 3 & 1)) * 4, when=when)
-        m.shared_store(at << 4, word * 4, when=when)
-    m.barrier()
 
 
 def store_sums(m, plan, sums, first_row, first_token, bias, out, part=None):

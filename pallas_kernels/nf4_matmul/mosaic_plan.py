@@ -8,9 +8,14 @@ import jax.numpy as jnp
 
 from pallas_kernels._arguments import check_fields
 from pallas_kernels._mosaic import BLOCK, SHARED_LIMIT, SMS
-from pallas_kernels._mosaic_decoder import TABLE_BYTES
 
-COMPUTE = 2  # warpgroups that compute
+COMPUTE = 2
+"""Warpgroups that compute; one more feeds them."""
+
+COMPUTING_REGISTERS, FEEDING_REGISTERS = 224, 56
+"""Of a thread, by what its warpgroup does: together what a multiprocessor has, in steps of 8."""
+
+TABLE_ENTRIES, COPIES = 256, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,40 +24,39 @@ class MatmulConfig:
 
     Attributes:
         rows: rows of x in a tile, 16 to 256.
-        stages: tiles of x in shared memory.
-        ahead: decode the next step's weights before waiting for this step's `wgmma`.
+        stages: steps whose tiles are in shared memory, 3 or more.
         group: tiles along n that run side by side, so that their x stays in the second-level cache.
         split: blocks of threads that share a tile, each with a part of the sum; the parts are added
             afterwards. For few rows, whose tiles are fewer than the multiprocessors.
-        cluster: blocks of threads, side by side along n, that share their tiles of x: each fetches
-            a part of them for all, and the second-level cache is read so many times less.
+        wide: a look-up is two float32, not two float16: a quarter fewer instructions a step, twice
+            the reads of shared memory. Not measured yet (docs/kernels.md).
     """
 
     rows: int = 256
-    stages: int = 4
-    ahead: bool = True
+    stages: int = 5
     group: int = 16
     split: int = 1
-    cluster: int = 1
+    wide: bool = False
 
     def __post_init__(self) -> None:
         """A ValueError for what would be undefined, or would wait forever, on the card."""
         check_fields(
             self,
             rows=(self.rows % 8 == 0 and 16 <= self.rows <= 256, "a multiple of 8, 16 to 256"),
-            stages=(self.stages >= 2, "2 or more: one is read while the next is filled"),
+            stages=(self.stages >= 3, "3 or more: a step is multiplied, the second after it read"),
             group=(self.group >= 1, "1 or more"),
             split=(self.split >= 1, "1 or more"),
-            cluster=(
-                self.cluster in (1, 2) and self.rows % (8 * self.cluster) == 0,
-                "1, or 2 with rows in multiples of 16",
-            ),
         )
 
     @property
-    def columns(self) -> int:
-        """Columns of the result in a cluster's tile."""
-        return BLOCK * COMPUTE * self.cluster
+    def pair_bytes(self) -> int:
+        """Of the table of pairs: a copy for each lane."""
+        return TABLE_ENTRIES * COPIES * (8 if self.wide else 4)
+
+    @property
+    def table_bytes(self) -> int:
+        """Of shared memory for the tables: the pairs, then the 8-bit dynamic map."""
+        return self.pair_bytes + TABLE_ENTRIES * 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Plan:
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """Along x's rows and along n, of a cluster."""
+        """Along x's rows and along n."""
         return tiles_of(self.config, self.m, self.n)
 
     @property
@@ -91,74 +95,64 @@ class Plan:
 
     @property
     def grid(self) -> int:
-        """Clusters of blocks of threads."""
-        return min(SMS // self.config.cluster, self.work)
+        """Blocks of threads."""
+        return min(SMS, self.work)
 
 
 def tiles_of(config: MatmulConfig, m: int, n: int) -> tuple[int, int]:
-    """Clusters' tiles of a result [m, n]: along m, and along n."""
-    return -(-m // config.rows), -(-n // config.columns)
+    """Tiles of a result [m, n]: along m, and along n."""
+    return -(-m // config.rows), -(-n // (BLOCK * COMPUTE))
 
 
-def place(config: MatmulConfig, tiles: tuple[int, int], tile: Any, block: Any) -> tuple:
+def place(config: MatmulConfig, tiles: tuple[int, int], tile: Any) -> tuple:
     """Which part of the result a block of threads computes.
 
     Args:
         config: how the work is cut.
         tiles: as `tiles_of` gives them.
-        tile: the cluster's, counted through all parts of the sum.
-        block: its number in the cluster.
+        tile: the block's, counted through all parts of the sum.
 
     Returns:
-        Its first row and column of the result, and the number of its part of the sum. The last
-        cluster's second block may be given a column past the result's end: it stores nothing.
+        Its first row and column of the result, and the number of its part of the sum.
     """
     rows, cols = tiles
     part = jnp.int32(0)
     if config.split > 1:
         part, tile = tile // (rows * cols), tile % (rows * cols)
-    width = min(max(config.group // config.cluster, 1), cols)
+    width = min(config.group, cols)
     band, rest = tile // (rows * width), tile % (rows * width)
     # The last band may be narrower.
     here = jnp.minimum(width, cols - band * width)
-    column = (band * width + rest % here) * config.columns
-    return (rest // here) * config.rows, column + block * (BLOCK * COMPUTE), part
+    return (rest // here) * config.rows, (band * width + rest % here) * (BLOCK * COMPUTE), part
 
 
-def choose_config(rows: int) -> MatmulConfig:
-    """The smallest tile that holds all rows of x, or the largest there is."""
-    return MatmulConfig(rows=next((r for r in (64, 128) if rows <= r), 256))
+def choose_config(rows: int, *, transposed: bool = False) -> MatmulConfig:
+    """The smallest tile that holds all rows of x, or the largest there is.
+
+    Stages as an H200 was fastest with (docs/kernels.md).
+    """
+    height = next((r for r in (64, 128) if rows <= r), 256)
+    return MatmulConfig(rows=height, stages=4 if transposed else 5)
 
 
-def configs_to_try(rows: int) -> list[MatmulConfig]:
-    """The candidates among which a card's cuts are measured; `choose_config`'s comes first."""
-    first = choose_config(rows)
-    heights = [r for r in (first.rows, first.rows // 2) if r >= 64]
-    found = [
-        MatmulConfig(height, stages, ahead, group, cluster=cluster)
-        for height in heights
-        for stages in (4, 3, 5)
-        for ahead in (True, False)
-        for group in (16, 8, 32)
-        for cluster in (1, 2)
-    ]
+def configs_to_try(rows: int, *, transposed: bool = False) -> list[MatmulConfig]:
+    """The candidates among which a card's cuts are measured; `choose_config`'s comes first.
 
-    def departures(config: MatmulConfig) -> int:
-        """In how many fields but the tile's height a candidate is not as the first."""
-        fields = ("stages", "ahead", "group", "cluster")
-        return sum(getattr(config, name) != getattr(first, name) for name in fields)
-
-    # One departure at a time: the effects are taken to be independent.
-    return [config for config in found if departures(config) <= 1 and _fits(config)]
+    One departure from it at a time: the effects are taken to be independent.
+    """
+    first = choose_config(rows, transposed=transposed)
+    other = [dataclasses.replace(first, stages=stages) for stages in (4, 5, 6)]
+    other += [dataclasses.replace(first, group=group) for group in (8, 32)]
+    other += [dataclasses.replace(first, wide=True, stages=4)]
+    if first.rows > 64:
+        other += [dataclasses.replace(first, rows=first.rows // 2)]
+    return [first, *(config for config in other if config != first and _fits(config))]
 
 
 def _fits(config: MatmulConfig) -> bool:
-    """Whether a config's tiles have place in shared memory, in the dx kernel too.
-
-    That also keeps a step's codes, 64 bytes of each of 64 rows, in a stage.
-    """
-    stage = config.rows * BLOCK * 2 + 64 * BLOCK
-    return TABLE_BYTES + config.stages * stage <= SHARED_LIMIT
+    """Whether tables and stages (tiles of x and of codes, and scales) fit into shared memory."""
+    stage = BLOCK * (2 * config.rows + BLOCK) + 4 * COMPUTE * BLOCK
+    return config.table_bytes + config.stages * stage <= SHARED_LIMIT
 
 
 def split_configs_to_try(rows: int, k: int) -> list[MatmulConfig]:
@@ -168,7 +162,7 @@ def split_configs_to_try(rows: int, k: int) -> list[MatmulConfig]:
         return []
     first, steps = choose_config(rows), k // BLOCK
     return [
-        MatmulConfig(tile, split=split)
+        dataclasses.replace(first, rows=tile, split=split)
         for split in (1, 2, 4, 8)
         if steps % split == 0 and steps >= 8 * split and (tile, split) != (first.rows, 1)
     ]

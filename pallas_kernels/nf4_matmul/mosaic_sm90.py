@@ -5,13 +5,14 @@ registers: a warpgroup decodes 64 rows × 64 columns of W, one quantization bloc
 into the fragment that the instruction reads, and multiplies it with 256 rows of x. No 16-bit weight
 is ever in memory, shared or global.
 
-- A block of threads has two warpgroups that compute and one thread that feeds them tiles of x
-  through the copy engine (TMA), several steps ahead. 64 rows × 256 rows of x per warpgroup: its
-  `wgmma`s take 512 clocks a step, its decoding about 150 issue slots, and the two warpgroups take
-  turns, so the tensor cores need not wait.
-- Codes come directly from global memory, one step ahead, in registers (`mosaic_lanes` says how a
-  lane loads and decodes them). The reference's table is float32, the kernel's float16: here a
-  weight has been rounded once more, to 11 bits.
+- A block of threads has two warpgroups that compute and one that feeds them, several steps ahead
+  (`mosaic_ring`): tiles of x and of codes through the copy engine (TMA), and scales, which it
+  decodes. 64 rows × 256 rows of x per warpgroup: its `wgmma`s take 512 clocks a step, in which it
+  decodes the next step's weights, and the two warpgroups take turns.
+- Codes do not come directly from global memory, because a load takes the path to the first-level
+  cache for as many clocks as it touches lines, and that path brings `wgmma` its tiles of x
+  (docs/kernels.md). The reference's table is float32, the kernel's float16: here a weight has been
+  rounded once more, to 11 bits.
 - An adapter is more of the same sum: xa · bᵀ is r / 64 steps with tiles of xa in place of x's and
   fragments of b, which need no decoding, in place of W's. They come first, while W's first codes
   are on their way.
@@ -28,33 +29,38 @@ from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels._mosaic import BLOCK, call, check_mosaic
-from pallas_kernels._mosaic_decoder import TABLE_BYTES, lookup_tables
-from pallas_kernels.nf4_matmul.mosaic_cluster import (
-    drain,
-    emptied,
-    launch_shape,
-    own_block,
-    shared_by,
-)
 from pallas_kernels.nf4_matmul.mosaic_lanes import (
-    CODE_WORDS,
-    SCALE_WORDS,
-    decode_block,
-    fill_table,
-    load_block,
+    find_weights,
+    load_group,
     load_low_rank,
-    load_offset,
+    read_codes,
+    scale_weights,
     store_sums,
 )
 from pallas_kernels.nf4_matmul.mosaic_plan import (
     COMPUTE,
+    COMPUTING_REGISTERS,
+    FEEDING_REGISTERS,
     MatmulConfig,
     Plan,
     choose_config,
     place,
 )
+from pallas_kernels.nf4_matmul.mosaic_ring import (
+    SCALE_WORDS,
+    Lanes,
+    feed,
+    free_slot,
+    load_offset,
+    multiply_steps,
+    store_scale,
+)
+from pallas_kernels.nf4_matmul.mosaic_table import fill_table, tables_of
 from pallas_kernels.nf4_matmul.reference import complete
 from pallas_kernels.simt import arrays
+
+ARRIVALS = 4
+"""What makes a slot of the ring full: a tile of x, two of codes, and the scales."""
 
 
 def nf4_matmul_mosaic(
@@ -129,12 +135,13 @@ def _call(
         # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
         _pad(x, 8, 1),
         *low,
-        codes.reshape(-1),
+        # A row of this is an even row of W, and the odd one behind it.
+        codes.reshape(n // 2, k),
         absmax,
         unused if nested_absmax is None else nested_absmax,
         unused if offset is None else offset.reshape(1),
         unused if bias is None else bias.astype(jnp.float32),
-        jnp.asarray(lookup_tables(layout.quant_type)),
+        jnp.asarray(tables_of(config, layout.quant_type)),
     )
 
 
@@ -147,78 +154,102 @@ def _kernel(plan: Plan):
     cfg = plan.config
     dtype = jnp.dtype(plan.dtype)
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    held_type = arrays.words_type(CODE_WORDS + SCALE_WORDS)
-
+    code_swizzle = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(32))
+    fragment = plgpu.ShapeDtypeStruct((64, BLOCK), dtype, plgpu.Layout.WGMMA)
     all_steps = plan.low_steps + plan.steps
 
     def body(x, *refs):
-        *low, codes, absmax, nested, offset, bias, tables, out, table, x_tiles, full, empty = refs
+        *low, codes, absmax, nested, offset, bias, tables, out = refs[:-6]
+        table, x_tiles, code_tiles, scale_tiles, full, empty = refs[-6:]
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        block = own_block(cfg)
         count = (plan.work - 1 - cta) // plan.grid + 1
 
-        arrays.run(lambda m, t: fill_table(m, t, 128 * (COMPUTE + 1)), table, [tables])
+        arrays.run(lambda m, t: fill_table(m, cfg, t), table, [tables])
 
         def here(index):
             """Of this block's `index`-th tile: its first row of x and of W, the part of its sum."""
-            return place(cfg, plan.tiles, cta + index * plan.grid, block)
+            return place(cfg, plan.tiles, cta + index * plan.grid)
 
         @pl.when(wg == COMPUTE)
         def _feed():
-            plgpu.set_max_registers(40, action="decrease")
-
-            def one(s, carry):
-                slot = lax.rem(s, cfg.stages)
-                token, _, part = here(s // all_steps)
-                step = lax.rem(s, all_steps)
-
-                @pl.when(s >= cfg.stages)
-                def _wait():
-                    plgpu.barrier_wait(empty.at[slot])
-
-                def copy(source, step):
-                    plgpu.copy_gmem_to_smem(
-                        source.at[pl.ds(token, cfg.rows), pl.ds(step * BLOCK, BLOCK)],
-                        x_tiles.at[slot],
-                        full.at[slot],
-                        collective_axes=shared_by(cfg),
-                    )
-
-                if low:
-                    pl.when(step < plan.low_steps)(lambda: copy(low[0], step))
-                    pl.when(step >= plan.low_steps)(lambda: copy(x, step - plan.low_steps))
-                else:
-                    copy(x, part * plan.steps + step)
-                return carry
-
-            lax.fori_loop(0, count * all_steps, one, None)
-            drain(cfg, empty, count * all_steps)
-
-        @pl.when(wg < COMPUTE)
-        def _compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(FEEDING_REGISTERS, action="decrease")
             mean = arrays.run(
                 lambda m, o: load_offset(m, plan, o), table, [offset], arrays.words_type(4)
             )
 
-            def load(first_row, part, step):
-                step = part * plan.steps + jnp.minimum(step, plan.steps - 1)
-                return arrays.run(
-                    lambda m, r, s, c, a, e: load_block(m, plan, r, s, c, a, e),
-                    table,
-                    [first_row, step, codes, absmax, nested],
-                    held_type,
+            def copy_rows(source, token, step, slot):
+                plgpu.copy_gmem_to_smem(
+                    source.at[pl.ds(token, cfg.rows), pl.ds(step * BLOCK, BLOCK)],
+                    x_tiles.at[slot],
+                    full.at[slot],
                 )
 
-            fragment = plgpu.ShapeDtypeStruct((64, BLOCK), dtype, plgpu.Layout.WGMMA)
+            def one_tile(index, carry):
+                token, column, part = here(index)
+                base = index * all_steps
 
-            def decode(held):
+                def fill_low(step, carry):
+                    slot = free_slot(cfg, empty, base + step)
+                    copy_rows(low[0], token, step, slot)
+                    for _ in range(ARRIVALS - 1):
+                        plgpu.barrier_arrive(full.at[slot])
+                    return carry
+
+                def load(step):
+                    return arrays.run(
+                        lambda m, r, s, a, e: load_group(m, plan, r, s, a, e),
+                        table,
+                        [column, part * plan.steps + step, absmax, nested],
+                        arrays.words_type(SCALE_WORDS),
+                    )
+
+                def fill(step, raw, i):
+                    slot = free_slot(cfg, empty, base + plan.low_steps + step)
+                    here_k = part * plan.steps + step
+                    copy_rows(x, token, here_k, slot)
+                    for h in (0, 1):
+                        byte = h * (plan.k // 2) + here_k * (BLOCK // 2)
+                        plgpu.copy_gmem_to_smem(
+                            codes.at[pl.ds(column // 2, BLOCK), pl.ds(byte, BLOCK // 2)],
+                            code_tiles.at[slot, h],
+                            full.at[slot],
+                        )
+                    arrays.run(
+                        lambda m, w, o, t: store_scale(m, plan, i, w, o, t),
+                        table,
+                        [raw, mean, arrays.Tile(scale_tiles.at[slot])],
+                    )
+                    plgpu.barrier_arrive(full.at[slot])
+
+                if low:
+                    lax.fori_loop(0, plan.low_steps, fill_low, None)
+                feed(plan.steps, load, fill)
+                return carry
+
+            lax.fori_loop(0, count, one_tile, None)
+
+        @pl.when(wg < COMPUTE)
+        def _compute():
+            plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
+
+            def read(slot):
                 return arrays.run(
-                    lambda m, words, o: decode_block(m, plan, words, o),
+                    lambda m, w, e, o: read_codes(m, plan, w, e, o),
                     table,
-                    [held, mean],
-                    fragment,
+                    [wg, *(arrays.Tile(code_tiles.at[slot, h], code_swizzle) for h in (0, 1))],
+                    arrays.words_type(16),
                 )
+
+            def find(slot, held):
+                return arrays.run(
+                    lambda m, w, c, s: find_weights(m, plan, w, c, s),
+                    table,
+                    [wg, held, arrays.Tile(scale_tiles.at[slot])],
+                    arrays.words_type(20),
+                )
+
+            def scale(found):
+                return arrays.run(lambda m, f: scale_weights(m, plan, f), table, [found], fragment)
 
             def load_low(first_row, step):
                 return arrays.run(
@@ -231,52 +262,22 @@ def _kernel(plan: Plan):
             def one_tile(index, carry):
                 token, column, part = here(index)
                 first_row = column + wg * 64
-                base = index * all_steps + plan.low_steps
+                base = index * all_steps
 
                 def accumulate(acc):
-                    def multiply(step, weights):
+                    def low_rank(step, carry):
+                        weights = load_low(first_row, step)
                         slot = lax.rem(base + step, cfg.stages)
                         plgpu.barrier_wait(full.at[slot])
                         plgpu.wgmma(acc, weights, x_tiles.at[slot].transpose((1, 0)))
-                        return slot
-
-                    def low_rank(step, carry):
-                        slot = multiply(step - plan.low_steps, load_low(first_row, step))
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[slot])
                         return carry
 
-                    def simple(step, held):
-                        weights = decode(held)
-                        held = load(first_row, part, step + 1)
-                        slot = multiply(step, weights)
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot])
-                        return held
-
-                    def ahead(step, weights, held):
-                        slot = multiply(step, weights)
-                        weights = decode(held)
-                        held = load(first_row, part, step + 2)
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot])
-                        return weights, held
-
-                    def two_ahead(pair, carry):
-                        # Two steps a turn: the fragment being decoded must not take the registers
-                        # of the one in use, or ptxas puts the two in sequence.
-                        return ahead(2 * pair + 1, *ahead(2 * pair, *carry))
-
-                    held = load(first_row, part, jnp.int32(0))
                     if low:
                         lax.fori_loop(0, plan.low_steps, low_rank, None)
-                    if cfg.ahead:
-                        carry = decode(held), load(first_row, part, jnp.int32(1))
-                        carry = lax.fori_loop(0, plan.steps // 2, two_ahead, carry)
-                        if plan.steps % 2:
-                            ahead(jnp.int32(plan.steps - 1), *carry)
-                    else:
-                        lax.fori_loop(0, plan.steps, simple, held)
+                    ring = (acc, x_tiles, full, empty, Lanes(read, find, scale))
+                    multiply_steps(cfg, plan.steps, base + plan.low_steps, *ring)
                     return acc[...]
 
                 sums = pl.run_scoped(accumulate, plgpu.ACC((64, cfg.rows), jnp.float32))
@@ -296,12 +297,15 @@ def _kernel(plan: Plan):
             (cfg.split * plan.m, plan.n), dtype if cfg.split == 1 else jnp.float32
         ),
         scratch_types=[
-            plgpu.SMEM((TABLE_BYTES // 4,), jnp.uint32),
+            plgpu.SMEM((cfg.table_bytes // 4,), jnp.uint32),
             plgpu.SMEM((cfg.stages, cfg.rows, BLOCK), dtype, transforms=swizzle),
-            plgpu.Barrier(num_barriers=cfg.stages),
-            emptied(cfg),
+            plgpu.SMEM((cfg.stages, 2, BLOCK, BLOCK // 2), jnp.uint8, transforms=code_swizzle),
+            plgpu.SMEM((cfg.stages, BLOCK * COMPUTE), jnp.float32),
+            plgpu.Barrier(num_arrivals=ARRIVALS, num_barriers=cfg.stages),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=cfg.stages),
         ],
-        **launch_shape(cfg, plan.grid),
+        grid=(plan.grid,),
+        grid_names=("cta",),
         num_threads=COMPUTE + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(

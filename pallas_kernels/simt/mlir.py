@@ -190,9 +190,12 @@ class Machine:
         return Float(llvm.intr_fma(a.value, b.value, c.value))
 
     def half_pair(self, word: Word) -> tuple[Float, Float]:
-        """The two float16 of a word as float32, low half first."""
+        """The two float16 of a word as float32, low half first.
+
+        It stays behind the waits that it follows: a look-up may be under way meanwhile.
+        """
         text = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
-        low, high = _asm(text, [_f32()] * 2, [word.value])
+        low, high = _asm(text, [_f32()] * 2, [word.value], has_side_effects=True)
         return Float(low), Float(high)
 
     def pack(self, low: Float, high: Float, dtype: str) -> Word:

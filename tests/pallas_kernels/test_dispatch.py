@@ -271,7 +271,10 @@ def test_cuts_name_what_exists():
 def test_the_first_hopper_candidate_is_the_kernels_own_choice(op):
     rows = 8 if op == "nf4_gemv" else 4096
     found = configs_to_try(op, rows, 5120, 5120, "mosaic_gpu")
-    own = choose_gemv(rows, 5120, 5120) if op == "nf4_gemv" else choose_matmul(rows)
+    back = op == "nf4_matmul_transposed"
+    own = choose_gemv(rows, 5120, 5120)
+    if op != "nf4_gemv":
+        own = choose_matmul(rows, transposed=back)
     assert found[0] == own
     assert len(found) == len(set(found)) > 3
 

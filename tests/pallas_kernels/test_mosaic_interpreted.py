@@ -4,10 +4,8 @@ The interpreter has a block's threads, barriers and copies, but neither inline i
 `wgmma` of registers. So a lane program stands for what it computes (its own tests show that it
 does), and the product is NumPy's. Weights are small integers: every sum is exact.
 
-The interpreter makes a copy for a cluster as one copy for each block, into its own tile. What the
-hardware does besides, writing into the others', may only happen when they have read what was there:
-`Reads` counts that at every such copy, and keeps one of the blocks behind. That a block does not
-end before the others have told it of their last reads is not shown.
+A slot of the ring may be filled only when both computing warpgroups have read what was there:
+`Reads` counts that at every copy of x's tiles.
 """
 
 import collections
@@ -22,6 +20,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan
+from pallas_kernels.nf4_matmul.mosaic_ring import SCALE_WORDS
 from pallas_kernels.simt import arrays
 
 pytestmark = pytest.mark.skipif(
@@ -30,13 +29,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 M, N = 192, 384
-"""Three tiles of 64 rows; three of 128 columns, so that a cluster of two has one past the end."""
+"""Three tiles of 64 rows; three of 128 columns."""
 
 
 class StandIns:
     """What the lane programs of a kernel compute, on whole arrays.
 
-    Codes are x's dtype in the forward kernel, and in dx's two numbers from 0 to 15 a byte.
+    Codes are two numbers from 0 to 15 a byte, and scales 1.
     """
 
     def __init__(self, plan):
@@ -54,26 +53,28 @@ class StandIns:
     def load_offset(self, offset):
         return jnp.zeros((128 * 4,), jnp.uint32)
 
-    def load_block(self, first_row, step, codes, absmax, nested):
-        block = codes[pl.ds(jnp.minimum(first_row, self.plan.n - 64), 64), pl.ds(step * 64, 64)]
-        words = jax.lax.bitcast_convert_type(block.reshape(-1, 2), jnp.uint32)
-        return jnp.concatenate([words, jnp.zeros((128 * 4,), jnp.uint32)])
-
-    def decode_block(self, held, mean):
-        return jax.lax.bitcast_convert_type(held[:-512], jnp.bfloat16).reshape(64, 64)
+    def load_group(self, first, step, absmax, nested):
+        return jnp.zeros((128 * SCALE_WORDS,), jnp.uint32)
 
     def load_low_rank(self, first_row, step, b):
         return b[pl.ds(jnp.minimum(first_row, self.plan.n - 64), 64), pl.ds(step * 64, 64)]
 
-    def load_scale(self, column, step, absmax, nested):
-        return jnp.zeros((128 * 4,), jnp.uint32)
-
     def store_scale(self, raw, mean, scales):
         pass
 
-    def decode_tile(self, warpgroup, codes, scales):
-        own = jax.lax.dynamic_slice(codes[...], (jnp.int32(0), warpgroup * 32), (64, 32))
-        return unpacked(jnp, own).T.astype(jnp.bfloat16)
+    def read_codes(self, warpgroup, *tiles):
+        """This warpgroup's share: columns of dx's one tile, even and odd rows of the other's."""
+        if len(tiles) == 1:
+            return jax.lax.dynamic_slice(tiles[0][...], (jnp.int32(0), warpgroup * 32), (64, 32))
+        rows = jnp.stack([tile[...] for tile in tiles], axis=1).reshape(-1, 32)
+        return jax.lax.dynamic_slice(rows, (warpgroup * 64, jnp.int32(0)), (64, 32))
+
+    def find_weights(self, warpgroup, codes, scales):
+        return codes
+
+    def scale_weights(self, codes):
+        weights = unpacked(jnp, codes).astype(jnp.bfloat16)
+        return weights if isinstance(self.plan, Plan) else weights.T
 
     def store_sums(self, sums, first_row, token, *bias_out_part):
         out, *part = [ref for ref in bias_out_part if ref.shape != (1,)]
@@ -90,32 +91,29 @@ def unpacked(np_like, codes):
 
 
 class Reads:
-    """How often the tiles of a ring's slots were filled and read, by cluster, block and slot."""
+    """How often the tiles of a ring's slots were filled and read, by block and slot."""
 
-    def __init__(self, blocks):
-        self.blocks = blocks
+    def __init__(self):
         self.filled, self.read = collections.Counter(), collections.Counter()
 
     def note_read(self, thread, slot):
-        if thread.block_id:
-            time.sleep(0.002)  # a block that is late
-        self.read[int(thread.cluster_id), int(thread.block_id), slot] += 1
+        if thread.warpgroup_id:
+            time.sleep(0.002)  # a warpgroup that is late
+        self.read[int(thread.block_id), slot] += 1
 
     def check_fill(self, thread, slot):
-        """Before the slot is filled for all blocks: each of them has read all that was there."""
-        own = (int(thread.cluster_id), int(thread.block_id), slot)
-        for block in range(self.blocks):
-            read = self.read[own[0], block, slot]
-            assert read >= COMPUTE * self.filled[own], f"block {block} still reads slot {slot}"
+        """Before the slot is filled: both warpgroups have read all that was there."""
+        own = (int(thread.block_id), slot)
+        assert self.read[own] >= COMPUTE * self.filled[own], f"slot {slot} is still read"
         self.filled[own] += 1
 
 
-def fill_for_all(interpreter, eqn, token, get_invals, reads, copy):
-    """`copy_gmem_to_smem` in the interpreter; one for a whole cluster is counted first."""
+def fill_checked(interpreter, eqn, token, get_invals, reads, copy):
+    """`copy_gmem_to_smem` in the interpreter; one of x's tiles is counted first."""
     from jax._src import callback
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    if eqn.params["collective_axes"]:
+    if eqn.invars[0].aval.dtype == jnp.bfloat16:
         slot = get_invals()[3 + eqn.params["src_transforms_treedef"].num_leaves]
 
         def check(token, thread, slot):
@@ -178,9 +176,9 @@ def interpreted(monkeypatch):
     copy = interpreter._interpret_copy_gmem_to_smem_p
 
     def run(module, plan, *operands):
-        reads = Reads(plan.config.cluster)
+        reads = Reads()
         multiply = functools.partialmethod(multiply_registers, reads=reads)
-        fill = functools.partialmethod(fill_for_all, reads=reads, copy=copy)
+        fill = functools.partialmethod(fill_checked, reads=reads, copy=copy)
         monkeypatch.setattr(interpreter, "_interpret_wgmma_ref_p", multiply)
         monkeypatch.setattr(interpreter, "_interpret_copy_gmem_to_smem_p", fill)
         monkeypatch.setattr(arrays, "run", StandIns(plan).run)
@@ -201,36 +199,37 @@ UNUSED = jnp.zeros((1,), jnp.float32)
     ("k", "rank", "options"),
     [
         (320, 0, {}),
-        (320, 0, {"cluster": 2}),
-        (320, 0, {"cluster": 2, "stages": 2, "ahead": False, "group": 1}),
-        (256, 0, {"cluster": 2, "split": 2}),
-        (320, 128, {"cluster": 2, "stages": 3}),
+        (320, 0, {"stages": 3, "group": 1}),
+        (64, 0, {}),
+        (128, 64, {"stages": 4}),
+        (256, 0, {"split": 2}),
+        (320, 128, {"stages": 3}),
     ],
 )
 def test_forward(interpreted, k, rank, options):
     rng = np.random.default_rng(k)
     plan = Plan(M, N, k, "bfloat16", True, False, MatmulConfig(rows=64, **options), rank)
     assert plan.grid < plan.work  # blocks go on to further tiles
-    x, w = small(rng, M, k), small(rng, N, k)
+    x, codes = small(rng, M, k), jnp.asarray(rng.integers(0, 256, (N, k // 2)), jnp.uint8)
     low = (small(rng, M, rank), small(rng, N, rank)) if rank else ()
     module = importlib.import_module("pallas_kernels.nf4_matmul.mosaic_sm90")
-    got = interpreted(module, plan, x, *low, w, *[UNUSED] * 5)
-    want = np.asarray(x, np.float32) @ np.asarray(w, np.float32).T
+    got = interpreted(module, plan, x, *low, codes.reshape(N // 2, k), *[UNUSED] * 5)
+    want = np.asarray(x, np.float32) @ unpacked(np, np.asarray(codes)).astype(np.float32).T
     if low:
         want += np.asarray(low[0], np.float32) @ np.asarray(low[1], np.float32).T
     if plan.config.split > 1:
         got = got.reshape(plan.config.split, M, N).sum(axis=0)
-    np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(got, want)
+    else:
+        np.testing.assert_array_equal(got, np.asarray(jnp.asarray(want, jnp.bfloat16), np.float32))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"cluster": 2}, {"cluster": 2, "stages": 2, "ahead": False}]
-)
-def test_dx(interpreted, options):
-    rng, contracted = np.random.default_rng(0), 320
+@pytest.mark.parametrize("contracted", [64, 128, 320])
+@pytest.mark.parametrize("stages", [3, 4])
+def test_dx(interpreted, contracted, stages):
+    rng = np.random.default_rng(contracted)
     module = importlib.import_module("pallas_kernels.nf4_matmul_transposed.mosaic_sm90")
-    config = MatmulConfig(rows=64, **options)
-    plan = module.Plan(M, N, contracted, "bfloat16", True, config)
+    plan = module.Plan(M, N, contracted, "bfloat16", True, MatmulConfig(rows=64, stages=stages))
     dy = small(rng, M, contracted)
     codes = jnp.asarray(rng.integers(0, 256, (contracted, N // 2)), jnp.uint8)
     got = interpreted(module, plan, dy, codes, *[UNUSED] * 4)

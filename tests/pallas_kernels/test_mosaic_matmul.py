@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import Layout
-from pallas_kernels.codebooks import CODEBOOKS
-from pallas_kernels.nf4_matmul import mosaic_lanes, mosaic_sm90
+from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
+from pallas_kernels.nf4_matmul import mosaic_lanes, mosaic_ring, mosaic_sm90, mosaic_table
 from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan, place
 from pallas_kernels.simt.emulate import Machine
 from tests.pallas_kernels.test_mosaic_gemv import problem
@@ -43,44 +43,107 @@ def to_sums(tile, threads):
     return [[[pick(j, h, e) for e in (0, 1)] for h in (0, 1)] for j in range(tile.shape[1] // 8)]
 
 
+def machine_of(config, quant_type="nf4"):
+    """The threads of a block, and its tables in shared memory."""
+    machine = Machine(0, mosaic_table.THREADS, config.table_bytes)
+    mosaic_table.fill_table(machine, config, mosaic_table.tables_of(config, quant_type))
+    return machine
+
+
+def swizzled_rows(codes, first, byte):
+    """What the copy engine leaves of 64 rows' 32 bytes: 16-byte chunks exchanged within a row."""
+    tile = np.zeros((64, 32), np.uint8)
+    part = codes[first : first + 64, byte : byte + 32]
+    tile[: len(part)] = part
+    address = np.arange(tile.size)
+    out = np.empty(tile.size, np.uint8)
+    out[address ^ (address >> 7 & 1) << 4] = tile.reshape(-1)
+    return out
+
+
+def scales_of(machine, plan, load, mean):
+    """[steps, 128]: what the feeding warpgroup makes of its groups' raw scales, `load(step)`."""
+    out = np.full((plan.steps, 128), np.nan, np.float32)
+    for step in range(plan.steps):
+        i = step % mosaic_ring.GROUP
+        raw = load(machine.word(step - i))
+        assert len(raw) == mosaic_ring.SCALE_WORDS
+        mosaic_ring.store_scale(machine, plan, i, raw, mean, out[step])
+    return out
+
+
+def tables_hold(config, quant_type):
+    """Every byte's weights and absmax value, as each of the lanes reads them."""
+    machine = machine_of(config, quant_type)
+    table = CODEBOOKS[quant_type]
+    for byte in range(256):
+        words = mosaic_table.look_up(machine, config, machine.word(byte))
+        low, high = mosaic_table.as_pair(machine, words)
+        want = [table[byte >> 4], table[byte & 15]]
+        if not config.wide:
+            want = np.asarray(want, np.float16)
+        assert (low == np.float32(want[0])).all()
+        assert (high == np.float32(want[1])).all()
+        value = mosaic_table.look_up_absmax(machine, config, machine.word(byte))
+        assert (value == DYNAMIC_SIGNED[byte]).all()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+def test_tables(quant_type, wide):
+    tables_hold(MatmulConfig(stages=4, wide=wide), quant_type)
+
+
 @pytest.mark.parametrize(
-    ("m", "n", "k", "dtype", "double_quant"),
+    ("m", "n", "k", "dtype", "double_quant", "wide"),
     [
-        (70, 96, 320, "bfloat16", True),
-        (64, 64, 128, "float16", False),
+        (70, 208, 320, "bfloat16", True, False),
+        (64, 64, 128, "float16", False, False),
+        (64, 144, 256, "bfloat16", True, True),
     ],
 )
-def test_lane_programs_are_the_product(m, n, k, dtype, double_quant):
+def test_lane_programs_are_the_product(m, n, k, dtype, double_quant, wide):
     rng = np.random.default_rng(n)
-    plan = Plan(m, n, k, dtype, double_quant, True, MatmulConfig(rows=64))
+    config = MatmulConfig(rows=64, stages=4, wide=wide)
+    plan = Plan(m, n, k, dtype, double_quant, True, config)
     inputs, exact = problem(rng, m, n, k, dtype, double_quant)
-    x, codes, absmax, nested, offset, bias, tables = inputs
-    machine = Machine(0, 128, mosaic_sm90.TABLE_BYTES)
-    mosaic_lanes.fill_table(machine, tables, machine.threads)
-    mean = mosaic_lanes.load_offset(machine, plan, offset)
+    x, codes, absmax, nested, offset, bias, _ = inputs
+    machine = machine_of(config)
+    mean = mosaic_ring.load_offset(machine, plan, offset)
     out = np.asarray(jnp.full((m, n), jnp.nan, dtype)).copy()
     padded = np.zeros((-(-m // 64) * 64, k))
     padded[:m] = x.astype(np.float64)
-    for first_row in range(0, n, 64):
-        weight = []
-        for step in range(plan.steps):
-            held = mosaic_lanes.load_block(
-                machine, plan, machine.word(first_row), machine.word(step), codes, absmax, nested
+    codes = codes.reshape(n, k // 2)
+    for column in range(0, n, 64 * COMPUTE):
+
+        def load(step, column=column):
+            return mosaic_lanes.load_group(
+                machine, plan, machine.word(column), step, absmax, nested
             )
-            assert len(held) == mosaic_lanes.CODE_WORDS + mosaic_lanes.SCALE_WORDS
-            block = mosaic_lanes.decode_block(machine, plan, held, mean)
-            weight.append(from_fragment(block, dtype))
-        sums = np.concatenate(weight, 1) @ padded.T
-        for token in range(0, len(padded), 64):
-            mosaic_lanes.store_sums(
-                machine,
-                plan,
-                to_sums(sums[:, token : token + 64], machine.threads),
-                machine.word(first_row),
-                machine.word(token),
-                bias,
-                out,
-            )
+
+        scales = scales_of(machine, plan, load, mean)
+        for wg in range(COMPUTE):
+            weight = []
+            for step in range(plan.steps):
+                tiles = [swizzled_rows(codes[h::2], column // 2, 32 * step) for h in (0, 1)]
+                held = mosaic_lanes.read_codes(machine, plan, machine.word(wg), *tiles)
+                found = mosaic_lanes.find_weights(
+                    machine, plan, machine.word(wg), held, scales[step]
+                )
+                assert len(found) == 20
+                fragment = mosaic_lanes.scale_weights(machine, plan, found)
+                weight.append(from_fragment(fragment, dtype))
+            sums = np.concatenate(weight, 1) @ padded.T
+            for token in range(0, len(padded), 64):
+                mosaic_lanes.store_sums(
+                    machine,
+                    plan,
+                    to_sums(sums[:, token : token + 64], machine.threads),
+                    machine.word(column + 64 * wg),
+                    machine.word(token),
+                    bias,
+                    out,
+                )
     exact = exact + bias
     error = np.linalg.norm(out.astype(np.float64) - exact) / np.linalg.norm(exact)
     assert error < (4e-3 if dtype == "bfloat16" else 1e-3)
@@ -94,7 +157,7 @@ def test_parts_of_a_split_sum_are_stored_in_float32():
     # Row g of a warp's fragment is row 2g, row g + 8 is 2g + 1.
     row = 16 * (np.arange(64) // 16) + 2 * (np.arange(64) % 8) + np.arange(64) % 16 // 8
     out = np.full((2 * 20, 70), np.nan, np.float32)
-    machine = Machine(0, 128, mosaic_sm90.TABLE_BYTES)
+    machine = Machine(0, 128, 0)
     sums = to_sums(tile, machine.threads)
     for first_row in (0, 64):
         place = (machine.word(first_row), machine.word(0))
@@ -111,24 +174,14 @@ def test_parts_of_a_split_sum_are_stored_in_float32():
     rows=st.sampled_from([16, 64, 256]),
     group=st.integers(1, 20),
     split=st.sampled_from([1, 2, 4]),
-    cluster=st.sampled_from([1, 2]),
 )
-def test_every_sum_is_computed_once(sizes, rows, group, split, cluster):
-    """And what the blocks of a cluster share are rows of x: they have the same."""
-    config = MatmulConfig(rows=rows, group=group, split=split, cluster=cluster)
+def test_every_sum_is_computed_once(sizes, rows, group, split):
+    config = MatmulConfig(rows=rows, group=group, split=split)
     plan = Plan(*sizes, 256, "bfloat16", True, False, config)
-    every = np.arange(plan.work)[:, None]
-    token, column, part = np.broadcast_arrays(
-        *place(config, plan.tiles, every, np.arange(cluster)[None, :])
-    )
-    assert (token == token[:, :1]).all()
-    assert (part == part[:, :1]).all()
-    found = np.stack([token, column, part], axis=-1).reshape(-1, 3)
-    beyond = found[:, 1] >= plan.n
+    token, column, part = place(config, plan.tiles, np.arange(plan.work))
+    found = np.stack(np.broadcast_arrays(token, column, part), axis=-1)
     wanted = itertools.product(range(0, plan.m, rows), range(0, plan.n, 64 * COMPUTE), range(split))
-    assert sorted(map(tuple, found[~beyond])) == sorted(wanted)
-    # Past the end are at most the last cluster's columns of a row of tiles.
-    assert beyond.sum() <= (cluster - 1) * plan.tiles[0] * split
+    assert sorted(map(tuple, found.tolist())) == sorted(wanted)
 
 
 def test_a_split_that_does_not_go_is_refused():
@@ -150,7 +203,7 @@ def test_an_adapters_fragment_is_b():
     rng = np.random.default_rng(0)
     plan = Plan(64, 80, 64, "bfloat16", True, False, MatmulConfig(rows=64), rank=128)
     b = np.array(jnp.asarray(rng.normal(size=(80, 128)), jnp.bfloat16))
-    machine = Machine(0, 128, mosaic_sm90.TABLE_BYTES)
+    machine = Machine(0, 128, 0)
     for step in (0, 1):
         words = mosaic_lanes.load_low_rank(machine, plan, machine.word(64), machine.word(step), b)
         got = from_fragment(words, "bfloat16")

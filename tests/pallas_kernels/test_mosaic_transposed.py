@@ -8,9 +8,13 @@ from pallas_kernels.nf4_matmul import mosaic_lanes
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from pallas_kernels.nf4_matmul_transposed import mosaic_sm90
 from pallas_kernels.nf4_matmul_transposed.mosaic_sm90 import Plan
-from pallas_kernels.simt.emulate import Machine
 from tests.pallas_kernels.test_mosaic_gemv import problem
-from tests.pallas_kernels.test_mosaic_matmul import from_fragment, to_sums
+from tests.pallas_kernels.test_mosaic_matmul import (
+    from_fragment,
+    machine_of,
+    scales_of,
+    to_sums,
+)
 
 
 def swizzled_tile(codes, row, byte):
@@ -25,35 +29,41 @@ def swizzled_tile(codes, row, byte):
 
 
 @pytest.mark.parametrize(
-    ("m", "contracted", "n", "dtype", "double_quant"),
+    ("m", "contracted", "n", "dtype", "double_quant", "wide"),
     [
-        (40, 128, 192, "bfloat16", True),
-        (64, 64, 128, "float16", False),
+        (40, 384, 192, "bfloat16", True, False),
+        (64, 64, 128, "float16", False, False),
+        (64, 64, 128, "bfloat16", True, True),
     ],
 )
-def test_lane_programs_are_the_product(m, contracted, n, dtype, double_quant):
+def test_lane_programs_are_the_product(m, contracted, n, dtype, double_quant, wide):
     rng = np.random.default_rng(n)
-    plan = Plan(m, n, contracted, dtype, double_quant, MatmulConfig(rows=64))
+    config = MatmulConfig(rows=64, stages=4, wide=wide)
+    plan = Plan(m, n, contracted, dtype, double_quant, config)
     inputs, _ = problem(rng, 1, contracted, n, dtype, double_quant)
-    _, codes, absmax, nested, offset, _, tables = inputs
+    _, codes, absmax, nested, offset, _, _ = inputs
     identity = np.eye(n, dtype=np.float32)
     dy = np.array(jnp.asarray(rng.normal(size=(m, contracted)).astype(np.float32), dtype))
 
-    machine = Machine(0, 128, mosaic_sm90.TABLE_BYTES)
-    mosaic_lanes.fill_table(machine, tables, machine.threads)
+    machine = machine_of(config)
     mean = mosaic_sm90.load_offset(machine, plan, offset)
     out = np.asarray(jnp.full((m, n), jnp.nan, dtype)).copy()
     weight = np.full((contracted, -(-n // 128) * 128), np.nan)
     for column in range(0, n, 128):
+
+        def load(step, column=column):
+            return mosaic_sm90.load_group(machine, plan, machine.word(column), step, absmax, nested)
+
+        scales = scales_of(machine, plan, load, mean)
         for step in range(plan.steps):
-            scales = np.full(128, np.nan, np.float32)
-            raw = mosaic_sm90.load_scale(
-                machine, plan, machine.word(column), machine.word(step), absmax, nested
-            )
-            mosaic_sm90.store_scale(machine, plan, raw, mean, scales)
             tile = swizzled_tile(codes, 64 * step, column // 2)
             for wg in (0, 1):
-                words = mosaic_sm90.decode_tile(machine, plan, machine.word(wg), tile, scales)
+                held = mosaic_sm90.read_codes(machine, plan, machine.word(wg), tile)
+                found = mosaic_sm90.find_weights(
+                    machine, plan, machine.word(wg), held, scales[step]
+                )
+                assert len(found) == 32
+                words = mosaic_sm90.scale_weights(machine, plan, found)
                 share = from_fragment(words, dtype)  # [fragment's row, row of W]
                 row = np.arange(64)
                 place = 16 * (row // 16) + 2 * (row % 8) + row % 16 // 8

@@ -1,0 +1,151 @@
+"""The ring of tiles in shared memory between the Hopper matmuls' warpgroups.
+
+One warpgroup fills its slots, in order, several steps ahead; the computing ones wait for a slot
+(`full`), use what is in it and say so (`empty`). A step is 64 of the contracted axis: a tile of x,
+codes, and 128 scales, which the feeding warpgroup decodes, one per thread.
+
+What an H200 said of it (docs/kernels.md): the feeding warpgroup must not wait for a load that it
+has just issued, so scales are loaded by the group of steps, a group ahead; and shared memory, which
+`wgmma` is reading, takes 130 clocks to answer, so codes are read a step before they are decoded.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.codebooks import NESTED_BLOCKSIZE
+from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
+from pallas_kernels.nf4_matmul.mosaic_table import look_up_absmax
+
+GROUP = 4
+"""Steps whose scales are loaded at once."""
+
+SCALE_WORDS = 2 * GROUP
+
+
+# -- what a thread of the feeding warpgroup does ---------------------------------------------------
+
+
+def load_offset(m, plan, offset):
+    """The mean of the absmax constants, and three words that fill up."""
+    return m.load(offset, m.word(0)) + [m.word(0)] * 3
+
+
+def load_scales(m, plan, first, between, blocks, absmax, nested):
+    """The thread's raw scales for a group of steps, `SCALE_WORDS` words.
+
+    `first`: its block in the first step; `between`: how many blocks on the next step's is;
+    `blocks`: all there are. Past the last, that one: such a scale is not used.
+    """
+    at = [m.minimum(first + i * between, blocks - 1) for i in range(GROUP)]
+    if not plan.double_quant:
+        return [w for block in at for w in m.load(absmax, block * 4)] + [m.word(0)] * GROUP
+    codes = [m.load_byte(absmax, block) for block in at]
+    return codes + [w for block in at for w in m.load(nested, block // NESTED_BLOCKSIZE * 4)]
+
+
+def store_scale(m, plan, i, words, offset, scales):
+    """Decode the scale of the group's step i and put it at the thread's place of 128."""
+    scale = m.as_float(words[i])
+    if plan.double_quant:
+        value = look_up_absmax(m, plan.config, words[i])
+        scale = m.fma(value, m.as_float(words[GROUP + i]), m.as_float(offset[0]))
+    m.shared_store((m.thread & 127) << 2, [m.as_word(scale)], region=scales)
+
+
+# -- what a warpgroup does -------------------------------------------------------------------------
+
+
+def feed(steps: int, load: Callable[[Any], Any], fill: Callable[[Any, Any, int], None]) -> None:
+    """`fill(step, words, i)` for each step, the i-th of its group.
+
+    `words` are what `load(first step)` returned for the group, called while the one before is
+    filled.
+    """
+
+    def group(index: Any, words: Any) -> Any:
+        following = load((index + 1) * GROUP)
+        for i in range(GROUP):
+            fill(index * GROUP + i, words, i)
+        return following
+
+    words = lax.fori_loop(0, steps // GROUP, group, load(jnp.int32(0)))
+    for i in range(steps % GROUP):
+        fill(jnp.int32(steps - steps % GROUP + i), words, i)
+
+
+def free_slot(config: MatmulConfig, empty: Any, number: Any) -> Any:
+    """The slot of the ring's `number`-th filling, once all have done with what was in it."""
+    slot = lax.rem(number, config.stages)
+    pl.when(number >= config.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+    return slot
+
+
+class Lanes(NamedTuple):
+    """What the threads of a computing warpgroup do with a step, besides multiplying.
+
+    Attributes:
+        read: slot -> the step's codes.
+        look_up: (slot, codes) -> all that `scale` needs.
+        scale: that -> the step's weights, a fragment for `wgmma`.
+    """
+
+    read: Callable[[Any], Any]
+    look_up: Callable[[Any, Any], Any]
+    scale: Callable[[Any], Any]
+
+
+def multiply_steps(
+    config: MatmulConfig,
+    steps: int,
+    first: Any,
+    acc: Any,
+    tiles: Any,
+    full: Any,
+    empty: Any,
+    lanes: Lanes,
+) -> None:
+    """acc += weights · tiles of `steps` steps, whose fillings are numbered from `first`.
+
+    While a step is multiplied the next one is decoded and the codes of the second next are read.
+    """
+
+    def after(slot: Any) -> Any:
+        # Not a remainder: that would be a division, in the way of every step's first `wgmma`.
+        return jnp.where(slot == config.stages - 1, 0, slot + 1)
+
+    def arrived(slot: Any) -> Any:
+        plgpu.barrier_wait(full.at[slot])
+        return lanes.read(slot)
+
+    def multiply(carry: Any, following: int) -> Any:
+        slot, weights, codes = carry
+        plgpu.wgmma(acc, weights, tiles.at[slot].transpose((1, 0)))
+        next_slot = after(slot)
+        if following > 0:
+            found = lanes.look_up(next_slot, codes)
+        if following > 1:
+            codes = arrived(after(next_slot))
+        if following > 0:
+            weights = lanes.scale(found)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(empty.at[slot])
+        return next_slot, weights, codes
+
+    def two(_: Any, carry: Any) -> Any:
+        # Two steps a turn: the fragment being decoded must not take the registers of the one in
+        # use, or ptxas puts the two in sequence.
+        return multiply(multiply(carry, 2), 2)
+
+    slot = lax.rem(first, config.stages)
+    codes = arrived(slot)
+    weights = lanes.scale(lanes.look_up(slot, codes))
+    carry = slot, weights, arrived(after(slot)) if steps > 1 else codes
+    turns = max(steps - 2, 0) // 2
+    carry = lax.fori_loop(0, turns, two, carry)
+    for step in range(2 * turns, steps):
+        carry = multiply(carry, steps - 1 - step)

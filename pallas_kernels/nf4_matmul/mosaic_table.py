@@ -1,0 +1,52 @@
+"""The Hopper matmuls' tables in shared memory: a byte of codes becomes two unscaled weights.
+
+Where bytes come one to a word (from shared memory, that is), the address of a look-up is one
+multiply-add, and the table needs no room for anything else between its entries, as the gemv's does
+(`_mosaic_decoder`): each of the 256 pairs 32 times, a copy for each lane in a bank of its own. The
+pairs are float16, which must be made float32 before they are scaled, or with `config.wide` float32.
+Behind them stands the 8-bit dynamic map, once: one thread in 128 reads it, a step.
+"""
+
+from pallas_kernels._mosaic_decoder import lookup_tables, wide_tables
+from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, TABLE_ENTRIES
+
+THREADS = 128 * (COMPUTE + 1)
+
+
+def tables_of(config, quant_type):
+    """The kernel's argument that `fill_table` copies from."""
+    return wide_tables(quant_type) if config.wide else lookup_tables(quant_type)
+
+
+def fill_table(m, config, tables):
+    """Write the tables to the start of shared memory, `THREADS` threads at 16 bytes each."""
+    words = 2 if config.wide else 1
+    chunks, row = config.pair_bytes // 16, 8 * words
+    for first in range(0, chunks, THREADS):
+        at = m.thread + first
+        when = at < chunks
+        entry = (at << 4) // (config.pair_bytes // TABLE_ENTRIES)
+        pair = m.load(tables, m.where(when, entry, m.word(0)) * row, words)
+        m.shared_store(at << 4, pair * (4 // words), when=when)
+    when = m.thread < TABLE_ENTRIES
+    value = m.load(tables, m.where(when, m.thread, m.word(0)) * row, offset=4 * words)
+    m.shared_store(m.thread << 2, value, offset=config.pair_bytes, when=when)
+    m.barrier()
+
+
+def look_up(m, config, byte):
+    """The words of a byte's two weights, one float16 pair or two float32."""
+    lane = m.thread & 31
+    if config.wide:
+        return m.shared_load((byte << 8) + (lane << 3), 2)
+    return m.shared_load((byte << 7) + (lane << 2))
+
+
+def as_pair(m, words):
+    """What `look_up` found as two float32, the even column's first."""
+    return tuple(map(m.as_float, words)) if len(words) == 2 else m.half_pair(*words)
+
+
+def look_up_absmax(m, config, byte):
+    """The dynamic map's float32 of a byte."""
+    return m.as_float(m.shared_load(byte << 2, offset=config.pair_bytes)[0])
