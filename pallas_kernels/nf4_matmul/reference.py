@@ -21,7 +21,7 @@ def matmul_dense(
     lora: LowRank | None = None,
 ) -> Float[Array, "*batch n"]:
     """x · Wᵀ + xa · bᵀ + bias for a dense W of x's dtype: float32 sums, rounded once."""
-    return complete(_product(x, weight), bias, lora, x.dtype)
+    return complete(product(x, weight), bias, lora, x.dtype)
 
 
 def complete(
@@ -32,7 +32,7 @@ def complete(
 ) -> Float[Array, "*batch n"]:
     """What belongs to the sums x · Wᵀ beside them, and their rounding."""
     if lora is not None:
-        total = total + _product(*lora)
+        total = total + product(*lora)
     if bias is not None:
         total = total + bias.astype(jnp.float32)
     return total.astype(dtype)
@@ -42,20 +42,22 @@ def add_low_rank(y: Float[Array, "*batch n"], lora: LowRank) -> Float[Array, "*b
     """y + xa · bᵀ as a product of its own, each rounded to y's dtype."""
 
     def add(y: Array, lora: LowRank) -> Array:
-        return y + _product(*lora).astype(y.dtype)
+        return y + product(*lora).astype(y.dtype)
 
     return in_auto_axes(add, y, lora, result=lambda y, _: y.sharding.spec)
 
 
-def _product(x: Float[Array, "*batch k"], weight: Float[Array, "n k"]) -> Array:
-    """x · Wᵀ in float32."""
+def product(
+    x: Float[Array, "*batch k"], weight: Float[Array, "n k"], dtype: DTypeLike = jnp.float32
+) -> Array:
+    """x · Wᵀ as `dtype`."""
     return jax.lax.dot_general(
         x,
         weight,
         (((x.ndim - 1,), (1,)), ((), ())),
         # float32 activations ask for float32 products: without this an Ampere card takes TF32.
         precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=dtype,
     )
 
 
@@ -94,6 +96,6 @@ def _by_columns(
     """Even columns of W with those of x, odd with odd: see `_decode`."""
     codes, *absmax = weight
     columns = decode_columns(codes, decode_absmax(*absmax), layout, x.dtype)
-    parts = [_product(x[..., i :: len(columns)], part) for i, part in enumerate(columns)]
+    parts = [product(x[..., i :: len(columns)], part) for i, part in enumerate(columns)]
     total = functools.reduce(jnp.add, parts)
     return complete(total, bias, lora, x.dtype)

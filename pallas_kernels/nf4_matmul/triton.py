@@ -33,7 +33,7 @@ from pallas_kernels._triton import (
 )
 from pallas_kernels._triton_decoder import make_decoder
 from pallas_kernels.nf4_dequantize.triton import nf4_dequantize_triton
-from pallas_kernels.nf4_matmul.reference import matmul_dense
+from pallas_kernels.nf4_matmul.reference import matmul_dense, product
 
 
 def _kernel(
@@ -155,6 +155,10 @@ def nf4_matmul_triton(
             config=config,
             interpret=interpret,
         )
+        if bias is None and lora is None:
+            # A GPU's products sum in float32 whatever they return; asked for float32, they leave
+            # the rounding to one more kernel, as often as not (docs/kernels.md).
+            return product(x, dense, x.dtype)
         return matmul_dense(x, dense, bias, lora)
     rows, n = rows_of(x), layout.shape[0]
     split = config.split_k > 1

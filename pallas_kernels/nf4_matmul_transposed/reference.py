@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels._arguments import Layout
@@ -13,15 +14,18 @@ from pallas_kernels.nf4_dequantize.reference import nf4_dequantize_xla
 
 
 def matmul_transposed_dense(
-    dy: Float[Array, "*batch n"], weight: Float[Array, "n k"]
+    dy: Float[Array, "*batch n"], weight: Float[Array, "n k"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*batch k"]:
-    """dy · W for a dense W of dy's dtype: float32 sums, rounded once."""
+    """dy · W for a dense W of dy's dtype: float32 sums, rounded once.
+
+    `dtype` is what the product itself is to return: on a GPU dy's, whose sums are float32 anyway.
+    """
     out = jax.lax.dot_general(
         dy,
         weight,
         (((dy.ndim - 1,), (0,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST if dy.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=dtype,
     )
     return out.astype(dy.dtype)
 

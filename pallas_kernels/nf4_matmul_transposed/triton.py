@@ -102,7 +102,7 @@ def nf4_matmul_transposed_triton(
             config=config,
             interpret=interpret,
         )
-        return matmul_transposed_dense(dy, dense)
+        return matmul_transposed_dense(dy, dense, dy.dtype)
     rows, k = rows_of(dy), layout.shape[1]
     kernel = functools.partial(
         _kernel, rows=rows, layout=layout, config=config, interpret=interpret
