@@ -298,17 +298,18 @@ def tile(config: TritonConfig, point: Point, grid: int) -> tuple[float, int]:
 
 def model_point(card: Card, point: Point) -> tuple[compile_for.KernelCode, Prediction]:
     """Compile a point for the card and model its kernel."""
-    if point.implementation == "mosaic_gpu":
-        kernel = compile_point(card, point)
-        return kernel, predict_mosaic(card, kernel, point)
     rows = max(point.rows, 1)
     op = dispatch_op(point.op, rows)
     layout = Layout((point.n, point.k), "nf4", point.blocksize, double_quant=True)
     config = point.config
     if config is None:
         config = dispatch.which_implementation(
-            op, rows, layout, implementation="triton", kind=card.pallas_kind
+            op, rows, layout, implementation=point.implementation, kind=card.pallas_kind
         ).config
+    if point.implementation == "mosaic_gpu":
+        point = dataclasses.replace(point, config=config)
+        kernel = compile_point(card, point)
+        return kernel, predict_mosaic(card, kernel, point)
     assert isinstance(config, TritonConfig)
     if not config.fused:  # the rule leaves the product to XLA: what is modelled is a kernel of ours
         config = dispatch.configs_to_try(op, rows, point.n, point.k)[0]

@@ -46,6 +46,8 @@ def stage_x(m, plan, turns, zero, lane, warp, row):
     words = plan.chunk // 64
     for turn, got in enumerate(turns):
         at = ((turn * plan.config.warps + warp) * 32 + lane) * (4 * words)
+        if plan.gap:
+            at = at + (at >> 8) * plan.gap
         at = at + (plan.x_at + row * plan.x_stride)
         for part in range(0, words, 4):
             m.shared_store(at, got[part : part + 4], offset=4 * part)

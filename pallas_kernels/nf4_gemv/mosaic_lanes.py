@@ -169,15 +169,16 @@ def _x_columns(m, plan, reader):
             row_x < (plan.config.segments if several else plan.m)
         )
         at = (
-            row_x * (2 * STEP if several else plan.x_stride)
-            + reader.warp * (plan.chunk * 2)
+            row_x * (plan.x_bytes(STEP) if several else plan.x_stride)
+            + reader.warp * plan.x_bytes(plan.chunk)
             + reader.t * 64
             + plan.x_at
         )
         # Zeros are read from banks that the other lanes of the phase leave free.
-        zero = (1 - (reader.g >> 1 & 1)) * 32 + plan.zeros_at
-        starts.append(m.where(real, at, zero))
-        strides.append(m.where(real, m.word(plan.config.warps * plan.chunk * 2), m.word(0)))
+        zero = m.word(16) if several else (1 - (reader.g >> 1 & 1)) * 32
+        starts.append(m.where(real, at, zero + plan.zeros_at))
+        turn = m.word(plan.x_bytes(plan.config.warps * plan.chunk))
+        strides.append(m.where(real, turn, m.word(0)))
         active.append(real if plan.config.skip_zeros else None)
 
     def read(turn, c):
@@ -185,7 +186,8 @@ def _x_columns(m, plan, reader):
         for start, stride, when in zip(starts, strides, active, strict=True):
             at = start + turn * stride
             column = [
-                m.shared_load(at, 4, offset=c * 2 * plan.step + 16 * j, when=when) for j in range(4)
+                m.shared_load(at, 4, offset=c * plan.x_bytes(plan.step) + 16 * j, when=when)
+                for j in range(4)
             ]
             out.append([word for words in column for word in words])
         return out

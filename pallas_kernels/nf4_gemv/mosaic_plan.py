@@ -117,9 +117,18 @@ class Plan:
         return -(-self.m // 4)
 
     @property
+    def gap(self) -> int:
+        """Bytes behind every 128 columns of x in shared memory: segments meet other banks."""
+        return 32 if self.config.segments > 1 else 0
+
+    def x_bytes(self, columns: int) -> int:
+        """Bytes of so many columns of x in shared memory, whole steps of 128."""
+        return columns // STEP * (2 * STEP + self.gap)
+
+    @property
     def x_stride(self) -> int:
         """Bytes from row to row of x: a multiple of 128 plus 16, so that rows meet other banks."""
-        return self.turns * self.config.warps * self.chunk * 2 + 16
+        return self.x_bytes(self.turns * self.config.warps * self.chunk) + 16
 
     @property
     def zeros_at(self) -> int:
@@ -189,7 +198,9 @@ def fits(plan: Plan) -> bool:
 OTHER_CUTS = (*OWN_CUTS, GemvConfig(16, 2, 1), GemvConfig(8, 4, 1), GemvConfig(8, 1, 4))
 SEGMENTED_CUTS = (
     GemvConfig(8, 4, 1, segments=4),
+    GemvConfig(8, 4, 1, segments=2),
     GemvConfig(8, 2, 2, segments=2),
+    GemvConfig(16, 2, 2, segments=2),
     GemvConfig(16, 2, 1, segments=2),
     GemvConfig(20, 1, 1, segments=2),
 )
@@ -216,7 +227,7 @@ def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
         found += [
             dataclasses.replace(first, selects=selects, skip_zeros=True) for selects in (0, 2)
         ]
-    others = most_even(OTHER_CUTS)[:1] + (most_even(SEGMENTED_CUTS)[:2] if m == 1 else [])
+    others = most_even(OTHER_CUTS)[:1] + (most_even(SEGMENTED_CUTS)[:4] if m == 1 else [])
     for cut in others:
         few = skip and cut.segments <= 2
         found += [cut, dataclasses.replace(cut, selects=2, skip_zeros=few)]

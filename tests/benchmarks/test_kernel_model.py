@@ -138,16 +138,16 @@ def test_what_a_hopper_matmul_fetches():
     reason=f"needs ptxas and nvdisasm, and the GPU compiler. {compile_for.PLUGIN_HINT}",
 )
 @pytest.mark.parametrize(
-    ("implementation", "rows", "bound"),
+    ("implementation", "rows", "shape", "bound"),
     [
-        ("triton", "1", "load path"),
-        ("mosaic_gpu", "1", "load path"),
-        ("mosaic_gpu", "4096", "tensor"),
+        ("triton", "1", "13b-gate-up", "load path"),
+        ("mosaic_gpu", "1", "7b-down", "memory"),
+        ("mosaic_gpu", "4096", "13b-gate-up", "tensor"),
     ],
 )
-def test_a_kernel_compiled_here_is_described(implementation, rows, bound, capsys):
-    # A shape of its own: in one process Mosaic compiles equal kernels once, and then dumps no PTX.
-    arguments = ["--rows", rows, "--shape", "13b-gate-up", "--implementation", implementation]
+def test_a_kernel_compiled_here_is_described(implementation, rows, shape, bound, capsys):
+    # Shapes of its own: in one process Mosaic compiles equal kernels once, and then dumps no PTX.
+    arguments = ["--rows", rows, "--shape", shape, "--implementation", implementation]
     assert kernel_model.main(["--card", "h200", *arguments]) == 0
     text = capsys.readouterr().out
     assert f"bound by {bound}" in text

@@ -75,6 +75,41 @@ def test_lane_program_is_the_product(m, n, k, dtype, double_quant, config):
     assert error.max() < (2.5e-3 if dtype == "bfloat16" else 1e-3)
 
 
+class BankMachine(Machine):
+    """Counts the turns that reads of 16 bytes take: each quarter of a warp one, if no bank of 4
+    bytes has two different words to give."""
+
+    def shared_load(self, address, words=1, *, offset=0, when=None, region=None):
+        if words == 4:
+            self.reads = getattr(self, "reads", 0) + self.threads // 8
+            word = (address.astype(np.int64) + offset) // 4
+            for eight in range(0, self.threads, 8):
+                lanes = [i for i in range(eight, eight + 8) if when is None or when[i]]
+                wanted = {int(word[i]) + j for i in lanes for j in range(4)}
+                banks = np.bincount([w % 32 for w in wanted], minlength=32)
+                self.turns = getattr(self, "turns", 0) + max(1, banks.max())
+        return super().shared_load(address, words, offset=offset, when=when, region=region)
+
+
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [
+        (1, GemvConfig(warps=8, tiles=1, steps=2)),
+        (4, GemvConfig(warps=4, tiles=1, steps=2)),
+        (1, GemvConfig(warps=8, tiles=1, steps=2, segments=2)),
+        (1, GemvConfig(warps=4, tiles=1, steps=1, segments=4)),
+        (1, GemvConfig(warps=4, tiles=1, steps=4, segments=2, skip_zeros=True)),
+    ],
+)
+def test_lanes_read_x_from_different_banks(m, config):
+    plan = Plan(m, 16, 4096, "bfloat16", True, True, config)
+    inputs, _ = problem(np.random.default_rng(0), m, 16, 4096, "bfloat16", True)
+    machine = BankMachine(0, plan.threads, plan.shared_bytes)
+    out = np.asarray(jnp.zeros((m, 16), jnp.bfloat16)).copy()
+    lane_program(machine, plan, *inputs, out)
+    assert machine.turns == machine.reads
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
 def test_selects_are_the_look_up(quant_type):
     """All 65,536 pairs of bytes, in either half of a word: the table's float16, bit for bit."""
