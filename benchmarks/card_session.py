@@ -42,10 +42,13 @@ def pieces(out: Path, memory_fraction: float) -> list[Piece]:
     training = ("benchmarks.gpu_training", "--out", str(out), "--matmuls", "auto", "xla")
     limit = (("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory_fraction)),)
     memory = ("benchmarks.gpu_memory", "--out")
+    profile = ("benchmarks.gpu_profile", "--out", str(out / "profile.json"), "--rows", "4096")
+    profile += ("--op", "matmul", "transposed", "--implementations", "mosaic_gpu", "bf16")
     return [
         Piece("kernels", (*kernels, "--kernel-times"), 0.4),
         Piece("peer", ("benchmarks.gpu_bitsandbytes", "--out", str(out)), 0.15),
         Piece("table", (*kernels, "--merge", str(out / "kernels.json")), 0.2, takes_budget=False),
+        Piece("profile", profile, 0.25, takes_budget=False),
         Piece("training", training, 0.6, takes_file=("--rules", out / "rules.json")),
         Piece("memory", (*memory, str(out / "memory.json")), 0.6, False, limit),
         Piece("streamed", (*memory, str(out / "streamed.json"), "--stream"), 1.0, False, limit),
