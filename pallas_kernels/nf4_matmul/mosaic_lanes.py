@@ -8,7 +8,7 @@ of x are neighbours in y, and a group of 8 lanes stores a full sector.
 
 from pallas_kernels._mosaic import BLOCK
 from pallas_kernels.nf4_matmul.mosaic_ring import load_scales
-from pallas_kernels.nf4_matmul.mosaic_table import as_pair, look_up
+from pallas_kernels.nf4_matmul.mosaic_table import look_up_ahead, weights_of
 
 
 def load_group(m, plan, first_row, step, absmax, nested):
@@ -40,14 +40,9 @@ def read_codes(m, plan, warpgroup, even, odd):
 
 
 def find_weights(m, plan, warpgroup, codes, scales):
-    """What `scale_weights` needs: the codes' unscaled weights, and the thread's two scales.
-
-    Wide look-ups are left to `scale_weights`: nothing that is made of them could be kept from being
-    made at once, in the way of `wgmma`.
-    """
+    """What `scale_weights` needs: what is looked up of the codes, and the thread's two scales."""
     scale = m.shared_load(_pair_of(m, warpgroup) << 3, 2, region=scales)
-    found = codes if plan.config.wide else [w for c in codes for w in look_up(m, plan.config, c)]
-    return [*found, *scale, m.word(0), m.word(0)]
+    return [*look_up_ahead(m, plan.config, codes), *scale, m.word(0), m.word(0)]
 
 
 def scale_weights(m, plan, found):
@@ -56,10 +51,8 @@ def scale_weights(m, plan, found):
     Register [j][h] of lane (g, t) is columns 8j + 2t and the next, of row 2g + h.
     """
     scale = [m.as_float(w) for w in found[16:18]]
-    words = [look_up(m, plan.config, c) if plan.config.wide else [c] for c in found[:16]]
     out = []
-    for i, pair in enumerate(words):
-        low, high = as_pair(m, pair)
+    for i, (low, high) in enumerate(weights_of(m, plan.config, found[:16])):
         out.append(m.pack(low * scale[i % 2], high * scale[i % 2], plan.dtype))
     return out
 

@@ -16,6 +16,7 @@ COMPUTING_REGISTERS, FEEDING_REGISTERS = 224, 56
 """Of a thread, by what its warpgroup does: together what a multiprocessor has, in steps of 8."""
 
 TABLE_ENTRIES, COPIES = 256, 32
+"""Of the look-up table: an entry for each byte, a copy for each lane of a warp."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,8 @@ class MatmulConfig:
         group: tiles along n that run side by side, so that their x stays in the second-level cache.
         split: blocks of threads that share a tile, each with a part of the sum; the parts are added
             afterwards. For few rows, whose tiles are fewer than the multiprocessors.
-        wide: a look-up is two float32, not two float16: a quarter fewer instructions a step, twice
-            the reads of shared memory. Not measured yet (docs/kernels.md).
+        wide: a look-up is two float32, not two float16: a fifth fewer instructions a step, look-ups
+            take twice the reads of shared memory. Not measured yet (docs/kernels.md).
     """
 
     rows: int = 256

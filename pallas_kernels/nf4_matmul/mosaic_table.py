@@ -26,25 +26,35 @@ def fill_table(m, config, tables):
         at = m.thread + first
         when = at < chunks
         entry = (at << 4) // (config.pair_bytes // TABLE_ENTRIES)
-        pair = m.load(tables, m.where(when, entry, m.word(0)) * row, words)
+        pair = m.load(tables, entry * row, words, when=when)
         m.shared_store(at << 4, pair * (4 // words), when=when)
     when = m.thread < TABLE_ENTRIES
-    value = m.load(tables, m.where(when, m.thread, m.word(0)) * row, offset=4 * words)
+    value = m.load(tables, m.thread * row, offset=4 * words, when=when)
     m.shared_store(m.thread << 2, value, offset=config.pair_bytes, when=when)
     m.barrier()
 
 
-def look_up(m, config, byte):
-    """The words of a byte's two weights, one float16 pair or two float32."""
+def look_up_ahead(m, config, codes):
+    """The float16 pairs of a step's codes, a byte to a word; they may be under way for a while.
+
+    Wide look-ups are left to `weights_of`: what is made of them could not be kept from being made
+    at once, between the instructions that start `wgmma`.
+    """
+    return list(codes) if config.wide else [_look_up(m, config, code)[0] for code in codes]
+
+
+def weights_of(m, config, found):
+    """Of each byte of `look_up_ahead` its two weights in float32, the even column's first."""
+    if not config.wide:
+        return [m.half_pair(pair) for pair in found]
+    return [tuple(map(m.as_float, _look_up(m, config, code))) for code in found]
+
+
+def _look_up(m, config, byte):
     lane = m.thread & 31
     if config.wide:
         return m.shared_load((byte << 8) + (lane << 3), 2)
     return m.shared_load((byte << 7) + (lane << 2))
-
-
-def as_pair(m, words):
-    """What `look_up` found as two float32, the even column's first."""
-    return tuple(map(m.as_float, words)) if len(words) == 2 else m.half_pair(*words)
 
 
 def look_up_absmax(m, config, byte):

@@ -7,8 +7,8 @@ differ from the forward kernel:
 - What lies next to each other in the fragment are two *rows* of W, so a lane's 16 bytes of a step
   come from 16 rows. They are fetched by the copy engine, with dy, and read from shared memory byte
   by byte; the 64-byte swizzle keeps the lanes of a group apart.
-- Every row of a step has its own scale. The warpgroup that feeds the others decodes them, one per
-  thread (64 rows × the two computing warpgroups' blocks), a step ahead of need.
+- Every row of a step has its own scale: a thread of the feeding warpgroup has one of 64 rows in one
+  of the two computing warpgroups' blocks.
 - Of a warp's 16 rows of the fragment, row g is column 2g of its share of W and row g + 8 is
   column 2g + 1: the two weights of one byte.
 """
@@ -45,7 +45,12 @@ from pallas_kernels.nf4_matmul.mosaic_ring import (
     multiply_steps,
     store_scale,
 )
-from pallas_kernels.nf4_matmul.mosaic_table import as_pair, fill_table, look_up, tables_of
+from pallas_kernels.nf4_matmul.mosaic_table import (
+    fill_table,
+    look_up_ahead,
+    tables_of,
+    weights_of,
+)
 from pallas_kernels.simt import arrays
 
 TILE_BYTES = BLOCK // 2 * COMPUTE  # of a row of codes, for all computing warpgroups
@@ -113,8 +118,7 @@ def find_weights(m, plan, warpgroup, codes, scales):
     """What `scale_weights` needs: as the forward kernel's, with a scale for each of 16 rows."""
     at = (warpgroup * BLOCK + (m.thread & 3) * 2) * 4
     rows = [w for j in range(8) for w in m.shared_load(at, 2, offset=32 * j, region=scales)]
-    found = codes if plan.config.wide else [w for c in codes for w in look_up(m, plan.config, c)]
-    return [*found, *rows]
+    return [*look_up_ahead(m, plan.config, codes), *rows]
 
 
 def scale_weights(m, plan, found):
@@ -123,14 +127,13 @@ def scale_weights(m, plan, found):
     Register [j][h] of lane (g, t) of warp w is column 16w + 2g + h of the warpgroup's share, of W's
     rows 8j + 2t and the next.
     """
+    weights = weights_of(m, plan.config, found[:16])
     scale = [m.as_float(w) for w in found[16:]]
-    words = [look_up(m, plan.config, c) if plan.config.wide else [c] for c in found[:16]]
     out = []
     for row in range(0, 16, 2):
-        pairs = [as_pair(m, pair) for pair in words[row : row + 2]]
         for h in (0, 1):
-            weights = [pairs[i][h] * scale[row + i] for i in (0, 1)]
-            out.append(m.pack(*weights, plan.dtype))
+            first, second = weights[row][h] * scale[row], weights[row + 1][h] * scale[row + 1]
+            out.append(m.pack(first, second, plan.dtype))
     return out
 
 

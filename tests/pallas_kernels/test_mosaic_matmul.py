@@ -77,8 +77,8 @@ def tables_hold(config, quant_type):
     machine = machine_of(config, quant_type)
     table = CODEBOOKS[quant_type]
     for byte in range(256):
-        words = mosaic_table.look_up(machine, config, machine.word(byte))
-        low, high = mosaic_table.as_pair(machine, words)
+        found = mosaic_table.look_up_ahead(machine, config, [machine.word(byte)])
+        ((low, high),) = mosaic_table.weights_of(machine, config, found)
         want = [table[byte >> 4], table[byte & 15]]
         if not config.wide:
             want = np.asarray(want, np.float16)
