@@ -29,7 +29,7 @@ from experiments.cli import (
 from experiments.embedded import MODELS
 from experiments.report import write_atomically
 from experiments.rows import decoder_context
-from qlora_jax.checkpoints import load_adapter, read_adapter
+from qlora_jax.checkpoints import check_adapter, load_adapter
 from qlora_jax.data import load_chat_template
 from qlora_jax.evaluate import Harness
 from qlora_jax.pretrained import find_folder, load_pretrained
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     folder = find_folder(MODELS.get(options.model, options.model))
     context = decoder_context(folder)
     quant = read_quant(options.quant, folder)
-    lora = None if options.adapter is None else read_adapter(options.adapter).config
+    lora = None if options.adapter is None else check_adapter(options.adapter)
     out = options.out or Path("runs") / "harness" / Path(options.model).name
     keep_compiled_programs(out.parent / ".jax-cache")
     dtype = jnp.dtype(options.compute_dtype)

@@ -38,7 +38,7 @@ from experiments.cli import (
 from experiments.embedded import MODELS
 from experiments.paper.judged import SHARED
 from experiments.rows import model_config
-from qlora_jax.checkpoints import load_adapter, read_adapter
+from qlora_jax.checkpoints import check_adapter, load_adapter
 from qlora_jax.cli.arguments import count, seed
 from qlora_jax.data import FORMATS, InstructionFormat, load_chat_template, load_tokenizer
 from qlora_jax.data.json_file import parse_json_lines
@@ -158,7 +158,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     out = options.out or Path("runs/paper/answers") / f"{Path(options.model).name}.jsonl"
     config = sampling(options, folder)
     quant = read_quant(options.quant, folder)
-    lora = None if options.adapter is None else read_adapter(options.adapter).config
+    lora = None if options.adapter is None else check_adapter(options.adapter)
     model_name = model_id(options, config, quant)
     done = answered(out, model_name)
     todo = [question for question in questions if question.id not in done]

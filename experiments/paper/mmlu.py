@@ -35,7 +35,7 @@ from experiments.embedded import MODELS
 from experiments.examination import ask, check_questions
 from experiments.report import write_atomically
 from experiments.rows import decoder_context
-from qlora_jax.checkpoints import load_adapter, read_adapter
+from qlora_jax.checkpoints import check_adapter, load_adapter
 from qlora_jax.cli.arguments import count
 from qlora_jax.evaluate import GROUPS, MmluResult
 from qlora_jax.pretrained import find_folder, load_pretrained
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     folder = find_folder(MODELS.get(options.model, options.model))
     context = decoder_context(folder)
     quant = read_quant(options.quant, folder)
-    lora = None if options.adapter is None else read_adapter(options.adapter).config
+    lora = None if options.adapter is None else check_adapter(options.adapter)
     identity: dict[str, Any] = {"model": options.model, "quant": str(quant)}
     identity["compute_dtype"] = options.compute_dtype
     name = f"{Path(options.model).name}-{options.shots}shot-{options.split}"

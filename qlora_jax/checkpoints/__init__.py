@@ -3,7 +3,7 @@ format, PEFT adapters and GGUF files, in and out."""
 
 from qlora_jax.checkpoints.adapter import load_adapter, save_adapter
 from qlora_jax.checkpoints.adapter_config import read_adapter_config
-from qlora_jax.checkpoints.adapter_file import PeftAdapter, read_adapter
+from qlora_jax.checkpoints.adapter_file import PeftAdapter, check_adapter, read_adapter
 from qlora_jax.checkpoints.card import model_card
 from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, cast, dequantized, quantized
 from qlora_jax.checkpoints.dense_modules import packable_weights
@@ -24,6 +24,7 @@ __all__ = [
     "TensorInfo",
     "WeightFolder",
     "cast",
+    "check_adapter",
     "check_shapes",
     "checkpoint_tokenizer",
     "dequantized",

@@ -82,6 +82,22 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
     )
 
 
+def check_adapter(folder: str | Path) -> LoraConfig:
+    """The configuration of an adapter whose tensors `read_adapter` would take; reads none of them.
+
+    What to build a model with, where a damaged adapter is to be told before minutes of loading.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_adapter`.
+    """
+    folder = Path(folder)
+    raw = read_config_json(folder)
+    config = config_from_json(raw, folder / CONFIG)
+    with open_weights(folder) as file:
+        token_indices(raw, file.keys())
+    return config
+
+
 @contextlib.contextmanager
 def open_weights(folder: Path) -> Iterator[Any]:
     """An adapter's tensors, checked but not read, as `safe_open` gives them.

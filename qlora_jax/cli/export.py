@@ -8,9 +8,9 @@ from qlora_jax.checkpoints import (
     MODES,
     Checkpoint,
     cast,
+    check_adapter,
     dequantized,
     merge,
-    read_adapter,
     save_checkpoint,
     save_gguf,
 )
@@ -106,7 +106,7 @@ def _export_adapter(source: Path, out: Path) -> None:
             f"{source} holds no adapter: --format peft copies one out of a run folder, or out of "
             f"its own with {CONFIG}."
         )
-    read_adapter(folder)  # whole, or nothing is written
+    check_adapter(folder)  # whole, or nothing is written
     facts = read_facts(folder)
     with new_folder(out) as partial:
         for name in (CONFIG, WEIGHTS):

@@ -9,11 +9,11 @@ import jax
 
 from qlora_jax.checkpoints import (
     Checkpoint,
+    check_adapter,
     checkpoint_tokenizer,
     load_adapter,
     load_model,
     open_checkpoint,
-    read_adapter,
 )
 from qlora_jax.checkpoints.checkpoint import DTYPES, dtype_name
 from qlora_jax.cli.arguments import SOURCE_HELP, add_quant, count, quant_config, seed
@@ -75,7 +75,7 @@ def load_writer(
     model = load_model(
         checkpoint,
         quant=_quant(args, checkpoint),
-        lora=None if args.adapter is None else read_adapter(args.adapter).config,
+        lora=None if args.adapter is None else check_adapter(args.adapter),
         compute_dtype=DTYPES[dtype_name(args.dtype)],
         embedding_bits=args.embedding_bits,
     )

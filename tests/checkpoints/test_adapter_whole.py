@@ -1,5 +1,6 @@
 """Adapters of every kind, out of a model and into another: the same bits, the same logits."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -14,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 import qlora_jax as ql
 from qlora_jax.checkpoints import (
+    adapter_file,
+    check_adapter,
     load_adapter,
     load_model,
     merge,
@@ -374,7 +377,29 @@ def test_damaged_tensors(damage, words: str, adapter, base: Path, tmp_path: Path
     with pytest.raises(ValueError, match=words):
         load_adapter(tmp_path, model)
     with pytest.raises(ValueError, match=words):
+        check_adapter(tmp_path)
+    with pytest.raises(ValueError, match=words):
         merge(open_checkpoint(base), tmp_path, "original")
+
+
+def test_an_adapter_is_checked_without_reading_a_tensor(adapter, monkeypatch) -> None:
+    class Unread:
+        """A safetensors file whose tensors stay where they are."""
+
+        def __init__(self, file):
+            self.keys, self.get_slice = file.keys, file.get_slice
+
+    @contextlib.contextmanager
+    def open_unread(path):
+        with opened(path) as file:
+            yield Unread(file)
+
+    opened = adapter_file.open_safetensors
+    monkeypatch.setattr(adapter_file, "open_safetensors", open_unread)
+    folder, _ = adapter
+    assert check_adapter(folder) == read_adapter_config(folder)
+    with pytest.raises(AttributeError, match="get_tensor"):
+        ql.checkpoints.read_adapter(folder)
 
 
 @pytest.fixture(scope="module")
