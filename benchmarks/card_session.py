@@ -2,6 +2,7 @@
 
     python -m benchmarks.card_session --out benchmarks/results/h200 --budget 580
     python -m benchmarks.card_session --out benchmarks/results/h200 --budget 580 --only training
+    python -m benchmarks.card_session --out benchmarks/results/h200 --budget 300 --only cuts
 
 Pieces run in order of importance, each in a process of its own (an allocator's peak never falls
 within one, and torch and JAX would share the card), with a share of the time that is left; one that
@@ -10,6 +11,9 @@ measured stays. `session.json` says what ran, how long, and how it ended.
 
 The kernels come first, because their correctness check decides whether the rest means anything;
 what they find (`rules.json`) goes before the standing rules in the training steps that follow.
+
+`cuts` runs only by name: the Hopper kernels' candidates, into `cuts.json`, to be looked at and
+copied to `pallas_kernels` before the table is measured.
 """
 
 import argparse
@@ -34,6 +38,8 @@ class Piece:
     environment: tuple[tuple[str, str], ...] = ()
     takes_file: tuple[str, Path] | None = None
     """An option, and a file of an earlier piece to give it, if that piece has written it."""
+    by_name: bool = False
+    """Left out unless `--only` names it."""
 
 
 def pieces(out: Path, memory_fraction: float) -> list[Piece]:
@@ -44,7 +50,11 @@ def pieces(out: Path, memory_fraction: float) -> list[Piece]:
     memory = ("benchmarks.gpu_memory", "--out")
     profile = ("benchmarks.gpu_profile", "--out", str(out / "profile.json"), "--rows", "4096")
     profile += ("--op", "matmul", "transposed", "--implementations", "mosaic_gpu", "bf16")
+    # A cut reaches down to the rows that were measured before, so these rise for each kernel.
+    tuned = ("matmul:1", "transposed:4096", "matmul:64", "matmul:1024", "matmul:4096")
+    jobs = [f"{job}:mosaic_gpu" for job in (*tuned, "matmul:2", "matmul:4", "matmul:8")]
     return [
+        Piece("cuts", (*kernels, "--autotune", *jobs), 1.0, by_name=True),
         Piece("kernels", (*kernels, "--kernel-times"), 0.4),
         Piece("peer", ("benchmarks.gpu_bitsandbytes", "--out", str(out)), 0.15),
         Piece("table", (*kernels, "--merge", str(out / "kernels.json")), 0.2, takes_budget=False),
@@ -76,8 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--only names {', '.join(sorted(unknown))}; "
             f"there are {', '.join(piece.name for piece in wanted)}"
         )
-    if options.only:
-        wanted = [piece for piece in wanted if piece.name in options.only]
+    wanted = [
+        piece
+        for piece in wanted
+        if (piece.name in options.only if options.only else not piece.by_name)
+    ]
     return run(wanted, options.out / "session.json", options.budget)
 
 

@@ -63,4 +63,13 @@ def test_every_piece_is_a_benchmark_with_the_arguments_it_takes(tmp_path, capsys
 def test_an_unknown_piece_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         card_session.main(["--out", str(tmp_path), "--only", "kernel"])
-    assert "--only names kernel; there are kernels, peer" in capsys.readouterr().err
+    assert "--only names kernel; there are cuts, kernels, peer" in capsys.readouterr().err
+
+
+def test_cuts_are_measured_only_by_name(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(card_session, "run", lambda wanted, *_: names.append(wanted) or 0)
+    card_session.main(["--out", str(tmp_path)])
+    card_session.main(["--out", str(tmp_path), "--only", "cuts"])
+    assert [piece.name for piece in names[0]][:2] == ["kernels", "peer"]
+    assert [piece.name for piece in names[1]] == ["cuts"]
