@@ -124,9 +124,12 @@ def multiply_steps(
 
     def multiply(carry: Any, following: int) -> Any:
         slot, weights, codes = carry
-        plgpu.wgmma(acc, weights, tiles.at[slot].transpose((1, 0)))
         next_slot = after(slot)
-        if following > 0:
+        # A wait for a barrier waits for every read under way. Wide, these are the scales alone.
+        if following > 0 and config.wide:
+            found = lanes.look_up(next_slot, codes)
+        plgpu.wgmma(acc, weights, tiles.at[slot].transpose((1, 0)))
+        if following > 0 and not config.wide:
             found = lanes.look_up(next_slot, codes)
         if following > 1:
             codes = arrived(after(next_slot))

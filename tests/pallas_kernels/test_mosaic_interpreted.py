@@ -203,6 +203,7 @@ UNUSED = jnp.zeros((1,), jnp.float32)
         (64, 0, {}),
         (128, 64, {"stages": 4}),
         (256, 0, {"split": 2}),
+        (320, 0, {"wide": True, "stages": 4}),
         (320, 128, {"stages": 3}),
     ],
 )
@@ -225,11 +226,11 @@ def test_forward(interpreted, k, rank, options):
 
 
 @pytest.mark.parametrize("contracted", [64, 128, 320])
-@pytest.mark.parametrize("stages", [3, 4])
-def test_dx(interpreted, contracted, stages):
+@pytest.mark.parametrize("options", [{"stages": 3}, {"stages": 4, "wide": True}])
+def test_dx(interpreted, contracted, options):
     rng = np.random.default_rng(contracted)
     module = importlib.import_module("pallas_kernels.nf4_matmul_transposed.mosaic_sm90")
-    plan = module.Plan(M, N, contracted, "bfloat16", True, MatmulConfig(rows=64, stages=stages))
+    plan = module.Plan(M, N, contracted, "bfloat16", True, MatmulConfig(rows=64, **options))
     dy = small(rng, M, contracted)
     codes = jnp.asarray(rng.integers(0, 256, (contracted, N // 2)), jnp.uint8)
     got = interpreted(module, plan, dy, codes, *[UNUSED] * 4)
