@@ -148,7 +148,10 @@ def multiply_steps(
     codes = arrived(slot)
     weights = lanes.scale(lanes.look_up(slot, codes))
     carry = slot, weights, arrived(after(slot)) if steps > 1 else codes
+    odd = steps % 2 if steps > 1 else 0
+    if odd:  # before the loop: three steps behind it would take too many registers
+        carry = multiply(carry, 2)
     turns = max(steps - 2, 0) // 2
     carry = lax.fori_loop(0, turns, two, carry)
-    for step in range(2 * turns, steps):
-        carry = multiply(carry, steps - 1 - step)
+    for following in reversed(range(steps - odd - 2 * turns)):
+        carry = multiply(carry, following)

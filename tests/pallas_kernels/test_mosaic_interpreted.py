@@ -1,4 +1,4 @@
-"""The Hopper matmuls in Pallas' GPU interpreter: who waits for whom, and which tile is whose.
+"""The Hopper matmuls in Pallas' GPU interpreter: who waits for whom, which tile and scale is whose.
 
 The interpreter has a block's threads, barriers and copies, but neither inline instructions nor a
 `wgmma` of registers. So a lane program stands for what it computes (its own tests show that it
@@ -11,6 +11,7 @@ A slot of the ring may be filled only when both computing warpgroups have read w
 import collections
 import functools
 import importlib
+import inspect
 import time
 
 import jax
@@ -35,7 +36,8 @@ M, N = 192, 384
 class StandIns:
     """What the lane programs of a kernel compute, on whole arrays.
 
-    Codes are two numbers from 0 to 15 a byte, and scales 1.
+    Codes are two numbers from 0 to 15 a byte, and scales `scale_of` their place: 12 at most, so
+    that a weight is exact in bfloat16.
     """
 
     def __init__(self, plan):
@@ -45,7 +47,8 @@ class StandIns:
         """In place of `arrays.run`."""
         arguments = [a.ref if isinstance(a, arrays.Tile) else a for a in arguments]
         (name,) = {name for name in program.__code__.co_names if hasattr(self, name)}
-        return getattr(self, name)(*arguments)
+        found = inspect.getclosurevars(program).nonlocals
+        return getattr(self, name)(*arguments, *([found["i"]] if "i" in found else []))
 
     def fill_table(self, tables):
         pass
@@ -54,13 +57,15 @@ class StandIns:
         return jnp.zeros((128 * 4,), jnp.uint32)
 
     def load_group(self, first, step, absmax, nested):
-        return jnp.zeros((128 * SCALE_WORDS,), jnp.uint32)
+        place = jnp.stack([first, step]).astype(jnp.uint32)
+        return jnp.zeros((128 * SCALE_WORDS,), jnp.uint32).at[:2].set(place)
 
     def load_low_rank(self, first_row, step, b):
         return b[pl.ds(jnp.minimum(first_row, self.plan.n - 64), 64), pl.ds(step * 64, 64)]
 
-    def store_scale(self, raw, mean, scales):
-        pass
+    def store_scale(self, raw, mean, scales, i):
+        first, step = raw[:2].astype(jnp.int32)
+        scales[...] = scale_of(first // 128, step + i, jnp.arange(128)).astype(jnp.float32)
 
     def read_codes(self, warpgroup, *tiles):
         """This warpgroup's share: columns of dx's one tile, even and odd rows of the other's."""
@@ -70,10 +75,11 @@ class StandIns:
         return jax.lax.dynamic_slice(rows, (warpgroup * 64, jnp.int32(0)), (64, 32))
 
     def find_weights(self, warpgroup, codes, scales):
-        return codes
+        return codes, jax.lax.dynamic_slice(scales[...], (warpgroup * 64,), (64,))
 
-    def scale_weights(self, codes):
-        weights = unpacked(jnp, codes).astype(jnp.bfloat16)
+    def scale_weights(self, found):
+        codes, scales = found
+        weights = (unpacked(jnp, codes) * scales[:, None]).astype(jnp.bfloat16)
         return weights if isinstance(self.plan, Plan) else weights.T
 
     def store_sums(self, sums, first_row, token, *bias_out_part):
@@ -83,6 +89,11 @@ class StandIns:
         @pl.when(first_row < self.plan.n)
         def _inside():
             out[pl.ds(row, sums.shape[1]), pl.ds(first_row, 64)] = sums.T.astype(out.dtype)
+
+
+def scale_of(tile, step, thread):
+    """What the feeding warpgroup's thread stores for a step of the weight, of its tile of W."""
+    return (1 + tile % 2) * (1 + step % 3) * (1 + (thread + thread // 64) % 2)
 
 
 def unpacked(np_like, codes):
@@ -215,7 +226,9 @@ def test_forward(interpreted, k, rank, options):
     low = (small(rng, M, rank), small(rng, N, rank)) if rank else ()
     module = importlib.import_module("pallas_kernels.nf4_matmul.mosaic_sm90")
     got = interpreted(module, plan, x, *low, codes.reshape(N // 2, k), *[UNUSED] * 5)
-    want = np.asarray(x, np.float32) @ unpacked(np, np.asarray(codes)).astype(np.float32).T
+    row, step = np.arange(N)[:, None], np.arange(k) // 64
+    w = unpacked(np, np.asarray(codes)) * scale_of(row // 128, step, row % 128)
+    want = np.asarray(x, np.float32) @ w.T.astype(np.float32)
     if low:
         want += np.asarray(low[0], np.float32) @ np.asarray(low[1], np.float32).T
     if plan.config.split > 1:
@@ -234,5 +247,8 @@ def test_dx(interpreted, contracted, options):
     dy = small(rng, M, contracted)
     codes = jnp.asarray(rng.integers(0, 256, (contracted, N // 2)), jnp.uint8)
     got = interpreted(module, plan, dy, codes, *[UNUSED] * 4)
-    want = np.asarray(dy, np.float32) @ unpacked(np, np.asarray(codes)).astype(np.float32)
+    row, column = np.arange(contracted)[:, None], np.arange(N)
+    # Threads 0 to 63 have the rows in a tile's first 64 columns, the others in its last.
+    scale = scale_of(column // 128, row // 64, row % 64 + 64 * (column % 128 // 64))
+    want = np.asarray(dy, np.float32) @ (unpacked(np, np.asarray(codes)) * scale).astype(np.float32)
     np.testing.assert_array_equal(got, np.asarray(jnp.asarray(want, jnp.bfloat16), np.float32))
