@@ -48,6 +48,10 @@ COUNTERS = {
 }
 """Ours -> Nsight Compute's, of its page "raw"."""
 
+_SCALES = {"ns": 1e-3, "nsecond": 1e-3, "ms": 1e3, "msecond": 1e3, "s": 1e6, "second": 1e6}
+_SCALES |= {"mhz": 1e-3, "khz": 1e-6, "hz": 1e-9}
+"""A unit of ncu's, which it chooses by the size of a number -> microseconds or GHz."""
+
 SAMPLES, LINES, TURNS = "# Samples", "L1 Tag Requests Global", "L1 Wavefronts Shared"
 
 
@@ -163,10 +167,19 @@ def read(raw: Sequence[Sequence[str]], source: Sequence[Sequence[str]]) -> list[
     The first has a row of names, one of units and a row per kernel; the second a table per kernel,
     headed by its name, with a row per instruction.
     """
-    names, _, *rows = raw
+    names, units, *rows = raw
+    scales = [_SCALES.get(unit.lower(), 1.0) for unit in units]
     return [
-        _profile(dict(zip(names, row, strict=True)), code)
+        _profile(dict(zip(names, _scaled(row, scales), strict=True)), code)
         for row, code in zip(rows, _tables(source), strict=True)
+    ]
+
+
+def _scaled(row: Sequence[str], scales: Sequence[float]) -> list[str]:
+    """The row in our units, where ncu took others for its size."""
+    return [
+        text if scale == 1.0 else str(_number(text) * scale)
+        for text, scale in zip(row, scales, strict=True)
     ]
 
 

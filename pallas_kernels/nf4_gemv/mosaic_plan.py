@@ -127,7 +127,7 @@ class Plan:
 
     @property
     def x_stride(self) -> int:
-        """Bytes from row to row of x: a multiple of 128 plus 16, so that rows meet other banks."""
+        """Bytes from row to row of x: a multiple of 32 plus 16, so that rows meet other banks."""
         return self.x_bytes(self.turns * self.config.warps * self.chunk) + 16
 
     @property

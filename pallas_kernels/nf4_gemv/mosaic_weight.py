@@ -4,7 +4,7 @@ Lane (g, t) of a warp (g = lane / 4, t = lane % 4) loads 16 bytes = 32 weights =
 once, of rows g and g + 8 of each tile of 16: t = 0, 1 hold the even block of a step of 128 columns,
 t = 2, 3 the odd one.
 
-So a load reads 64 bytes of each of 8 rows of W, and the load path seems to take a row at a time
+So a load reads 64 bytes of each of 8 rows of W, and the first-level cache takes a row at a time
 (docs/kernels.md). Where x is one row, three of its four columns in the matrix B are free: then
 `segments` rows of A can be one row of W, the s-th its s-th 128 columns, multiplied with the s-th
 column of B. A load reads longer pieces of fewer rows. Each product stands in the one lane whose g

@@ -63,7 +63,7 @@ def _pair_of(m, warpgroup):
 
 
 def load_low_rank(m, plan, first_row, step, b):
-    """`decode_block`'s fragment of block `step` of the adapter's b [n, rank], as it lies there."""
+    """`scale_weights`' fragment of block `step` of the adapter's b [n, rank], as it lies there."""
     lane, warp = m.thread & 31, m.thread >> 5 & 3
     out = []
     for j in range(8):

@@ -13,7 +13,7 @@ COMPUTE = 2
 """Warpgroups that compute; one more feeds them."""
 
 COMPUTING_REGISTERS, FEEDING_REGISTERS = 224, 56
-"""Of a thread, by what its warpgroup does: together what a multiprocessor has, in steps of 8."""
+"""Of a thread, by what its warpgroup does; together what a block is launched with, 3 · 168."""
 
 TABLE_ENTRIES, COPIES = 256, 32
 """Of the look-up table: an entry for each byte, a copy for each lane of a warp."""
@@ -21,7 +21,8 @@ TABLE_ENTRIES, COPIES = 256, 32
 
 @dataclasses.dataclass(frozen=True)
 class MatmulConfig:
-    """How the work is cut; every choice gives the same sums.
+    """How the work is cut; every choice gives the same sums, up to their order and, with `wide`, to
+    the table's rounding to float16.
 
     Attributes:
         rows: rows of x in a tile, 16 to 256.
@@ -30,7 +31,8 @@ class MatmulConfig:
         split: blocks of threads that share a tile, each with a part of the sum; the parts are added
             afterwards. For few rows, whose tiles are fewer than the multiprocessors.
         wide: a look-up is two float32, not two float16: a fifth fewer instructions a step, look-ups
-            take twice the reads of shared memory. Not measured yet (docs/kernels.md).
+            take twice the reads of shared memory. Of 256 rows at most 4 stages fit beside them. Not
+            measured yet (docs/kernels.md).
     """
 
     rows: int = 256
@@ -44,7 +46,7 @@ class MatmulConfig:
         check_fields(
             self,
             rows=(self.rows % 8 == 0 and 16 <= self.rows <= 256, "a multiple of 8, 16 to 256"),
-            stages=(self.stages >= 3, "3 or more: a step is multiplied, the second after it read"),
+            stages=(self.stages >= 3, "3 or more: one multiplied, one decoded, one read"),
             group=(self.group >= 1, "1 or more"),
             split=(self.split >= 1, "1 or more"),
         )
@@ -58,6 +60,12 @@ class MatmulConfig:
     def table_bytes(self) -> int:
         """Of shared memory for the tables: the pairs, then the 8-bit dynamic map."""
         return self.pair_bytes + TABLE_ENTRIES * 4
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of shared memory in all: tables and, a stage, tiles of x and of codes, and scales."""
+        stage = BLOCK * (2 * self.rows + BLOCK) + 4 * COMPUTE * BLOCK
+        return self.table_bytes + self.stages * stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +138,7 @@ def place(config: MatmulConfig, tiles: tuple[int, int], tile: Any) -> tuple:
 def choose_config(rows: int, *, transposed: bool = False) -> MatmulConfig:
     """The smallest tile that holds all rows of x, or the largest there is.
 
-    Stages as an H200 was fastest with (docs/kernels.md).
+    Stages as an H200 was measured with: forward, 5 were faster than 4; dx ran with 4.
     """
     height = next((r for r in (64, 128) if rows <= r), 256)
     return MatmulConfig(rows=height, stages=4 if transposed else 5)
@@ -150,10 +158,17 @@ def configs_to_try(rows: int, *, transposed: bool = False) -> list[MatmulConfig]
     return [first, *(config for config in other if config != first and _fits(config))]
 
 
+def check_shared_memory(config: MatmulConfig) -> None:
+    """A ValueError where a block would need more shared memory than there is."""
+    if not _fits(config):
+        raise ValueError(
+            f"config is {config}, which takes {config.shared_bytes} bytes of shared memory; "
+            f"expected at most {SHARED_LIMIT}: take fewer stages, or fewer rows"
+        )
+
+
 def _fits(config: MatmulConfig) -> bool:
-    """Whether tables and stages (tiles of x and of codes, and scales) fit into shared memory."""
-    stage = BLOCK * (2 * config.rows + BLOCK) + 4 * COMPUTE * BLOCK
-    return config.table_bytes + config.stages * stage <= SHARED_LIMIT
+    return config.shared_bytes <= SHARED_LIMIT
 
 
 def split_configs_to_try(rows: int, k: int) -> list[MatmulConfig]:

@@ -11,13 +11,14 @@ is ever in memory, shared or global.
   decodes the next step's weights, and the two warpgroups take turns.
 - Codes do not come directly from global memory, because a load takes the path to the first-level
   cache for as many clocks as it touches lines, and that path brings `wgmma` its tiles of x
-  (docs/kernels.md). The reference's table is float32, the kernel's float16: here a weight has been
-  rounded once more, to 11 bits.
+  (docs/kernels.md). The reference's table is float32, the kernel's float16 (unless `config.wide`):
+  here a weight has been rounded once more, to 11 bits.
 - An adapter is more of the same sum: xa · bᵀ is r / 64 steps with tiles of xa in place of x's and
   fragments of b, which need no decoding, in place of W's. They come first, while W's first codes
   are on their way.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -43,6 +44,7 @@ from pallas_kernels.nf4_matmul.mosaic_plan import (
     FEEDING_REGISTERS,
     MatmulConfig,
     Plan,
+    check_shared_memory,
     choose_config,
     place,
 )
@@ -84,6 +86,10 @@ def nf4_matmul_mosaic(
     rows = math.prod(x.shape[:-1])
     check_mosaic("nf4_matmul", rows, layout, x.dtype)
     config = config or choose_config(rows)
+    if lora is not None:
+        # The fragments of b and wide look-ups take more registers together than there are.
+        config = dataclasses.replace(config, wide=False)
+    check_shared_memory(config)
     weight = (codes, absmax, nested_absmax, offset)
     if config.split == 1:
         return _call(x, *weight, bias, lora, layout, config).reshape(*x.shape[:-1], n)

@@ -4,7 +4,7 @@ Where bytes come one to a word (from shared memory, that is), the address of a l
 multiply-add, and the table needs no room for anything else between its entries, as the gemv's does
 (`_mosaic_decoder`): each of the 256 pairs 32 times, a copy for each lane in a bank of its own. The
 pairs are float16, which must be made float32 before they are scaled, or with `config.wide` float32.
-Behind them stands the 8-bit dynamic map, once: one thread in 128 reads it, a step.
+Behind them stands the 8-bit dynamic map, once: the feeding warpgroup alone reads it, once a step.
 """
 
 from pallas_kernels._mosaic_decoder import lookup_tables, wide_tables

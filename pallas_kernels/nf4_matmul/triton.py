@@ -156,8 +156,8 @@ def nf4_matmul_triton(
             interpret=interpret,
         )
         if bias is None and lora is None:
-            # A GPU's products sum in float32 whatever they return; asked for float32, they leave
-            # the rounding to one more kernel, as often as not (docs/kernels.md).
+            # A GPU's product sums in float32 within a tile whatever it returns; asked for float32,
+            # it leaves the rounding to one more kernel, as often as not (docs/kernels.md).
             return product(x, dense, x.dtype)
         return matmul_dense(x, dense, bias, lora)
     rows, n = rows_of(x), layout.shape[0]

@@ -31,6 +31,7 @@ from pallas_kernels.nf4_matmul.mosaic_plan import (
     COMPUTING_REGISTERS,
     FEEDING_REGISTERS,
     MatmulConfig,
+    check_shared_memory,
     choose_config,
     place,
     tiles_of,
@@ -159,6 +160,7 @@ def nf4_matmul_transposed_mosaic(
     config = config or choose_config(rows, transposed=True)
     if config.split != 1:
         raise ValueError(f"config.split is {config.split}; nf4_matmul_transposed takes only 1")
+    check_shared_memory(config)
     plan = Plan(
         m=rows,
         n=n,

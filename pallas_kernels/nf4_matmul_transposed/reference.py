@@ -18,7 +18,7 @@ def matmul_transposed_dense(
 ) -> Float[Array, "*batch k"]:
     """dy · W for a dense W of dy's dtype: float32 sums, rounded once.
 
-    `dtype` is what the product itself is to return: on a GPU dy's, whose sums are float32 anyway.
+    `dtype` is what the product itself is to return: see `nf4_matmul.triton`.
     """
     out = jax.lax.dot_general(
         dy,

@@ -2,9 +2,11 @@
 
 import json
 
+import jax
 import pytest
 
 from benchmarks import gpu_profile
+from benchmarks._programs import op_function
 from pallas_kernels import GemvConfig
 
 RAW = {
@@ -47,6 +49,18 @@ def test_a_report_is_read():
     text = gpu_profile.describe(profile)
     assert "22000 lines + 37500 turns of shared memory = 92 % of 65000 active cycles" in text
     assert "l1 92 %" in text
+
+
+def test_units_that_ncu_chose_by_size():
+    page = [list(row) for row in PAGE]
+    for name, unit, value in (
+        ("gpu__time_duration.sum", "ms", "3.2"),
+        ("sm__cycles_elapsed.avg.per_second", "Mhz", "990"),
+    ):
+        page[1][page[0].index(name)], page[2][page[0].index(name)] = unit, value
+    (profile,) = gpu_profile.read(page, SOURCE)
+    assert profile.counters["microseconds"] == pytest.approx(3200)
+    assert profile.counters["ghz"] == pytest.approx(0.99)
 
 
 def test_kernels_and_their_code_are_told_apart():
@@ -109,4 +123,18 @@ def test_it_runs_itself_under_ncu(monkeypatch, tmp_path, capsys):
 def test_a_point_runs_once(monkeypatch, implementation):
     monkeypatch.setitem(gpu_profile.SHAPES, "7b-qkvo", (128, 256))
     options = arguments("--implementations", implementation, "--op", "matmul", "transposed")
+    calls = []
+
+    def noted(point):
+        run = op_function(point)
+
+        def call(*arrays):
+            jax.debug.callback(lambda: calls.append(point.op))
+            return run(*arrays)
+
+        return call
+
+    monkeypatch.setattr(gpu_profile, "op_function", noted)
     gpu_profile.run_once(gpu_profile.points(options))
+    jax.effects_barrier()
+    assert calls == ["matmul", "transposed"]

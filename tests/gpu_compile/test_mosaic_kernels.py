@@ -187,6 +187,26 @@ def test_hopper_matmuls_with_wide_look_ups(op):
     assert "cvt.f32.f16" not in code.ptx
 
 
+@pytest.mark.parametrize(
+    ("op", "n", "k", "rows"),
+    [
+        ("matmul", 3200, 8640, 1024),  # a tile or two for a block, 135 steps
+        ("transposed", 8640, 3200, 1024),
+        ("matmul", 16, 128, 64),  # the smallest
+    ],
+)
+def test_hopper_matmuls_of_odd_sizes(op, n, k, rows):
+    layout, kernel = Layout((n, k), "nf4", 64, True), kernel_of(op)
+    x = jax.ShapeDtypeStruct((rows, n if op == "transposed" else k), jnp.bfloat16)
+    after = () if op == "transposed" else (None,)
+
+    def run(x, *weight):
+        return kernel(x, *weight, *after, layout=layout)
+
+    _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
+    check_kernels(kernels, op)
+
+
 @pytest.mark.parametrize(("op", "rows"), [("gemv", 1), ("matmul", 64), ("transposed", 64)])
 def test_hopper_kernels_of_stacked_weights_under_vmap(op, rows):
     """A loop over the stack: Pallas cannot batch a kernel of transformed references."""

@@ -196,6 +196,9 @@ def test_mosaic_needs_hopper_and_its_own_kind_of_weight():
         which_implementation("nf4_gemv", 1, WEIGHT, kind="NVIDIA L40", **ask)
     with pytest.raises(ValueError, match="multiples of 64"):
         which_implementation("nf4_matmul", 64, CROSSING, kind="NVIDIA H200", **ask)
+    with pytest.raises(ValueError, match=r"n in multiples of 16 .* not \(40, 128\)"):
+        chosen("nf4_matmul", 64, (40, 128), **ask)
+    assert chosen("nf4_gemv", 1, (40, 128), **ask).implementation == "mosaic_gpu"
     with pytest.raises(ValueError, match="not float32"):
         which_implementation("nf4_gemv", 1, WEIGHT, kind="NVIDIA H200", dtype=jnp.float32, **ask)
 

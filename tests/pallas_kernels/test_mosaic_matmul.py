@@ -72,26 +72,30 @@ def scales_of(machine, plan, load, mean):
     return out
 
 
-def tables_hold(config, quant_type):
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+def test_tables(quant_type, wide):
     """Every byte's weights and absmax value, as each of the lanes reads them."""
+    config, table = MatmulConfig(stages=4, wide=wide), CODEBOOKS[quant_type]
     machine = machine_of(config, quant_type)
-    table = CODEBOOKS[quant_type]
     for byte in range(256):
         found = mosaic_table.look_up_ahead(machine, config, [machine.word(byte)])
         ((low, high),) = mosaic_table.weights_of(machine, config, found)
-        want = [table[byte >> 4], table[byte & 15]]
-        if not config.wide:
-            want = np.asarray(want, np.float16)
+        want = np.asarray([table[byte >> 4], table[byte & 15]], np.float32 if wide else np.float16)
         assert (low == np.float32(want[0])).all()
         assert (high == np.float32(want[1])).all()
         value = mosaic_table.look_up_absmax(machine, config, machine.word(byte))
         assert (value == DYNAMIC_SIGNED[byte]).all()
 
 
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
-def test_tables(quant_type, wide):
-    tables_hold(MatmulConfig(stages=4, wide=wide), quant_type)
+def test_stages_that_do_not_fit_are_refused():
+    layout = Layout((256, 256), "nf4", 64, double_quant=False)
+    weight = (jnp.zeros((256, 128), jnp.uint8), jnp.ones((1024,)), None, None)
+    x = jnp.ones((256, 256), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"takes \d+ bytes .* at most 230400: take fewer stages"):
+        mosaic_sm90.nf4_matmul_mosaic(
+            x, *weight, None, layout=layout, config=MatmulConfig(wide=True)
+        )
 
 
 @pytest.mark.parametrize(
