@@ -52,6 +52,7 @@ _SCALES = {"ns": 1e-3, "nsecond": 1e-3, "ms": 1e3, "msecond": 1e3, "s": 1e6, "se
 _SCALES |= {"mhz": 1e-3, "khz": 1e-6, "hz": 1e-9}
 """A unit of ncu's, which it chooses by the size of a number -> microseconds or GHz."""
 
+CORES = "device__attribute_multiprocessor_count"
 SAMPLES, LINES, TURNS = "# Samples", "L1 Tag Requests Global", "L1 Wavefronts Shared"
 
 
@@ -61,6 +62,7 @@ class Profile:
 
     kernel: str
     counters: dict[str, float]
+    """By the names of COUNTERS; a share that the report lacks is left out."""
     lines: float
     """Lines of 128 bytes that loads from device memory touched, per multiprocessor."""
     shared: float
@@ -81,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     if options.child:
-        _report.require_gpu(parser)
         run_once(points(options))
         return 0
     if shutil.which("ncu") is None:
@@ -205,7 +206,14 @@ def _number(text: str | None) -> float:
 
 
 def _profile(raw: dict[str, str], code: Sequence[dict[str, str]]) -> Profile:
-    cores = _number(raw["device__attribute_multiprocessor_count"])
+    needed = [theirs for ours, theirs in COUNTERS.items() if not ours.endswith("_percent")]
+    missing = {*needed, CORES} - set(raw)
+    if missing:
+        raise ValueError(
+            f"the report has no {', '.join(sorted(missing))}: this version of ncu may call it "
+            "otherwise; see COUNTERS"
+        )
+    cores = _number(raw[CORES])
 
     def total(name: str) -> float:
         return sum(_number(line.get(name)) for line in code)
@@ -215,7 +223,7 @@ def _profile(raw: dict[str, str], code: Sequence[dict[str, str]]) -> Profile:
     hottest = sorted(range(len(code)), key=lambda i: -_number(code[i][SAMPLES]))[:12]
     return Profile(
         kernel=raw["Kernel Name"],
-        counters={ours: _number(raw.get(theirs)) for ours, theirs in COUNTERS.items()},
+        counters={o: _number(raw[theirs]) for o, theirs in COUNTERS.items() if theirs in raw},
         lines=total(LINES) / cores,
         shared=total(TURNS) / cores,
         stalls={reason: round(percent, 1) for reason, percent in stalls.most_common(8)},

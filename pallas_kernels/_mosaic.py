@@ -46,9 +46,14 @@ def why_not_mosaic(op: str, rows: int, layout: Layout, dtype: DTypeLike) -> str 
         # The copy engine's tiles of codes are 64 bytes wide.
         if k % 128 or n % 64:
             return f"it takes n in multiples of 64 and k in multiples of 128, not {layout.shape}"
-    elif k % 64 or n % (16 if op == "nf4_matmul" else 2):
-        least = "n in multiples of 16" if op == "nf4_matmul" else "an even n"
-        return f"it takes {least} and k in multiples of 64, not {layout.shape}"
+    else:
+        # The matmul's tiles of codes are 8 pairs of rows high.
+        multiple = 16 if op == "nf4_matmul" else 2
+        if k % 64 or n % multiple:
+            return (
+                f"it takes n in multiples of {multiple} and k in multiples of 64, "
+                f"not {layout.shape}"
+            )
     if max(layout.nbytes, 2 * rows * max(n, k)) >= 1 << 32:
         return f"it takes less than 4 GiB of codes and of activations, not {rows} rows of {n, k}"
     if op == "nf4_gemv":

@@ -33,14 +33,6 @@ def lookup_tables(quant_type: str) -> np.ndarray:
 
 
 @functools.cache
-def wide_tables(quant_type: str) -> np.ndarray:
-    """[256, 4] words: a byte's two float32 weights, the dynamic map's float32, and a zero."""
-    table, byte = CODEBOOKS[quant_type].astype(np.float32).view(np.uint32), np.arange(256)
-    columns = (table[byte >> 4], table[byte & 15], DYNAMIC_SIGNED.view(np.uint32))
-    return np.stack([*columns, np.zeros(256, np.uint32)], 1)
-
-
-@functools.cache
 def byte_planes(quant_type: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Low bytes and high bytes of the 16 float16, four words each: codes 0–3, 4–7, 8–11, 12–15."""
     half = CODEBOOKS[quant_type].astype("<f2").view(np.uint8).reshape(16, 2)

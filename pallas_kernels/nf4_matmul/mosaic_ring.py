@@ -12,14 +12,18 @@ has just issued, so scales are loaded by the group of steps, a group ahead; and 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
+from pallas_kernels._mosaic import BLOCK
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
-from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
+from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig
 from pallas_kernels.nf4_matmul.mosaic_table import look_up_absmax
+from pallas_kernels.simt import arrays
 
 GROUP = 4
 """Steps whose scales are loaded at once."""
@@ -58,6 +62,18 @@ def store_scale(m, plan, i, words, offset, scales):
 
 
 # -- what a warpgroup does -------------------------------------------------------------------------
+
+
+def pass_scales(
+    plan: Any, table: Any, i: int, words: Any, mean: Any, scales: Any, full: Any
+) -> None:
+    """Put the scales of a group's step i into its slot, and say so."""
+    arrays.run(
+        lambda m, w, o, t: store_scale(m, plan, i, w, o, t),
+        table,
+        [words, mean, arrays.Tile(scales)],
+    )
+    plgpu.barrier_arrive(full)
 
 
 def feed(steps: int, load: Callable[[Any], Any], fill: Callable[[Any, Any, int], None]) -> None:
@@ -155,3 +171,49 @@ def multiply_steps(
     carry = lax.fori_loop(0, turns, two, carry)
     for following in reversed(range(steps - odd - 2 * turns)):
         carry = multiply(carry, following)
+
+
+def ring_kernel(
+    body: Callable[..., None],
+    out: jax.ShapeDtypeStruct,
+    *,
+    config: MatmulConfig,
+    dtype: DTypeLike,
+    grid: int,
+    codes: Any,
+    arrivals: int,
+) -> Callable[..., Any]:
+    """The kernel whose blocks run `body`, two warpgroups "wg" computing and the third feeding them.
+
+    Behind inputs and output, `body` is given in shared memory: the tables; of each stage a tile of
+    x [rows, 64] in `dtype`, codes, and 128 float32 scales; the barriers `full` and `empty`.
+
+    Args:
+        body: what a warpgroup of the block "cta" does.
+        out: shape and dtype of the result.
+        config: how the work is cut.
+        dtype: of x.
+        grid: blocks.
+        codes: the stages' codes, a `plgpu.SMEM`.
+        arrivals: what makes a slot full: copies, and the scales.
+    """
+    swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=[
+            plgpu.SMEM((config.table_bytes // 4,), jnp.uint32),
+            plgpu.SMEM((config.stages, config.rows, BLOCK), dtype, transforms=swizzle),
+            codes,
+            plgpu.SMEM((config.stages, BLOCK * COMPUTE), jnp.float32),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.stages),
+        ],
+        grid=(grid,),
+        grid_names=("cta",),
+        num_threads=COMPUTE + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )

@@ -18,7 +18,6 @@ is ever in memory, shared or global.
   are on their way.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -55,7 +54,8 @@ from pallas_kernels.nf4_matmul.mosaic_ring import (
     free_slot,
     load_offset,
     multiply_steps,
-    store_scale,
+    pass_scales,
+    ring_kernel,
 )
 from pallas_kernels.nf4_matmul.mosaic_table import fill_table, tables_of
 from pallas_kernels.nf4_matmul.reference import complete
@@ -86,9 +86,6 @@ def nf4_matmul_mosaic(
     rows = math.prod(x.shape[:-1])
     check_mosaic("nf4_matmul", rows, layout, x.dtype)
     config = config or choose_config(rows)
-    if lora is not None:
-        # The fragments of b and wide look-ups take more registers together than there are.
-        config = dataclasses.replace(config, wide=False)
     check_shared_memory(config)
     weight = (codes, absmax, nested_absmax, offset)
     if config.split == 1:
@@ -159,7 +156,6 @@ def _pad(matrix: Array, rows: int, columns: int) -> Array:
 def _kernel(plan: Plan):
     cfg = plan.config
     dtype = jnp.dtype(plan.dtype)
-    swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     code_swizzle = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(32))
     fragment = plgpu.ShapeDtypeStruct((64, BLOCK), dtype, plgpu.Layout.WGMMA)
     all_steps = plan.low_steps + plan.steps
@@ -220,12 +216,7 @@ def _kernel(plan: Plan):
                             code_tiles.at[slot, h],
                             full.at[slot],
                         )
-                    arrays.run(
-                        lambda m, w, o, t: store_scale(m, plan, i, w, o, t),
-                        table,
-                        [raw, mean, arrays.Tile(scale_tiles.at[slot])],
-                    )
-                    plgpu.barrier_arrive(full.at[slot])
+                    pass_scales(plan, table, i, raw, mean, scale_tiles.at[slot], full.at[slot])
 
                 if low:
                     lax.fori_loop(0, plan.low_steps, fill_low, None)
@@ -297,24 +288,14 @@ def _kernel(plan: Plan):
             lax.fori_loop(0, count, one_tile, None)
 
     body.__name__ = "nf4_matmul"
-    return plgpu.kernel(
+    return ring_kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(
+        jax.ShapeDtypeStruct(
             (cfg.split * plan.m, plan.n), dtype if cfg.split == 1 else jnp.float32
         ),
-        scratch_types=[
-            plgpu.SMEM((cfg.table_bytes // 4,), jnp.uint32),
-            plgpu.SMEM((cfg.stages, cfg.rows, BLOCK), dtype, transforms=swizzle),
-            plgpu.SMEM((cfg.stages, 2, BLOCK, BLOCK // 2), jnp.uint8, transforms=code_swizzle),
-            plgpu.SMEM((cfg.stages, BLOCK * COMPUTE), jnp.float32),
-            plgpu.Barrier(num_arrivals=ARRIVALS, num_barriers=cfg.stages),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=cfg.stages),
-        ],
-        grid=(plan.grid,),
-        grid_names=("cta",),
-        num_threads=COMPUTE + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
+        config=cfg,
+        dtype=dtype,
+        grid=plan.grid,
+        codes=plgpu.SMEM((cfg.stages, 2, BLOCK, BLOCK // 2), jnp.uint8, transforms=code_swizzle),
+        arrivals=ARRIVALS,
     )

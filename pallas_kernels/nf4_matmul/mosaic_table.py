@@ -7,15 +7,28 @@ pairs are float16, which must be made float32 before they are scaled, or with `c
 Behind them stands the 8-bit dynamic map, once: the feeding warpgroup alone reads it, once a step.
 """
 
-from pallas_kernels._mosaic_decoder import lookup_tables, wide_tables
+import functools
+
+import numpy as np
+
+from pallas_kernels._mosaic_decoder import lookup_tables
+from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
 from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, TABLE_ENTRIES
 
 THREADS = 128 * (COMPUTE + 1)
 
 
+@functools.cache
+def _wide_tables(quant_type: str) -> np.ndarray:
+    """[256, 4] words: a byte's two float32 weights, the dynamic map's float32, and a zero."""
+    table, byte = CODEBOOKS[quant_type].astype(np.float32).view(np.uint32), np.arange(256)
+    columns = (table[byte >> 4], table[byte & 15], DYNAMIC_SIGNED.view(np.uint32))
+    return np.stack([*columns, np.zeros(256, np.uint32)], 1)
+
+
 def tables_of(config, quant_type):
-    """The kernel's argument that `fill_table` copies from."""
-    return wide_tables(quant_type) if config.wide else lookup_tables(quant_type)
+    """The kernel's argument that `fill_table` copies from: words by byte, see these two."""
+    return _wide_tables(quant_type) if config.wide else lookup_tables(quant_type)
 
 
 def fill_table(m, config, tables):

@@ -44,7 +44,8 @@ from pallas_kernels.nf4_matmul.mosaic_ring import (
     load_offset,
     load_scales,
     multiply_steps,
-    store_scale,
+    pass_scales,
+    ring_kernel,
 )
 from pallas_kernels.nf4_matmul.mosaic_table import (
     fill_table,
@@ -55,6 +56,9 @@ from pallas_kernels.nf4_matmul.mosaic_table import (
 from pallas_kernels.simt import arrays
 
 TILE_BYTES = BLOCK // 2 * COMPUTE  # of a row of codes, for all computing warpgroups
+
+ARRIVALS = 3
+"""What makes a slot of the ring full: a tile of dy, one of codes, and the scales."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +191,6 @@ def nf4_matmul_transposed_mosaic(
 def _kernel(plan: Plan):
     cfg = plan.config
     dtype = jnp.dtype(plan.dtype)
-    swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     code_swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(64))
 
     def body(
@@ -234,12 +237,7 @@ def _kernel(plan: Plan):
                         code_tiles.at[slot],
                         full.at[slot],
                     )
-                    arrays.run(
-                        lambda m, w, o, t: store_scale(m, plan, i, w, o, t),
-                        table,
-                        [raw, mean, arrays.Tile(scale_tiles.at[slot])],
-                    )
-                    plgpu.barrier_arrive(full.at[slot])
+                    pass_scales(plan, table, i, raw, mean, scale_tiles.at[slot], full.at[slot])
 
                 feed(plan.steps, load, fill)
                 return carry
@@ -289,22 +287,12 @@ def _kernel(plan: Plan):
             lax.fori_loop(0, count, one_tile, None)
 
     body.__name__ = "nf4_matmul_transposed"
-    return plgpu.kernel(
+    return ring_kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((plan.m, plan.n), dtype),
-        scratch_types=[
-            plgpu.SMEM((cfg.table_bytes // 4,), jnp.uint32),
-            plgpu.SMEM((cfg.stages, cfg.rows, BLOCK), dtype, transforms=swizzle),
-            plgpu.SMEM((cfg.stages, BLOCK, TILE_BYTES), jnp.uint8, transforms=code_swizzle),
-            plgpu.SMEM((cfg.stages, BLOCK * COMPUTE), jnp.float32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=cfg.stages),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=cfg.stages),
-        ],
-        grid=(plan.grid,),
-        grid_names=("cta",),
-        num_threads=COMPUTE + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
+        jax.ShapeDtypeStruct((plan.m, plan.n), dtype),
+        config=cfg,
+        dtype=dtype,
+        grid=plan.grid,
+        codes=plgpu.SMEM((cfg.stages, BLOCK, TILE_BYTES), jnp.uint8, transforms=code_swizzle),
+        arrivals=ARRIVALS,
     )

@@ -94,7 +94,7 @@ def check_adapter(folder: str | Path) -> LoraConfig:
     raw = read_config_json(folder)
     config = config_from_json(raw, folder / CONFIG)
     with open_weights(folder) as file:
-        token_indices(raw, file.keys())
+        token_indices(raw, file.keys())  # raises where the ids are no numbers
     return config
 
 

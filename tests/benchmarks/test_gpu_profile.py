@@ -39,7 +39,7 @@ def test_a_report_is_read():
     (profile,) = gpu_profile.read(PAGE, SOURCE)
     assert profile.kernel == "nf4_gemv_mosaic_gpu_kernel"
     assert profile.counters["cycles"] == 73324
-    assert profile.counters["l2_percent"] == 0  # not in this report
+    assert "l2_percent" not in profile.counters  # not in this report: no 0 %
     assert (profile.lines, profile.shared) == (22000, 37500)
     assert profile.load_path == pytest.approx(59500 / 65000)
     assert profile.stalls == {"long_sb": 70.0, "wait": 30.0}
@@ -61,6 +61,13 @@ def test_units_that_ncu_chose_by_size():
     (profile,) = gpu_profile.read(page, SOURCE)
     assert profile.counters["microseconds"] == pytest.approx(3200)
     assert profile.counters["ghz"] == pytest.approx(0.99)
+
+
+def test_a_report_without_a_counter_is_refused():
+    at = PAGE[0].index("sm__cycles_active.avg")
+    page = [[*row[:at], *row[at + 1 :]] for row in PAGE]
+    with pytest.raises(ValueError, match=r"has no sm__cycles_active\.avg: this version of ncu"):
+        gpu_profile.read(page, SOURCE)
 
 
 def test_kernels_and_their_code_are_told_apart():

@@ -55,19 +55,24 @@ def kernel_of(op: str):
     return kernel
 
 
-@pytest.mark.parametrize(("shape_name", "op", "rows"), MATRIX)
-def test_hopper_kernel(shape_name, op, rows):
-    n, k = SHAPES[shape_name]
-    layout = Layout((n, k), "nf4", 64, double_quant=True)
-    kernel = kernel_of(op)
+def compiled_for_h200(op, n, k, rows, config=None):
+    """The compiled program of the op's kernel alone, and its kernels, checked."""
+    layout, kernel = Layout((n, k), "nf4", 64, double_quant=True), kernel_of(op)
     x = jax.ShapeDtypeStruct((rows, n if op == "transposed" else k), jnp.bfloat16)
     after = () if op == "transposed" else (None,)
 
     def run(x, *weight):
-        return kernel(x, *weight, *after, layout=layout)
+        return kernel(x, *weight, *after, layout=layout, config=config)
 
     compiled, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
     check_kernels(kernels, op)
+    return compiled, kernels
+
+
+@pytest.mark.parametrize(("shape_name", "op", "rows"), MATRIX)
+def test_hopper_kernel(shape_name, op, rows):
+    n, k = SHAPES[shape_name]
+    compiled, _ = compiled_for_h200(op, n, k, rows)
     assert compiled.memory_analysis().temp_size_in_bytes < n * k
 
 
@@ -173,16 +178,8 @@ def test_hopper_matmul_of_few_rows_can_split_its_sum():
 @pytest.mark.parametrize("op", ["matmul", "transposed"])
 def test_hopper_matmuls_with_wide_look_ups(op):
     """Twice the registers for what was looked up, and no conversion before a weight is scaled."""
-    (n, k), rows, config = SHAPES["7b-gate"], 4096, MatmulConfig(stages=4, wide=True)
-    layout, kernel = Layout((n, k), "nf4", 64, True), kernel_of(op)
-    x = jax.ShapeDtypeStruct((rows, n if op == "transposed" else k), jnp.bfloat16)
-    after = () if op == "transposed" else (None,)
-
-    def run(x, *weight):
-        return kernel(x, *weight, *after, layout=layout, config=config)
-
-    _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
-    check_kernels(kernels, op)
+    config = MatmulConfig(stages=4, wide=True)
+    _, kernels = compiled_for_h200(op, *SHAPES["7b-gate"], 4096, config)
     (code,) = (kernel for kernel in kernels if "mosaic_gpu" in kernel.name)
     assert "cvt.f32.f16" not in code.ptx
 
@@ -196,15 +193,7 @@ def test_hopper_matmuls_with_wide_look_ups(op):
     ],
 )
 def test_hopper_matmuls_of_odd_sizes(op, n, k, rows):
-    layout, kernel = Layout((n, k), "nf4", 64, True), kernel_of(op)
-    x = jax.ShapeDtypeStruct((rows, n if op == "transposed" else k), jnp.bfloat16)
-    after = () if op == "transposed" else (None,)
-
-    def run(x, *weight):
-        return kernel(x, *weight, *after, layout=layout)
-
-    _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
-    check_kernels(kernels, op)
+    compiled_for_h200(op, n, k, rows)
 
 
 @pytest.mark.parametrize(("op", "rows"), [("gemv", 1), ("matmul", 64), ("transposed", 64)])
