@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks._points import Point
 from benchmarks._programs import (
@@ -38,7 +37,6 @@ from benchmarks._programs import (
 )
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import Layout
-from pallas_kernels._mosaic import why_not_mosaic
 from pallas_kernels.nf4_gemv.api import MAX_ROWS
 
 if TYPE_CHECKING:
@@ -291,7 +289,7 @@ def implementation_rules(run: "Run") -> list[dict[str, Any]]:
         here = [p for p in points if (p["op"], p["rows"]) == (op, rows)]
         times: dict[str, dict[str, float]] = {}
         for point in here:
-            if point["status"] == "ok" and _is_the_rules_kernel(point):
+            if point["status"] == "ok":
                 found = times.setdefault(point["implementation"], {})
                 found[point["shape_name"]] = point["seconds"]
         name = least_regret(times, {p["shape_name"] for p in here})
@@ -315,18 +313,6 @@ def implementation_rules(run: "Run") -> list[dict[str, Any]]:
             }
         )
     return cover_all_rows(rules)
-
-
-def _is_the_rules_kernel(point: dict[str, Any]) -> bool:
-    """Whether a rule for the point's op and rows would run what was measured.
-
-    Where the Hopper gemv cannot run, `nf4_matmul` runs the Hopper matmul by that name instead.
-    """
-    if point["implementation"] != "mosaic_gpu":
-        return True
-    layout = Layout((point["n"], point["k"]), "nf4", 64, double_quant=True)
-    op = dispatch_op(point["op"], point["rows"])
-    return why_not_mosaic(op, point["rows"], layout, jnp.bfloat16) is None
 
 
 def fusing_pays(points: list[dict[str, Any]], implementation: str, rows: int) -> bool:

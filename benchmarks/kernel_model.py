@@ -34,11 +34,12 @@ from benchmarks._points import SHAPES, Point
 from benchmarks._programs import make_input, op_function, packed_weight
 from pallas_kernels import compile_for, dispatch
 from pallas_kernels._arguments import Layout
-from pallas_kernels._mosaic import BLOCK, GEMV_ROWS, SMS
+from pallas_kernels._mosaic import BLOCK, SMS
 from pallas_kernels._table import config_type
 from pallas_kernels._triton import TritonConfig
 from pallas_kernels.cards import CARDS, Card
 from pallas_kernels.nf4_gemv import mosaic_plan as gemv_plan
+from pallas_kernels.nf4_gemv.api import MAX_ROWS
 from pallas_kernels.nf4_matmul import mosaic_plan as matmul_plan
 from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE
 
@@ -252,22 +253,25 @@ def predict_mosaic(card: Card, kernel: compile_for.KernelCode, point: Point) -> 
     many = sum(count for name, count in loop.opcodes.items() if name.startswith("HGMMA"))
     few = sum(count for name, count in loop.opcodes.items() if name.startswith("HMMA"))
     passes, spread = mosaic_split(point)
-    # Of few rows, four share an instruction; more rows multiply the same weights again.
-    per_weight = lanes_per_weight(loop, 32, 256 * (many or few / -(-point.rows // 4)))
+    # Of few rows, several share an instruction; more rows multiply the same weights again.
+    per_weight = lanes_per_weight(loop, 32, 256 * (many or few / _gemv_plan(point).products))
     seconds = floors(card, point, per_weight, passes, tensor=True)
     return Prediction(seconds, per_weight, 1, spread, loop)
 
 
 def mosaic_split(point: Point) -> tuple[int, float]:
     """(times each weight is decoded, the busiest multiprocessor's share over an even one)."""
-    if point.op != "transposed" and point.rows <= GEMV_ROWS:
-        config = point.config or gemv_plan.choose_config(point.rows, point.n, point.k)
-        assert isinstance(config, gemv_plan.GemvConfig)
-        plan = gemv_plan.Plan(point.rows, point.n, point.k, "bfloat16", True, False, config)
-        return 1, 1 / plan.efficiency
+    if point.op != "transposed" and point.rows <= MAX_ROWS:
+        return 1, 1 / _gemv_plan(point).efficiency
     config, (passes, columns) = _matmul_tiles(point)
     work = config.split * passes * columns
     return passes, -(-work // SMS) / (work / SMS)
+
+
+def _gemv_plan(point: Point) -> gemv_plan.Plan:
+    config = point.config or gemv_plan.choose_config(point.rows, point.n, point.k)
+    assert isinstance(config, gemv_plan.GemvConfig)
+    return gemv_plan.Plan(point.rows, point.n, point.k, "bfloat16", True, False, config)
 
 
 def _matmul_tiles(point: Point) -> tuple[matmul_plan.MatmulConfig, tuple[int, int]]:
@@ -346,7 +350,7 @@ def describe(card: Card, point: Point, kernel: Any, prediction: Prediction) -> s
     )
     where = "hot loop" if prediction.loop.is_loop else "no loop"
     fetched = ""
-    if point.implementation == "mosaic_gpu" and point.rows > GEMV_ROWS:
+    if point.implementation == "mosaic_gpu" and point.rows > MAX_ROWS:
         fetched = f", {cache_bytes(point) / 1e9:.2f} GB fetched through the second-level cache"
     return "\n".join(
         [

@@ -21,9 +21,6 @@ SMS = CARDS["h200"].cores
 SHARED_LIMIT = CARDS["h200"].multiprocessor.smem_optin - 2048
 """Bytes of shared memory that a block can have, less what Mosaic takes for itself."""
 
-GEMV_ROWS = 8
-"""Rows of x up to which `nf4_gemv` has a Mosaic kernel."""
-
 
 def why_not_mosaic(op: str, rows: int, layout: Layout, dtype: DTypeLike) -> str | None:
     """Why the Hopper kernel of `op` cannot take this call; None where it can.
@@ -56,12 +53,6 @@ def why_not_mosaic(op: str, rows: int, layout: Layout, dtype: DTypeLike) -> str 
             )
     if max(layout.nbytes, 2 * rows * max(n, k)) >= 1 << 32:
         return f"it takes less than 4 GiB of codes and of activations, not {rows} rows of {n, k}"
-    if op == "nf4_gemv":
-        # Imported here: the plan is made of this module's constants.
-        from pallas_kernels.nf4_gemv.mosaic_plan import choose_config
-
-        if rows > GEMV_ROWS or choose_config(rows, n, k) is None:
-            return f"it keeps up to {GEMV_ROWS} rows in shared memory, not {rows} rows of {k}"
     return None
 
 

@@ -1,8 +1,9 @@
 """The dispatch's tables: which implementation runs where, and how a card cuts a shape it measured.
 
 A rule of `tuned.json` reads: for this op, on this card ("*": any), from `min_rows` to `max_rows`
-rows and from `min_out` columns of the result on, run this implementation with this config (null
-leaves it to the kernel), and add an adapter inside the kernel if `fuse_lora`.
+rows, from `min_out` columns of the result on and up to `max_x` elements of x (rows · columns), run
+this implementation with this config (null leaves it to the kernel), and add an adapter inside the
+kernel if `fuse_lora`.
 
 A cut of `cuts.json` reads: where a rule has chosen this implementation, a weight of exactly this
 shape takes this config instead of the rule's. It holds what a card has measured to be faster than
@@ -14,6 +15,7 @@ import contextvars
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,12 +49,15 @@ class Rule:
     config: Config | None
     min_rows: int = 0
     min_out: int = 0
+    max_x: int = sys.maxsize
     fuse_lora: bool = False
 
-    def covers(self, op: str, card: str | None, rows: int, columns: int) -> bool:
-        """Whether the rule speaks of this op, card and size of the result."""
+    def covers(self, op: str, card: str | None, rows: int, inputs: int, outputs: int) -> bool:
+        """Whether the rule speaks of this op and card, and of `rows` rows of so many columns of x
+        and of the result."""
         here = self.op == op and self.card in (card, "*")
-        return here and self.min_rows <= rows <= self.max_rows and columns >= self.min_out
+        sizes = outputs >= self.min_out and rows * inputs <= self.max_x
+        return here and self.min_rows <= rows <= self.max_rows and sizes
 
 
 @dataclasses.dataclass(frozen=True)

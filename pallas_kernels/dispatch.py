@@ -13,10 +13,11 @@ same multiprocessors, slower memory) are taken over from it, and those of "*" ar
 rules. `benchmarks/gpu_kernels.py` measures the candidates of `configs_to_try` and writes the rules
 of a card.
 
-Two things the table knows. The Hopper matmuls cut the result into tiles of 256 rows by 128 columns
-and pay for decoding by the tile, so they want 64 tiles or more: hence `min_out`, which falls as
-`min_rows` rises. And the Triton tile kernels reach a fifth of the tensor cores' rate, so for many
-rows Triton's rule is `fused=False`: dequantize, multiply in XLA, one 16-bit weight at a time.
+Three things the table knows. The Hopper matmuls cut the result into tiles of 256 rows by 128
+columns and pay for decoding by the tile, so they want 64 tiles or more: hence `min_out`, which
+falls as `min_rows` rises. The Triton tile kernels reach a fifth of the tensor cores' rate, so for
+many rows Triton's rule is `fused=False`: dequantize, multiply in XLA, one 16-bit weight at a time.
+The Hopper gemv is taken as far as a card has measured it, to 8 rows and `max_x`; beyond, by name.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels._arguments import Layout
-from pallas_kernels._mosaic import GEMV_ROWS, why_not_mosaic
+from pallas_kernels._mosaic import why_not_mosaic
 from pallas_kernels._table import TABLE, Config, Rule, config_type, cuts, rules
 from pallas_kernels._triton import TritonConfig, why_not_triton
 from pallas_kernels.cards import CARDS
@@ -179,8 +180,10 @@ def which_implementation(
         return Choice("xla", None, "there are no rows, and so no blocks of threads for a kernel")
     if implementation is None and name is None:
         return Choice("xla", None, f"the program is for {kind!r}, which is not an NVIDIA card")
-    columns = layout.shape[-1 if op == "nf4_matmul_transposed" else 0]
-    found = [rule for rule in rules() if rule.covers(op, name, rows, columns)]
+    outputs, inputs = layout.shape[0], layout.shape[-1]
+    if op == "nf4_matmul_transposed":
+        outputs, inputs = inputs, outputs
+    found = [rule for rule in rules() if rule.covers(op, name, rows, inputs, outputs)]
     if implementation is not None:
         tiled = "triton" if implementation == "jax_triton" else implementation
         for rule in found:
@@ -269,7 +272,7 @@ def configs_to_try(
     """
     if implementation == "mosaic_gpu":
         if op == "nf4_gemv":
-            return gemv_plan.configs_to_try(rows, n, k) if rows <= GEMV_ROWS else []
+            return gemv_plan.configs_to_try(rows, n, k)
         if op == "nf4_matmul_transposed":
             return matmul_plan.configs_to_try(rows, transposed=True)
         return matmul_plan.configs_to_try(rows) + matmul_plan.split_configs_to_try(rows, k)

@@ -3,12 +3,39 @@
 import jax.numpy as jnp
 
 
-def load_x(m, plan, x, lane, warp, row):
+def _batches(plan):
+    """The rows of x, as many at a time as a lane has registers to wait for."""
+    words = plan.turns * plan.chunk // 64
+    most = 64 if plan.config.warps <= 8 else 16
+    several = max(1, most // words)
+    return [range(i, min(i + several, plan.m)) for i in range(0, plan.m, several)]
+
+
+def load_rows(m, plan, reader, x, lane, batch):
+    """This lane's part of the rows of x of a batch, per row and turn; past the last batch none."""
+    rows = _batches(plan)[batch : batch + 1]
+    return [_load_x(m, plan, reader, x, lane, row) for batch in rows for row in batch]
+
+
+def stage_rows(m, plan, reader, x, loaded, zero, lane):
+    """Stage all rows of x, the first batch of which is `loaded`; yields (row, 1/scale).
+
+    The next batch is on its way while one is staged.
+    """
+    for i, rows in enumerate(_batches(plan)):
+        coming = load_rows(m, plan, reader, x, lane, i + 1)
+        for row, turns in zip(rows, loaded, strict=True):
+            yield row, _stage_x(m, plan, turns, zero, lane, reader.warp, row)
+        loaded = coming
+
+
+def _load_x(m, plan, reader, x, lane, row):
     """This lane's part of the warp's columns of one row of x, per turn; zeros past the end."""
     words = plan.chunk // 64
     turns = []
     for turn in range(plan.turns):
-        first = ((turn * plan.config.warps + warp) * 32 + lane) * (2 * words)
+        chunk = (reader.first_turn + turn) * plan.config.warps + reader.warp
+        first = (chunk * 32 + lane) * (2 * words)
         inside = first < plan.k
         got = []
         for part in range(0, words, 4):
@@ -18,7 +45,7 @@ def load_x(m, plan, x, lane, warp, row):
     return turns
 
 
-def stage_x(m, plan, turns, zero, lane, warp, row):
+def _stage_x(m, plan, turns, zero, lane, warp, row):
     """Put a row of x into shared memory as float16; returns 1/scale.
 
     A warp reads only what it staged itself. bfloat16 is scaled by the power of two that brings the
@@ -48,31 +75,38 @@ def stage_x(m, plan, turns, zero, lane, warp, row):
         at = ((turn * plan.config.warps + warp) * 32 + lane) * (4 * words)
         if plan.gap:
             at = at + (at >> 8) * plan.gap
-        at = at + (plan.x_at + row * plan.x_stride)
         for part in range(0, words, 4):
-            m.shared_store(at, got[part : part + 4], offset=4 * part)
+            piece = at + 4 * part
+            if plan.config.together == 8:
+                # Of odd blocks' lanes the halves of 64 bytes change places (`mosaic_columns`).
+                piece = piece ^ ((piece >> 7 & 1) << 5)
+            m.shared_store(piece, got[part : part + 4], offset=plan.x_at + row * plan.x_stride)
     return unscale
 
 
-def write_out(m, plan, tid, units, bias, out):
-    """Add up the warps' shares and store [row of x, row of W] in x's dtype."""
+def write_out(m, plan, tid, block, part, first, units, bias, out):
+    """Add up the warps' shares of `units` units, the block's `first` and those behind it; store.
+
+    [row of x, row of W] in x's dtype, or the part of a split sum, [part, row of x, row of W].
+    """
     per_unit = plan.m * plan.rows
-    width = jnp.dtype(plan.x_dtype).itemsize
+    width = jnp.dtype(plan.out_dtype).itemsize
 
     def body(turn, carry):
         item = turn * plan.threads + tid
         index, rest = item // per_unit, item % per_unit
-        row_x, row = rest // plan.rows, (m.cta + index * plan.grid) * plan.rows + rest % plan.rows
+        row_x, row = rest // plan.rows, (block + (first + index) * plan.blocks) * plan.rows
+        row = row + rest % plan.rows
         when = (item < units * per_unit) & (row < plan.n)
         at = m.where(when, index * plan.partial_unit + rest * 4, m.word(0)) + plan.partial_at
         total = m.number(0.0)
         for w in range(plan.config.warps):
-            (part,) = m.shared_load(at, offset=w * per_unit * 4)
-            total = total + m.as_float(part)
+            (share,) = m.shared_load(at, offset=w * per_unit * 4)
+            total = total + m.as_float(share)
         if plan.has_bias:
             total = total + m.as_float(m.load(bias, m.where(when, row, m.word(0)) * 4)[0])
-        at = m.where(when, (row_x * plan.n + row) * width, m.word(0))
-        m.store(out, at, m.float_bits(total, plan.x_dtype), width, when=when)
+        at = m.where(when, ((part * plan.m + row_x) * plan.n + row) * width, m.word(0))
+        m.store(out, at, m.float_bits(total, plan.out_dtype), width, when=when)
         return carry
 
-    m.loop(-(-plan.units_per_cta * per_unit // plan.threads), body, [])
+    m.loop(-(-plan.held * per_unit // plan.threads), body, [])

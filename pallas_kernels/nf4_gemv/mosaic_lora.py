@@ -17,7 +17,7 @@ def slices(plan):
     return -(-plan.rank // (SLICE * plan.config.warps))
 
 
-def load_slice(m, plan, reader, lora, unit, turn):
+def load_slice(m, plan, reader, columns, lora, unit, turn):
     """Words of the warp's `turn`-th slice: per tile and half of b's rows, per group of xa's rows.
 
     Undefined past the rank's end and past x's last row.
@@ -30,19 +30,19 @@ def load_slice(m, plan, reader, lora, unit, turn):
     ]
     of_xa = []
     for group in range(plan.groups):
-        row_x, real = _row_x(plan, reader, group)
+        row_x, real = columns.row_of_b(group)
         of_xa.append(m.load(xa, (row_x * plan.rank + column) * 2, 2, when=inside & real))
     return of_b, of_xa
 
 
-def add_slice(m, plan, reader, held, turn, sums):
+def add_slice(m, plan, reader, columns, held, turn, sums):
     """sums[tile][group] += the slice's products, float32 fragments."""
     of_b, of_xa = held
     _, inside = _column(m, plan, reader, turn)
     nothing = m.word(0)
     right = []
     for group, words in enumerate(of_xa):
-        _, real = _row_x(plan, reader, group)
+        _, real = columns.row_of_b(group)
         right.append([m.where(inside & real, w, nothing) for w in words])
     out = []
     for halves, by_group in zip(of_b, sums, strict=True):
@@ -55,9 +55,3 @@ def _column(m, plan, reader, turn):
     """This lane's first element of the slice, and whether the rank reaches it."""
     column = (reader.warp + turn * plan.config.warps) * SLICE + reader.t * 4
     return column, column < plan.rank
-
-
-def _row_x(plan, reader, group):
-    """The row of x in this lane's column of B, and whether there is one: four at most."""
-    row_x = reader.g + 4 * group
-    return row_x, (reader.g < 4) & (row_x < plan.m)

@@ -2,12 +2,15 @@
 
 A *unit* of work is `16 · tiles` rows of W; the warps of a block share a unit's columns and take
 *chunks* of `128 · steps` of them in turn (with `segments`, so many times fewer rows and more
-columns). Shared memory holds, in this order, the look-up tables, zeros, x as float16, and the
-partial sums of all units of the block.
+columns). Shared memory holds, in this order, the look-up tables, zeros, the scales of x, x as
+float16, and the partial sums of the block's units, or of so many as fit: a *round*. Where x does
+not fit, the sum is split: a block has a part of the columns, of x and of W.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterable
+from dataclasses import replace
 
 from pallas_kernels._arguments import check_fields
 from pallas_kernels._mosaic import SHARED_LIMIT, SMS
@@ -32,6 +35,9 @@ class GemvConfig:
             away.
         segments: for one row of x, 1, 2 or 4: rows of the matrix A that are one row of W, each with
             its own 128 of `128 · segments` columns, so that a load touches fewer rows of W.
+        together: rows of x that are multiplied at a time, 4 or 8 (`mosaic_columns`).
+        split: blocks that share a unit, each with a part of the columns; the parts of the sum are
+            added up afterwards. 0 stands for the fewest whose part of x fits into shared memory.
     """
 
     warps: int = 8
@@ -41,6 +47,8 @@ class GemvConfig:
     selects: int = 0
     skip_zeros: bool = False
     segments: int = 1
+    together: int = 4
+    split: int = 0
 
     def __post_init__(self) -> None:
         """A ValueError for what would be refused, or misaligned, on the card."""
@@ -52,6 +60,8 @@ class GemvConfig:
             ctas=(self.ctas >= 0, "0 or more"),
             selects=(self.selects in range(9), "0 to 8"),
             segments=(self.segments in (1, 2, 4), "1, 2 or 4"),
+            together=(self.together in (4, 8), "4 or 8"),
+            split=(self.split >= 0, "0 or more"),
         )
 
 
@@ -87,14 +97,25 @@ class Plan:
         return -(-self.n // self.rows)
 
     @property
+    def blocks(self) -> int:
+        """Blocks of threads that have the same part of the columns."""
+        return min(self.units, max(1, (self.config.ctas or SMS) // self.split))
+
+    @property
     def grid(self) -> int:
         """Blocks of threads."""
-        return min(self.units, self.config.ctas or SMS)
+        return self.blocks * self.split
 
     @property
     def units_per_cta(self) -> int:
         """Units of the busiest block."""
-        return -(-self.units // self.grid)
+        return -(-self.units // self.blocks)
+
+    @property
+    def held(self) -> int:
+        """Units of a round, whose partial sums are in shared memory at one time."""
+        fit = (SHARED_LIMIT - self.partial_at) // self.partial_unit
+        return min(self.units_per_cta, max(1, fit))
 
     @property
     def chunk(self) -> int:
@@ -108,13 +129,40 @@ class Plan:
 
     @property
     def turns(self) -> int:
-        """Chunks that a warp takes of each row."""
+        """Chunks that a warp takes of its block's part of each row."""
+        return -(-self._all_turns // self.split)
+
+    @property
+    def _all_turns(self) -> int:
         return -(-self.k // (self.chunk * self.config.warps))
+
+    @functools.cached_property
+    def split(self) -> int:
+        """Parts of the columns, none of them empty."""
+        everything = self._all_turns
+        wanted = self.config.split or next(
+            (s for s in range(1, everything) if self._fits(-(-everything // s))), everything
+        )
+        return -(-everything // -(-everything // wanted))
+
+    def _fits(self, turns: int) -> bool:
+        """Whether so many turns of x leave room for the partial sums of a unit."""
+        return self.x_at + self.m * self._x_stride(turns) + self.partial_unit <= SHARED_LIMIT - 128
 
     @property
     def groups(self) -> int:
-        """Instructions per 16 bytes of codes, four rows of x each."""
-        return -(-self.m // 4)
+        """Of the rows of x, those that are multiplied together."""
+        return -(-self.m // self.config.together)
+
+    @property
+    def products(self) -> int:
+        """`mma` per fragment of W."""
+        return self.groups * (self.config.together // 4)
+
+    @property
+    def out_dtype(self) -> str:
+        """Of what the kernel writes: [rows of x, n], or of a split sum [split, rows of x, n]."""
+        return self.x_dtype if self.split == 1 else "float32"
 
     @property
     def gap(self) -> int:
@@ -128,7 +176,10 @@ class Plan:
     @property
     def x_stride(self) -> int:
         """Bytes from row to row of x: a multiple of 32 plus 16, so that rows meet other banks."""
-        return self.x_bytes(self.turns * self.config.warps * self.chunk) + 16
+        return self._x_stride(self.turns)
+
+    def _x_stride(self, turns: int) -> int:
+        return self.x_bytes(turns * self.config.warps * self.chunk) + 16
 
     @property
     def zeros_at(self) -> int:
@@ -136,9 +187,15 @@ class Plan:
         return TABLE_BYTES
 
     @property
+    def unscale_at(self) -> int:
+        """Where the inverse scales of x stand if rows are eight together, [warp, row] float32."""
+        return self.zeros_at + -(-(self.chunk * 2 + 128) // 128) * 128
+
+    @property
     def x_at(self) -> int:
         """Where x stands, float16, [row, chunk's turn, warp, column]."""
-        return self.zeros_at + -(-(self.chunk * 2 + 128) // 128) * 128
+        scales = self.config.warps * self.m * 4 if self.config.together == 8 else 0
+        return self.unscale_at + -(-scales // 128) * 128
 
     @property
     def partial_at(self) -> int:
@@ -153,7 +210,7 @@ class Plan:
     @property
     def shared_bytes(self) -> int:
         """Bytes of shared memory."""
-        return self.partial_at + self.units_per_cta * self.partial_unit
+        return self.partial_at + self.held * self.partial_unit
 
     @property
     def efficiency(self) -> float:
@@ -173,25 +230,37 @@ OWN_CUTS = (
 
 
 @functools.cache
-def choose_config(m: int, n: int, k: int) -> GemvConfig | None:
+def choose_config(m: int, n: int, k: int) -> GemvConfig:
     """8 warps, unless another way that fits splits the work more evenly by a tenth.
 
     Measured on an H200 (docs/kernels.md): at an even split 8 warps are fastest, and an uneven one
     costs about its share, as 5120 columns for 8 warps of 256: there, 20 warps are 1.2 times as
-    fast. None where the rows of x do not fit into shared memory.
+    fast. The same, not measured, where there are more than 8 rows of x, or where they do not fit
+    into shared memory: then the sum is split.
     """
-    best, best_score = None, 0.0
-    for config in OWN_CUTS:
-        plan = Plan(m, n, k, "bfloat16", True, False, config)
-        if fits(plan) and plan.efficiency > 1.1 * best_score:
-            best, best_score = config, plan.efficiency
-    return best
+    plans = [plan for plan in _plans(m, n, k, OWN_CUTS) if plan.split == 1 and m <= 8]
+    if not plans:
+        together = 4 if m <= 4 else 8
+        plans = _plans(m, n, k, (replace(cut, together=together) for cut in OWN_CUTS))
+    best = plans[0]
+    for plan in plans:
+        if plan.efficiency > 1.1 * best.efficiency:
+            best = plan
+    return best.config
+
+
+def _plans(m: int, n: int, k: int, cuts: Iterable[GemvConfig]) -> list[Plan]:
+    """Those that fit."""
+    return list(filter(fits, (Plan(m, n, k, "bfloat16", True, False, cut) for cut in cuts)))
 
 
 def fits(plan: Plan) -> bool:
     """Whether a block has the shared memory and its lanes the registers that the plan takes."""
+    cut = plan.config
     # A lane of 20 warps has 96 registers: from 5 rows of x on, two steps of codes are too many.
-    spills = plan.config.warps > 16 and plan.config.steps > 1 and plan.groups > 1
+    spills = cut.warps > 16 and cut.steps > 1 and plan.m > 4
+    # So are two tiles for one of 12 or 16 if rows are eight together.
+    spills |= cut.warps > 8 and cut.tiles > 1 and cut.together == 8
     return plan.shared_bytes <= SHARED_LIMIT and not spills
 
 
@@ -212,23 +281,24 @@ def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
     Its cut with every way to decode that can win, then the most even other cuts with the likeliest.
     More than three pairs of bytes by selects would take the integer units longer than the look-ups
     take (docs/kernels.md); what `skip_zeros` and `segments` are good for ends with few rows of x.
+    From five rows on, every cut with rows eight together, and splits of their sum.
     """
     first = choose_config(m, n, k)
-    if first is None:
-        return []
 
-    def most_even(cuts: tuple[GemvConfig, ...]) -> list[GemvConfig]:
-        plans = [Plan(m, n, k, "bfloat16", True, False, cut) for cut in cuts if cut != first]
-        return [plan.config for plan in sorted(filter(fits, plans), key=lambda p: -p.efficiency)]
+    def most_even(cuts: Iterable[GemvConfig]) -> list[GemvConfig]:
+        plans = _plans(m, n, k, (cut for cut in cuts if cut != first))
+        return [plan.config for plan in sorted(plans, key=lambda plan: -plan.efficiency)]
 
+    if m > 4:
+        eights = [replace(cut, together=8) for cut in OTHER_CUTS]
+        split = [replace(eights[0], split=split) for split in (2, 4)]
+        return [first, *most_even(eights), *most_even(split)]
     skip = m <= 2
-    found = [dataclasses.replace(first, selects=selects) for selects in range(4)]
+    found = [replace(first, selects=selects) for selects in range(4)]
     if skip:
-        found += [
-            dataclasses.replace(first, selects=selects, skip_zeros=True) for selects in (0, 2)
-        ]
+        found += [replace(first, selects=selects, skip_zeros=True) for selects in (0, 2)]
     others = most_even(OTHER_CUTS)[:1] + (most_even(SEGMENTED_CUTS)[:4] if m == 1 else [])
     for cut in others:
         few = skip and cut.segments <= 2
-        found += [cut, dataclasses.replace(cut, selects=2, skip_zeros=few)]
+        found += [cut, replace(cut, selects=2, skip_zeros=few)]
     return found

@@ -10,6 +10,7 @@ x is scaled by a power of two per warp and row, so that bfloat16 becomes float16
 (`mosaic_ends`). How the work is cut: `mosaic_plan`; what a lane loads: `mosaic_weight`.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -22,6 +23,7 @@ from pallas_kernels._mosaic import SHARED_LIMIT, call, check_mosaic
 from pallas_kernels._mosaic_decoder import lookup_tables
 from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
 from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan, choose_config
+from pallas_kernels.nf4_matmul.reference import complete
 from pallas_kernels.simt.launch import launch
 
 
@@ -37,7 +39,7 @@ def nf4_gemv_mosaic(
     layout: Layout,
     config: GemvConfig | None = None,
 ) -> Array:
-    """`nf4_gemv` on Hopper. x: [..., k] bfloat16 or float16, at most 8 rows; see `nf4_matmul`.
+    """`nf4_gemv` on Hopper. x: [..., k] bfloat16 or float16, at most 16 rows; see `nf4_matmul`.
 
     An adapter whose rank is no multiple of 4 (8 bytes, which a lane loads at once) is padded first.
 
@@ -48,10 +50,6 @@ def nf4_gemv_mosaic(
     rows = math.prod(x.shape[:-1])
     check_mosaic("nf4_gemv", rows, layout, x.dtype)
     config = config or choose_config(rows, n, k)
-    assert config is not None  # or check_mosaic had refused it
-    low: tuple[Array, ...] = ()
-    if lora is not None:
-        low = tuple(_pad_rank(part) for part in (lora[0].reshape(rows, -1), lora[1]))
     plan = Plan(
         m=rows,
         n=n,
@@ -60,30 +58,53 @@ def nf4_gemv_mosaic(
         double_quant=layout.double_quant,
         has_bias=bias is not None,
         config=config,
-        rank=low[0].shape[1] if low else 0,
         quant_type=layout.quant_type,
     )
     _check_config(plan)
+    weight = (codes, absmax, nested_absmax, offset)
+    if plan.split == 1:
+        return _call(x, *weight, bias, lora, plan).reshape(*x.shape[:-1], n)
+    plan = dataclasses.replace(plan, has_bias=False)
+    parts = _call(x, *weight, None, None, plan)
+    total = parts.reshape(plan.split, *x.shape[:-1], n).sum(axis=0)
+    return complete(total, bias, lora, x.dtype)
+
+
+def _call(
+    x: Array,
+    codes: Array,
+    absmax: Array,
+    nested_absmax: Array | None,
+    offset: Array | None,
+    bias: Array | None,
+    lora: LowRank | None,
+    plan: Plan,
+) -> Array:
+    """The kernel's result, [rows, n] in x's dtype, or the parts of its sums, [split · rows, n]."""
+    low: tuple[Array, ...] = ()
+    if lora is not None:
+        low = tuple(_pad_rank(part) for part in (lora[0].reshape(plan.m, -1), lora[1]))
+        plan = dataclasses.replace(plan, rank=low[0].shape[1])
     unused = jnp.zeros((1,), jnp.float32)
     inputs = (
-        x.reshape(rows, k),
+        x.reshape(plan.m, plan.k),
         codes.reshape(-1),
         absmax,
         unused if nested_absmax is None else nested_absmax,
         unused if offset is None else offset.reshape(1),
         unused if bias is None else bias.astype(jnp.float32),
-        jnp.asarray(lookup_tables(layout.quant_type)),
+        jnp.asarray(lookup_tables(plan.quant_type)),
         *low,
     )
     kernel = launch(
         functools.partial(_program, plan),
-        jax.ShapeDtypeStruct((rows, n), x.dtype),
+        jax.ShapeDtypeStruct((plan.split * plan.m, plan.n), plan.out_dtype),
         grid=plan.grid,
         warps=plan.config.warps,
         shared_bytes=plan.shared_bytes,
         name="nf4_gemv",
     )
-    return call(kernel, *inputs).reshape(*x.shape[:-1], n)
+    return call(kernel, *inputs)
 
 
 def _check_config(plan: Plan) -> None:

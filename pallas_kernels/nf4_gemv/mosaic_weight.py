@@ -18,9 +18,12 @@ from pallas_kernels.nf4_gemv.mosaic_plan import STEP
 
 
 class Reader:
-    """One thread's view of the weight; its results are lists by tile `r`, half `h` and step `c`."""
+    """One thread's view of the weight; its results are lists by tile `r`, half `h` and step `c`.
 
-    def __init__(self, m, plan, codes, absmax, nested):
+    `part`: which of the parts of the columns the block has.
+    """
+
+    def __init__(self, m, plan, codes, absmax, nested, part):
         self.m, self.plan = m, plan
         self.codes, self.absmax, self.nested = codes, absmax, nested
         lane, self.warp = m.thread & 31, m.thread >> 5
@@ -32,6 +35,7 @@ class Reader:
         self.row = self.g // self.segments if several else self.g
         self.table_lane = lane << 2
         self.tiles, self.steps = range(plan.config.tiles), range(plan.config.steps)
+        self.first_turn = part * plan.turns
         self.whole_chunks = plan.k % plan.chunk == 0
         self.wide_absmax = self.whole_chunks and plan.chunk // BLOCK in (4, 8, 16)
 
@@ -54,7 +58,7 @@ class Reader:
         """
         m, plan = self.m, self.plan
         row_bytes, blocks = plan.k // 2, plan.k // BLOCK
-        chunk = turn * plan.config.warps + self.warp
+        chunk = (turn + self.first_turn) * plan.config.warps + self.warp
         within = self.t * 16 + self.segment * (STEP // 2)
         if self.whole_chunks:
             chunk = m.minimum(chunk, -(-plan.k // plan.chunk) - 1)

@@ -16,7 +16,6 @@ from pallas_kernels._arguments import (
     rows_of,
 )
 from pallas_kernels._mesh import Parts
-from pallas_kernels._mosaic import why_not_mosaic
 from pallas_kernels._run import Asked, Kernels, run
 from pallas_kernels._stack import layer_types
 from pallas_kernels._triton import TritonConfig, stack_is_addressable
@@ -69,7 +68,7 @@ def nf4_matmul(
         layer: which weight, where codes, absmax, nested_absmax and offset are stacks with a leading
             axis: the Triton-lowered kernels read it where it lies, which a slice would copy.
         implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "mosaic_gpu", which
-            is the Hopper matmul where the rows are too many, or too long, for the Hopper gemv.
+            is the Hopper gemv up to 16 rows and the Hopper matmul beyond.
         fuse_lora: add xa · bᵀ inside the kernel, to its float32 sums, instead of by a product of
             its own that is rounded and added afterwards; None lets the table choose.
         config: how the kernel cuts its work, a `TritonConfig` for "triton", for "mosaic_gpu" a
@@ -92,7 +91,7 @@ def nf4_matmul(
     check_matmul("x", x, 1, bias, layout)
     if lora is not None:
         check_lora(lora, x, layout)
-    if _is_gemv(x, layout, implementation, config):
+    if _is_gemv(x, config):
         return nf4_gemv(
             x,
             *weight,
@@ -145,15 +144,8 @@ def reads_layers(
     return fused and stack_is_addressable(layers * layout.nbytes)
 
 
-def _is_gemv(
-    x: Array, layout: Layout, implementation: str | None, config: dispatch.Config | None
-) -> bool:
-    """Whether `nf4_gemv` is to run: few rows, and nothing asks for this op's own kernel."""
-    rows = rows_of(x)
-    if not 1 <= rows <= MAX_ROWS or isinstance(config, MatmulConfig):
+def _is_gemv(x: Array, config: dispatch.Config | None) -> bool:
+    """Whether `nf4_gemv` is to run: few rows, and no config of this op's own kernels."""
+    if not 1 <= rows_of(x) <= MAX_ROWS or isinstance(config, MatmulConfig):
         return False
-    if isinstance(config, TritonConfig):
-        return config.block_m < MAX_ROWS
-    if implementation == "mosaic_gpu":
-        return why_not_mosaic("nf4_gemv", rows, layout, x.dtype) is None
-    return True
+    return not isinstance(config, TritonConfig) or config.block_m < MAX_ROWS

@@ -14,6 +14,7 @@ from pallas_kernels import GemvConfig, nf4_matmul
 from pallas_kernels import compile_for as harness
 from pallas_kernels._arguments import Layout
 from pallas_kernels.cards import CARDS
+from pallas_kernels.nf4_gemv.mosaic_plan import Plan, choose_config
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from tests.gpu_compile.test_kernels import SHAPES, packed, products_beside_kernels
 
@@ -21,10 +22,15 @@ pytestmark = pytest.mark.skipif(
     not harness.gpu_compiler_available(), reason=f"no GPU compiler here. {harness.PLUGIN_HINT}"
 )
 
-WORK = (("gemv", 1), ("gemv", 8), ("matmul", 64), ("matmul", 4096), ("transposed", 4096))
+WORK = (
+    *(("gemv", rows) for rows in (1, 8, 16)),
+    *(("matmul", rows) for rows in (64, 4096)),
+    ("transposed", 4096),
+)
 QUICK = {
     ("7b-qkvo", "gemv", 8),
     ("70b-down", "gemv", 1),
+    ("70b-down", "gemv", 16),
     ("7b-qkvo", "matmul", 64),
     ("7b-qkvo", "matmul", 4096),
     ("7b-gate", "transposed", 4096),
@@ -37,8 +43,6 @@ MATRIX = [
         marks=() if (name, *work) in QUICK else pytest.mark.slow,
     )
     for name, work in itertools.product(SHAPES, WORK)
-    # Eight rows of more columns do not fit into shared memory: the dispatch goes on to Triton.
-    if work != ("gemv", 8) or (SHAPES[name][1] <= 8192 and SHAPES[name][0] <= 11008)
 ]
 
 
@@ -86,6 +90,7 @@ def test_hopper_kernel(shape_name, op, rows):
         pytest.param("7b-qkvo", "gemv", 8, 64, marks=pytest.mark.slow),
         # 20 warps, 96 registers a lane.
         pytest.param("13b-qkvo", "gemv", 8, 64, marks=pytest.mark.slow),
+        pytest.param("7b-qkvo", "gemv", 16, 64, marks=pytest.mark.slow),
     ],
 )
 def test_hopper_kernel_with_an_adapter(shape_name, op, rows, rank):
@@ -151,15 +156,19 @@ def test_the_hopper_gemv_with_few_look_ups_and_long_loads():
 
 
 @pytest.mark.parametrize(("rows", "k"), [(12, 512), (8, 28672)])
-def test_asked_for_by_name_the_hopper_matmul_takes_what_the_gemv_cannot(rows, k):
-    """More rows than eight, or rows that do not fit into shared memory."""
-    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+def test_the_hopper_gemv_takes_all_few_rows_by_name(rows, k):
+    """More rows than eight; rows that do not fit into shared memory, whose sum is split."""
+    n, x = 256, jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
 
     def run(x, *weight):
         return nf4_matmul(x, *weight, implementation="mosaic_gpu")
 
-    _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(256, k))
-    check_kernels(kernels, "matmul")
+    compiled, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k))
+    check_kernels(kernels, "gemv")
+    parts = Plan(rows, n, k, "bfloat16", True, False, choose_config(rows, n, k)).split
+    assert (parts > 1) == (k == 28672)
+    temporary = 4 * parts * rows * n if parts > 1 else 0
+    assert compiled.memory_analysis().temp_size_in_bytes <= temporary
 
 
 def test_hopper_matmul_of_few_rows_can_split_its_sum():

@@ -209,16 +209,28 @@ def chosen(op, rows, shape, kind="NVIDIA H200", **more):
 
 def test_where_a_rule_cannot_run_the_next_one_does():
     assert chosen("nf4_gemv", 1, (4096, 4096)).reason == "rule for h200"
-    # Eight rows of 28672 do not fit into shared memory, float32 is not Hopper's.
-    wide = chosen("nf4_gemv", 8, (8192, 28672))
     single = chosen("nf4_gemv", 1, (4096, 4096), dtype=jnp.float32)
-    for choice in (wide, single):
-        assert choice.implementation == "triton"
-        assert choice.config is not None
-        assert choice.reason.startswith("rule for every card; not mosaic_gpu: it ")
+    assert single.implementation == "triton"
+    assert single.config is not None
+    assert single.reason.startswith("rule for every card; not mosaic_gpu: it ")
     crossing = which_implementation("nf4_matmul", 4096, CROSSING, kind="NVIDIA H200")
     assert crossing.implementation == "xla"
     assert "not triton: blocks of 64 cross" in crossing.reason
+
+
+@pytest.mark.parametrize("card", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+def test_the_hopper_gemv_is_chosen_as_far_as_it_is_measured(card):
+    """Beyond that it runs by name: more than 8 rows, and rows that shared memory does not hold."""
+    for rows, k, wanted in (
+        (8, 8192, "mosaic_gpu"),
+        (2, 28672, "mosaic_gpu"),
+        (9, 4096, "triton"),
+        (8, 11008, "triton"),
+        (4, 28672, "triton"),
+    ):
+        assert chosen("nf4_gemv", rows, (8192, k), card).implementation == wanted
+        named = chosen("nf4_gemv", rows, (8192, k), card, implementation="mosaic_gpu")
+        assert named.implementation == "mosaic_gpu"
 
 
 @pytest.mark.parametrize("card", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
@@ -274,10 +286,10 @@ def test_cuts_name_what_exists():
 def test_the_first_hopper_candidate_is_the_kernels_own_choice(op):
     rows = 8 if op == "nf4_gemv" else 4096
     found = configs_to_try(op, rows, 5120, 5120, "mosaic_gpu")
-    back = op == "nf4_matmul_transposed"
-    own = choose_gemv(rows, 5120, 5120)
-    if op != "nf4_gemv":
-        own = choose_matmul(rows, transposed=back)
+    if op == "nf4_gemv":
+        own = choose_gemv(rows, 5120, 5120)
+    else:
+        own = choose_matmul(rows, transposed=op == "nf4_matmul_transposed")
     assert found[0] == own
     assert len(found) == len(set(found)) > 3
 

@@ -1,5 +1,7 @@
 """The Hopper GEMV's lane program, run thread by thread on NumPy: the source that becomes SASS."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,10 +45,10 @@ def problem(rng, m, n, k, dtype, double_quant, quant_type="nf4"):
 
 def emulate(plan, inputs):
     """Every block of the grid in turn; the output starts out as NaN."""
-    out = np.asarray(jnp.full((plan.m, plan.n), jnp.nan, plan.x_dtype)).copy()
+    out = np.asarray(jnp.full((plan.split, plan.m, plan.n), jnp.nan, plan.out_dtype)).copy()
     for cta in range(plan.grid):
         lane_program(Machine(cta, plan.threads, plan.shared_bytes), plan, *inputs, out)
-    return out.astype(np.float64)
+    return out.astype(np.float64).sum(0)
 
 
 @pytest.mark.parametrize(
@@ -63,14 +65,24 @@ def emulate(plan, inputs):
         (1, 24, 2048, "float16", True, GemvConfig(4, 1, 2, skip_zeros=True, segments=2)),
         (1, 19, 1600, "bfloat16", True, GemvConfig(4, 2, 1, segments=4)),
         (1, 16, 1024, "float16", False, GemvConfig(4, 1, 2, segments=4)),
+        (4, 20, 2048, "bfloat16", True, GemvConfig(4, 1, 2, split=2)),
+        (1, 40, 1984, "float16", True, GemvConfig(4, 1, 1, ctas=6, segments=2, split=2)),
+        (5, 33, 1024, "bfloat16", True, GemvConfig(4, 2, 2, together=8)),
+        (8, 48, 1600, "float16", False, GemvConfig(4, 1, 1, ctas=4, together=8, split=4)),
+        (11, 40, 2048, "bfloat16", True, GemvConfig(8, 2, 2, ctas=1, together=8)),
+        (16, 24, 1024, "bfloat16", True, GemvConfig(4, 1, 4, together=8)),
+        # Two units in two rounds, the second of them not full.
+        (16, 40, 4096, "bfloat16", True, GemvConfig(8, 2, 2, ctas=1, together=8)),
     ],
 )
 def test_lane_program_is_the_product(m, n, k, dtype, double_quant, config):
     rng = np.random.default_rng(m)
     plan = Plan(m, n, k, dtype, double_quant, True, config)
+    if plan.split > 1:  # the bias is added to the sum of the parts
+        plan = dataclasses.replace(plan, has_bias=False)
     inputs, exact = problem(rng, m, n, k, dtype, double_quant)
     got = emulate(plan, inputs)
-    exact = exact + inputs[5]
+    exact = exact + inputs[5] * plan.has_bias
     error = np.linalg.norm(got - exact, axis=1) / np.linalg.norm(exact, axis=1)
     assert error.max() < (2.5e-3 if dtype == "bfloat16" else 1e-3)
 
@@ -99,6 +111,8 @@ class BankMachine(Machine):
         (1, GemvConfig(warps=8, tiles=1, steps=2, segments=2)),
         (1, GemvConfig(warps=4, tiles=1, steps=1, segments=4)),
         (1, GemvConfig(warps=4, tiles=1, steps=4, segments=2, skip_zeros=True)),
+        (16, GemvConfig(warps=8, tiles=1, steps=2, together=8)),
+        (8, GemvConfig(warps=4, tiles=1, steps=4, together=8)),
     ],
 )
 def test_lanes_read_x_from_different_banks(m, config):
@@ -137,12 +151,15 @@ def test_selects_are_the_look_up(quant_type):
         (4, 24, "bfloat16", 80, True),  # a warp's second slice is loaded late
         (8, 47, "float16", 64, False),
         (8, 16, "bfloat16", 20, True),
+        (12, 24, "bfloat16", 80, False),
+        (16, 16, "float16", 16, True),
     ],
 )
 def test_an_adapter_is_more_of_the_same_sum(m, n, dtype, rank, bias):
     rng = np.random.default_rng(rank)
     tiles, segments = 1 if m > 4 else 2, 4 if n == 27 else 1
-    k, config = 512, GemvConfig(warps=4, tiles=tiles, steps=1, ctas=1, segments=segments)
+    k, together = 512, 8 if m > 8 else 4
+    config = GemvConfig(4, tiles, 1, ctas=1, segments=segments, together=together)
     inputs, exact = problem(rng, m, n, k, dtype, double_quant=True)
     xa, b = (np.array(jnp.asarray(rng.normal(size=s), dtype)) for s in ((m, rank), (n, rank)))
     # As large as the product that it is added to.
@@ -154,10 +171,11 @@ def test_an_adapter_is_more_of_the_same_sum(m, n, dtype, rank, bias):
     assert error.max() < (2.5e-3 if dtype == "bfloat16" else 1e-3)
 
 
-def test_bad_rows_stay_alone():
+@pytest.mark.parametrize("together", [4, 8])
+def test_bad_rows_stay_alone(together):
     """A row of x with inf or NaN is lost; the others are untouched."""
     rng = np.random.default_rng(0)
-    config = GemvConfig(warps=4, tiles=1, steps=2)
+    config = GemvConfig(warps=4, tiles=1, steps=2, together=together)
     inputs, exact = problem(rng, 4, 32, 512, "bfloat16", True)
     inputs[0][1, 100], inputs[0][3, 7] = np.inf, np.nan
     xa, b = (np.array(jnp.ones((rows, 8), jnp.bfloat16)) for rows in (4, 32))
