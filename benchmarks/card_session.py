@@ -10,7 +10,7 @@ fails or is late costs the others nothing. The long ones write after each point,
 measured stays. `session.json` says what ran, how long, and how it ended.
 
 The kernels come first, because their correctness check decides whether the rest means anything;
-what they find (`rules.json`) goes before the standing rules in the training steps that follow.
+what they find (`rules.json`) goes before the standing rules where whole models follow.
 
 Three pieces run only by name: `floor`, what it takes to read a weight; `cuts`, the Hopper kernels'
 candidates, into `cuts.json`, to be looked at and copied to `pallas_kernels` before the table is
@@ -47,6 +47,7 @@ def pieces(out: Path, memory_fraction: float) -> list[Piece]:
     """What a session measures, the most telling first."""
     kernels = ("benchmarks.gpu_kernels", "--out", str(out))
     training = ("benchmarks.gpu_training", "--out", str(out), "--matmuls", "auto", "xla")
+    decode = ("benchmarks.gpu_decode", "--out", str(out))
     limit = (("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory_fraction)),)
     memory = ("benchmarks.gpu_memory", "--out")
     profile = ("benchmarks.gpu_profile", "--out", str(out / "profile.json"), "--rows", "4096")
@@ -63,6 +64,7 @@ def pieces(out: Path, memory_fraction: float) -> list[Piece]:
         Piece("kernels", (*kernels, "--kernel-times"), 0.4),
         Piece("peer", ("benchmarks.gpu_bitsandbytes", "--out", str(out)), 0.15),
         Piece("table", (*kernels, "--merge", str(out / "kernels.json")), 0.2, takes_budget=False),
+        Piece("decode", decode, 0.4, takes_file=("--rules", out / "rules.json")),
         Piece("training", training, 0.6, takes_file=("--rules", out / "rules.json")),
         Piece("memory", (*memory, str(out / "memory.json")), 0.6, False, limit),
         Piece("streamed", (*memory, str(out / "streamed.json"), "--stream"), 1.0, False, limit),

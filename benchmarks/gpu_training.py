@@ -209,6 +209,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 def make_model(case: Case, attention: str, rank: int) -> tuple[nnx.GraphDef, Any, Any]:
     """(graphdef, adapters, frozen weights), all made on the device, none ever held in 16 bits.
 
+    Rank 0 is no adapters.
     For several devices they are made on the first, and then dealt out.
     """
     config = MODELS[case.model]
@@ -219,7 +220,7 @@ def make_model(case: Case, attention: str, rank: int) -> tuple[nnx.GraphDef, Any
         lambda: Decoder(
             config,
             quant=QuantConfig() if case.base == "nf4" else None,
-            lora=LoraConfig(r=rank, dtype=jnp.float32),
+            lora=LoraConfig(r=rank, dtype=jnp.float32) if rank else None,
             compute_dtype=jnp.bfloat16,
             attention=chosen,
             matmul=case.matmul if case.base == "nf4" else None,

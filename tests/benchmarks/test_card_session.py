@@ -63,7 +63,10 @@ def test_every_piece_is_a_benchmark_with_the_arguments_it_takes(tmp_path, capsys
 def test_an_unknown_piece_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         card_session.main(["--out", str(tmp_path), "--only", "kernel"])
-    assert "--only names kernel; there are floor, cuts, profile, kernels, peer" in capsys.readouterr().err
+    assert (
+        "--only names kernel; there are floor, cuts, profile, kernels, peer"
+        in capsys.readouterr().err
+    )
 
 
 def test_cuts_are_measured_only_by_name(tmp_path, monkeypatch):
