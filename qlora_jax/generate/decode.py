@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from qlora_jax.generate.config import GenerationConfig
 from qlora_jax.generate.sampling import next_tokens
+from qlora_jax.nn import QuantDense
 
 
 @runtime_checkable
@@ -72,7 +73,7 @@ def start(
     cache_length: int,
 ) -> Written:
     """The prompts read, and the first token written; rows that have `ended` write none."""
-    model = nnx.merge(graphdef, state)
+    model = _settled(nnx.merge(graphdef, state))
     logits, cache = model.prefill(input_ids, attention_mask, cache_length=cache_length)
     batch = len(input_ids)
     written = Written(
@@ -96,7 +97,7 @@ def advance(
     config: GenerationConfig,
 ) -> Written:
     """Up to `steps` more tokens per row, fewer where all rows end or reach their length."""
-    model = nnx.merge(graphdef, state)
+    model = _settled(nnx.merge(graphdef, state))
     last = jnp.minimum(written.step + steps, config.max_new_tokens)
 
     def unfinished(written: Written) -> Bool[Array, ""]:
@@ -110,6 +111,18 @@ def advance(
         return _write(written._replace(cache=cache), logits, config)
 
     return jax.lax.while_loop(unfinished, step, written)
+
+
+def _settled(model: Any) -> Any:
+    """The model with what is the same for every token computed before the first.
+
+    Not of one whose weights lie in host memory: DoRA's norms need them, a layer at a time.
+    """
+    if not getattr(model, "stream_weights", False):
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, QuantDense):
+                module.settle()
+    return model
 
 
 def _write(

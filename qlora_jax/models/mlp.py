@@ -47,7 +47,9 @@ class MLP(nnx.Module):
             inner = act(gate) * up
         else:
             gate = project(names.gate, x)
-            # One decoded weight at a time, on the way back too: `up` waits for `gate`.
-            x, gate = jax.lax.optimization_barrier((x, gate))
+            if x.shape[-2:-1] != (1,):
+                # One decoded weight at a time, on the way back too: `up` waits for `gate`. A step
+                # of decoding, whose kernels decode no weight as a whole, has fewer launches so.
+                x, gate = jax.lax.optimization_barrier((x, gate))
             inner = act(gate) * project(names.up, x)
         return project(names.down, inner)

@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from pallas_kernels import LowRank, in_auto_axes, product_spec, reads_layers, rows_as_cut
-from qlora_jax.nn.dora import adapted_squares, magnify, row_squares
+from qlora_jax.nn.dora import adapted_squares, magnification, magnify, row_squares
 from qlora_jax.nn.lora import LoraConfig, dropout, init_lora_a, lora_hidden
 from qlora_jax.nn.variables import FrozenParam
 from qlora_jax.quant import (
@@ -203,16 +203,40 @@ class QuantDense(nnx.Module):
     def reset_magnitude(self) -> None:
         """DoRA's start, in place: m is the length of each row of W + s·B·A as it is now."""
         assert self.lora is not None
-        dtype = self.lora.dtype
+        lengths = self._each(lambda layer: jnp.sqrt(layer._adapted_squares()))
+        self.lora_magnitude_vector = nnx.LoRAParam(lengths.astype(self.lora.dtype))
+
+    def settle(self) -> None:
+        """Computes, in place, what every call would compute again while the adapter stays as it is.
+
+        For many calls of few rows, as in generation: A takes the scale in, A and B are cast to
+        `compute_dtype`, and DoRA's magnitude becomes the factor of its row. The layer gives the
+        same outputs, up to their rounding, but can be neither trained nor saved any more.
+        """
+        if self.lora is None or self.lora_A is None or self.lora_B is None:
+            return
+        if self.lora_magnitude_vector is not None:
+            factor = self._each(lambda layer: layer._magnification())
+            self.lora_magnitude_vector = nnx.LoRAParam(factor)
+            self.row_squares = None
+        scale = jnp.asarray(self._scaling, jnp.float32)[..., None, None]
+        a, b = scale * self.lora_A[...].astype(jnp.float32), self.lora_B[...]
+        self.lora_A = nnx.LoRAParam(a.astype(self.compute_dtype))
+        self.lora_B = nnx.LoRAParam(b.astype(self.compute_dtype))
+        self.lora = replace(self.lora, alpha=self.lora.r, use_rslora=False)
+        self.lora_scaling = None
+
+    def _each(self, function: Callable[["QuantDense"], jax.Array]) -> jax.Array:
+        """The function's result for the layer, or for each of a stack, one at a time."""
         graphdef, state = nnx.split(self)
 
-        def lengths(state: Any) -> jax.Array:
-            return jnp.sqrt(nnx.merge(graphdef, state)._adapted_squares()).astype(dtype)
+        def of_state(state: Any) -> jax.Array:
+            return function(nnx.merge(graphdef, state))
 
-        each: Callable[..., jax.Array] = lengths
+        each: Callable[..., jax.Array] = of_state
         for _ in self.stack_shape:
             each = partial(jax.lax.map, each)
-        self.lora_magnitude_vector = nnx.LoRAParam(each(state))
+        return in_auto_axes(each, state, result=lambda _: jax.P())
 
     def __call__(
         self,
@@ -293,12 +317,7 @@ class QuantDense(nnx.Module):
         lora = (hidden, self.lora_B[...].astype(x.dtype))
         if self.lora_magnitude_vector is None:
             return self._product(x, bias, lora)
-        y = magnify(
-            self._product(x, lora=lora),
-            self.lora_magnitude_vector[...],
-            self._adapted_squares(),
-            self._scaling,
-        )
+        y = magnify(self._product(x, lora=lora), self._magnification())
         return y if bias is None else y + bias
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -314,6 +333,14 @@ class QuantDense(nnx.Module):
     def _scaling(self) -> float | jax.Array:
         assert self.lora is not None
         return self.lora.scaling if self.lora_scaling is None else self.lora_scaling[...]
+
+    def _magnification(self) -> Float[Array, " out"]:
+        """What DoRA multiplies the rows of W + s·B·A with."""
+        assert self.lora_magnitude_vector is not None
+        magnitude = self.lora_magnitude_vector[...]
+        if self.row_squares is None:  # settled
+            return magnitude
+        return magnification(magnitude, self._adapted_squares(), self._scaling)
 
     def _adapted_squares(self) -> Float[Array, " out"]:
         """‖W + s·B·A‖² of every row; a constant of the backward pass."""

@@ -57,20 +57,25 @@ def adapted_squares(
     return jnp.maximum(squares + 2 * scaling * mixed + scaling**2 * low, 0)
 
 
-def magnify(
-    y: Float[Array, "*batch out"],
+def magnification(
     magnitude: Float[Array, " out"],
     squares: Float[Array, " out"],
     scaling: int | float | Float[Array, ""],
-) -> Float[Array, "*batch out"]:
-    """m / ‖W + s·B·A‖ · y in y's dtype, multiplied in float32.
+) -> Float[Array, " out"]:
+    """m / ‖W + s·B·A‖, float32.
 
-    Where the scale is 0 (a layer of a stack that has no adapter) or a row is all zeros, y is left
-    as it is, and m gets no gradient.
+    Where the scale is 0 (a layer of a stack that has no adapter) or a row is all zeros it is 1, and
+    m gets no gradient.
     """
     norm = jnp.sqrt(jax.lax.stop_gradient(squares))
     on = (norm > 0) & (jnp.asarray(scaling) != 0)
-    factor = jnp.where(on, magnitude.astype(jnp.float32) / jnp.where(on, norm, 1), 1)
+    return jnp.where(on, magnitude.astype(jnp.float32) / jnp.where(on, norm, 1), 1)
+
+
+def magnify(
+    y: Float[Array, "*batch out"], factor: Float[Array, " out"]
+) -> Float[Array, "*batch out"]:
+    """factor · y in y's dtype, multiplied in float32."""
     return _scaled(*vary_alike(y, factor))
 
 
