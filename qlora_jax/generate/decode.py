@@ -8,6 +8,9 @@ for a batch size, a prompt length and a cache length, whatever the prompts say:
     advance(...)  up to `steps` more tokens in one `jax.lax.while_loop`, which ends early when every
                   row has ended
 
+Before the first token each computes what is the same for all of them: adapters are cast and scaled
+once, not once a token.
+
 The host sees tokens only between calls of `advance`; its `steps` are what a stream waits for.
 """
 
