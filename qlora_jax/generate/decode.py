@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from qlora_jax.generate.config import GenerationConfig
 from qlora_jax.generate.sampling import next_tokens
-from qlora_jax.nn import QuantDense
+from qlora_jax.nn import settle_adapters
 
 
 @runtime_checkable
@@ -76,7 +76,7 @@ def start(
     cache_length: int,
 ) -> Written:
     """The prompts read, and the first token written; rows that have `ended` write none."""
-    model = _settled(nnx.merge(graphdef, state))
+    model = settle_adapters(nnx.merge(graphdef, state))
     logits, cache = model.prefill(input_ids, attention_mask, cache_length=cache_length)
     batch = len(input_ids)
     written = Written(
@@ -100,7 +100,7 @@ def advance(
     config: GenerationConfig,
 ) -> Written:
     """Up to `steps` more tokens per row, fewer where all rows end or reach their length."""
-    model = _settled(nnx.merge(graphdef, state))
+    model = settle_adapters(nnx.merge(graphdef, state))
     last = jnp.minimum(written.step + steps, config.max_new_tokens)
 
     def unfinished(written: Written) -> Bool[Array, ""]:
@@ -114,18 +114,6 @@ def advance(
         return _write(written._replace(cache=cache), logits, config)
 
     return jax.lax.while_loop(unfinished, step, written)
-
-
-def _settled(model: Any) -> Any:
-    """The model with what is the same for every token computed before the first.
-
-    Not of one whose weights lie in host memory: DoRA's norms need them, a layer at a time.
-    """
-    if not getattr(model, "stream_weights", False):
-        for _, module in nnx.iter_modules(model):
-            if isinstance(module, QuantDense):
-                module.settle()
-    return model
 
 
 def _write(

@@ -1,6 +1,6 @@
 """Floor 2: what is a QLoRA layer? `QuantDense`, its adapters, and turning any module into one."""
 
-from qlora_jax.nn.adapt import add_lora
+from qlora_jax.nn.adapt import add_lora, settle_adapters
 from qlora_jax.nn.convert import quantize_module
 from qlora_jax.nn.dense import QuantDense
 from qlora_jax.nn.dense_general import QuantDenseGeneral
@@ -18,5 +18,6 @@ __all__ = [
     "add_lora",
     "linen_quant_dense",
     "quantize_module",
+    "settle_adapters",
     "start_from_weight",
 ]

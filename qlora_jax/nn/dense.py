@@ -209,9 +209,10 @@ class QuantDense(nnx.Module):
     def settle(self) -> None:
         """Computes, in place, what every call would compute again while the adapter stays as it is.
 
-        For many calls of few rows, as in generation: A takes the scale in, A and B are cast to
-        `compute_dtype`, and DoRA's magnitude becomes the factor of its row. The layer gives the
-        same outputs, up to their rounding, but can be neither trained nor saved any more.
+        For many calls of few rows, as in generation: A and B of another dtype are cast to
+        `compute_dtype`, A with the scale in it, and DoRA's magnitude becomes the factor of its row.
+        The layer gives the same outputs, up to their rounding, but can be neither trained nor saved
+        any more.
         """
         if self.lora is None or self.lora_A is None or self.lora_B is None:
             return
@@ -219,8 +220,10 @@ class QuantDense(nnx.Module):
             factor = self._each(lambda layer: layer._magnification())
             self.lora_magnitude_vector = nnx.LoRAParam(factor)
             self.row_squares = None
-        scale = jnp.asarray(self._scaling, jnp.float32)[..., None, None]
-        a, b = scale * self.lora_A[...].astype(jnp.float32), self.lora_B[...]
+        a, b = self.lora_A[...], self.lora_B[...]
+        if a.dtype == b.dtype == self.compute_dtype:
+            return  # a scaled copy would be as large again, for one launch less
+        a = jnp.asarray(self._scaling, jnp.float32)[..., None, None] * a.astype(jnp.float32)
         self.lora_A = nnx.LoRAParam(a.astype(self.compute_dtype))
         self.lora_B = nnx.LoRAParam(b.astype(self.compute_dtype))
         self.lora = replace(self.lora, alpha=self.lora.r, use_rslora=False)

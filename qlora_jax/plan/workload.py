@@ -34,7 +34,7 @@ from qlora_jax.models import (
     spread,
 )
 from qlora_jax.models.streaming import compiler_options, streams
-from qlora_jax.nn import FrozenParam, LoraConfig, add_lora
+from qlora_jax.nn import FrozenParam, LoraConfig, add_lora, settle_adapters
 from qlora_jax.plan.devices import AXIS, beside, by_rows, traced_for
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from qlora_jax.train import TrainConfig, init_state, make_train_step
@@ -298,7 +298,8 @@ def decoding_step(
 ) -> Program:
     """One token more for `batch` texts, with a key-value cache of `length` slots a text.
 
-    The cache is donated; adapters are applied beside the frozen weights, as after training. An
+    The cache is donated; adapters are applied beside the frozen weights, as after training, and
+    float32 ones are there in the compute dtype as well, as in `qlora_jax.generate`. An
     encoder–decoder keeps `work.sequence` keys and values of the source beside them.
     """
     graphdef, lora, frozen = split_adapters(model_shapes(work, mesh))
@@ -307,7 +308,7 @@ def decoding_step(
         return nnx.merge(graphdef, lora, frozen).prefill(prompt, cache_length=length)[1]
 
     def step(lora: PyTree, frozen: PyTree, tokens: jax.Array, cache: Any) -> Any:
-        return nnx.merge(graphdef, lora, frozen).decode_step(tokens, cache)
+        return settle_adapters(nnx.merge(graphdef, lora, frozen)).decode_step(tokens, cache)
 
     read = 1 if work.target_length is None else work.sequence
     prompt = jax.ShapeDtypeStruct((batch, read), jnp.int32)

@@ -30,9 +30,10 @@ def enliven(layer: ql.QuantDense) -> None:
     """B that is not zero, and a magnitude that is not the row's own; of layers with a scale."""
     scale = jnp.ones(()) if layer.lora_scaling is None else layer.lora_scaling[...]
     drawn = 0.3 * jax.random.normal(jax.random.key(1), layer.lora_B.shape)
-    layer.lora_B[...] = drawn * (scale != 0)[..., None, None]
+    drawn = drawn * (scale != 0)[..., None, None]
+    layer.lora_B[...] = drawn.astype(layer.lora_B.dtype)
     if layer.lora_magnitude_vector is not None:
-        layer.lora_magnitude_vector[...] += 0.5
+        layer.lora_magnitude_vector[...] *= 1.5
 
 
 def outputs(layer: ql.QuantDense) -> np.ndarray:
@@ -51,8 +52,10 @@ def test_a_scale_that_is_a_power_of_two_changes_no_bit() -> None:
 @pytest.mark.parametrize(
     "lora", [{"alpha": 3}, {"alpha": 3, "use_rslora": True}, {"alpha": 5, "use_dora": True}]
 )
-def test_a_settled_layer_is_the_same_function(lora: dict) -> None:
-    layer = layer_of(jnp.float32, **lora)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_settled_layer_is_the_same_function(lora: dict, dtype: jnp.dtype) -> None:
+    """With adapters that are cast, and such as have the compute dtype."""
+    layer = layer_of(jnp.float32, dtype=dtype, **lora)
     before = outputs(layer)
     for _ in range(2):  # a second time it changes nothing
         layer.settle()
@@ -62,7 +65,7 @@ def test_a_settled_layer_is_the_same_function(lora: dict) -> None:
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_stack_is_settled_layer_by_layer(dora: bool) -> None:
     """Its layers have scales of their own, and one has no adapter."""
-    model = trained(adapted(replace(MIXED, use_dora=dora)))
+    model = trained(adapted(replace(MIXED, use_dora=dora, dtype=jnp.bfloat16)))
     x = jax.random.normal(jax.random.key(2), (3, 32))
     before = model(x)
     model.layers.settle()
