@@ -31,7 +31,7 @@ from pallas_kernels import mesh_of_rows
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.mlp import MLP
 from qlora_jax.models.spread import GathersItself, shardings_of
-from qlora_jax.models.stack import Storage, split_key, stack_layers
+from qlora_jax.models.stack import LayerOf, Storage, split_key, stack_layers
 from qlora_jax.nn import FrozenParam
 
 BLOCK = 512
@@ -71,7 +71,8 @@ class MixtureOfExperts(GathersItself):
         graphdef, stacked = nnx.split(self.experts)
 
         def expert_at(index: Array) -> Any:
-            return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], stacked))
+            one = jax.tree.map(lambda leaf: leaf[index], stacked, is_leaf=_is_layer)
+            return nnx.merge(graphdef, one)
 
         return self._route(x, self.gate[...], expert_at, dropout_keys)
 
@@ -150,6 +151,10 @@ class MixtureOfExperts(GathersItself):
         _, blocks = jax.lax.scan(step, None, (owners, rows.reshape(count, size), keys))
         outputs = blocks.reshape(count * size, -1)[slots].reshape(*expert.shape, -1)
         return (outputs * share[..., None]).sum(axis=1).astype(x.dtype).reshape(x.shape)
+
+
+def _is_layer(leaf: Any) -> bool:
+    return isinstance(leaf, LayerOf)
 
 
 def _join(parts: Array, axis: int) -> Array:

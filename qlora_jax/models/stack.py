@@ -8,12 +8,12 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.remat import check_remat, run_layers
@@ -117,18 +117,14 @@ def scan_layers(
     Returns:
         What came through, and the outputs stacked.
     """
-    parts: tuple[Any, ...] = nnx.split(layers, FrozenParam, ...)
-    graphdef, frozen, rest = parts
-    stay = {} if rows is None or stream_weights else _read_in_place(layers, rows)
-    flat = dict(nnx.to_flat_state(frozen))
-    moving = nnx.from_flat_state({path: leaf for path, leaf in flat.items() if path not in stay})
-    numbers = jnp.arange(next(iter(stay.values())).stack_shape[0]) if stay else None
+    stay = set() if rows is None or stream_weights else _stay(layers, rows)
+    parts: tuple[Any, ...] = nnx.split(layers, lambda path, _: path in stay, FrozenParam, ...)
+    graphdef, stacks, frozen, rest = parts
+    numbers = jnp.arange(len(jax.tree.leaves(stacks)[0])) if stay else None
 
     def step(x: Any, frozen: Any, own: tuple[Any, Any, Any]) -> tuple[Any, Any]:
         rest, given, number = own
-        whole = dict(nnx.to_flat_state(frozen))
-        whole |= {path: flat[path].replace(w.at_layer(number)) for path, w in stay.items()}
-        layer = nnx.merge(graphdef, nnx.from_flat_state(whole), rest)
+        layer = nnx.merge(graphdef, _at_layer(stacks, number), frozen, rest)
         # Decoding's x is no single array; its few rows go where the weights lie.
         if isinstance(x, jax.Array):
             x = cut_by_rows(x)
@@ -136,16 +132,61 @@ def scan_layers(
         return apply(layer, x, given)
 
     own = rest, per_layer, numbers
-    return run_layers(step, x, moving, own, remat=remat, stream_weights=stream_weights)
+    return run_layers(step, x, frozen, own, remat=remat, stream_weights=stream_weights)
 
 
-def _read_in_place(layers: nnx.Module, rows: int) -> dict[tuple, QuantizedTensor]:
-    """Stacks of weights that so many rows are better multiplied with where they lie, by path."""
-    found = {}
+def _stay(layers: nnx.Module, rows: int) -> set[tuple]:
+    """Paths of what is left in its stacks: weights that so many rows are better multiplied with
+    where they lie, and all of a layer that is a stack itself, since few of it are used."""
+    paths: set[tuple] = set()
     for path, module in nnx.iter_modules(layers):
-        if isinstance(module, QuantDense) and module.stays_in_stack(rows):
-            found[*path, "kernel"] = cast(QuantizedTensor, module.kernel.get_value())
-    return found
+        if not isinstance(module, QuantDense):
+            continue
+        if len(module.stack_shape) > 1:
+            paths |= {(*path, *name) for name, _ in nnx.to_flat_state(nnx.state(module))}
+        elif module.stays_in_stack(rows):
+            paths.add((*path, "kernel"))
+    return paths
+
+
+def _at_layer(stacks: nnx.State, layer: Array) -> nnx.State:
+    """One layer's part of what is left in its stacks."""
+
+    def part(stack: Any) -> Any:
+        if isinstance(stack, QuantizedTensor) and len(stack.stack_shape) == 1:
+            return stack.at_layer(layer)
+        return LayerOf(stack, layer)
+
+    return jax.tree.map(part, stacks, is_leaf=_is_tensor)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerOf:
+    """A layer that is a stack itself, left where it lies: `[index]` takes one of it, in one step.
+
+    To take the layer first, and one of it in a loop of its own, would copy the layer: XLA hands a
+    loop its arrays whole.
+
+    Attributes:
+        stack: an array or `QuantizedTensor` with the axes [layers, of a layer, ...].
+        layer: which.
+    """
+
+    stack: Any
+    layer: Int[Array, ""]
+
+    def __getitem__(self, index: Int[Array, ""]) -> Any:
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.stack)
+        leaves = jax.tree.leaves(self.stack)
+        number = self.layer * leaves[0].shape[1] + index
+        if _is_tensor(flat):
+            return flat.at_layer(number)
+        return jax.lax.dynamic_index_in_dim(flat, number, keepdims=False)
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedTensor)
 
 
 def split_key(key: Key[Array, ""] | None, count: int) -> Key[Array, " count"] | None:
