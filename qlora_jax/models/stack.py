@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, PyTree
 
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.remat import check_remat, run_layers
@@ -149,7 +149,7 @@ def _stay(layers: nnx.Module, rows: int) -> set[tuple]:
     return paths
 
 
-def _at_layer(stacks: nnx.State, layer: Array) -> nnx.State:
+def _at_layer(stacks: PyTree, layer: Int[Array, ""] | None) -> PyTree:
     """One layer's part of what is left in its stacks."""
 
     def part(stack: Any) -> Any:
