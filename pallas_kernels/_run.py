@@ -80,7 +80,7 @@ def run(
         interpret=asked.interpret,
         **again,
     )
-    if choice.implementation != "triton" or not stack_is_addressable(parts.codes.size):
+    if not _finds_layers(name, choice.implementation, parts.codes.size):
         parts = parts.of_layer()
     y = over_devices(
         parts if fuse else parts._replace(lora=None),
@@ -90,3 +90,10 @@ def run(
         part=None if choice.implementation == "xla" else part,
     )
     return y if parts.lora is None or fuse else add_low_rank(y, parts.lora)
+
+
+def _finds_layers(name: str, implementation: str, nbytes: int) -> bool:
+    """Whether a kernel takes a stack of so many codes and the number of a weight in it."""
+    if implementation == "triton":
+        return stack_is_addressable(nbytes)
+    return (name, implementation) == ("nf4_gemv", "mosaic_gpu")

@@ -13,6 +13,7 @@ x is scaled by a power of two per warp and row, so that bfloat16 becomes float16
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,13 @@ def nf4_gemv_mosaic(
     offset: Array | None,
     bias: Array | None,
     lora: LowRank | None = None,
+    layer: Array | None = None,
     *,
     layout: Layout,
     config: GemvConfig | None = None,
 ) -> Array:
     """`nf4_gemv` on Hopper. x: [..., k] bfloat16 or float16, at most 16 rows; see `nf4_matmul`.
+    With a `layer`, W is that one of a stack.
 
     An adapter whose rank is no multiple of 4 (8 bytes, which a lane loads at once) is padded first.
 
@@ -63,9 +66,9 @@ def nf4_gemv_mosaic(
     _check_config(plan)
     weight = (codes, absmax, nested_absmax, offset)
     if plan.split == 1:
-        return _call(x, *weight, bias, lora, plan).reshape(*x.shape[:-1], n)
+        return _call(x, *weight, bias, lora, layer, plan).reshape(*x.shape[:-1], n)
     plan = dataclasses.replace(plan, has_bias=False)
-    parts = _call(x, *weight, None, None, plan)
+    parts = _call(x, *weight, None, None, layer, plan)
     total = parts.reshape(plan.split, *x.shape[:-1], n).sum(axis=0)
     return complete(total, bias, lora, x.dtype)
 
@@ -78,6 +81,7 @@ def _call(
     offset: Array | None,
     bias: Array | None,
     lora: LowRank | None,
+    layer: Array | None,
     plan: Plan,
 ) -> Array:
     """The kernel's result, [rows, n] in x's dtype, or the parts of its sums, [split · rows, n]."""
@@ -86,18 +90,26 @@ def _call(
         low = tuple(_pad_rank(part) for part in (lora[0].reshape(plan.m, -1), lora[1]))
         plan = dataclasses.replace(plan, rank=low[0].shape[1])
     unused = jnp.zeros((1,), jnp.float32)
+    weight = [unused if part is None else part for part in (codes, absmax, nested_absmax, offset)]
+    program: Callable[..., None] = _program
+    number: tuple[Array, ...] = ()
+    if layer is None:
+        weight = [part.reshape(-1) for part in weight]
+    else:
+        number = (layer.reshape(1).astype(jnp.int32),)
+        weight = [part.reshape(len(part), -1) for part in weight]
+        sizes = [part.nbytes // len(part) for part in weight]
+        program = functools.partial(_program_in_stack, sizes)
     inputs = (
+        *number,
         x.reshape(plan.m, plan.k),
-        codes.reshape(-1),
-        absmax,
-        unused if nested_absmax is None else nested_absmax,
-        unused if offset is None else offset.reshape(1),
+        *weight,
         unused if bias is None else bias.astype(jnp.float32),
         jnp.asarray(lookup_tables(plan.quant_type)),
         *low,
     )
     kernel = launch(
-        functools.partial(_program, plan),
+        functools.partial(program, plan),
         jax.ShapeDtypeStruct((plan.split * plan.m, plan.n), plan.out_dtype),
         grid=plan.grid,
         warps=plan.config.warps,
@@ -129,3 +141,10 @@ def _pad_rank(matrix: Array) -> Array:
 
 def _program(plan, m, *buffers):
     lane_program(m, plan, *buffers)
+
+
+def _program_in_stack(sizes, plan, m, layer, x, *buffers):
+    """`sizes`: bytes of one weight's part of each of the stacks that come first in `buffers`."""
+    (number,) = m.load(layer, m.word(0))
+    weight = [m.part(buffers[i], number, size) for i, size in enumerate(sizes)]
+    lane_program(m, plan, x, *weight, *buffers[len(sizes) :])

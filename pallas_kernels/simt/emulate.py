@@ -102,6 +102,11 @@ class Machine:
 
     # -- memory ---------------------------------------------------------------------------------
 
+    def part(self, buffer: np.ndarray, number: np.ndarray, nbytes: int) -> np.ndarray:
+        """The number-th `nbytes` of a buffer; the same number in all threads."""
+        (index,) = np.unique(number)
+        return _bytes(buffer)[index * nbytes : (index + 1) * nbytes]
+
     def load(
         self,
         buffer: np.ndarray,

@@ -225,6 +225,12 @@ class Machine:
         """A global buffer from its memref."""
         return mgpu_utils.memref_ptr(memref)
 
+    def part(self, buffer: ir.Value, number: Word, nbytes: int) -> ir.Value:
+        """The number-th `nbytes` of a buffer, which may be longer than words count."""
+        each = arith.constant(_i64(), ir.IntegerAttr.get(_i64(), nbytes))
+        start = arith.muli(arith.extui(_i64(), number.value), each)
+        return mgpu_utils.getelementptr(buffer, [start], _byte())
+
     def load(
         self,
         buffer: ir.Value,

@@ -1,6 +1,7 @@
 """The Hopper GEMV's lane program, run thread by thread on NumPy: the source that becomes SASS."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
 from pallas_kernels.nf4_gemv import mosaic_plan
 from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
 from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan
-from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
+from pallas_kernels.nf4_gemv.mosaic_sm90 import _program, _program_in_stack, nf4_gemv_mosaic
 from pallas_kernels.simt.emulate import Machine
 
 
@@ -43,11 +44,11 @@ def problem(rng, m, n, k, dtype, double_quant, quant_type="nf4"):
     return (x, codes, absmax, nested, offset, bias, lookup_tables(quant_type)), exact
 
 
-def emulate(plan, inputs):
+def emulate(plan, inputs, program=_program):
     """Every block of the grid in turn; the output starts out as NaN."""
     out = np.asarray(jnp.full((plan.split, plan.m, plan.n), jnp.nan, plan.out_dtype)).copy()
     for cta in range(plan.grid):
-        lane_program(Machine(cta, plan.threads, plan.shared_bytes), plan, *inputs, out)
+        program(plan, Machine(cta, plan.threads, plan.shared_bytes), *inputs, out)
     return out.astype(np.float64).sum(0)
 
 
@@ -169,6 +170,23 @@ def test_an_adapter_is_more_of_the_same_sum(m, n, dtype, rank, bias):
     exact = exact + low + inputs[5] * bias
     error = np.linalg.norm(got - exact, axis=1) / np.linalg.norm(exact, axis=1)
     assert error.max() < (2.5e-3 if dtype == "bfloat16" else 1e-3)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_weight_of_a_stack(double_quant):
+    """To the bit as alone. Bounds are those of its own part of the stacks."""
+    rng, config = np.random.default_rng(0), GemvConfig(warps=4, tiles=1, steps=2)
+    plan = Plan(2, 24, 512, "bfloat16", double_quant, True, config, rank=8)
+    weights = [problem(rng, 2, 24, 512, "bfloat16", double_quant)[0] for _ in range(3)]
+    x, *_, bias, tables = weights[0]
+    adapter = [np.array(jnp.asarray(rng.normal(size=s), "bfloat16")) for s in ((2, 8), (24, 8))]
+    stacks = [np.stack(parts) for parts in zip(*(weight[1:5] for weight in weights), strict=True)]
+    sizes = [stack[0].nbytes for stack in stacks]
+    for number, weight in enumerate(weights):
+        alone = emulate(plan, [x, *weight[1:5], bias, tables, *adapter])
+        inputs = [np.array([number], np.int32), x, *stacks, bias, tables, *adapter]
+        got = emulate(plan, inputs, functools.partial(_program_in_stack, sizes))
+        np.testing.assert_array_equal(got, alone)
 
 
 @pytest.mark.parametrize("together", [4, 8])
