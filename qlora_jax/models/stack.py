@@ -2,6 +2,10 @@
 
 A stack is a layer whose every Variable carries a leading axis, so the program is as long for 24
 layers as for 2. All models share this file; what a layer computes is theirs.
+
+A scan hands its body each layer's part of every stack. A kernel reads that part where it lies, or
+XLA copies it first; a *loop* in the layer, over its experts, has all of the part copied for it. So
+some Variables are no part of what is scanned: they stay whole, and the layer gets its number.
 """
 
 import itertools
@@ -15,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int, Key, PyTree
 
+from pallas_kernels import mesh_of_rows
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.remat import check_remat, run_layers
 from qlora_jax.models.spread import cut_by_rows, gather_dense
@@ -111,13 +116,14 @@ def scan_layers(
         per_layer: a pytree whose leaves carry the layers' axis (dropout keys, caches), or None.
         remat: a key of `REMAT`: what the backward pass finds saved.
         stream_weights: whether frozen weights come in from host memory layer by layer.
-        rows: in decoding, how many tokens a layer takes: weights whose kernel reads a layer of a
-            stack where it lies are not sliced then. None: all are.
+        rows: in decoding, how many tokens a layer takes: more stays in its stack then (`_stay`).
 
     Returns:
         What came through, and the outputs stacked.
     """
-    stay = set() if rows is None or stream_weights else _stay(layers, rows)
+    # Experts whose tokens are cut over devices are gathered as layers (`GathersItself`).
+    gathered = isinstance(x, jax.Array) and mesh_of_rows(x) is not None
+    stay = set() if stream_weights or gathered else _stay(layers, rows)
     parts: tuple[Any, ...] = nnx.split(layers, lambda path, _: path in stay, FrozenParam, ...)
     graphdef, stacks, frozen, rest = parts
     numbers = jnp.arange(len(jax.tree.leaves(stacks)[0])) if stay else None
@@ -135,16 +141,21 @@ def scan_layers(
     return run_layers(step, x, frozen, own, remat=remat, stream_weights=stream_weights)
 
 
-def _stay(layers: nnx.Module, rows: int) -> set[tuple]:
-    """Paths of what is left in its stacks: weights that so many rows are better multiplied with
-    where they lie, and all of a layer that is a stack itself, since few of it are used."""
+def _stay(layers: nnx.Module, rows: int | None) -> set[tuple]:
+    """Paths of the Variables that are left in their stacks: of stacks of stacks and, in decoding,
+    weights that so many rows are better multiplied with where they lie.
+
+    Where adapters may be learnt, theirs are sliced: of what is not, the gradient would be one of
+    the whole stack, added up in every turn of either loop.
+    """
     paths: set[tuple] = set()
     for path, module in nnx.iter_modules(layers):
         if not isinstance(module, QuantDense):
             continue
         if len(module.stack_shape) > 1:
-            paths |= {(*path, *name) for name, _ in nnx.to_flat_state(nnx.state(module))}
-        elif module.stays_in_stack(rows):
+            state = nnx.state(module, FrozenParam if rows is None else ...)
+            paths |= {(*path, *name) for name, _ in nnx.to_flat_state(state)}
+        elif rows is not None and module.stays_in_stack(rows):
             paths.add((*path, "kernel"))
     return paths
 
@@ -163,13 +174,10 @@ def _at_layer(stacks: PyTree, layer: Int[Array, ""] | None) -> PyTree:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerOf:
-    """A layer that is a stack itself, left where it lies: `[index]` takes one of it, in one step.
-
-    To take the layer first, and one of it in a loop of its own, would copy the layer: XLA hands a
-    loop its arrays whole.
+    """A layer's part of a stack of stacks, left where it lies: `[index]` takes one out of it.
 
     Attributes:
-        stack: an array or `QuantizedTensor` with the axes [layers, of a layer, ...].
+        stack: an array or `QuantizedTensor` of leading axes [layers, of a layer].
         layer: which.
     """
 
@@ -178,8 +186,7 @@ class LayerOf:
 
     def __getitem__(self, index: Int[Array, ""]) -> Any:
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.stack)
-        leaves = jax.tree.leaves(self.stack)
-        number = self.layer * leaves[0].shape[1] + index
+        number = self.layer * jax.tree.leaves(self.stack)[0].shape[1] + index
         if _is_tensor(flat):
             return flat.at_layer(number)
         return jax.lax.dynamic_index_in_dim(flat, number, keepdims=False)

@@ -1,8 +1,6 @@
 """Decoding through the cache against full forward passes of the same model."""
 
 import dataclasses
-from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.models import Decoder, DecoderConfig, RopeConfig, decoder
-from qlora_jax.models.cache import start
-from qlora_jax.models.stack import scan_layers
+from qlora_jax.models import Decoder, DecoderConfig, RopeConfig
 from qlora_jax.nn import LoraConfig, QuantDense
 from qlora_jax.quant import QuantConfig
 from tests.random_decoder import random_decoder
@@ -34,7 +30,6 @@ MIXED = dataclasses.replace(
     local_rope=RopeConfig(rope_theta=100.0),
     attn_logit_softcapping=5.0,
 )
-MIXTURE = dataclasses.replace(PLAIN, num_local_experts=4, num_experts_per_tok=2)
 PROMPTS = ([5, 6, 7, 8, 9], [3, 4])
 NEW = 6
 
@@ -88,60 +83,23 @@ def test_greedy_decoding_equals_full_forward_passes(config, side):
     assert np.isnan(logits).all()
 
 
-def uneven(config: DecoderConfig) -> Decoder:
-    """A quantized decoder with adapters, no two layers or experts of which are alike."""
-    rng = np.random.default_rng(0)
-
-    def moved(leaf: jax.Array) -> jax.Array:
-        return leaf + 0.02 * rng.normal(size=leaf.shape) if leaf.dtype == jnp.float32 else leaf
-
-    model = random_decoder(config, quant=QuantConfig(blocksize=32), lora=LoraConfig(r=2))
-    graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(moved, state))
-
-
-def step_in_stacks(model: Decoder) -> tuple:
-    cache = start(*jnp.ones((2, 3, 2, 2, 8, 8)), jnp.ones((2, 5), bool))
-    return model.decode_step(jnp.asarray([3, 7], jnp.int32), cache)
-
-
-def step_in_slices(model: Decoder) -> tuple:
-    """The same, every layer sliced out of all of its stacks."""
-
-    def scan(*parts: Any, rows: int, **options: Any) -> tuple:
-        return scan_layers(*parts, **options)
-
-    with mock.patch.object(decoder, "scan_layers", scan):
-        return step_in_stacks(model)
-
-
 @pytest.mark.optimized
-@pytest.mark.parametrize("config", [PLAIN, MIXTURE], ids=["plain", "experts"])
-def test_weights_that_stay_in_their_stacks(config, monkeypatch):
-    """As kernels take them that read one where it lies: the same to the bit, here by XLA."""
-    model, asked = uneven(config), []
+def test_weights_that_stay_in_their_stacks(monkeypatch):
+    """As Triton's kernels read them: the same to the bit, here by XLA."""
+    model = random_decoder(PLAIN, quant=QuantConfig(blocksize=32), lora=LoraConfig(r=2))
+    logits, cache = model.prefill(*padded("left"), cache_length=8)
+    tokens = logits.argmax(axis=-1).astype(jnp.int32)
+    sliced = jax.jit(lambda model: model.decode_step(tokens, cache))(model)
+    asked = []
 
     def stays(layer: QuantDense, rows: int) -> bool:
         asked.append((layer.stack_shape, rows))
         return True
 
     monkeypatch.setattr(QuantDense, "stays_in_stack", stays)
-    in_place = jax.jit(step_in_stacks)(model)
-    # Of experts nobody asks: they stay, whatever multiplies them.
-    assert asked == [((3,), 2)] * (7 if config is PLAIN else 4)
-    jax.tree.map(np.testing.assert_array_equal, in_place, jax.jit(step_in_slices)(model))
-
-
-def test_a_layers_experts_are_taken_one_at_a_time():
-    """No value of the program is a layer's part of a stack of experts, of codes or of adapters."""
-    model = uneven(MIXTURE)
-    stacks = jax.tree.leaves(nnx.state(model.layers.mlp.experts))
-    parts = {jax.typeof(leaf[0]).str_short(short_dtypes=True) for leaf in stacks if leaf.ndim == 4}
-    in_stacks, in_slices = (
-        str(jax.make_jaxpr(step)(model)) for step in (step_in_stacks, step_in_slices)
-    )
-    assert len(parts) == 6
-    assert all(part in in_slices and part not in in_stacks for part in parts)
+    in_place = jax.jit(lambda model: model.decode_step(tokens, cache))(model)
+    assert asked == [((3,), len(tokens))] * 7
+    jax.tree.map(np.testing.assert_array_equal, in_place, sliced)
 
 
 def test_the_cache_has_to_hold_the_prompt():
