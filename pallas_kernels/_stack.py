@@ -1,10 +1,11 @@
 """One weight of a stack, which a kernel reads where it lies.
 
 The layers of a model lie in stacks, and a loop over them takes each layer's part of every stack.
-XLA hands that part to a Hopper kernel in place (from jax 0.11 on). For a Triton-lowered kernel it
-makes a copy first: where few rows are multiplied, as in decoding, a copy costs more than the
-product. So those kernels take the whole stack and the number of the layer, and add up addresses
-themselves.
+XLA hands that part to a Hopper kernel in place (from jax 0.11 on), if the loop's counter says which
+it is. For a Triton-lowered kernel it makes a copy first: where few rows are multiplied, as in
+decoding, a copy costs more than the product. So those kernels take the whole stack and the number
+of the layer, and add up addresses themselves. So does the Hopper gemv, for weights whose number is
+computed: a router's choice of experts.
 """
 
 from collections.abc import Callable

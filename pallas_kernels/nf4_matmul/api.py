@@ -66,7 +66,7 @@ def nf4_matmul(
         lora: an adapter's (xa, b), or None: xa [..., r] is s · x · Aᵀ and b [n, r] is B, both in
             x's dtype.
         layer: which weight, where codes, absmax, nested_absmax and offset are stacks with a leading
-            axis: the Triton-lowered kernels read it where it lies, which a slice would copy.
+            axis: the Triton-lowered kernels and the Hopper gemv read it where it lies.
         implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "mosaic_gpu", which
             is the Hopper gemv up to 16 rows and the Hopper matmul beyond.
         fuse_lora: add xa · bᵀ inside the kernel, to its float32 sums, instead of by a product of
@@ -125,9 +125,9 @@ def reads_layers(
     implementation: str | None = None,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> bool:
-    """Whether `nf4_matmul` reads one of a stack of weights where it lies if it is told which.
+    """Whether a layer of a stack had better be told to `nf4_matmul` by number than be sliced.
 
-    The Triton-lowered kernels do, see `_stack`; others take a slice.
+    It had for the Triton-lowered kernels, see `_stack`, in stacks in which they find an element.
 
     Args:
         rows, layout, implementation, dtype: as of `which_implementation`.

@@ -2,7 +2,8 @@
 
 A router scores all experts; a token goes through the best `num_experts_per_tok` of them, and their
 outputs are added up in the proportions of the scores. The experts are one `MLP` whose Variables
-carry a leading axis, so a quantized expert is a slice of stacked codes.
+carry a leading axis, so a quantized expert is a slice of stacked codes: of one layer's, or of all
+layers' (`stack.LayerOf`), because for a loop over a layer's part of them XLA copies that part.
 
     tokens × k pairs, sorted by expert:  e0 e0 e0 e0 e0 | e1 | e2 e2 | e3 e3 e3 e3
     blocks of 3, each of one expert:     e0 e0 e0 | e0 e0 . | e1 . . | e2 e2 . | e3 e3 e3 | e3 . .

@@ -63,7 +63,7 @@ def in_slices(program: Callable[[Decoder], Any]) -> Callable[[Decoder], Any]:
     """The program with each layer sliced out of all of its stacks."""
 
     def run(model: Decoder) -> Any:
-        with mock.patch.object(stack, "_stay", lambda *_: set()):
+        with mock.patch.object(stack, "_stay", return_value=set()):
             return program(model)
 
     return run
