@@ -160,8 +160,8 @@ def _stay(layers: nnx.Module, rows: int | None) -> set[tuple]:
     return paths
 
 
-def _at_layer(stacks: PyTree, layer: Int[Array, ""] | None) -> PyTree:
-    """One layer's part of what is left in its stacks."""
+def _at_layer(stacks: PyTree, layer: Any) -> PyTree:
+    """One layer's part of what is left in its stacks; `layer` is None where nothing is."""
 
     def part(stack: Any) -> Any:
         if isinstance(stack, QuantizedTensor) and len(stack.stack_shape) == 1:
