@@ -16,7 +16,7 @@ from qlora_jax.evaluate import split_adapters
 from qlora_jax.generate import GenerationConfig
 from qlora_jax.generate.decode import advance, start
 from qlora_jax.models import stack
-from qlora_jax.nn import QuantDense
+from qlora_jax.nn import LoraConfig, QuantDense
 from qlora_jax.plan import Workload, find_config
 from qlora_jax.plan.workload import decoding_step, model_shapes, traced_for
 
@@ -28,9 +28,13 @@ LINEARS = 7
 
 
 def compiled_step(card, batch, model="llama-2-7b", layers=2):
-    """The program for one token of two layers of a model, its kernels, and its slices of codes."""
+    """The program for one token of a model's first layers, its kernels, and its slices of codes.
+
+    Adapters are in the compute dtype: a step by itself would hold others twice.
+    """
     config = dataclasses.replace(find_config(model), num_hidden_layers=layers)
-    step = decoding_step(Workload(config, 512), CARDS[card], batch=batch, length=512)
+    work = Workload(config, 512, lora=LoraConfig(dtype=jnp.bfloat16))
+    step = decoding_step(work, CARDS[card], batch=batch, length=512)
     compiled, kernels = harness.inspect_kernels(CARDS[card], step.fn, *step.args)
     hlo = compiled.as_text()
     assert len(re.findall("__gpu[$]xla.gpu.triton|mosaic_gpu_v2", hlo)) == LINEARS
