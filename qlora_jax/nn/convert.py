@@ -7,6 +7,7 @@
 A module is found by walking attributes, lists, tuples and dicts; what is not linear is left alone.
 """
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,15 @@ from qlora_jax.quant import QuantConfig
 
 LINEAR = (nnx.Linear, nnx.LinearGeneral)
 """The layers that a `QuantDense` takes the place of."""
+
+_PRODUCT = (
+    "dot_general",
+    "dot_general_cls",
+    "precision",
+    "preferred_element_type",
+    "promote_dtype",
+)
+"""What may be set in such a layer that a product through packed codes does not carry out."""
 
 
 def quantize_module(
@@ -44,28 +54,35 @@ def quantize_module(
         The same module.
 
     Raises:
-        ValueError: there is no linear layer to replace, or one is of a subclass that has a
-            `__call__` of its own (as `nnx.LoRALinear`); a name in `skip` is no linear layer's.
+        ValueError: there is no linear layer to replace, or one computes something else (it is of
+            a subclass that has a `__call__` of its own, as `nnx.LoRALinear`, or has a `dot_general`
+            or `precision` of its own); a name in `skip` is no linear layer's. The module is as it
+            was.
     """
-    paths: list[str] = []
+    linears: dict[str, Any] = {}
 
     def note(path: str, linear: nnx.Module) -> nnx.Module:
-        paths.append(path)
+        linears[path] = linear
         return linear
 
     if not replace_layers(module, LINEAR, note):
         raise ValueError(f"{type(module).__name__} holds no nnx.Linear; nothing to quantize")
     # One name is a sequence of names, too: its letters.
     skipped = {skip} if isinstance(skip, str) else set(skip)
-    strange = skipped - {name for path in paths for name in (path, path.rpartition(".")[2])}
+    strange = skipped - {name for path in linears for name in (path, path.rpartition(".")[2])}
     if strange:
         raise ValueError(
             f"skip names {sorted(strange)[0]!r}, which is no nnx.Linear of "
-            f"{type(module).__name__}; it has {listed(paths)}"
+            f"{type(module).__name__}; it has {listed(linears)}"
         )
 
+    left = {path for path in linears if skipped & {path, path.rpartition(".")[2]}}
+    for path, linear in linears.items():
+        if path not in left:
+            _refuse_other_products(path, linear)
+
     def convert(path: str, linear: nnx.Linear | nnx.LinearGeneral) -> nnx.Module:
-        if skipped & {path, path.rpartition(".")[2]}:
+        if path in left:
             return linear
         return frozen_dense(path, linear, config, compute_dtype, implementation)
 
@@ -86,23 +103,9 @@ def frozen_dense(
         ValueError: it computes something else than an `nnx.Linear` or `nnx.LinearGeneral`, or is a
             stack.
     """
-    kind = nnx.LinearGeneral if isinstance(linear, nnx.LinearGeneral) else nnx.Linear
-    if type(linear).__call__ is not kind.__call__:
-        raise ValueError(
-            f"{path} is a {type(linear).__name__}, which has a __call__ of its own that a "
-            "QuantDense would not carry out: name it in skip (or leave it out of target_modules), "
-            f"or build it around an nnx.{kind.__name__}"
-        )
+    _refuse_other_products(path, linear)
     kernel = linear.kernel.get_value()
-    inputs, outputs = (
-        (size,) if isinstance(size, int) else size
-        for size in (linear.in_features, linear.out_features)
-    )
-    if kernel.shape != (*inputs, *outputs):
-        raise ValueError(
-            f"{path} has a kernel of shape {kernel.shape}; {(*inputs, *outputs)} is one matrix: "
-            "convert the layer before stacking it with nnx.vmap; skip one that has batch axes"
-        )
+    inputs, outputs = _sizes(linear)
     weight = kernel.reshape(math.prod(inputs), math.prod(outputs)).T
     bias = None if linear.bias is None else linear.bias.get_value().reshape(-1)
     options: dict[str, Any] = {
@@ -123,6 +126,40 @@ def frozen_dense(
         bias_init=lambda *_: bias,
         **options,
     )
+
+
+def _refuse_other_products(path: str, linear: nnx.Linear | nnx.LinearGeneral) -> None:
+    """Refuses a layer that a `QuantDense` would compute otherwise."""
+    kind = nnx.LinearGeneral if isinstance(linear, nnx.LinearGeneral) else nnx.Linear
+    if type(linear).__call__ is not kind.__call__:
+        raise ValueError(
+            f"{path} is a {type(linear).__name__}, which has a __call__ of its own that a "
+            "QuantDense would not carry out: name it in skip (or leave it out of target_modules), "
+            f"or build it around an nnx.{kind.__name__}"
+        )
+    options = inspect.signature(kind.__init__).parameters
+    for name in _PRODUCT:
+        if name in options and getattr(linear, name) != options[name].default:
+            raise ValueError(
+                f"{path} has {name}={getattr(linear, name)!r}, which a QuantDense would not carry "
+                f"out: name {path} in skip (or leave it out of target_modules), or set {name} back "
+                f"to nnx.{kind.__name__}'s default first"
+            )
+    shape, (inputs, outputs) = linear.kernel.get_value().shape, _sizes(linear)
+    if shape != (*inputs, *outputs):
+        raise ValueError(
+            f"{path} has a kernel of shape {shape}; {(*inputs, *outputs)} is one matrix: "
+            "convert the layer before stacking it with nnx.vmap; skip one that has batch axes"
+        )
+
+
+def _sizes(linear: nnx.Linear | nnx.LinearGeneral) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes that go in and those that come out."""
+    inputs, outputs = (
+        (size,) if isinstance(size, int) else tuple(size)
+        for size in (linear.in_features, linear.out_features)
+    )
+    return inputs, outputs
 
 
 def listed(names: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Any user's NNX module becomes a QLoRA one."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,36 @@ def test_a_linear_that_computes_something_else_is_refused_by_name() -> None:
         ql.quantize_module(model)
     ql.quantize_module(model, skip="other")
     assert isinstance(model["other"], nnx.LoRALinear)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        (nnx.Linear, {"dot_general": partial(jax.lax.dot_general)}),
+        (nnx.Linear, {"precision": "highest"}),
+        (nnx.Linear, {"preferred_element_type": jnp.float32}),
+        (nnx.Linear, {"promote_dtype": lambda arrays, **_: arrays}),
+        (nnx.LinearGeneral, {"dot_general": partial(jax.lax.dot_general)}),
+        (nnx.LinearGeneral, {"dot_general_cls": lambda: jax.lax.dot_general}),
+        (nnx.LinearGeneral, {"precision": jax.lax.Precision.HIGHEST}),
+    ],
+)
+def test_a_product_of_its_own_is_refused_by_name_and_nothing_is_replaced(
+    kind: type, option: dict[str, Any]
+) -> None:
+    model = nnx.Dict(
+        plain=nnx.Linear(64, 64, rngs=nnx.Rngs(0)),
+        other=kind(64, 64, **option, rngs=nnx.Rngs(0)),
+    )
+    match = rf"^other has {next(iter(option))}=.*name other in skip .*target_modules.* set"
+    with pytest.raises(ValueError, match=match):
+        ql.add_lora(model, ql.LoraConfig(target_modules=("other",)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=match):
+        ql.quantize_module(model)
+    assert isinstance(model["plain"], nnx.Linear)
+    ql.quantize_module(model, skip="other")
+    assert isinstance(model["plain"], ql.QuantDense)
+    assert isinstance(model["other"], kind)
 
 
 def test_a_linear_that_only_begins_otherwise_is_replaced() -> None:
