@@ -103,14 +103,7 @@ def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = Non
     name = str(tree.get("name") or Path(where).stem)
     if name != Path(name).name or name == "..":
         raise ValueError(f"name in {where} is {name!r}, but a folder in runs/ is called by it.")
-    # The file of a single run is a sweep of one cell.
-    models = _sources(tree.get("models", [base.get("model", {})]), MODELS, "models", where)
-    datasets = _sources(tree.get("datasets", [base.get("data", {})]), DATASETS, "datasets", where)
-    seeds = tree.get("seeds", [(base.get("train") or {}).get("seed", 0)])
-    if not isinstance(seeds, list) or not seeds:
-        raise ValueError(f"seeds in {where} is {seeds!r}, but should be a list such as [0, 1].")
-    seeds = [convert(seed, int, "a seed", where) for seed in seeds]
-    axes = _axes(tree.get("axes") or {}, where)
+    models, datasets, seeds, axes = _lists(tree, where)
     rules = _rules(tree.get("rules") or [], ["dataset", "model", "seed", *axes], where)
 
     _refuse_idle(settings or {}, axes, rules)
@@ -136,6 +129,29 @@ def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = Non
             raise ValueError(f"{where} makes two cells called {cell.name}: give them other labels.")
         cells[cell.name] = cell
     return Sweep(name, tuple(cells.values()))
+
+
+def check_rules(tree: Tree, file: Tree, where: str) -> None:
+    """ValueError for a rule about a label that no list has, of a sweep or of its file.
+
+    Args:
+        tree: the sweep, in which the command line's lists are in the place of the file's.
+        file: the file's content, whose rules may be for what this command leaves out.
+        where: what to call the file in a message.
+    """
+    labels: dict[str, list[str]] = {}
+    for lists in (tree, file):
+        models, datasets, seeds, axes = _lists(lists, where)
+        for key, own in {"dataset": datasets, "model": models, "seed": seeds, **axes}.items():
+            labels.setdefault(key, []).extend(map(str, own))
+    for condition, _ in _rules(tree.get("rules") or [], list(labels), where):
+        for key, values in condition.items():
+            known = list(dict.fromkeys(labels[key]))
+            for value in values.difference(known):
+                raise ValueError(
+                    f"a rule in {where} is for {key} {value!r}, which no cell is called by: there "
+                    f"{'is' if len(known) == 1 else 'are'} {', '.join(known)}."
+                )
 
 
 def _refuse_idle(
@@ -170,6 +186,19 @@ def _with_all(tree: Tree, options: Mapping[str, Any]) -> Tree:
 def _with_source(tree: Tree, section: str, known: Collection[str], source: Any, where: str) -> Tree:
     base = named_source(known, tree.get(section, {}), f"{section} in {where}")
     return {**tree, section: merged(base, named_source(known, source, f"{section} in {where}"))}
+
+
+def _lists(
+    tree: Tree, where: str
+) -> tuple[dict[str, Any], dict[str, Any], list[Any], dict[str, dict[str, Tree]]]:
+    """Models, datasets, seeds and axes; the file of a single run is a sweep of one cell."""
+    models = _sources(tree.get("models", [tree.get("model", {})]), MODELS, "models", where)
+    datasets = _sources(tree.get("datasets", [tree.get("data", {})]), DATASETS, "datasets", where)
+    seeds = tree.get("seeds", [(tree.get("train") or {}).get("seed", 0)])
+    if not isinstance(seeds, list) or not seeds:
+        raise ValueError(f"seeds in {where} is {seeds!r}, but should be a list such as [0, 1].")
+    seeds = [convert(seed, int, "a seed", where) for seed in seeds]
+    return models, datasets, seeds, _axes(tree.get("axes") or {}, where)
 
 
 def _sources(given: Any, known: Collection[str], what: str, where: str) -> dict[str, Any]:
@@ -241,7 +270,7 @@ def _rules(given: Any, keys: list[str], where: str) -> list[tuple[dict[str, set[
         for key, value in _section(rule["when"], "a rule's when", where).items():
             if key not in keys:
                 raise unknown_key(str(key), keys, "when", where)
-            condition[key] = {str(v) for v in (value if isinstance(value, list) else [value])}
+            condition[key] = {_shown(v) for v in (value if isinstance(value, list) else [value])}
         rules.append((condition, dict(_dotted(_section(rule["set"], "a rule's set", where)))))
     return rules
 

@@ -37,7 +37,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from experiments.cells import Cell, Sweep, build_sweep
+from experiments.cells import Cell, Sweep, build_sweep, check_rules
 from experiments.cli import (
     CONFIGS,
     interrupted,
@@ -129,7 +129,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def read_sweep(options: argparse.Namespace) -> Sweep:
     """The sweep that the command line describes; ValueError or OSError where there is none."""
-    tree, where = _tree(options)
+    file, where = _tree(options)
+    tree = dict(file)
     for name in ("models", "datasets", "seeds"):
         chosen = getattr(options, name)
         if chosen is not None:
@@ -141,6 +142,8 @@ def read_sweep(options: argparse.Namespace) -> Sweep:
     if isinstance(given, dict):  # anything else is refused below
         tree["axes"] = {**given, **own}
     sweep = build_sweep(tree, where, settings)
+    if options.preset is None:  # a preset's are for every model and dataset of the paper
+        check_rules(tree, file, where)
     if options.only is None:
         return sweep
     cells = tuple(c for c in sweep.cells if fnmatch.fnmatch(c.name.lower(), options.only.lower()))

@@ -207,6 +207,45 @@ def test_an_axis_of_the_file_is_not_overruled_in_silence(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("when", "words"),
+    [
+        ("model: stdlib-4M", "model 'stdlib-4M', which no cell is called by: there are stdlib-1m"),
+        ("dataset: [chat, describe]", "dataset 'describe'"),
+        ("seed: 1", "seed '1', which no cell is called by: there is 0."),
+        ("quant: nf4", "quant 'nf4', which no cell is called by: there is none."),
+    ],
+)
+def test_a_rule_for_no_cell_is_refused(when, words, tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    lists = "models: [stdlib-1m, stdlib-4m]\ndatasets: [chat]\naxes: {quant: [null]}\n"
+    file.write_text(f"{lists}rules: {{when: {{{when}}}, set: {{lora.r: 2}}}}\n")
+    assert sweep.main([str(file), "--dry-run"]) == 2
+    assert words in sentence(capsys)
+
+
+def test_a_rule_may_be_for_what_a_command_leaves_out_or_brings(tmp_path):
+    file = tmp_path / "a.yaml"
+    rule = "{{when: {{{}}}, set: {{lora.r: {}}}}}".format
+    rules = ", ".join(map(rule, ("model: stdlib-4m", "seed: 7", "lora.bias: none"), (2, 3, 4)))
+    file.write_text(
+        f"models: [stdlib-1m, stdlib-4m]\naxes: {{lora.bias: [all]}}\nrules: [{rules}]\n"
+    )
+    command = f"{file} --models stdlib-1m --seeds 0 7 --axis lora.bias=all,none"
+    options = sweep.make_parser().parse_args(command.split())
+    assert [cell.run.lora.r for cell in sweep.read_sweep(options).cells] == [64, 3, 4, 4]
+
+
+def test_a_rule_is_for_the_values_of_an_axis(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "axes: {quant.double_quant: [true, false]}\n"
+        "rules: {when: {quant.double_quant: true}, set: {lora.r: 2}}\n"
+    )
+    options = sweep.make_parser().parse_args([str(file)])
+    assert [cell.run.lora.r for cell in sweep.read_sweep(options).cells] == [2, 64]
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         ("--seed 3 --set train.seed=4", "train.seed=3 and train.seed=4"),
