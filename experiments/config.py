@@ -77,9 +77,11 @@ class DataConfig:
         hub_files: of one on the hub, read only these of its files (patterns): FLAN v2's
             submixtures.
         split: the rows to train on; None for the only split or "train".
-        validation_source: another source for the validation rows; None for the same.
+        validation_source: another source for the validation rows, in the format of the training
+            rows: as `source`, but no dataset of the paper; None for the same.
         validation_split: the split that holds them; None without a `validation_source` holds
             `validation_rows` of the training rows out instead (the same ones for every seed).
+            An embedded dataset has its own.
         validation_rows: how many rows are held out, or, of a split, the most that are used.
         max_rows: train on the first so many rows only.
         columns: by the name that the format knows, what the dataset calls a column
@@ -304,11 +306,8 @@ def _resolved(data: DataConfig, where: str) -> DataConfig:
             f"a dataset of the paper ({', '.join(INSTRUCT)}): name the file as data.source."
         )
     data = dataclasses.replace(data, train_on=data.train_on or "response")
-    embedded = DATASETS.get(data.source)
-    if embedded is None:
-        return data
-    if data.format == "auto":
-        data = dataclasses.replace(data, format=embedded.format)
-    if data.validation_source is None and data.validation_split is None:
+    if data.source in DATASETS and data.format == "auto":
+        data = dataclasses.replace(data, format=DATASETS[data.source].format)
+    if data.validation_split is None and (data.validation_source or data.source) in DATASETS:
         data = dataclasses.replace(data, validation_split="validation")
     return data

@@ -121,14 +121,12 @@ def told_of_cuts(data: DataConfig, examples: Examples | Pairs) -> str:
 
 def _split_rows(data: DataConfig, folder: Path) -> tuple[Any, Any, Format]:
     """Training rows, held-out rows, and the format of both."""
-    embedded = DATASETS.get(data.source)
-    source = embedded.folder if embedded else data.source
     if data.source in INSTRUCT:
         parts = None if data.hub_files is None else list(data.hub_files)
         rows, form, _ = load_instruct(data.source, data.files, data.split, data_files=parts)
     else:
-        split = data.split or ("train" if embedded else None)
-        rows = load_rows(source, split, name=data.name, columns=data.columns)
+        split = data.split or ("train" if data.source in DATASETS else None)
+        rows = load_rows(_place(data.source), split, name=data.name, columns=data.columns)
         form = _format(data, folder, rows.column_names)
     if data.validation_source is None and data.validation_split is None:
         if len(rows) <= data.validation_rows:
@@ -149,12 +147,17 @@ def _split_rows(data: DataConfig, folder: Path) -> tuple[Any, Any, Format]:
     else:
         name = None if data.validation_source else data.name
         held_out = load_rows(
-            data.validation_source or source,
+            _place(data.validation_source or data.source),
             data.validation_split,
             name=name,
             columns=data.columns,
         )
     return rows, _first(held_out, data.validation_rows), form
+
+
+def _place(source: str) -> str | Path:
+    """Where `load_rows` finds a source that is no dataset of the paper."""
+    return DATASETS[source].folder if source in DATASETS else source
 
 
 def _held_out(rows: Any, count: int) -> tuple[Any, Any]:

@@ -70,3 +70,16 @@ def test_columns_of_a_dataset_are_named_for_the_format(tiny_model, tmp_path):
     expected, _, _ = examples_of(build_run({"data": data}, "here").data, tiny_model, None)
     for examples in (train, held_out):
         assert [list(e.labels) for e in examples] == [list(e.labels) for e in expected]
+
+
+def test_rows_are_held_against_an_embedded_dataset(tiny_model, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps({"instruction": "a", "input": "", "output": "b c"}) + "\n")
+    data = {"source": str(file), "validation_source": "describe", "validation_rows": 5}
+    run = build_run({"data": data, "model": str(tiny_model)}, "here")
+    assert run.data.validation_split == "validation"
+    train, held_out, _ = examples_of(run.data, tiny_model, None)
+    described = build_run({"data": {"source": "describe", "validation_rows": 5}}, "here").data
+    _, expected, _ = examples_of(described, tiny_model, None)
+    assert len(train) == 1
+    assert [list(e.labels) for e in held_out] == [list(e.labels) for e in expected]
