@@ -78,7 +78,8 @@ def attend(
         implementation: "xla" holds all scores and takes everything; "cudnn" is linear in memory
             where there is no bias, and knows no soft cap; "chunked" takes everything and is linear
             in memory (`chunked_attention.py`). A mask or segments cuDNN would need for all pairs,
-            so above `LONG` queries "cudnn" with either is run as "chunked".
+            so above `LONG` queries "cudnn" with either is run as "chunked". The scores of one query
+            (a step of decoding) are few: there is nothing to fuse or to cut.
 
     Raises:
         ValueError: a window without causality, or a soft cap under cuDNN.
@@ -87,7 +88,8 @@ def attend(
         raise ValueError(f"window is {window} without causal=True: give both, or mask the scores.")
     masked = mask is not None or segments is not None
     too_long = query.shape[1] > LONG and masked and bias is None and softcap is None
-    if implementation == "chunked" or (implementation == "cudnn" and too_long):
+    one = query.shape[1] == 1
+    if not one and (implementation == "chunked" or (implementation == "cudnn" and too_long)):
         return chunked_attention(
             query,
             key,
@@ -103,15 +105,16 @@ def attend(
     if segments is not None:
         own = segments[0][:, None, :, None] == segments[1][:, None, None, :]
         mask = own if mask is None else own & mask
-    if softcap is not None:
-        if implementation == "cudnn":
-            raise ValueError(
-                f"attention is {implementation!r}, which has no soft cap: give attention='xla' or "
-                "'chunked'."
-            )
+    if softcap is not None and implementation == "cudnn":
+        raise ValueError(
+            f"attention is {implementation!r}, which has no soft cap: give attention='xla' or "
+            "'chunked'."
+        )
+    if softcap is not None or (one and (implementation == "chunked" or query.dtype == jnp.float16)):
         mask = _visible(query.shape[1], key.shape[1], mask, causal, window)
-        return _capped(query, key, value, mask, scale, softcap, bias)
-    if mask is not None and implementation == "cudnn":
+        return _plain(query, key, value, mask, scale, softcap, bias)
+    cudnn = implementation == "cudnn" and not one
+    if mask is not None and cudnn:
         # cuDNN broadcasts a mask over batch and heads, but not over queries.
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
     return jax.nn.dot_product_attention(
@@ -123,7 +126,7 @@ def attend(
         is_causal=causal,
         scale=scale,
         local_window_size=None if window is None else (window - 1, 0),
-        implementation=implementation,
+        implementation="cudnn" if cudnn else "xla",
     )
 
 
@@ -138,16 +141,18 @@ def _visible(
     return mask
 
 
-def _capped(
+def _plain(
     query: Array,
     key: Array,
     value: Array,
     mask: Array | None,
     scale: float | None,
-    softcap: float,
+    softcap: float | None,
     bias: Array | None,
 ) -> Array:
-    """`jax.nn.dot_product_attention` has no soft cap: the same sum, with it."""
+    """The sum of `jax.nn.dot_product_attention`, which has no soft cap, and asks in 16 bits for
+    products by name that XLA has not everywhere: in bfloat16 none before CUDA 8.0, in float16 none
+    on a CPU, and of one query on no GPU."""
     batch, queries, heads, dim = query.shape
     groups = key.shape[2]
 
@@ -157,7 +162,9 @@ def _capped(
 
     query = query.reshape(batch, queries, groups, heads // groups, dim)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", query, key, preferred_element_type=jnp.float32)
-    scores = softcap * jnp.tanh(scores * (dim**-0.5 if scale is None else scale) / softcap)
+    scores = scores * (dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores = scores + grouped(bias)
     if mask is not None:
@@ -252,6 +259,7 @@ def attention_for(
     |---|---|---|---|
     | CUDA of 8.0 or newer | one that cuDNN takes | cudnn | linear in memory, and the fastest |
     | CUDA older than that | any | chunked | XLA has no bfloat16 product there that "xla" asks for |
+    | CPU | in float16 | chunked | nor a float16 one there |
     | any other | with a bias on the scores | xla | the bias is as large as they are |
     | | up to `LONG` tokens | xla | all scores are few, and one product is faster than a loop |
     | | more tokens than that | chunked | linear in memory, and takes every case |
@@ -276,7 +284,7 @@ def attention_for(
     old = cuda and compute_capability is not None and compute_capability < (8, 0)
     if cuda and narrow and fits and not old:
         return "cudnn"
-    if old:
+    if old or (platform == "cpu" and jnp.dtype(compute_dtype) == jnp.float16):
         return "chunked"
     if bias:
         return "xla"

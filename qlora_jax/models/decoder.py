@@ -229,7 +229,7 @@ class Decoder(nnx.Module):
                     causal=False,
                     scale=config.attention_scale,
                     softcap=config.attn_logit_softcapping,
-                    implementation="xla",
+                    implementation=self.attention,
                 )
                 return mixed, whole
 

@@ -260,9 +260,8 @@ class EncoderDecoder(nnx.Module):
         length = cache.key.shape[3]
         slots = jnp.arange(length)
         bias = self.decoder.bias(cache.filled[None], slots, longest=length)
-        # One query: there is nothing for another implementation to save.
-        view = View(bias, (slots <= cache.filled)[None, None, None], False, "xla")
-        source_view = View(None, key_mask(cache.source_mask), False, "xla")
+        view = View(bias, (slots <= cache.filled)[None, None, None], False, self.attention)
+        source_view = View(None, key_mask(cache.source_mask), False, self.attention)
 
         def apply(
             layer: DecoderLayer, carry: tuple[Array, Pair], given: tuple[Array, Pair]

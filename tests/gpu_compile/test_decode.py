@@ -15,7 +15,7 @@ from pallas_kernels.cards import CARDS
 from qlora_jax.evaluate import split_adapters
 from qlora_jax.generate import GenerationConfig
 from qlora_jax.generate.decode import advance, start
-from qlora_jax.models import stack
+from qlora_jax.models import attend, stack
 from qlora_jax.nn import LoraConfig, QuantDense
 from qlora_jax.plan import Workload, find_config
 from qlora_jax.plan.workload import decoding_step, model_shapes, traced_for
@@ -169,3 +169,19 @@ def test_all_experts_of_a_layer_would_be_copied(card, monkeypatch):
     compiled, _, slices = compiled_step(card, 1, "mixtral-8x7b")
     assert of_experts(slices).count("1,8,14336,2048") == 2
     assert compiled.memory_analysis().temp_size_in_bytes > 3 * 8 * EXPERT
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "implementation", "groups"),
+    [("t4", jnp.bfloat16, "chunked", 4), ("a100-40", jnp.float16, "cudnn", 8)],
+)
+def test_one_query_is_mixed_where_xla_lacks_the_product_that_jax_names(
+    card, dtype, implementation, groups
+):
+    query = jax.ShapeDtypeStruct((2, 1, 8, 64), dtype)
+    keys = jax.ShapeDtypeStruct((2, 256, groups, 64), dtype)
+
+    def mixed(query, key, value):
+        return attend(query, key, value, causal=False, implementation=implementation)
+
+    harness.compile_for(CARDS[card], mixed, query, keys, keys)

@@ -83,6 +83,19 @@ def test_greedy_decoding_equals_full_forward_passes(config, side):
     assert np.isnan(logits).all()
 
 
+def test_decoding_in_float16_on_a_cpu():
+    model = random_decoder(PLAIN, compute_dtype=jnp.float16, attention="chunked")
+    exact = random_decoder(PLAIN)
+    ids, mask = padded("left")
+    logits, cache = model.prefill(ids, mask, cache_length=6)
+    expected, exact_cache = exact.prefill(ids, mask, cache_length=6)
+    np.testing.assert_allclose(logits, expected, atol=5e-3)
+    tokens = jnp.asarray([4, 5], jnp.int32)
+    logits, _ = decode(model, tokens, cache)
+    expected, _ = decode(exact, tokens, exact_cache)
+    np.testing.assert_allclose(logits, expected, atol=5e-3)
+
+
 @pytest.mark.optimized
 def test_weights_that_stay_in_their_stacks(monkeypatch):
     """As Triton's kernels read them: the same to the bit, here by XLA."""
