@@ -5,6 +5,7 @@ read as such or as plain characters. Each variant is a library object of its own
 needed, because neither library takes these choices per call.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -95,8 +96,35 @@ class JsonBackend:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        """The text of ids."""
-        return self._plain.decode(list(ids), skip_special_tokens=skip_special)
+        """The text of ids; a byte that belongs to no character is U+FFFD, as in SentencePiece."""
+        return self._plain.decode(self._whole_characters(ids), skip_special_tokens=skip_special)
+
+    def _whole_characters(self, ids: Sequence[int]) -> list[int]:
+        """Ids in which U+FFFD's bytes stand for a byte that belongs to no character.
+
+        `tokenizers` would write U+FFFD for every byte of such a run, those of whole characters
+        included, and a stream has written these already.
+        """
+        whole: list[int] = []
+        for is_byte, run in itertools.groupby(ids, self._bytes.__contains__):
+            if is_byte:
+                text = bytes(map(self._bytes.__getitem__, run)).decode(errors="surrogateescape")
+                mended = re.sub("[\udc80-\udcff]", "\ufffd", text).encode()
+                whole += map(self._byte_ids.__getitem__, mended)
+            else:
+                whole += run
+        return whole
+
+    @cached_property
+    def _byte_ids(self) -> list[int]:
+        """The ids of the 256 bytes, where the file writes characters without a piece as such."""
+        ids = [self._plain.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        falls_back = '"ByteFallback"' in json.dumps(self._spec.get("decoder"))
+        return [id_ for id_ in ids if id_ is not None] if falls_back and None not in ids else []
+
+    @cached_property
+    def _bytes(self) -> dict[int, int]:
+        return {id_: byte for byte, id_ in enumerate(self._byte_ids)}
 
     def _variant(self, *, continues: bool, special: bool) -> tokenizers.Tokenizer:
         if (continues, special) not in self._variants:

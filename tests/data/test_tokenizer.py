@@ -309,6 +309,26 @@ def test_a_t5s_sentinels_keep_their_ids(name, content, tmp_path):
         load_tokenizer(tmp_path).with_tokens(["<|x|>"])
 
 
+@given(st.lists(st.sampled_from("a 🧿é") | st.binary(min_size=1, max_size=4), max_size=6))
+def test_bytes_of_no_character_leave_those_of_others_whole(llama2, parts):
+    """In a text that breaks off within one: `tokenizers` would lose its neighbours."""
+    fast, piece = llama2
+    ids = [
+        id_
+        for part in parts
+        for id_ in (
+            [piece.token_id(f"<0x{byte:02X}>") for byte in part]
+            if isinstance(part, bytes)
+            else piece.encode(part, bos=False, continues=True)
+        )
+    ]
+    whole = piece.decode(ids)
+    assert fast.decode(ids) == whole
+    for end in range(len(ids)):
+        begun = fast.decode(ids[:end]).rstrip("\ufffd")
+        assert whole.startswith(begun)
+
+
 def test_ids_behind_the_last_piece_decode(tmp_path):
     """A T5 writes sentinels, and any model may write an id that only pads its vocabulary."""
     file = shared_path("data/tokenizers/t5/spiece.model")
