@@ -224,9 +224,15 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: GenerationConfig, sh
         shape: the model's `config`, such as a `DecoderConfig`.
 
     Raises:
-        ValueError: an empty prompt, or one that leaves no room for `max_new_tokens`.
+        ValueError: an empty prompt, or one that leaves no room for `max_new_tokens`; or that leaves
+            none for any prompt, given or not.
     """
     room = _room(shape, config)
+    if room is not None and room < 1:
+        raise ValueError(
+            f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in the model's "
+            f"{room + config.max_new_tokens} positions: give less."
+        )
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {index} is empty: begin it with the bos token at least.")

@@ -58,7 +58,9 @@ def test_generate_streams_one_prompt_and_lists_several(folder, capsys, monkeypat
     assert capsys.readouterr() == (alone, "The prompt, then Ctrl-D on a line of its own:\n")
 
 
-def test_chat_answers_turn_by_turn(folder, capsys, monkeypatch, tmp_path):
+@pytest.fixture
+def chatting(folder, tmp_path):
+    """The folder with a chat template."""
     chatting = tmp_path / "model"
     shutil.copytree(folder, chatting)
     tokenizer = json.loads((chatting / "tokenizer_config.json").read_text())
@@ -67,9 +69,21 @@ def test_chat_answers_turn_by_turn(folder, capsys, monkeypatch, tmp_path):
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     (chatting / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return chatting
+
+
+def test_chat_answers_turn_by_turn(chatting, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAgain\n\n"))
     assert main(["chat", str(chatting), "--system", "Be brief.", *SMALL]) == 0
     assert capsys.readouterr().out.count("> ") == 3
+
+
+def test_answers_without_room_are_refused_before_the_first_turn(chatting, capsys, monkeypatch):
+    monkeypatch.setattr("qlora_jax.cli.writing.load_model", lambda *_, **__: pytest.fail("read"))
+    assert main(["chat", str(chatting), *SMALL, "--max-new-tokens", "64"]) == 2
+    out, err = capsys.readouterr()
+    assert "max_new_tokens=64 leaves no room for a prompt in the model's 64 positions" in err
+    assert not out
 
 
 def test_bad_input_is_refused(folder, capsys):
@@ -108,7 +122,7 @@ def test_what_is_wrong_is_told_before_the_model_is_read(folder, capsys, tmp_path
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     for model, options, words in (
         (folder, ["a " * 70], "prompt 0 has 72 tokens, and with max_new_tokens=5 exceeds"),
-        (folder, ["x", "--max-new-tokens", "64"], "and with max_new_tokens=64 exceeds"),
+        (folder, ["x", "--max-new-tokens", "64"], "max_new_tokens=64 leaves no room for a prompt"),
         (folder, ["x", "--stop", ""], "stop holds an empty text"),
         (folder, ["x", "--temperature", "1e-50"], "temperature=1e-50 is too near to 0"),
         (folder, ["x", "--blocksize", "32"], "--16-bit is given, but other options ask for"),
