@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qlora_jax.checkpoints import MODES, Checkpoint, check_shapes, open_checkpoint
 from qlora_jax.checkpoints.save import MAX_SHARD_SIZE
+from qlora_jax.nn.lora import SEEDS
 from qlora_jax.pretrained import find_source
 from qlora_jax.quant import QuantConfig
 
@@ -25,10 +26,10 @@ def open_source(name: str, revision: str | None) -> Checkpoint:
 
 
 def seed(text: str) -> int:
-    """The value of a `--seed`, as `add_argument(type=seed)` takes it: JAX's keys hold 32 bits."""
+    """The value of a `--seed`, as `add_argument(type=seed)` takes it."""
     number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{number} is no seed: give one from 0 to {2**32 - 1}")
+    if number not in SEEDS:
+        raise argparse.ArgumentTypeError(f"{number} is no seed: give one from 0 to {SEEDS[-1]}")
     return number
 
 

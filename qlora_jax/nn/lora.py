@@ -22,6 +22,9 @@ from pallas_kernels import vary_alike
 from qlora_jax.nn import targets
 
 ALL_LINEAR = targets.ALL_LINEAR
+SEEDS = range(2**32)
+"""What may seed the adapters and their dropout: JAX's keys hold 32 bits."""
+
 _INITS = (True, "gaussian", "loftq", "pissa")
 
 

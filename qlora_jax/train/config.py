@@ -11,6 +11,7 @@ import numbers
 import numpy as np
 import optax
 
+from qlora_jax.nn.lora import SEEDS
 from qlora_jax.optim import (
     SCHEDULES,
     decay_mask,
@@ -111,11 +112,11 @@ class TrainConfig:
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("seed", "eval_every", "save_every", "page_min_size", "warmup_steps"):
+        for name in ("eval_every", "save_every", "page_min_size", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed={self.seed} must be less than 2**32: JAX's keys hold 32 bits.")
+        if self.seed not in SEEDS:
+            raise ValueError(f"seed={self.seed} must be 0 to {SEEDS[-1]}.")
         for name in ("learning_rate", "weight_decay"):
             if not 0 <= self._single(name) < math.inf:
                 raise ValueError(
