@@ -26,6 +26,7 @@ from experiments.paper.figures import can_draw, elo_figure, win_figure
 from experiments.paper.judged import (
     TABLE_1,
     TABLE_7,
+    labelled_ratings,
     make_rating_parser,
     own_files,
     rating_files,
@@ -42,7 +43,6 @@ from qlora_jax.evaluate import (
     make_matches,
     order_agreement,
     rank_agreement,
-    read_ratings,
     win_matrix,
 )
 
@@ -105,7 +105,7 @@ def benchmark(
     console: Console,
 ) -> tuple[dict[str, Any], list[Table], dict[str, float]]:
     """One benchmark: its part of result.json, its tables, and the mean rating of every system."""
-    ratings = read_ratings(files, reread=options.reread)
+    ratings = labelled_ratings(files, reread=options.reread)
     by_unit = {
         unit: elo(
             make_matches(ratings.ratings, unit),

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
+
+from qlora_jax.evaluate import Ratings, read_ratings
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "qlora_eval"
 
@@ -105,6 +108,24 @@ def system_label(name: str) -> str:
     size, data = sorted(found.groups(), key=lambda part: not part.isdigit())
     # LLaMA's second largest model has 32.5 billion parameters: 30B to its makers, 33B in the paper.
     return f"{_NAMES.get(data, data)}-{'33' if size == '30' else size}B"
+
+
+def labelled_ratings(files: Iterable[Path], *, reread: bool) -> Ratings:
+    """`read_ratings`, of systems that a table can tell apart.
+
+    Raises:
+        ValueError: as `read_ratings`, or two systems have one label.
+    """
+    ratings = read_ratings(files, reread=reread)
+    named: dict[str, str] = {}
+    for name in ratings.systems:
+        other = named.setdefault(system_label(name), name)
+        if other != name:
+            raise ValueError(
+                f"the ratings are of {other} and of {name}, which are both called "
+                f"{system_label(name)} here: give one of them another name in its rating files."
+            )
+    return ratings
 
 
 def rating_files(data: Path, folder: str) -> list[Path]:

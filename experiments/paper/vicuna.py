@@ -20,13 +20,14 @@ from experiments.paper.figures import can_draw, percent_figure
 from experiments.paper.judged import (
     REFERENCE,
     TABLE_6,
+    labelled_ratings,
     make_rating_parser,
     own_files,
     rating_files,
     system_label,
 )
 from experiments.paper.tables import Table, write_results
-from qlora_jax.evaluate import Percent, Ratings, percent_of, read_ratings
+from qlora_jax.evaluate import Percent, Ratings, percent_of
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         files = rating_files(options.data, "vicuna/relative-gpt-3.5")
     else:
         files = own_files(options.ratings)
-    ratings = read_ratings(files, reread=options.reread)
+    ratings = labelled_ratings(files, reread=options.reread)
     reference = reference_of(ratings, options.reference)
     found = percent_of(ratings.ratings, reference)
     table = percent_table(found, system_label(reference))

@@ -134,6 +134,25 @@ def test_percents_of_another_system_do_not_stand_beside_the_papers(tmp_path, cap
     assert (out / "percent-of-guanaco-7b.png").is_file()
 
 
+@pytest.mark.parametrize("command", [elo, vicuna])
+def test_two_systems_that_a_table_would_call_alike_are_refused(command, tmp_path, capsys):
+    def row(first, second):
+        ids = {"answer1_id": first, "answer2_id": second, "question_id": 1}
+        return ids | {
+            "metadata": {"system1": first, "system2": second},
+            "text": "",
+            "score": [8, 7],
+        }
+
+    rows = [row("30b-guanaco", "gpt35"), row("gpt35", "guanaco-33b")]
+    file = tmp_path / "own-reviewer.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command.main(["--ratings", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "are of 30b-guanaco and of guanaco-33b, which are both called Guanaco-33B" in error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
