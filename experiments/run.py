@@ -57,7 +57,7 @@ from qlora_jax.train import Callback, fit
 from qlora_jax.train.callbacks import elapsed_seconds
 from qlora_jax.train.config import FREE_ON_RESUME
 from qlora_jax.train.progress import peak_device_bytes, peak_host_bytes
-from qlora_jax.train.run_folder import locked_run_folder, told_if_unwritable
+from qlora_jax.train.run_folder import LOCK, locked_run_folder, told_if_unwritable
 
 CONFIG = "config.yaml"
 
@@ -362,7 +362,9 @@ def delete_run(folder: Path) -> None:
     """
     if not folder.exists():
         return
-    if any(folder.iterdir()) and not (folder / "config.json").is_file():
+    there = {path.name for path in folder.iterdir()}
+    # A run that ended before it began has left no more than these.
+    if "config.json" not in there and not there <= {LOCK, ERROR}:
         raise ValueError(f"{folder} is not empty and no run folder: it is not deleted.")
     with locked_run_folder(folder):
         shutil.rmtree(folder)

@@ -27,6 +27,8 @@ import jax
 
 from qlora_jax.train.config import FREE_ON_RESUME, TrainConfig
 
+LOCK = "run.lock"
+
 
 @contextlib.contextmanager
 def locked_run_folder(folder: Path) -> Iterator[None]:
@@ -36,7 +38,7 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
       RuntimeError: if a living process holds it, naming pid and host.
       OSError: if the folder cannot be created or written.
     """
-    path = folder / "run.lock"
+    path = folder / LOCK
     try:
         with told_if_unwritable("run folder", folder):
             folder.mkdir(parents=True, exist_ok=True)

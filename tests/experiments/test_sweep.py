@@ -256,3 +256,12 @@ def test_overwrite_deletes_runs_and_nothing_else(tiny_model, tmp_path, capsys):
     assert finetune.main([*flags, *fast()]) == 2
     assert "is not deleted" in capsys.readouterr().err
     assert (mine / "thesis.txt").exists()
+
+
+def test_overwrite_deletes_what_ended_before_it_began(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "error.txt").write_text("it does not fit")
+    (folder / "run.lock").touch()  # of a killed process
+    run.delete_run(folder)
+    assert not folder.exists()
