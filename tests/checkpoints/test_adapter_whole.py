@@ -25,7 +25,7 @@ from qlora_jax.checkpoints import (
     save_adapter,
 )
 from qlora_jax.checkpoints.matching import node_at
-from qlora_jax.models import FAMILIES, Decoder, module_names
+from qlora_jax.models import FAMILIES, Decoder, module_names, train_tokens
 from qlora_jax.nn import LoraConfig, TrainedParam, add_lora
 from tests.checkpoints.tiny import CONFIG, IDS, change_config, change_tensors, write_model
 from tests.models.variants import VARIANTS
@@ -116,6 +116,22 @@ def test_biases_of_norms_are_no_adapted_layers(bias: str, tmp_path: Path) -> Non
     save_adapter(tmp_path, model, lora, "base")
     norms = [name for name in load_file(tmp_path / "adapter_model.safetensors") if "norm" in name]
     assert bool(norms) is (bias == "all")
+
+
+def test_rows_of_a_head_that_transformers_calls_otherwise_are_refused(tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules=("query_key_value",))
+    model = random_decoder(VARIANTS["gpt_neox-serial"], lora=lora)
+    train_tokens(model, [3, 5])
+    save_adapter(tmp_path, model, lora, "base")
+    written = tmp_path / "adapter_config.json"
+    written.write_text(written.read_text().replace('"embed_out"', '"lm_head"'))
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    rows = "base_model.model.{}.token_adapter.trainable_tokens_delta"
+    tensors[rows.format("lm_head")] = tensors.pop(rows.format("embed_out"))
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match=r"trained rows of 'lm_head', as transformers 5 .*whole"):
+        load_adapter(tmp_path, model)
 
 
 def test_biases_that_peft_saves_thrice_are_read_once(tmp_path: Path) -> None:
