@@ -6,6 +6,7 @@ Tokenized datasets are kept between runs of one process: a sweep reads each one 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,8 +157,21 @@ def _split_rows(data: DataConfig, folder: Path) -> tuple[Any, Any, Format]:
 
 
 def _place(source: str) -> str | Path:
-    """Where `load_rows` finds a source that is no dataset of the paper."""
-    return DATASETS[source].folder if source in DATASETS else source
+    """Where `load_rows` finds a source that is no dataset of the paper.
+
+    Raises:
+        FileNotFoundError: it is nothing but nearly the name of one, or of an embedded one.
+    """
+    if source in DATASETS:
+        return DATASETS[source].folder
+    names = [*DATASETS, *INSTRUCT]
+    near = difflib.get_close_matches(source.lower(), names, n=1)
+    if near and "/" not in source and not Path(source).exists():
+        raise FileNotFoundError(
+            f"{source} is neither a file or folder here nor a dataset's name; the nearest of "
+            f"these is {near[0]} (there are {', '.join(names)})."
+        )
+    return source
 
 
 def _held_out(rows: Any, count: int) -> tuple[Any, Any]:

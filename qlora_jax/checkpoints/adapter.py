@@ -199,7 +199,7 @@ def load_adapter(folder: str | Path, model: Any) -> None:
             f"{folder} has an adapter of 'lm_head', but linear layers below the head alone take "
             "one here: merge it into its base, with `qlora-jax merge --no-report`."
         )
-    if f"lm_head.{TOKENS}" in tensors:
+    if f"lm_head.{TOKENS}" in tensors and f"embed_out.{TOKENS}" in tokens:
         raise ValueError(
             f"{folder} has trained rows of 'lm_head', as transformers 5 calls the head that this "
             "base's files call 'embed_out': train them in PEFT with transformers 4, or the whole "

@@ -50,6 +50,8 @@ def test_data(tiny_model, tmp_path, capsys):
         ([empty], "is empty"),
         ([few], "5 rows, but 200 are to be held out"),
         ([few, "data.validation_split=test"], "test"),
+        (["Alpacca"], "the nearest of these is alpaca (there are describe, "),
+        ([few, "data.validation_source=chats"], "the nearest of these is chat"),
         ([few, "data.name=main"], "is a file, which has no configuration 'main'"),
         (["alpaca", "data.name=main"], "brings its own configuration"),
         (["alpaca", "data.columns.output=answer"], "whose columns are known"),
