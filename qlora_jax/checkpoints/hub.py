@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
@@ -79,6 +80,10 @@ def plain_words(name: str, revision: str | None = None) -> Iterator[None]:
         ) from error
     except (EntryNotFoundError, HfHubHTTPError) as error:
         raise ConnectionError(f"The hub did not give {name!r}: {error}") from error
+    except HTTPError as error:  # of the client below, which reaches nothing
+        raise ConnectionError(
+            f"The hub cannot be reached for {name!r} ({error}): connect, and try again."
+        ) from error
 
 
 def push(

@@ -120,6 +120,7 @@ def test_a_card_that_is_there_is_kept(run):
     [
         (errors.LocalTokenNotFoundError("none"), PermissionError, "needs an account: log in"),
         (hub_error(errors.HfHubHTTPError), ConnectionError, "did not give 'me/adapter'"),
+        (errors.HTTPError("no route"), ConnectionError, "cannot be reached for 'me/adapter'"),
         (errors.HFValidationError("bad"), FileNotFoundError, "hub name of the form org/name"),
     ],
 )
