@@ -85,11 +85,16 @@ def find_folder(
     name_or_folder: str | Path, *, revision: str | None = None, files: Sequence[str] = _FILES
 ) -> Path:
     """A model's local folder: as given, or with `files` (patterns) fetched from the hub. Raises as
-    `load_pretrained`."""
+    `load_pretrained`, and NotADirectoryError for a file."""
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         _refuse_revision(folder, revision)
         return folder
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"{folder} is a file, but a model's folder is needed here: of a GGUF file, `qlora-jax "
+            f"export {folder} FOLDER --format safetensors` makes one."
+        )
     name = str(name_or_folder)
     with plain_words(name, revision):
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))

@@ -86,3 +86,6 @@ def test_neither_folder_nor_hub_name(tmp_path):
         find_folder(tmp_path / "absent")
     with pytest.raises(ValueError, match="is a local folder, which has none"):
         find_folder(tmp_path, revision="main")
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(NotADirectoryError, match=r"is a file, .*export \S*m\.gguf FOLDER"):
+        find_folder(tmp_path / "m.gguf")

@@ -51,8 +51,11 @@ def read_config_json(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
+        inside = Path(folder) / "adapter"  # of a run folder
+        found = f" ({inside} is one)" if (inside / CONFIG).is_file() else ""
         raise FileNotFoundError(
-            f"{path} does not exist: give an adapter's folder, as PEFT's save_pretrained wrote it."
+            f"{path} does not exist: give an adapter's folder, as PEFT's save_pretrained wrote it"
+            f"{found}."
         )
     return read_json(path)
 

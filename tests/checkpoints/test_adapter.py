@@ -121,3 +121,10 @@ def test_rank_stabilised_scaling_travels(tmp_path):
     assert read_adapter_config(tmp_path).scaling == 4.0
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert {str(t.dtype) for t in tensors.values()} == {"bfloat16"}
+
+
+def test_a_run_folder_is_told_apart_from_the_adapter_in_it(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"save_pretrained wrote it \(\S+adapter is one\)"):
+        read_adapter_config(tmp_path)
