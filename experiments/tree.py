@@ -152,6 +152,7 @@ def _convert_plain(value: Any, kind: Any, key: str, where: str) -> Any:
 
 
 def _convert_union(value: Any, kinds: tuple[Any, ...], key: str, where: str) -> Any:
+    optional = type(None) in kinds
     kinds = tuple(kind for kind in kinds if kind is not type(None))
     exact = [kind for kind in kinds if isinstance(kind, type) and type(value) is kind]
     errors = []
@@ -160,6 +161,8 @@ def _convert_union(value: Any, kinds: tuple[Any, ...], key: str, where: str) -> 
             return convert(value, kind, key, where)
         except ValueError as error:
             errors.append(error)
+    if optional and value in ("none", "None"):
+        raise ValueError(f"{key} in {where} is {value!r}: in YAML that is null.")
     raise errors[0]
 
 
@@ -199,12 +202,9 @@ def unknown_key(name: str, known: list[str], section: str, where: str) -> ValueE
     """The refusal of a key that does not exist, naming the nearest that does."""
     prefix = f"{section}." if section else ""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = (
-        f"the nearest is {prefix}{near[0]}"
-        if near
-        else f"there are {', '.join(prefix + option for option in known)}"
-    )
-    return ValueError(f"there is no option {prefix}{name} ({where}); {hint}.")
+    nearest = f"the nearest is {prefix}{near[0]}, and " if near else ""
+    listed = ", ".join(prefix + option for option in known)
+    return ValueError(f"there is no option {prefix}{name} ({where}); {nearest}there are {listed}.")
 
 
 @functools.cache

@@ -59,6 +59,9 @@ def test_a_resolved_run_comes_back_from_its_yaml():
         ({"quant": {"blocksiz": 64}}, "the nearest is quant.blocksize"),
         ({"train": {"steps": "many"}}, "train.steps in a test is 'many', but should be a whole"),
         ({"train": {"steps": 1.5}}, "should be a whole number"),
+        ({"train": {"epochs": 2}}, r"no option train\.epochs .*there are train\.steps, "),
+        ({"quant": "none"}, "quant in a test is 'none': in YAML that is null"),
+        ({"data": {"max_rows": "None"}}, "max_rows in a test is 'None': in YAML that is null"),
         *(
             ({"train": {"steps": odd}}, f"steps in a test is {odd!r}, but should be a whole")
             for odd in (math.inf, math.nan, "1e400")
