@@ -28,7 +28,7 @@ class Answer(NamedTuple):
 def generate_text(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | str,
     config: GenerationConfig = GenerationConfig(),
     *,
     key: Key[Array, ""] | None = None,
@@ -46,7 +46,7 @@ def generate_text(
     Args:
         model: as for `generate`.
         tokenizer: the model's; its eos token ends answers where `config` names no other end.
-        prompts: texts.
+        prompts: texts, or one.
         config: how long, how random, and the texts that stop an answer (it is cut before them).
         key: of the samples; may be left out where `config` is greedy.
         batch_size: rows written at once.
@@ -59,6 +59,8 @@ def generate_text(
     Raises:
         ValueError: as `generate` does.
     """
+    # One text is a sequence of texts, too: its letters.
+    prompts = (prompts,) if isinstance(prompts, str) else prompts
     ids = [tokenizer.encode(prompt, bos=bos, special=special) for prompt in prompts]
     if tokenizer.eos_token_id is not None:
         config = config.with_eos([tokenizer.eos_token_id])

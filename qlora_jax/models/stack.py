@@ -220,6 +220,6 @@ def check_options(
     ):
         kind = "–".join(re.findall("[A-Z][a-z]+", type(model).__name__)).lower()
         raise ValueError(
-            f"target_modules is {lora.target_modules!r}, which names no linear layer of the "
+            f"{lora.told_targets}, which names no linear layer of the "
             f"{kind}; it has {', '.join(linears)}."
         )

@@ -93,7 +93,7 @@ def add_lora(
     replace_layers(module, QuantDense, adapt)
     if not found:
         raise ValueError(
-            f"target_modules is {lora.target_modules!r}, which names no linear layer of "
+            f"{lora.told_targets}, which names no linear layer of "
             f"{type(module).__name__}; it has {listed(seen)}"
         )
     _train_whole(module, lora, called)

@@ -152,6 +152,13 @@ class LoraConfig:
         rounds = self.init_lora_weights == "loftq" and self.loftq_iter > 1
         return rounds or self.init_lora_weights == "pissa"
 
+    @property
+    def told_targets(self) -> str:
+        """What `target_modules` is, for a message: of a text also that it is no name."""
+        text = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
+        kind = ", a regular expression for whole paths (give names as a list)" if text else ""
+        return f"target_modules is {self.target_modules!r}{kind}"
+
     def saves(self, path: str) -> bool:
         """Whether the module at a dotted path lies in one of `modules_to_save`."""
         return self.modules_to_save is not None and targets.saved(self.modules_to_save, path)

@@ -101,7 +101,7 @@ class Checkpoints:
             raise ValueError(
                 f"Checkpoint {step} in {self.folder} does not fit this model and optimizer: "
                 f"{', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}; resume with the model, "
-                "adapters and optimizer it was made with."
+                "adapters and optimizer it was made with, or choose another folder."
             )
         leaves, treedef = jax.tree.flatten(like)
         placed = [_placed(saved[name], leaf) for name, leaf in zip(expected, leaves, strict=True)]

@@ -37,6 +37,10 @@ def texts(prompts, config=GREEDY, **options):
     return [answer.text for answer in answers]
 
 
+def test_one_text_is_one_prompt():
+    assert texts("ab") == texts(["ab"])
+
+
 def test_an_answer_is_cut_before_its_stop_text():
     plain = texts(["ab", "c"])
     stop = plain[0][4:6]

@@ -119,6 +119,8 @@ def test_errors_name_what_there_is() -> None:
     for there in ("query", "value"):
         with pytest.raises(ValueError, match=rf"q_proj.*blocks\.\*\.{there}"):
             ql.add_lora(model, ql.LoraConfig(target_modules=("q_proj",)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"'query', a regular expression .*give names as a list"):
+        ql.add_lora(model, ql.LoraConfig(target_modules="query"), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"no nnx\.Linear"):
         ql.quantize_module(nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
 
