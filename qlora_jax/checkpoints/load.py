@@ -108,7 +108,11 @@ def load_model(
         FileNotFoundError: the folder, its config or a shard is missing.
         ValueError: an unknown architecture, a damaged file, tensors that contradict config.json, or
             a mesh that does not serve.
+        TypeError: quant or lora is no configuration.
     """
+    for name, given, kind in (("quant", quant, QuantConfig), ("lora", lora, LoraConfig)):
+        if given is not None and not isinstance(given, kind):
+            raise TypeError(f"{name} is {given!r}, but a {kind.__name__} or None is needed.")
     if over is not None and mesh is None:
         raise ValueError(f"over is {over!r}, but names an axis of a mesh: give mesh=, too.")
     if trainable_base and quant is not None:
