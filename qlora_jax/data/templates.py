@@ -254,7 +254,10 @@ ALPACA = InstructionFormat(
     ),
 )
 
-_RENAME = "Say what is which: columns= of load_rows (data.columns of a run)."
+_RENAME = (
+    "Say what is which: columns={'output': 'answer'} of load_rows (data.columns.output=answer of a "
+    "run)."
+)
 
 FORMATS: dict[str, Format] = {
     "alpaca": ALPACA,
@@ -303,9 +306,10 @@ def detect_format(columns: Iterable[str], *, source: str = "the dataset") -> For
     if "alpaca" in fitting:
         return FORMATS["alpaca"]
     if len(fitting) > 1:
+        own = ", where chat-template is the model's own" if "messages" in fitting else ""
         raise ValueError(
             f"{source} has the columns {', '.join(found)}, which the formats {', '.join(fitting)} "
-            "all take: name the one you mean as the format (data.format of a run)."
+            f"all take: name the one you mean as the format (data.format of a run{own})."
         )
     return FORMATS[fitting[0]]
 
