@@ -91,6 +91,12 @@ def check(run: RunConfig) -> Checked:
             f"model.attention is 'cudnn', but this machine computes on {jax.default_backend()}: "
             "leave it out for the best that is here."
         )
+    half = run.model.attention == "xla" and run.model.compute_dtype == "float16"
+    if half and jax.default_backend() == "cpu":
+        raise ValueError(
+            "model.attention is 'xla', whose product in float16 a CPU has not: leave it out for "
+            "the best that is here."
+        )
     folder = model_folder(run)
     longest = run.data.max_len or context_length(folder)
     train, validation, pad = examples_of(run.data, folder, longest)

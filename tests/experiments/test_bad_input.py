@@ -281,10 +281,13 @@ def test_a_model_by_name_in_a_file_keeps_its_name_beside_options(tiny_model, tmp
     assert tree["data"]["source"] == "chat"
 
 
-def test_cudnn_on_a_machine_without_a_gpu(tiny_model, tmp_path, capsys):
+def test_attention_that_this_machine_has_not(tiny_model, tmp_path, capsys):
     command = ["--model", str(tiny_model), "--out", str(tmp_path / "o")]
     assert finetune.main([*command, "--set", "model.attention=cudnn"]) == 2
     assert "this machine computes on cpu" in sentence(capsys)
+    half = ["--set", "model.attention=xla", "--set", "model.compute_dtype=float16"]
+    assert finetune.main([*command, *half]) == 2
+    assert "whose product in float16 a CPU has not" in sentence(capsys)
 
 
 def test_what_fails_in_the_run_is_a_sentence_and_a_traceback_in_its_folder(
