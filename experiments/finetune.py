@@ -37,6 +37,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiments.cells import LISTS
 from experiments.cli import (
     CONFIGS,
     interrupted,
@@ -104,6 +105,12 @@ def read_run(options: argparse.Namespace) -> RunConfig:
     if file is None and options.model is None and options.data is None:
         file = CONFIGS / "finetune.yaml"
     tree = {} if file is None else read_yaml(file)
+    lists = [name for name in LISTS if name in tree]
+    if lists:
+        raise ValueError(
+            f"{file} has {', '.join(lists)}, as a sweep's file: give it to "
+            "python -m experiments.sweep, or leave them out."
+        )
     for section, known in (("model", MODELS), ("data", DATASETS)):
         if section in tree:
             tree[section] = named_source(known, tree[section], f"{section} in {file}")

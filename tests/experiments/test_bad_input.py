@@ -192,6 +192,13 @@ def test_a_sweeps_file(text, words, tmp_path, capsys):
     assert words.format(file=file) in sentence(capsys)
 
 
+def test_a_sweeps_file_is_no_single_runs(tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    file.write_text("models: [stdlib-1m]\nseeds: [0, 1]\n")
+    assert finetune.main(["--config", str(file)]) == 2
+    assert "has models, seeds, as a sweep's file: give it to python -m" in sentence(capsys)
+
+
 def test_an_axis_of_the_file_is_not_overruled_in_silence(tmp_path, capsys):
     file = tmp_path / "a.yaml"
     file.write_text("axes: {lora.r: [4, 8], method: {QLoRA: {}, LoRA: {quant: null}}}\n")
