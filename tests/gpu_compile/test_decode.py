@@ -56,9 +56,10 @@ def test_layers_are_read_in_their_stacks(card, batch):
     """XLA would copy a layer's slice for a Triton-lowered kernel: read, write, read again."""
     compiled, kernels, slices = compiled_step(card, batch)
     assert not slices
-    # Less than the codes of the smallest weight; of one row, less than a tenth of a megabyte.
+    # Less than the codes of the smallest weight; of one row a few vectors (124,584 bytes with
+    # jax 0.12, 94,376 with 0.10.2), where a copy would be megabytes.
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    assert temporaries < (10**5 if batch == 1 else 4096 * 4096 // 2)
+    assert temporaries < (1.5e5 if batch == 1 else 4096 * 4096 // 2)
     if batch == 1:
         assert all(re.search(r"ld\.global[\w.:]*\.v4\.[bu]32", code.ptx) for code in kernels)
 
