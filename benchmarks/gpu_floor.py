@@ -34,8 +34,7 @@ from benchmarks._programs import (
     size_program,
     timing,
 )
-from benchmarks.gpu_kernels import ceilings
-from pallas_kernels.cards import find_card
+from benchmarks.gpu_kernels import cache_bytes, ceilings
 
 TILE = 4096
 """Words of 32 bits that a block of 256 threads reads: four loads of 16 bytes for each."""
@@ -91,7 +90,7 @@ def measure(
     """Seconds per call: of reading a packed weight, of reading one tile, of the 16-bit product."""
 
     def program(implementation: str) -> Program:
-        l2 = 2**12 if options.toy else find_card(jax.devices()[0].device_kind).l2
+        l2 = cache_bytes(jax.devices()[0].device_kind, toy=options.toy)
         calls = 4 if options.toy else MAX_CALLS
         point = Point("matmul", implementation, 1, name, n, k)
         return size_program(

@@ -135,9 +135,7 @@ class Run:
         self.started = time.monotonic()
         self.seed = options.seed if options.seed is not None else time.time_ns() % 2**31
         self.device = jax.devices()[0]
-        known = [card.description for card in CARDS.values()]
-        card = find_card(self.device.device_kind) if self.device.device_kind in known else None
-        self.l2 = card.l2 if card else 2**12 if options.toy else 2**26
+        self.l2 = cache_bytes(self.device.device_kind, toy=options.toy)
         meta = _report.machine() | {"seed": self.seed, "repeats": options.repeats}
         self.results: dict[str, Any] = {"meta": meta, "ceilings": {}, "points": []}
         options.out.mkdir(parents=True, exist_ok=True)
@@ -275,6 +273,14 @@ def poison(program: Program) -> None:
     rows = point.n if point.op == "dequantize" else point.rows
     width = point.k if point.op == "dequantize" else width
     jax.block_until_ready(jnp.full((program.copies + 2, rows, width), jnp.nan, jnp.bfloat16))
+
+
+def cache_bytes(kind: str, *, toy: bool) -> int:
+    """The second-level cache of a kind of device; of one that CARDS does not know, a large one."""
+    if toy:
+        return 2**12
+    known = [card.description for card in CARDS.values()]
+    return find_card(kind).l2 if kind in known else 2**26
 
 
 def ceilings(toy: bool) -> dict[str, float]:
