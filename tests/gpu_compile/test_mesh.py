@@ -189,4 +189,5 @@ def test_gradients_inside_shard_map(card):
     x = jax.ShapeDtypeStruct((CARDS_USED * TOKENS, IN), jnp.bfloat16)
     compiled = harness.compile_for(CARDS[card], step, scale, x, w, count=CARDS_USED)
     summed = [shapes for op, shapes in exchanges(compiled.as_text()) if op == "all-reduce"]
-    assert summed == [[f"bf16[1,{IN}]"]]
+    # XLA of jax 0.12 drops the axis of one.
+    assert summed in ([[f"bf16[1,{IN}]"]], [[f"bf16[{IN}]"]])
