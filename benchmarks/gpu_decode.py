@@ -175,7 +175,7 @@ def run_case(case: Case, options: argparse.Namespace, copy_bytes_per_s: float) -
         "spread": (max(writing[1:]) - min(writing[1:])) / seconds,
         "tokens_per_s": case.batch / seconds,
         "prompt_seconds": statistics.median(reading[1:]),
-        "compile_s": round(reading[0] + writing[0] * (options.tokens - 1), 2),
+        "first_run_s": round(reading[0] + writing[0] * (options.tokens - 1), 2),
         "weight_bytes": weights,
         "read_once_seconds": weights / copy_bytes_per_s,
     }

@@ -50,10 +50,10 @@ from experiments.cli import (
 )
 from experiments.config import RunConfig, build_run, named_source
 from experiments.embedded import DATASETS, MODELS
+from experiments.folders import delete_run
 from experiments.report import ERROR, duration, write_atomically
 from experiments.run import (
     check,
-    delete_run,
     execute,
     is_finished,
     with_own_adapters,

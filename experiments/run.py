@@ -18,8 +18,6 @@ from __future__ import annotations
 import itertools
 import json
 import platform
-import shutil
-import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +55,6 @@ from qlora_jax.train import Callback, fit
 from qlora_jax.train.callbacks import elapsed_seconds
 from qlora_jax.train.config import FREE_ON_RESUME
 from qlora_jax.train.progress import peak_device_bytes, peak_host_bytes
-from qlora_jax.train.run_folder import LOCK, locked_run_folder, told_if_unwritable
 
 CONFIG = "config.yaml"
 
@@ -346,34 +343,6 @@ def is_finished(run: RunConfig, folder: Path) -> bool:
             "set them back, or give --overwrite to delete it."
         )
     return (folder / RESULT).is_file()
-
-
-def check_writable(folder: Path) -> None:
-    """Makes the folder of several runs, which several processes may share.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-    """
-    with told_if_unwritable("folder", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-
-
-def delete_run(folder: Path) -> None:
-    """Deletes a run folder, if it is one.
-
-    Raises:
-        ValueError: it holds something else.
-        OSError, RuntimeError: as `locked_run_folder`.
-    """
-    if not folder.exists():
-        return
-    there = {path.name for path in folder.iterdir()}
-    # A run that ended before it began has left no more than these.
-    if "config.json" not in there and not there <= {LOCK, ERROR}:
-        raise ValueError(f"{folder} is not empty and no run folder: it is not deleted.")
-    with locked_run_folder(folder):
-        shutil.rmtree(folder)
 
 
 def _described(devices: DevicesConfig) -> str:

@@ -50,6 +50,7 @@ from experiments.cli import (
 )
 from experiments.dry_run import CARDS as DRY_RUN_CARDS
 from experiments.dry_run import dry_run
+from experiments.folders import check_writable, delete_run
 from experiments.page import render
 from experiments.presets import PRESETS, QUESTIONS, ROWS, preset
 from experiments.report import (
@@ -64,8 +65,6 @@ from experiments.report import (
 )
 from experiments.run import (
     check,
-    check_writable,
-    delete_run,
     execute,
     is_finished,
     with_own_adapters,

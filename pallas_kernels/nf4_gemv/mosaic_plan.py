@@ -141,11 +141,11 @@ class Plan:
         """Parts of the columns, none of them empty."""
         everything = self._all_turns
         wanted = self.config.split or next(
-            (s for s in range(1, everything) if self._fits(-(-everything // s))), everything
+            (s for s in range(1, everything) if self._has_room(-(-everything // s))), everything
         )
         return -(-everything // -(-everything // wanted))
 
-    def _fits(self, turns: int) -> bool:
+    def _has_room(self, turns: int) -> bool:
         """Whether so many turns of x leave room for the partial sums of a unit."""
         return self.x_at + self.m * self._x_stride(turns) + self.partial_unit <= SHARED_LIMIT - 128
 

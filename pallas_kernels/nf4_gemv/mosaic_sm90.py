@@ -66,19 +66,16 @@ def nf4_gemv_mosaic(
     _check_config(plan)
     weight = (codes, absmax, nested_absmax, offset)
     if plan.split == 1:
-        return _call(x, *weight, bias, lora, layer, plan).reshape(*x.shape[:-1], n)
+        return _call(x, weight, bias, lora, layer, plan).reshape(*x.shape[:-1], n)
     plan = dataclasses.replace(plan, has_bias=False)
-    parts = _call(x, *weight, None, None, layer, plan)
+    parts = _call(x, weight, None, None, layer, plan)
     total = parts.reshape(plan.split, *x.shape[:-1], n).sum(axis=0)
     return complete(total, bias, lora, x.dtype)
 
 
 def _call(
     x: Array,
-    codes: Array,
-    absmax: Array,
-    nested_absmax: Array | None,
-    offset: Array | None,
+    weight: tuple[Array | None, ...],
     bias: Array | None,
     lora: LowRank | None,
     layer: Array | None,
@@ -90,20 +87,20 @@ def _call(
         low = tuple(_pad_rank(part) for part in (lora[0].reshape(plan.m, -1), lora[1]))
         plan = dataclasses.replace(plan, rank=low[0].shape[1])
     unused = jnp.zeros((1,), jnp.float32)
-    weight = [unused if part is None else part for part in (codes, absmax, nested_absmax, offset)]
+    parts = [unused if part is None else part for part in weight]
     program: Callable[..., None] = _program
     number: tuple[Array, ...] = ()
     if layer is None:
-        weight = [part.reshape(-1) for part in weight]
+        parts = [part.reshape(-1) for part in parts]
     else:
         number = (layer.reshape(1).astype(jnp.int32),)
-        weight = [part.reshape(len(part), -1) for part in weight]
-        sizes = [part.nbytes // len(part) for part in weight]
+        parts = [part.reshape(len(part), -1) for part in parts]
+        sizes = [part.nbytes // len(part) for part in parts]
         program = functools.partial(_program_in_stack, sizes)
     inputs = (
         *number,
         x.reshape(plan.m, plan.k),
-        *weight,
+        *parts,
         unused if bias is None else bias.astype(jnp.float32),
         jnp.asarray(lookup_tables(plan.quant_type)),
         *low,

@@ -10,7 +10,7 @@ one for each layer of a stack), those.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from flax import nnx
 
@@ -19,8 +19,6 @@ from qlora_jax.nn.dense import Factors, QuantDense
 from qlora_jax.nn.lora import LoraConfig
 from qlora_jax.nn.variables import FrozenParam, TrainedParam
 from qlora_jax.quant import QuantizedTensor
-
-Model = TypeVar("Model", bound=nnx.Module)
 
 Names = Mapping[str, Sequence[str]]
 Starts = Mapping[str, Factors]
@@ -98,18 +96,6 @@ def add_lora(
         )
     _train_whole(module, lora, called)
     return module
-
-
-def settle_adapters(model: Model) -> Model:
-    """Settles every `QuantDense` of a model in place, for many calls of few rows; returns it.
-
-    Not of a model whose weights lie in host memory: DoRA's norms need them, a layer at a time.
-    """
-    if not getattr(model, "stream_weights", False):
-        for _, module in nnx.iter_modules(model):
-            if isinstance(module, QuantDense):
-                module.settle()
-    return model
 
 
 def _refuse_adapted(module: nnx.Module, lora: LoraConfig, called: Names) -> None:

@@ -203,34 +203,11 @@ class QuantDense(nnx.Module):
     def reset_magnitude(self) -> None:
         """DoRA's start, in place: m is the length of each row of W + s·B·A as it is now."""
         assert self.lora is not None
-        lengths = self._each(lambda layer: jnp.sqrt(layer._adapted_squares()))
+        lengths = self.each(lambda layer: jnp.sqrt(layer._adapted_squares()))
         self.lora_magnitude_vector = nnx.LoRAParam(lengths.astype(self.lora.dtype))
 
-    def settle(self) -> None:
-        """Computes, in place, what every call would compute again while the adapter stays as it is.
-
-        For many calls of few rows, as in generation: A and B of another dtype are cast to
-        `compute_dtype`, A with the scale in it, and DoRA's magnitude becomes the factor of its row.
-        The layer gives the same outputs, up to their rounding, but can be neither trained nor saved
-        any more.
-        """
-        if self.lora is None or self.lora_A is None or self.lora_B is None:
-            return
-        if self.lora_magnitude_vector is not None:
-            factor = self._each(lambda layer: layer._magnification())
-            self.lora_magnitude_vector = nnx.LoRAParam(factor)
-            self.row_squares = None
-        a, b = self.lora_A[...], self.lora_B[...]
-        if a.dtype == b.dtype == self.compute_dtype:
-            return  # a scaled copy would be as large again, for one launch less
-        a = jnp.asarray(self._scaling, jnp.float32)[..., None, None] * a.astype(jnp.float32)
-        self.lora_A = nnx.LoRAParam(a.astype(self.compute_dtype))
-        self.lora_B = nnx.LoRAParam(b.astype(self.compute_dtype))
-        self.lora = replace(self.lora, alpha=self.lora.r, use_rslora=False)
-        self.lora_scaling = None
-
-    def _each(self, function: Callable[["QuantDense"], jax.Array]) -> jax.Array:
-        """The function's result for the layer, or for each of a stack, one at a time."""
+    def each(self, function: Callable[["QuantDense"], jax.Array]) -> jax.Array:
+        """The function of the layer, or [*stack, …] of each layer in a stack, one at a time."""
         graphdef, state = nnx.split(self)
 
         def of_state(state: Any) -> jax.Array:
@@ -316,11 +293,11 @@ class QuantDense(nnx.Module):
         if self.lora is None or self.lora_A is None or self.lora_B is None:
             return self._product(x, bias)
         dropped = dropout(x, self.lora.lora_dropout, dropout_key)
-        hidden = lora_hidden(dropped, self.lora_A[...], self._scaling)
+        hidden = lora_hidden(dropped, self.lora_A[...], self.scale)
         lora = (hidden, self.lora_B[...].astype(x.dtype))
         if self.lora_magnitude_vector is None:
             return self._product(x, bias, lora)
-        y = magnify(self._product(x, lora=lora), self._magnification())
+        y = magnify(self._product(x, lora=lora), self.magnification())
         return y if bias is None else y + bias
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -333,17 +310,18 @@ class QuantDense(nnx.Module):
             self.deterministic = deterministic
 
     @property
-    def _scaling(self) -> float | jax.Array:
+    def scale(self) -> float | jax.Array:
+        """The adapter's s, or [*stack] where the layers of a stack are scaled differently."""
         assert self.lora is not None
         return self.lora.scaling if self.lora_scaling is None else self.lora_scaling[...]
 
-    def _magnification(self) -> Float[Array, " out"]:
-        """What DoRA multiplies the rows of W + s·B·A with."""
+    def magnification(self) -> Float[Array, " out"]:
+        """What DoRA multiplies the rows of W + s·B·A with, float32."""
         assert self.lora_magnitude_vector is not None
         magnitude = self.lora_magnitude_vector[...]
         if self.row_squares is None:  # settled
             return magnitude
-        return magnification(magnitude, self._adapted_squares(), self._scaling)
+        return magnification(magnitude, self._adapted_squares(), self.scale)
 
     def _adapted_squares(self) -> Float[Array, " out"]:
         """‖W + s·B·A‖² of every row; a constant of the backward pass."""
@@ -352,7 +330,7 @@ class QuantDense(nnx.Module):
         assert self.row_squares is not None
         a, b = (jax.lax.stop_gradient(x[...]) for x in (self.lora_A, self.lora_B))
         cross = self._product(a.astype(self.compute_dtype))
-        return adapted_squares(self.row_squares[...], cross, a, b, self._scaling)
+        return adapted_squares(self.row_squares[...], cross, a, b, self.scale)
 
     def _product(
         self,

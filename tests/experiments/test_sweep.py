@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from experiments import finetune, run, sweep
+from experiments.folders import delete_run
 from qlora_jax.checkpoints import read_adapter_config
 from qlora_jax.train.run_folder import locked_run_folder
 
@@ -263,5 +264,5 @@ def test_overwrite_deletes_what_ended_before_it_began(tmp_path):
     folder.mkdir()
     (folder / "error.txt").write_text("it does not fit")
     (folder / "run.lock").touch()  # of a killed process
-    run.delete_run(folder)
+    delete_run(folder)
     assert not folder.exists()

@@ -1,6 +1,7 @@
 """A layer's experts stay in the stack of all layers, and are taken out of it one at a time."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -10,24 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.models import Decoder, DecoderConfig, stack
+from qlora_jax.models import Decoder, stack
 from qlora_jax.models.cache import start
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.quant import QuantConfig
+from tests.models.test_cache import PLAIN
 from tests.random_decoder import random_decoder
 
-CONFIG = DecoderConfig(
-    vocab_size=32,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=16,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-)
+CONFIG = replace(PLAIN, num_local_experts=4, num_experts_per_tok=2)
 NF4 = QuantConfig(blocksize=32)
 
 

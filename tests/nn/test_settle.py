@@ -1,4 +1,4 @@
-"""`QuantDense.settle`: the same layer with the adapter's constant parts computed once."""
+"""`settle`: the same layer with the adapter's constant parts computed once."""
 
 from dataclasses import replace
 
@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import qlora_jax as ql
+from qlora_jax.nn.settle import settle
 from tests.nn.test_adapt import MIXED, adapted, trained
 
 
@@ -44,7 +45,7 @@ def outputs(layer: ql.QuantDense) -> np.ndarray:
 def test_a_scale_that_is_a_power_of_two_changes_no_bit() -> None:
     layer = layer_of(jnp.bfloat16, alpha=2)
     before = outputs(layer)
-    layer.settle()
+    settle(layer)
     np.testing.assert_array_equal(outputs(layer), before)
     assert layer.lora_A.dtype == layer.lora_B.dtype == jnp.bfloat16
 
@@ -58,7 +59,7 @@ def test_a_settled_layer_is_the_same_function(lora: dict, dtype: jnp.dtype) -> N
     layer = layer_of(jnp.float32, dtype=dtype, **lora)
     before = outputs(layer)
     for _ in range(2):  # a second time it changes nothing
-        layer.settle()
+        settle(layer)
         np.testing.assert_allclose(outputs(layer), before, rtol=1e-4, atol=1e-5)
 
 
@@ -68,7 +69,7 @@ def test_a_stack_is_settled_layer_by_layer(dora: bool) -> None:
     model = trained(adapted(replace(MIXED, use_dora=dora, dtype=jnp.bfloat16)))
     x = jax.random.normal(jax.random.key(2), (3, 32))
     before = model(x)
-    model.layers.settle()
+    settle(model.layers)
     assert model.layers.lora_scaling is None
     np.testing.assert_allclose(model(x), before, rtol=1e-5, atol=1e-5)
 
@@ -76,5 +77,5 @@ def test_a_stack_is_settled_layer_by_layer(dora: bool) -> None:
 def test_a_layer_without_an_adapter_stays_as_it_is() -> None:
     layer = ql.QuantDense(64, 48, rngs=nnx.Rngs(0))
     before = outputs(layer)
-    layer.settle()
+    settle(layer)
     np.testing.assert_array_equal(outputs(layer), before)
