@@ -5,7 +5,7 @@ XLA hands that part to a Hopper kernel in place (from jax 0.11 on), if the loop'
 it is. For a Triton-lowered kernel it makes a copy first: where few rows are multiplied, as in
 decoding, a copy costs more than the product. So those kernels take the whole stack and the number
 of the layer, and add up addresses themselves. So does the Hopper gemv, for weights whose number is
-computed: a router's choice of experts.
+computed (a router's choice of experts) and, before jax 0.11, for all.
 """
 
 from collections.abc import Callable

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, UInt8
@@ -127,19 +128,23 @@ def reads_layers(
 ) -> bool:
     """Whether a layer of a stack had better be told to `nf4_matmul` by number than be sliced.
 
-    It had for the Triton-lowered kernels, see `_stack`, in stacks in which they find an element.
+    It had for the Triton-lowered kernels, in stacks in which they find an element, and for the
+    Hopper gemv where XLA would copy the slice: see `_stack`.
 
     Args:
         rows, layout, implementation, dtype: as of `which_implementation`.
         layers: weights in the stack.
     """
+    few = rows <= MAX_ROWS
     choice = dispatch.which_implementation(
-        "nf4_gemv" if rows <= MAX_ROWS else "nf4_matmul",
+        "nf4_gemv" if few else "nf4_matmul",
         rows,
         layout,
         implementation=implementation,
         dtype=dtype,
     )
+    if choice.implementation == "mosaic_gpu":
+        return few and jax.__version_info__ < (0, 11)
     fused = isinstance(choice.config, TritonConfig) and choice.config.fused
     return fused and stack_is_addressable(layers * layout.nbytes)
 
