@@ -297,3 +297,25 @@ def test_cudnn_makes_no_mask_of_all_pairs(masked):
 def test_unknown_remat():
     with pytest.raises(ValueError, match=r"remat is 'some', but one of full, .*dots, none"):
         decoder(remat="some")
+
+
+@pytest.mark.parametrize("groups", [8, 4, 2, 1])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_one_query_on_a_gpu(groups, softcap, monkeypatch):
+    """Whichever way the heads' products are taken: what all scores give, with padding masked."""
+    # A lowering for a GPU takes this branch; what is in it runs anywhere.
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *of, cuda, default: cuda(*of))
+    draws = np.random.default_rng(groups)
+    query = jnp.asarray(draws.normal(size=(2, 1, 8, 16)), jnp.float32)
+    key, value = jnp.asarray(draws.normal(size=(2, 2, 9, groups, 16)), jnp.float32)
+    mask = jnp.asarray(draws.random((2, 1, 1, 9)) < 0.7)
+    mixed = attend(
+        query, key, value, mask=mask, causal=False, softcap=softcap, implementation="chunked"
+    )
+    query = np.asarray(query, np.float64).reshape(2, groups, 8 // groups, 16)
+    scores = np.einsum("bgrd,bsgd->bgrs", query, np.asarray(key, np.float64)) / 4
+    scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+    weights = np.where(mask, np.exp(scores), 0)
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bgrs,bsgd->bgrd", weights, np.asarray(value, np.float64))
+    np.testing.assert_allclose(mixed.reshape(expected.shape), expected, rtol=1e-5, atol=1e-6)
