@@ -12,9 +12,14 @@ import functools
 from collections.abc import Iterable
 from dataclasses import replace
 
+import jax
+
 from pallas_kernels._arguments import check_fields
 from pallas_kernels._mosaic import SHARED_LIMIT, SMS
 from pallas_kernels._mosaic_decoder import TABLE_BYTES
+
+STARTS_EARLY = jax.__version_info__ >= (0, 11)
+"""Whether JAX tells the driver that a kernel waits for the one in front of it by itself."""
 
 STEP = 128  # columns that a warp's 32 lanes cover with one 16-byte load of 8 rows
 
@@ -38,6 +43,8 @@ class GemvConfig:
         together: rows of x that are multiplied at a time, 4 or 8 (`mosaic_columns`).
         split: blocks that share a unit, each with a part of the columns; the parts of the sum are
             added up afterwards. 0 stands for the fewest whose part of x fits into shared memory.
+        early: the kernel starts before the one in front of it has ended (`mosaic_early`); before
+            jax 0.11 it does not.
     """
 
     warps: int = 8
@@ -49,6 +56,7 @@ class GemvConfig:
     segments: int = 1
     together: int = 4
     split: int = 0
+    early: bool = False
 
     def __post_init__(self) -> None:
         """A ValueError for what would be refused, or misaligned, on the card."""
@@ -281,7 +289,8 @@ def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
     Its cut with every way to decode that can win, then the most even other cuts with the likeliest.
     More than three pairs of bytes by selects would take the integer units longer than the look-ups
     take (docs/kernels.md); what `skip_zeros` and `segments` are good for ends with few rows of x.
-    From five rows on, every cut with rows eight together, and splits of their sum.
+    From five rows on, every cut with rows eight together, and splits of their sum. Starting early
+    is tried with the likeliest.
     """
     first = choose_config(m, n, k)
 
@@ -292,7 +301,7 @@ def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
     if m > 4:
         eights = [replace(cut, together=8) for cut in OTHER_CUTS]
         split = [replace(eights[0], split=split) for split in (2, 4)]
-        return [first, *most_even(eights), *most_even(split)]
+        return [*_and_early([first]), *most_even(eights), *most_even(split)]
     skip = m <= 2
     found = [replace(first, selects=selects) for selects in range(4)]
     if skip:
@@ -301,4 +310,10 @@ def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
     for cut in others:
         few = skip and cut.segments <= 2
         found += [cut, replace(cut, selects=2, skip_zeros=few)]
-    return found
+    return _and_early([first, *others[:2]]) + found[1:]
+
+
+def _and_early(cuts: list[GemvConfig]) -> list[GemvConfig]:
+    """The first of the cuts, and all of them starting early, where JAX can."""
+    early = [replace(cut, early=True) for cut in cuts] if STARTS_EARLY else []
+    return cuts[:1] + early

@@ -22,8 +22,9 @@ from jaxtyping import Array
 from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels._mosaic import SHARED_LIMIT, call, check_mosaic
 from pallas_kernels._mosaic_decoder import lookup_tables
+from pallas_kernels.nf4_gemv.mosaic_early import ask_for_first_unit
 from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
-from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan, choose_config
+from pallas_kernels.nf4_gemv.mosaic_plan import STARTS_EARLY, GemvConfig, Plan, choose_config
 from pallas_kernels.nf4_matmul.reference import complete
 from pallas_kernels.simt.launch import launch
 
@@ -89,6 +90,7 @@ def _call(
     unused = jnp.zeros((1,), jnp.float32)
     parts = [unused if part is None else part for part in weight]
     program: Callable[..., None] = _program
+    early: Callable[..., None] = functools.partial(_early, plan)
     number: tuple[Array, ...] = ()
     if layer is None:
         parts = [part.reshape(-1) for part in parts]
@@ -97,6 +99,7 @@ def _call(
         parts = [part.reshape(len(part), -1) for part in parts]
         sizes = [part.nbytes // len(part) for part in parts]
         program = functools.partial(_program_in_stack, sizes)
+        early = _nothing
     inputs = (
         *number,
         x.reshape(plan.m, plan.k),
@@ -112,6 +115,7 @@ def _call(
         warps=plan.config.warps,
         shared_bytes=plan.shared_bytes,
         name="nf4_gemv",
+        early=early if plan.config.early and STARTS_EARLY else None,
     )
     return call(kernel, *inputs)
 
@@ -134,6 +138,14 @@ def _check_config(plan: Plan) -> None:
 def _pad_rank(matrix: Array) -> Array:
     """Zeros behind the last column until there are a multiple of 4."""
     return jnp.pad(matrix, ((0, 0), (0, -matrix.shape[1] % 4)))
+
+
+def _early(plan, m, *buffers):
+    ask_for_first_unit(m, plan, *buffers)
+
+
+def _nothing(m, *buffers):
+    """Which weight of a stack is read may be the result of the kernel in front."""
 
 
 def _program(plan, m, *buffers):

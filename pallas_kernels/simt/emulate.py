@@ -120,6 +120,13 @@ class Machine:
         data = self._gather(_bytes(buffer), address, 4 * words, offset, when)
         return list(data.view(np.uint32).T.copy())
 
+    def prefetch(
+        self, buffer: np.ndarray, address: np.ndarray, nbytes: np.ndarray, *, when: np.ndarray
+    ) -> None:
+        """Ask for bytes of global memory, all at multiples of 16: nothing but a check."""
+        self._where(buffer.nbytes, address, 16, 0, when)
+        self._where(buffer.nbytes, address + nbytes - np.uint32(16), 16, 0, when)
+
     def load_byte(
         self, buffer: np.ndarray, address: np.ndarray, *, when: np.ndarray | None = None
     ) -> np.ndarray:

@@ -18,6 +18,7 @@ def launch(
     warps: int,
     shared_bytes: int,
     name: str,
+    early: Callable[..., None] | None = None,
 ) -> Callable[..., jax.Array]:
     """A function of arrays that runs `program(machine, *inputs, output)` on `grid` blocks.
 
@@ -28,20 +29,29 @@ def launch(
         warps: warps per block, a multiple of 4.
         shared_bytes: shared memory per block, addressed from 0.
         name: the kernel's name.
+        early: a lane program of the same buffers that runs before the kernel in front of this one
+            has ended, whose results it must not read. None waits with everything.
     """
     if warps % 4:
         raise ValueError(f"warps is {warps}; expected a multiple of 4 (warpgroups)")
 
     def body(*refs: Any) -> None:
         *buffers, shared = refs
-
-        def emit(_: Any, cta: Any, shared_ref: Any, *memrefs: Any) -> None:
-            machine = mlir.Machine(cta.registers.item(), shared_ref)
-            program(machine, *(machine.buffer(memref) for memref in memrefs))
-
         kinds = (plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * (1 + len(buffers)))
         cta = jax.lax.axis_index("cta").astype(jnp.int32)
-        plgpu.inline_mgpu(arg_types=kinds)(emit)(cta, shared, *buffers)
+
+        def run(program: Callable[..., None]) -> None:
+            def emit(_: Any, cta: Any, shared_ref: Any, *memrefs: Any) -> None:
+                machine = mlir.Machine(cta.registers.item(), shared_ref)
+                program(machine, *(machine.buffer(memref) for memref in memrefs))
+
+            plgpu.inline_mgpu(arg_types=kinds)(emit)(cta, shared, *buffers)
+
+        if early is not None:
+            plgpu.griddepcontrol_launch_dependents()
+            run(early)
+            plgpu.griddepcontrol_wait()
+        run(program)
 
     body.__name__ = name
     return plgpu.kernel(

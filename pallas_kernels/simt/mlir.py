@@ -255,6 +255,11 @@ class Machine:
             text, inputs = f"@${words + 1} {text}", [*inputs, when.value]
         return [Word(v) for v in _asm(text, [_i32()] * words, inputs, has_side_effects=True)]
 
+    def prefetch(self, buffer: ir.Value, address: Word, nbytes: Word, *, when: Flag) -> None:
+        """Ask for bytes of global memory, all at multiples of 16, into the second-level cache."""
+        text = "@$2 cp.async.bulk.prefetch.L2.global [$0], $1;"
+        _asm(text, [], [self._at(buffer, address), nbytes.value, when.value])
+
     def load_byte(self, buffer: ir.Value, address: Word, *, when: Flag | None = None) -> Word:
         """One byte of global memory as a word."""
         text, inputs = "ld.global.u8 $0, [$1];", [self._at(buffer, address)]

@@ -155,6 +155,23 @@ def test_the_hopper_gemv_with_few_look_ups_and_long_loads():
     check_kernels(kernels, "gemv")
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX starts no kernel early")
+def test_the_hopper_gemv_can_start_before_the_kernel_in_front_has_ended():
+    """It asks for its rows and waits, in this order, and loads nothing before."""
+    (n, k), config = SHAPES["7b-qkvo"], GemvConfig(early=True)
+    x = jax.ShapeDtypeStruct((1, k), jnp.bfloat16)
+
+    def run(x, *weight):
+        return nf4_matmul(x, *weight, implementation="mosaic_gpu", config=config)
+
+    lowered = harness.lower_for(CARDS["h200"], run, x, *packed(n, k)).as_text()
+    assert "mosaic_gpu.uses_pdl" in lowered
+    _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(n, k), sass=True)
+    check_kernels(kernels, "gemv")
+    order = re.findall(r"PREEXIT|UBLKPF\.L2|ACQBULK|LDG", kernels[0].sass)
+    assert order[:6] == ["PREEXIT", *["UBLKPF.L2"] * 3, "ACQBULK", "LDG"]
+
+
 @pytest.mark.parametrize(("rows", "k"), [(12, 512), (8, 28672)])
 def test_the_hopper_gemv_takes_all_few_rows_by_name(rows, k):
     """More rows than eight; rows that do not fit into shared memory, whose sum is split."""
@@ -225,15 +242,17 @@ def test_hopper_kernels_of_stacked_weights_under_vmap(op, rows):
 
 @pytest.mark.parametrize(("op", "rows"), [("gemv", 1), ("matmul", 64), ("transposed", 64)])
 def test_hopper_kernels_in_64_bit_mode(op, rows):
-    layout, kernel = Layout((512, 512), "nf4", 64, True), kernel_of(op)
-    x = jax.ShapeDtypeStruct((rows, 512), jnp.bfloat16)
+    # A shape of its own: a kernel that was compiled before in this process is not written again.
+    size = 768
+    layout, kernel = Layout((size, size), "nf4", 64, True), kernel_of(op)
+    x = jax.ShapeDtypeStruct((rows, size), jnp.bfloat16)
     after = () if op == "transposed" else (None,)
 
     def run(x, *weight):
         return kernel(x, *weight, *after, layout=layout)
 
     with jax.enable_x64(True):
-        _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(512, 512))
+        _, kernels = harness.inspect_kernels(CARDS["h200"], run, x, *packed(size, size))
     check_kernels(kernels, op)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from pallas_kernels._mosaic import SHARED_LIMIT
 from pallas_kernels._mosaic_decoder import byte_planes, lookup_tables, select_pairs
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
 from pallas_kernels.nf4_gemv import mosaic_plan
+from pallas_kernels.nf4_gemv.mosaic_early import ask_for_first_unit
 from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
-from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan
+from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan, choose_config, configs_to_try
 from pallas_kernels.nf4_gemv.mosaic_sm90 import _program, _program_in_stack, nf4_gemv_mosaic
 from pallas_kernels.simt.emulate import Machine
 
@@ -189,6 +191,48 @@ def test_a_weight_of_a_stack(double_quant):
         np.testing.assert_array_equal(got, alone)
 
 
+class AskingMachine(Machine):
+    """Keeps what was asked for: of each buffer the first byte and how many."""
+
+    def prefetch(self, buffer, address, nbytes, *, when):
+        super().prefetch(buffer, address, nbytes, when=when)
+        asked = [(int(a), int(n)) for a, n in zip(address[when], nbytes[when], strict=True)]
+        self.asked = [*getattr(self, "asked", []), asked]
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "double_quant", "config"),
+    [
+        (72, 1024, True, GemvConfig(4, 2, 2, ctas=2)),
+        (33, 2560, False, GemvConfig(4, 2, 4)),
+        (37, 2048, True, GemvConfig(4, 2, 1, ctas=2, segments=4)),
+        (40, 1984, True, GemvConfig(4, 1, 1, ctas=6, segments=2, split=2)),
+        (16, 128, True, GemvConfig(4, 1, 1)),
+    ],
+)
+def test_a_block_asks_early_for_what_it_reads_first(n, k, double_quant, config):
+    plan = Plan(1, n, k, "bfloat16", double_quant, True, config)
+    inputs, _ = problem(np.random.default_rng(0), 1, n, k, "bfloat16", double_quant)
+    width, sizes = (1 if double_quant else 4), [part.nbytes for part in inputs[1:4]]
+    for cta in range(plan.grid):
+        machine = AskingMachine(cta, plan.threads, 0)
+        ask_for_first_unit(machine, plan, *inputs)
+        first = cta % plan.blocks * plan.rows
+        last = min(first + plan.rows, n)
+        blocks = [row * k // 64 for row in (first, last)]
+        # The bytes that the unit's rows take; pieces of 16 around them, inside of the buffer.
+        wanted = [[row * k // 2 for row in (first, last)], [width * block for block in blocks]]
+        if double_quant:
+            wanted.append([4 * (blocks[0] // 256), 4 * ((blocks[1] - 1) // 256 + 1)])
+        for asked, (start, end), size in zip(machine.asked, wanted, sizes, strict=False):
+            end = min(end, size // 16 * 16)
+            assert (start >= end and not asked) or (
+                asked[0][0] in range(start - 15, start + 1)
+                and sum(asked[0]) >= end
+                and len(asked) == 1
+            )
+
+
 @pytest.mark.parametrize("together", [4, 8])
 def test_bad_rows_stay_alone(together):
     """A row of x with inf or NaN is lost; the others are untouched."""
@@ -211,6 +255,14 @@ def test_llama_shapes_fit(m, n, k):
     plan = Plan(m, n, k, "bfloat16", True, False, mosaic_plan.choose_config(m, n, k))
     assert plan.shared_bytes <= SHARED_LIMIT
     assert plan.efficiency > 0.75
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_candidates_are_different_and_those_that_start_early_need_jax_0_11(rows):
+    configs = configs_to_try(rows, 4096, 4096)
+    assert len(set(configs)) == len(configs)
+    assert configs[0] == choose_config(rows, 4096, 4096)
+    assert any(config.early for config in configs) is (jax.__version_info__ >= (0, 11))
 
 
 @pytest.mark.parametrize(
