@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from qlora_jax.evaluate import Ratings, read_ratings
+from qlora_jax.evaluate import Ratings, check_systems, read_ratings
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "qlora_eval"
 
@@ -117,14 +117,7 @@ def labelled_ratings(files: Iterable[Path], *, reread: bool) -> Ratings:
         ValueError: as `read_ratings`, or two systems have one label.
     """
     ratings = read_ratings(files, reread=reread)
-    named: dict[str, str] = {}
-    for name in ratings.systems:
-        other = named.setdefault(system_label(name), name)
-        if other != name:
-            raise ValueError(
-                f"the ratings are of {other} and of {name}, which are both called "
-                f"{system_label(name)} here: give one of them another name in its rating files."
-            )
+    check_systems(ratings.systems, system_label)
     return ratings
 
 

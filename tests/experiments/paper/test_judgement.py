@@ -71,7 +71,10 @@ def test_from_questions_to_tables(tiny_model, questions, tmp_path, capsys):
     assert rated("choice", "The first.\n1") == 0
     again = ("--answers", str(answers["cold"]), str(answers["cold"]))
     assert rated("choice", "1", *again) == 2
-    assert "names 2 files of 1 systems (cold)" in capsys.readouterr().err
+    assert "two systems are called cold here (cold, cold)" in capsys.readouterr().err
+    named = [tmp_path / "30b-cold.jsonl", tmp_path / "cold-33b.jsonl"]
+    assert rated("choice", "1", "--answers", *map(str, named)) == 2
+    assert "two systems are called cold-33B here (30b-cold, cold-33b)" in capsys.readouterr().err
     assert rated("scores", "9 6\nSo.", "--reference", "cold") == 0
 
     out = tmp_path / "tables"
@@ -149,7 +152,7 @@ def test_two_systems_that_a_table_would_call_alike_are_refused(command, tmp_path
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert command.main(["--ratings", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "are of 30b-guanaco and of guanaco-33b, which are both called Guanaco-33B" in error
+    assert "two systems are called Guanaco-33B here (30b-guanaco, guanaco-33b): give one" in error
     assert not (tmp_path / "out").exists()
 
 
