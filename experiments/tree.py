@@ -37,6 +37,11 @@ def read_yaml(path: Path) -> Tree:
         nearby = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(nearby)}" if nearby else ""
         raise FileNotFoundError(f"the configuration file {path} does not exist{hint}.") from None
+    except IsADirectoryError:
+        files = ", ".join(sorted(str(file) for file in path.glob("*.yaml"))) or "a YAML file"
+        raise ValueError(
+            f"{path} is a folder, but a configuration is a file: give {files}."
+        ) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error.reason}).") from error
     if tree is None:

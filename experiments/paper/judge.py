@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments.cli import run_command
-from experiments.paper.judged import SHARED, system_label
+from experiments.paper.judged import SHARED, questions_of, system_label
 from qlora_jax.cli.arguments import count
 from qlora_jax.evaluate import (
     Budget,
@@ -33,7 +33,6 @@ from qlora_jax.evaluate import (
     judge,
     pairings,
     read_answers,
-    read_questions,
     system_name,
 )
 
@@ -87,7 +86,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     check_systems(names, system_label)
     answers = {n: read_answers(file) for n, file in zip(names, options.answers, strict=True)}
     pairs = pairings(
-        read_questions(options.questions)[: options.limit],
+        questions_of(options.questions)[: options.limit],
         answers,
         reference=options.reference,
     )

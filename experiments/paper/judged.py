@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from qlora_jax.evaluate import Ratings, check_systems, read_ratings
+from qlora_jax.evaluate import JudgedQuestion, Ratings, check_systems, read_questions, read_ratings
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "qlora_eval"
 
@@ -119,6 +119,16 @@ def labelled_ratings(files: Iterable[Path], *, reread: bool) -> Ratings:
     ratings = read_ratings(files, reread=reread)
     check_systems(ratings.systems, system_label)
     return ratings
+
+
+def questions_of(file: Path) -> list[JudgedQuestion]:
+    """`read_questions`; FileNotFoundError says where the paper's can be had."""
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist: give --questions a file of questions, such as "
+            "eval/prompts/vicuna_questions.jsonl in a clone of https://github.com/artidoro/qlora."
+        )
+    return read_questions(file)
 
 
 def rating_files(data: Path, folder: str) -> list[Path]:

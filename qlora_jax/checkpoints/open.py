@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qlora_jax.checkpoints.adapter_config import CONFIG
 from qlora_jax.checkpoints.bitsandbytes import (
     check_method,
     is_part,
@@ -54,6 +55,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return open_gguf(path)
     has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
     files = [] if has_weights else sorted(path.glob("*.gguf"))
+    adapters = [p for p in (path, path / "adapter") if (p / CONFIG).is_file()]  # of a run folder
+    if not has_weights and not files and adapters:
+        raise FileNotFoundError(
+            f"{path} holds an adapter ({adapters[0]}), but a model is needed here: give its base, "
+            "and the adapter as such."
+        )
     if not files:
         return _open_folder(path)
     if len(files) > 1:

@@ -127,6 +127,12 @@ def test_options_and_files(tiny_model, tmp_path, capsys):
         flags = [str(typo)] if command is sweep.main else ["--config", str(typo)]
         assert command(flags) == 2
         assert "the nearest is train.learning_rate" in sentence(capsys)
+        folder = [str(tmp_path)] if command is sweep.main else ["--config", str(tmp_path)]
+        assert command(folder) == 2
+        assert f"is a folder, but a configuration is a file: give {typo}" in sentence(capsys)
+        models = "--models" if command is sweep.main else "--model"
+        assert command([models, "stdlib-2m", "--out", str(tmp_path / "o")]) == 2
+        assert "the nearest of these is stdlib-" in sentence(capsys)
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "not.yaml").write_text("a: [")
     for name, words in (

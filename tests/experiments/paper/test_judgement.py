@@ -161,7 +161,7 @@ def test_two_systems_that_a_table_would_call_alike_are_refused(command, tmp_path
     [
         (elo, ["--data", "nowhere"], "clone of https://github.com/artidoro/qlora"),
         (vicuna, ["--ratings", "nowhere"], "holds no rating file"),
-        (generations, ["--questions", "nowhere.jsonl"], "nowhere.jsonl"),
+        (generations, ["--questions", "nowhere.jsonl"], "nowhere.jsonl does not exist: give --que"),
         (
             judge,
             ["--url", "here", "--judge", "j", "--answers", "a.jsonl"],
@@ -225,3 +225,9 @@ def test_no_questions_at_all_are_no_limit(command, capsys):
     with pytest.raises(SystemExit):
         command.main(["--limit", "0"])
     assert "argument --limit: 0 is too few: give 1 or more" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_told_before_questions_are_fetched(monkeypatch, capsys):
+    monkeypatch.setattr(mmlu, "check_questions", lambda _: pytest.fail("fetched"))
+    assert mmlu.main(["stdlib-2m"]) == 2
+    assert "the nearest of these is stdlib-" in capsys.readouterr().err
