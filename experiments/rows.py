@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments.config import DataConfig
 from experiments.embedded import DATASETS, MODELS
+from qlora_jax.checkpoints import refuse_adapter
 from qlora_jax.data import (
     INSTRUCT,
     ChatTemplateFormat,
@@ -45,7 +46,9 @@ def find_model(source: str, **options: Any) -> Path:
             f"{source} is neither a folder here nor an embedded model; the nearest of these is "
             f"{near[0]} (there are {', '.join(MODELS)})."
         )
-    return find_folder(MODELS.get(source, source), **options)
+    folder = find_folder(MODELS.get(source, source), **options)
+    refuse_adapter(folder)
+    return folder
 
 
 def context_length(folder: Path) -> int | None:
