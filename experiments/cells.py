@@ -41,6 +41,11 @@ _LISTED = {
 }
 """Options that a list of the sweep sets in every cell."""
 
+# Models and datasets by label, seeds, axes → label → options.
+_Lists = tuple[dict[str, Any], dict[str, Any], list[Any], dict[str, dict[str, Tree]]]
+# The labels by axis that a rule is for, and its options.
+_Rule = tuple[dict[str, set[str]], Tree]
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -82,16 +87,24 @@ class Sweep:
     cells: tuple[Cell, ...]
 
 
-def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = None) -> Sweep:
+def build_sweep(
+    tree: Tree,
+    where: str,
+    settings: Mapping[str, Any] | None = None,
+    file: Tree | None = None,
+) -> Sweep:
     """The sweep that a file describes.
 
     Args:
         tree: the file's content.
         where: what to call it in a message.
         settings: dotted options from the command line, which win over everything but the axes.
+        file: the content before the command line's lists took the place of the file's: a rule is
+            for a label of one or the other. None: rules may be for what is not there.
 
     Raises:
-        ValueError: an unknown key or axis, an empty list, two cells that cannot be told apart.
+        ValueError: an unknown key or axis, an empty list, two cells that cannot be told apart, a
+            rule about a label that no list has.
     """
     sections = option_names(RunConfig)
     for key in tree:
@@ -103,8 +116,10 @@ def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = Non
     name = str(tree.get("name") or Path(where).stem)
     if name != Path(name).name or name == "..":
         raise ValueError(f"name in {where} is {name!r}, but a folder in runs/ is called by it.")
-    models, datasets, seeds, axes = _lists(tree, where)
+    models, datasets, seeds, axes = lists = _lists(tree, where)
     rules = _rules(tree.get("rules") or [], ["dataset", "model", "seed", *axes], where)
+    if file is not None:
+        _check_labels(rules, [lists, _lists(file, where)], where)
 
     _refuse_idle(settings or {}, axes, rules)
     cells: dict[str, Cell] = {}
@@ -131,20 +146,13 @@ def build_sweep(tree: Tree, where: str, settings: Mapping[str, Any] | None = Non
     return Sweep(name, tuple(cells.values()))
 
 
-def check_rules(tree: Tree, file: Tree, where: str) -> None:
-    """ValueError for a rule about a label that no list has, of a sweep or of its file.
-
-    Args:
-        tree: the sweep, in which the command line's lists are in the place of the file's.
-        file: the file's content, whose rules may be for what this command leaves out.
-        where: what to call the file in a message.
-    """
+def _check_labels(rules: list[_Rule], both: list[_Lists], where: str) -> None:
+    """ValueError for a rule about a label that no list has."""
     labels: dict[str, list[str]] = {}
-    for lists in (tree, file):
-        models, datasets, seeds, axes = _lists(lists, where)
+    for models, datasets, seeds, axes in both:
         for key, own in {"dataset": datasets, "model": models, "seed": seeds, **axes}.items():
             labels.setdefault(key, []).extend(map(str, own))
-    for condition, _ in _rules(tree.get("rules") or [], list(labels), where):
+    for condition, _ in rules:
         for key, values in condition.items():
             known = list(dict.fromkeys(labels[key]))
             for value in values.difference(known):
@@ -157,7 +165,7 @@ def check_rules(tree: Tree, file: Tree, where: str) -> None:
 def _refuse_idle(
     settings: Mapping[str, Any],
     axes: Mapping[str, Mapping[str, Tree]],
-    rules: list[tuple[dict[str, set[str]], Tree]],
+    rules: list[_Rule],
 ) -> None:
     """ValueError for an option that no cell would heed, since a list or an axis sets it."""
     given = [settings, *(options for _, options in rules)]
@@ -188,9 +196,7 @@ def _with_source(tree: Tree, section: str, known: Collection[str], source: Any, 
     return {**tree, section: merged(base, named_source(known, source, f"{section} in {where}"))}
 
 
-def _lists(
-    tree: Tree, where: str
-) -> tuple[dict[str, Any], dict[str, Any], list[Any], dict[str, dict[str, Tree]]]:
+def _lists(tree: Tree, where: str) -> _Lists:
     """Models, datasets, seeds and axes; the file of a single run is a sweep of one cell."""
     models = _sources(tree.get("models", [tree.get("model", {})]), MODELS, "models", where)
     datasets = _sources(tree.get("datasets", [tree.get("data", {})]), DATASETS, "datasets", where)
@@ -258,7 +264,7 @@ def _axes(given: Any, where: str) -> dict[str, dict[str, Tree]]:
     return axes
 
 
-def _rules(given: Any, keys: list[str], where: str) -> list[tuple[dict[str, set[str]], Tree]]:
+def _rules(given: Any, keys: list[str], where: str) -> list[_Rule]:
     rules = []
     for rule in given if isinstance(given, list) else [given]:
         if not isinstance(rule, dict) or set(rule) != {"when", "set"}:

@@ -37,14 +37,32 @@ def refuse(error: Exception) -> int:
 @contextlib.contextmanager
 def termination_interrupts() -> Iterator[None]:
     """SIGTERM, which a scheduler sends before it kills, interrupts as Ctrl-C does: a run folder is
-    given back, for a process on any host to go on with. (Signals come to the main thread alone.)"""
+    given back, for a process on any host to go on with. (Signals come to the main thread alone.)
+
+    While garbage is collected Python drops what is raised, and JAX has a function of its own called
+    then: an interrupt that is lost so is sent again."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    ended, hook = threading.Event(), sys.unraisablehook
+
+    def send() -> None:
+        if not ended.is_set():
+            signal.raise_signal(signal.SIGTERM)
+
+    def dropped(what: Any) -> None:
+        if what.exc_type is KeyboardInterrupt:
+            threading.Timer(0.05, send).start()
+        else:
+            hook(what)
+
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
+        ended.set()
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
 
 

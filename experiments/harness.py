@@ -26,13 +26,12 @@ from experiments.cli import (
     read_quant,
     run_command,
 )
-from experiments.embedded import MODELS
 from experiments.report import write_atomically
-from experiments.rows import decoder_context
+from experiments.rows import decoder_context, find_model
 from qlora_jax.checkpoints import check_adapter, load_adapter
 from qlora_jax.data import load_chat_template
 from qlora_jax.evaluate import Harness
-from qlora_jax.pretrained import find_folder, load_pretrained
+from qlora_jax.pretrained import load_pretrained
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -83,7 +82,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             f"--tasks {' '.join(options.tasks)}: {reason}. Give names that `lm-eval ls tasks` "
             "lists, tasks of --include, or YAML files."
         ) from error
-    folder = find_folder(MODELS.get(options.model, options.model))
+    folder = find_model(options.model)
     context = decoder_context(folder)
     quant = read_quant(options.quant, folder)
     lora = None if options.adapter is None else check_adapter(options.adapter)

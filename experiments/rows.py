@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import DataConfig
-from experiments.embedded import DATASETS
+from experiments.embedded import DATASETS, MODELS
+from qlora_jax.checkpoints import refuse_adapter
 from qlora_jax.data import (
     INSTRUCT,
     ChatTemplateFormat,
@@ -33,6 +34,21 @@ from qlora_jax.data import (
 )
 from qlora_jax.data.json_file import read_json
 from qlora_jax.models import EncoderClassifier, EncoderDecoderConfig, family_of
+from qlora_jax.pretrained import find_folder
+
+
+def find_model(source: str, **options: Any) -> Path:
+    """A model's local folder, by an embedded one's name or by what `find_folder` takes, which gets
+    the options and may raise; ValueError for what is nearly an embedded one's name."""
+    near = difflib.get_close_matches(source, MODELS, n=1, cutoff=0.8)
+    if near and source not in MODELS and not Path(source).exists():
+        raise ValueError(
+            f"{source} is neither a folder here nor an embedded model; the nearest of these is "
+            f"{near[0]} (there are {', '.join(MODELS)})."
+        )
+    folder = find_folder(MODELS.get(source, source), **options)
+    refuse_adapter(folder)
+    return folder
 
 
 def context_length(folder: Path) -> int | None:

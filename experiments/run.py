@@ -34,7 +34,7 @@ from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
 from experiments.room import check_lengths, check_room, row_lengths, workload
-from experiments.rows import context_length, examples_of, model_config, told_of_cuts
+from experiments.rows import context_length, examples_of, find_model, model_config, told_of_cuts
 from experiments.tree import differences, option_names, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
 from qlora_jax.data import (
@@ -50,7 +50,7 @@ from qlora_jax.models import FAMILIES, EncoderDecoderConfig, check_remat, module
 from qlora_jax.nn import FrozenParam
 from qlora_jax.plan import find_config
 from qlora_jax.plan.workload import model_shapes
-from qlora_jax.pretrained import find_folder, load_pretrained
+from qlora_jax.pretrained import load_pretrained
 from qlora_jax.train import Callback, fit
 from qlora_jax.train.callbacks import elapsed_seconds
 from qlora_jax.train.config import FREE_ON_RESUME
@@ -150,7 +150,7 @@ def model_folder(run: RunConfig) -> Path:
             f"the embedded model {source} is missing from {MODELS[source].parent}: make it with "
             f"python -m experiments.embedded.pretrain {source}."
         )
-    folder = find_folder(MODELS.get(source, source), revision=run.model.revision)
+    folder = find_model(source, revision=run.model.revision)
     context_length(folder)
     WeightFolder(folder)
     return folder
@@ -168,7 +168,7 @@ def with_own_adapters(run: RunConfig, given: Collection[str]) -> RunConfig:
     """
     if run.model.source in MODELS:
         return run
-    folder = find_folder(run.model.source, revision=run.model.revision, files=("config.json",))
+    folder = find_model(run.model.source, revision=run.model.revision, files=("config.json",))
     config = model_config(folder)
     if not isinstance(config, EncoderDecoderConfig):
         return run

@@ -37,7 +37,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from experiments.cells import Cell, Sweep, build_sweep, check_rules
+from experiments.cells import Cell, Sweep, build_sweep
 from experiments.cli import (
     CONFIGS,
     interrupted,
@@ -140,9 +140,8 @@ def read_sweep(options: argparse.Namespace) -> Sweep:
     given = tree.get("axes") or {}
     if isinstance(given, dict):  # anything else is refused below
         tree["axes"] = {**given, **own}
-    sweep = build_sweep(tree, where, settings)
-    if options.preset is None:  # a preset's are for every model and dataset of the paper
-        check_rules(tree, file, where)
+    # A preset's rules are for every model and dataset of the paper.
+    sweep = build_sweep(tree, where, settings, file if options.preset is None else None)
     if options.only is None:
         return sweep
     cells = tuple(c for c in sweep.cells if fnmatch.fnmatch(c.name.lower(), options.only.lower()))

@@ -37,6 +37,11 @@ def read_yaml(path: Path) -> Tree:
         nearby = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(nearby)}" if nearby else ""
         raise FileNotFoundError(f"the configuration file {path} does not exist{hint}.") from None
+    except IsADirectoryError:
+        files = ", ".join(sorted(str(file) for file in path.glob("*.yaml"))) or "a YAML file"
+        raise ValueError(
+            f"{path} is a folder, but a configuration is a file: give {files}."
+        ) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error.reason}).") from error
     if tree is None:
@@ -198,11 +203,30 @@ def _convert_section(value: Any, kind: Any, key: str, where: str) -> Any:
         ) from error
 
 
+USUAL_NAMES = {
+    "lora.r": ("r", "rank", "lora_r", "lora_rank"),
+    "lora.alpha": ("alpha", "lora_alpha"),
+    "lora.lora_dropout": ("dropout", "lora_dropout"),
+    "train.steps": ("steps", "max_steps", "epochs", "num_epochs", "num_train_epochs"),
+    "train.learning_rate": ("lr", "learning_rate"),
+    "train.micro_batch_size": ("batch", "batch_size", "per_device_train_batch_size"),
+    "train.max_grad_norm": ("clip", "grad_clip", "max_grad_norm"),
+    "train.eval_every": ("eval_steps",),
+    "train.save_every": ("save_steps",),
+    "train.log_every": ("logging_steps",),
+    "train.seed": ("seed",),
+    "quant.quant_type": ("bits", "quant_type"),
+    "model.remat": ("gradient_checkpointing",),
+}
+"""Options by what people and other libraries call them, where the letters alone would not tell."""
+
+
 def unknown_key(name: str, known: list[str], section: str, where: str) -> ValueError:
     """The refusal of a key that does not exist, naming the nearest that does."""
     prefix = f"{section}." if section else ""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    nearest = f"the nearest is {prefix}{near[0]}, and " if near else ""
+    meant = [o for o, names in USUAL_NAMES.items() if name in names and o.startswith(prefix)]
+    near = [prefix + option for option in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
+    nearest = f"the nearest is {[*meant, *near][0]}, and " if meant or near else ""
     listed = ", ".join(prefix + option for option in known)
     return ValueError(f"there is no option {prefix}{name} ({where}); {nearest}there are {listed}.")
 

@@ -36,15 +36,14 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
-from experiments.embedded import MODELS
 from experiments.estimate import bits_per_weight
 from experiments.report import write_atomically
-from experiments.rows import decoder_context
+from experiments.rows import decoder_context, find_model
 from qlora_jax.cli.arguments import count
 from qlora_jax.data import Tokenizer, load_rows, load_tokenizer
 from qlora_jax.data.json_file import read_json_if_any
 from qlora_jax.evaluate import perplexity, text_batches
-from qlora_jax.pretrained import find_folder, load_pretrained
+from qlora_jax.pretrained import load_pretrained
 from qlora_jax.quant import QuantConfig
 
 _END_OF_TEXT = "<|endoftext|>"
@@ -194,7 +193,7 @@ def measure(
 def run(options: argparse.Namespace, console: Console) -> int:
     """Measures every case and writes OUT."""
     cases = cases_of(options.types, options.blocksizes)
-    folder = find_folder(MODELS.get(options.model, options.model))
+    folder = find_model(options.model)
     window = min(options.window, decoder_context(folder))
     tokenizer = load_tokenizer(folder)
     ids = read_tokens(options.text, tokenizer)

@@ -35,14 +35,13 @@ from experiments.cli import (
     read_quant,
     run_command,
 )
-from experiments.embedded import MODELS
-from experiments.paper.judged import SHARED
-from experiments.rows import model_config
+from experiments.paper.judged import SHARED, questions_of
+from experiments.rows import find_model, model_config
 from qlora_jax.checkpoints import check_adapter, load_adapter
 from qlora_jax.cli.arguments import count, seed
 from qlora_jax.data import FORMATS, InstructionFormat, load_chat_template, load_tokenizer
 from qlora_jax.data.json_file import parse_json_lines
-from qlora_jax.evaluate import JudgedQuestion, read_questions
+from qlora_jax.evaluate import JudgedQuestion
 from qlora_jax.evaluate.answers import ASSISTANT_SYSTEM
 from qlora_jax.generate import (
     PAPER_SAMPLING,
@@ -51,7 +50,7 @@ from qlora_jax.generate import (
     generate_text,
     read_eos_token_ids,
 )
-from qlora_jax.pretrained import find_folder, load_pretrained
+from qlora_jax.pretrained import load_pretrained
 from qlora_jax.quant import QuantConfig
 
 STYLES = ("guanaco", "chat", "alpaca", "text")
@@ -153,8 +152,8 @@ def answered(out: Path, model: str) -> set[str]:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Answers the questions and writes OUT, batch by batch."""
-    questions = read_questions(options.questions)[: options.limit]
-    folder = find_folder(MODELS.get(options.model, options.model))
+    questions = questions_of(options.questions)[: options.limit]
+    folder = find_model(options.model)
     out = options.out or Path("runs/paper/answers") / f"{Path(options.model).name}.jsonl"
     config = sampling(options, folder)
     quant = read_quant(options.quant, folder)

@@ -24,15 +24,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments.cli import run_command
-from experiments.paper.judged import SHARED
+from experiments.paper.judged import SHARED, questions_of, system_label
 from qlora_jax.cli.arguments import count
 from qlora_jax.evaluate import (
     Budget,
     Endpoint,
+    check_systems,
     judge,
     pairings,
     read_answers,
-    read_questions,
     system_name,
 )
 
@@ -50,7 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--questions", type=Path, default=SHARED / "prompts/vicuna_questions.jsonl", metavar="FILE"
     )
-    parser.add_argument("--answers", type=Path, nargs="+", required=True, metavar="FILE")
+    parser.add_argument(
+        "--answers", type=Path, nargs="+", required=True, metavar="FILE",
+        help="a system's each, which is called by the file's name",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/paper/ratings"), metavar="FOLDER")
     parser.add_argument("--form", choices=("choice", "scores"), default="choice")
     parser.add_argument("--reference", help="a system that all others are compared with")
@@ -78,14 +81,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
         options.completion_price,
     )
     endpoint = Endpoint(options.url, options.judge, options.key_variable, timeout=options.timeout)
-    answers = {system_name(file.stem): read_answers(file) for file in options.answers}
-    if len(answers) < len(options.answers):
-        raise ValueError(
-            f"--answers names {len(options.answers)} files of {len(answers)} systems "
-            f"({', '.join(answers)}): a system's name is its file's, so give each its own."
-        )
+    names = [system_name(file.stem) for file in options.answers]
+    # A table of these ratings would refuse them, once they are paid for.
+    check_systems(names, system_label)
+    answers = {n: read_answers(file) for n, file in zip(names, options.answers, strict=True)}
     pairs = pairings(
-        read_questions(options.questions)[: options.limit],
+        questions_of(options.questions)[: options.limit],
         answers,
         reference=options.reference,
     )

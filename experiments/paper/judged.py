@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from qlora_jax.evaluate import Ratings, read_ratings
+from qlora_jax.evaluate import JudgedQuestion, Ratings, check_systems, read_questions, read_ratings
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "qlora_eval"
 
@@ -117,15 +117,18 @@ def labelled_ratings(files: Iterable[Path], *, reread: bool) -> Ratings:
         ValueError: as `read_ratings`, or two systems have one label.
     """
     ratings = read_ratings(files, reread=reread)
-    named: dict[str, str] = {}
-    for name in ratings.systems:
-        other = named.setdefault(system_label(name), name)
-        if other != name:
-            raise ValueError(
-                f"the ratings are of {other} and of {name}, which are both called "
-                f"{system_label(name)} here: give one of them another name in its rating files."
-            )
+    check_systems(ratings.systems, system_label)
     return ratings
+
+
+def questions_of(file: Path) -> list[JudgedQuestion]:
+    """`read_questions`; FileNotFoundError says where the paper's can be had."""
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist: give --questions a file of questions, such as "
+            "eval/prompts/vicuna_questions.jsonl in a clone of https://github.com/artidoro/qlora."
+        )
+    return read_questions(file)
 
 
 def rating_files(data: Path, folder: str) -> list[Path]:

@@ -31,14 +31,13 @@ from experiments.cli import (
     run_command,
 )
 from experiments.config import MmluConfig
-from experiments.embedded import MODELS
 from experiments.examination import ask, check_questions
 from experiments.report import write_atomically
-from experiments.rows import decoder_context
+from experiments.rows import decoder_context, find_model
 from qlora_jax.checkpoints import check_adapter, load_adapter
 from qlora_jax.cli.arguments import count
 from qlora_jax.evaluate import GROUPS, MmluResult
-from qlora_jax.pretrained import find_folder, load_pretrained
+from qlora_jax.pretrained import load_pretrained
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -88,11 +87,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
         limit=options.limit,
         batch_size=options.batch_size,
     )
-    check_questions(config)
-    folder = find_folder(MODELS.get(options.model, options.model))
+    folder = find_model(options.model)
     context = decoder_context(folder)
     quant = read_quant(options.quant, folder)
     lora = None if options.adapter is None else check_adapter(options.adapter)
+    # The questions may come from the hub.
+    check_questions(config)
     identity: dict[str, Any] = {"model": options.model, "quant": str(quant)}
     identity["compute_dtype"] = options.compute_dtype
     name = f"{Path(options.model).name}-{options.shots}shot-{options.split}"

@@ -13,7 +13,7 @@ from qlora_jax.checkpoints.hub import push
 from qlora_jax.checkpoints.load import load_model
 from qlora_jax.checkpoints.matching import check_shapes, linear_weights
 from qlora_jax.checkpoints.merge import MODES, merge, merged
-from qlora_jax.checkpoints.open import open_checkpoint
+from qlora_jax.checkpoints.open import open_checkpoint, refuse_adapter
 from qlora_jax.checkpoints.save import model_checkpoint, save_checkpoint, save_model
 from qlora_jax.checkpoints.tokenizer import checkpoint_tokenizer
 
@@ -42,6 +42,7 @@ __all__ = [
     "quantized",
     "read_adapter",
     "read_adapter_config",
+    "refuse_adapter",
     "save_adapter",
     "save_checkpoint",
     "save_gguf",

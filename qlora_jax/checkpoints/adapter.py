@@ -21,6 +21,7 @@ from qlora_jax.checkpoints.adapter_file import (
     TOKENS,
     WEIGHTS,
     PeftAdapter,
+    check_head_rows,
     read_adapter,
 )
 from qlora_jax.checkpoints.adapter_parts import (
@@ -199,12 +200,7 @@ def load_adapter(folder: str | Path, model: Any) -> None:
             f"{folder} has an adapter of 'lm_head', but linear layers below the head alone take "
             "one here: merge it into its base, with `qlora-jax merge --no-report`."
         )
-    if f"lm_head.{TOKENS}" in tensors and f"embed_out.{TOKENS}" in tokens:
-        raise ValueError(
-            f"{folder} has trained rows of 'lm_head', as transformers 5 calls the head that this "
-            "base's files call 'embed_out': train them in PEFT with transformers 4, or the whole "
-            "head (modules_to_save)."
-        )
+    check_head_rows(folder, tensors, token_modules(model))
     if tensors:
         raise ValueError(
             f"{folder} holds {sorted(tensors)[0]!r} (and {len(tensors) - 1} more) that the model "

@@ -181,3 +181,23 @@ def token_indices(raw: Mapping[str, Any], named: Iterable[str]) -> dict[str, tup
         meant = [module for module in modules if f".{module}".endswith(f".{end}")]
         found |= dict.fromkeys(meant or [end], tuple(map(int, ids)))
     return found
+
+
+def check_head_rows(folder: str | Path, named: Iterable[str], modules: Iterable[str]) -> None:
+    """Refuses trained rows of GPT-NeoX's head under the name that only transformers 5 has for it.
+
+    Args:
+        folder: the adapter's.
+        named: its tensors, with or without PEFT's prefix.
+        modules: of the base, as its files call them.
+
+    Raises:
+        ValueError: there are such rows.
+    """
+    plain = (name.removeprefix(PREFIX) for name in named)
+    if f"lm_head.{TOKENS}" in plain and "embed_out" in modules:
+        raise ValueError(
+            f"{folder} has trained rows of 'lm_head', as transformers 5 calls the head that this "
+            "base's files call 'embed_out': train them in PEFT with transformers 4, or the whole "
+            "head (modules_to_save)."
+        )

@@ -32,6 +32,7 @@ from qlora_jax.checkpoints.adapter_file import (
     TOKENS,
     UNUSED,
     WEIGHTS,
+    check_head_rows,
     open_weights,
     token_indices,
 )
@@ -221,6 +222,7 @@ class AdapterFile:
                 key: tuple(file.get_slice(key).get_shape())
                 for key in file.keys()  # noqa: SIM118
             }
+        check_head_rows(folder, shapes, (name.removesuffix(".weight") for name in base.tensors))
         self._tokens = token_indices(config, shapes)
         for key, shape in shapes.items():
             if UNUSED not in key:
@@ -313,7 +315,7 @@ class AdapterFile:
             base.config["vocab_size"], *(int(ids.max()) + 1 for _, ids in self._rows.values())
         )
         # A head of its own keeps up with the embedding, whether or not its rows are trained.
-        for name in {*self._rows, _HEAD} & base.tensors.keys():
+        for name in {*self._rows, *_names(_HEAD)} & base.tensors.keys():
             self.grown[name] = (size, *base.tensors[name].shape[1:])
         absent = sorted(self._rows.keys() - self.grown.keys())
         if absent:

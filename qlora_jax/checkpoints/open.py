@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qlora_jax.checkpoints.adapter_config import CONFIG
 from qlora_jax.checkpoints.bitsandbytes import (
     check_method,
     is_part,
@@ -55,12 +56,23 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
     files = [] if has_weights else sorted(path.glob("*.gguf"))
     if not files:
+        refuse_adapter(path)
         return _open_folder(path)
     if len(files) > 1:
         raise ValueError(
             f"{path} holds {len(files)} GGUF files, {files[0].name} and others: give one of them."
         )
     return _beside(path, open_gguf(files[0]))
+
+
+def refuse_adapter(folder: Path) -> None:
+    """FileNotFoundError for the folder of an adapter, or of a run, given as a model's."""
+    adapter = next((p for p in (folder, folder / "adapter") if (p / CONFIG).is_file()), None)
+    if adapter is not None and not ((folder / INDEX).is_file() or (folder / SINGLE).is_file()):
+        raise FileNotFoundError(
+            f"{folder} holds no model: {adapter} is an adapter, which goes with its base, a "
+            "model's folder or name."
+        )
 
 
 def _beside(folder: Path, checkpoint: Checkpoint) -> Checkpoint:

@@ -8,7 +8,8 @@ import jax
 from qlora_jax.cli import SUBCOMMANDS
 from qlora_jax.cli.writing import add_writing, load_writer
 from qlora_jax.data import load_chat_template
-from qlora_jax.generate import chat
+from qlora_jax.generate import chat, newest_turns, prompt_room
+from qlora_jax.generate.text import Message
 from qlora_jax.pretrained import find_source
 
 
@@ -18,7 +19,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "chat",
         help=SUBCOMMANDS["chat"],
         description="Each line is a turn; an empty line, or the end of the input, ends the "
-        "conversation. Turns are written by the model's own chat template.",
+        "conversation. Turns are written by the model's own chat template; the oldest are "
+        "forgotten where the model's positions end.",
         epilog="example: qlora-jax chat HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/x",
     )
     add_writing(parser)
@@ -40,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise ValueError(f"{error} Without one, qlora-jax generate continues texts.") from error
     model, tokenizer, config, key = load_writer(args, path)
-    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    room = prompt_room(getattr(model, "config", None), config)
+    messages: list[Message] = []
+    if args.system is not None:
+        messages.append({"role": "system", "content": args.system})
     while True:
         print("> ", end="", flush=True)
         turn = sys.stdin.readline().strip()
@@ -48,6 +53,20 @@ def run(args: argparse.Namespace) -> int:
             print()
             return 0
         messages.append({"role": "user", "content": turn})
+        kept, tokens = newest_turns(tokenizer, messages, template, room)
+        if room is not None and tokens > room:
+            messages.pop()
+            _tell(
+                f"That makes a prompt of {tokens} tokens, but the model's positions have room for "
+                f"{room} beside --max-new-tokens {config.max_new_tokens}: write less."
+            )
+            continue
+        if kept != messages:
+            _tell(
+                "The conversation has outgrown the model's positions: its oldest "
+                f"{len(messages) - len(kept)} messages are forgotten."
+            )
+            messages = kept
         key, own = jax.random.split(key)
         answer = chat(
             model,
@@ -60,3 +79,8 @@ def run(args: argparse.Namespace) -> int:
         )
         print()
         messages.append({"role": "assistant", "content": answer})
+
+
+def _tell(text: str) -> None:
+    """What the program says, which is no answer of the model's."""
+    print(text, file=sys.stderr, flush=True)

@@ -35,6 +35,7 @@ from qlora_jax.evaluate.ratings import (
     UNREADABLE,
     answer_id,
     check_rating,
+    check_systems,
     parse_choice,
     parse_scores,
 )
@@ -114,9 +115,11 @@ def pairings(
         reference: a system that all others are compared with.
 
     Raises:
-        ValueError: fewer than two systems, or a system that did not answer every question.
+        ValueError: fewer than two systems, names that a rating file cannot tell apart, or a system
+            that did not answer every question.
     """
     asked = list(questions)
+    check_systems(answers, _in_file_name)
     if len(answers) < 2:
         raise ValueError(f"a comparison needs two systems, but there is {', '.join(answers)}.")
     for name, given in answers.items():
@@ -303,9 +306,13 @@ def _identity(pair: Pairing) -> tuple[str, str, str]:
 
 
 def _file(folder: Path, systems: tuple[str, str], endpoint: Endpoint, form: Form) -> Path:
-    judge_name = endpoint.model.replace("/", "_")
+    first, second, judge_name = map(_in_file_name, (*systems, endpoint.model))
     ending = "-threeclass" if form == "choice" else ""
-    return folder / f"{systems[0]}-vs-{systems[1]}-{judge_name}-reviewer{ending}.jsonl"
+    return folder / f"{first}-vs-{second}-{judge_name}-reviewer{ending}.jsonl"
+
+
+def _in_file_name(name: str) -> str:
+    return name.replace("/", "_")
 
 
 def _recover(file: Path, *, drop_missing: bool) -> set[tuple[str, str, str]]:

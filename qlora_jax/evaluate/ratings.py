@@ -19,7 +19,7 @@ How to think of it:
 import re
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,6 +154,25 @@ def system_name(stem: str) -> str:
     """
     stem = re.sub(r"-(vicuna|oa)-generations(-topp[\d.]+-temp[\d.]+)?$", "", stem)
     return re.sub(r"^answer[-_]", "", stem)
+
+
+def check_systems(names: Iterable[str], label: Callable[[str], str] = str) -> None:
+    """Refuses systems that cannot be told apart by what a file or a table calls them.
+
+    Raises:
+        ValueError: a name that is empty, or two whose `label` is the same.
+    """
+    labelled: dict[str, str] = {}
+    for name in names:
+        called = label(name)
+        if not called.strip():
+            raise ValueError(f"a system is called {name!r}: give it a name.")
+        if called in labelled:
+            raise ValueError(
+                f"two systems are called {called} here ({labelled[called]}, {name}): give one of "
+                "them another name."
+            )
+        labelled[called] = name
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def generate(
     finished: dict[int, Generation] = {}
     for begin in range(0, len(prompts), batch_size):
         rows = by_length[begin : begin + batch_size]
-        length = _bucket(len(prompts[rows[0]]), _room(getattr(model, "config", None), config))
+        length = _bucket(len(prompts[rows[0]]), prompt_room(getattr(model, "config", None), config))
         input_ids, mask = left_padded([prompts[i] for i in rows], length, batch_size)
         # Rows that fill the batch up have ended before they begin.
         filled = [*rows, *rows[:1] * (batch_size - len(rows))]
@@ -165,7 +165,7 @@ def _bucket(length: int, room: int | None) -> int:
     return bucket if room is None else min(bucket, room)
 
 
-def _room(shape: Any, config: GenerationConfig) -> int | None:
+def prompt_room(shape: Any, config: GenerationConfig) -> int | None:
     """The longest prompt that the positions of a model of this shape (its `config`) allow; None
     where nothing limits it: an encoder–decoder's are distances."""
     limit = getattr(shape, "max_position_embeddings", None)
@@ -227,7 +227,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: GenerationConfig, sh
         ValueError: an empty prompt, or one that leaves no room for `max_new_tokens`; or that leaves
             none for any prompt, given or not.
     """
-    room = _room(shape, config)
+    room = prompt_room(shape, config)
     if room is not None and room < 1:
         raise ValueError(
             f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in the model's "

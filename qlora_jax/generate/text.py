@@ -132,6 +132,25 @@ def chat(
     return answer.text.strip()
 
 
+def newest_turns(
+    tokenizer: Any, messages: Sequence[Message], template: ChatTemplate, room: int | None
+) -> tuple[list[Message], int]:
+    """A conversation without its oldest turns, as few as leave it room, and its prompt's tokens.
+
+    A turn begins with a user's message; what stands before the first, a system's, stays, and so
+    does the last turn, even where `room` (`prompt_room`; None: no limit) is too little for it.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "user"] or [0]
+    kept, tokens = list(messages), 0
+    for begin in turns:
+        kept = [*messages[: turns[0]], *messages[begin:]]
+        prompt = template.render(kept, add_generation_prompt=True)
+        tokens = len(tokenizer.encode(prompt, bos=False, special=True))
+        if room is None or tokens <= room:
+            break
+    return kept, tokens
+
+
 def cut_at(text: str, stop: Iterable[str]) -> str:
     """The text before the stop text that is complete first; of two, the longer one.
 

@@ -23,6 +23,7 @@ from qlora_jax.checkpoints import (
     open_checkpoint,
     read_adapter_config,
     save_adapter,
+    save_model,
 )
 from qlora_jax.checkpoints.matching import node_at
 from qlora_jax.models import FAMILIES, Decoder, module_names, train_tokens
@@ -130,8 +131,12 @@ def test_rows_of_a_head_that_transformers_calls_otherwise_are_refused(tmp_path: 
     rows = "base_model.model.{}.token_adapter.trainable_tokens_delta"
     tensors[rows.format("lm_head")] = tensors.pop(rows.format("embed_out"))
     save_file(tensors, weights)
-    with pytest.raises(ValueError, match=r"trained rows of 'lm_head', as transformers 5 .*whole"):
+    words = r"trained rows of 'lm_head', as transformers 5 .*whole"
+    with pytest.raises(ValueError, match=words):
         load_adapter(tmp_path, model)
+    save_model(tmp_path / "base", random_decoder(VARIANTS["gpt_neox-serial"]))
+    with pytest.raises(ValueError, match=words):
+        merge(open_checkpoint(tmp_path / "base"), tmp_path, "original")
 
 
 def test_biases_that_peft_saves_thrice_are_read_once(tmp_path: Path) -> None:

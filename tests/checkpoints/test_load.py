@@ -261,3 +261,13 @@ def test_what_is_no_configuration_is_named(tmp_path, given):
             load_model(tmp_path, **given)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("given", [".", "adapter"])
+def test_an_adapter_is_no_model(tmp_path, given):
+    """Nor a run folder, with the run's config.json."""
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "config.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"holds no model: .*adapter is an adapter"):
+        open_checkpoint(tmp_path / given)

@@ -17,11 +17,14 @@ from qlora_jax.checkpoints import (
     quantized,
     save_adapter,
     save_checkpoint,
+    save_model,
 )
 from qlora_jax.models import resize_token_embeddings, train_tokens
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from tests.checkpoints.tiny import CONFIG, IDS, change_config, write_model
+from tests.models.variants import VARIANTS
+from tests.random_decoder import random_decoder
 
 LORA = LoraConfig(r=4, alpha=8, target_modules=("q_proj", "down_proj"))
 F32 = {"lora": None, "compute_dtype": jnp.float32}
@@ -258,3 +261,27 @@ def test_trained_token_rows_are_merged_and_new_ones_grow_the_vocabulary(tmp_path
     change_config(adapter, file="adapter_config.json", trainable_token_indices={"lm_head": [3]})
     with pytest.raises(ValueError, match=r"holds 3 rows of trained tokens of .* names [01]: fetch"):
         merge(open_checkpoint(base), adapter, mode)
+
+
+def test_a_head_of_another_name_grows_with_the_embedding(tmp_path):
+    """GPT-NeoX's `embed_out`, none of whose rows are trained."""
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    config = VARIANTS["gpt_neox-serial"]
+    save_model(base, random_decoder(config))
+    lora = LoraConfig(r=2, target_modules=("query_key_value",))
+    model = load_model(base, quant=None, lora=lora, compute_dtype=jnp.float32)
+    size = config.vocab_size
+    resize_token_embeddings(model, size + 1)
+    train_tokens(model, [size])
+    save_adapter(adapter, model, lora, "base")
+    change_adapter(
+        adapter, lambda t: t.pop("base_model.model.embed_out.token_adapter.trainable_tokens_delta")
+    )
+    change_config(
+        adapter, file="adapter_config.json", trainable_token_indices={"gpt_neox.embed_in": [size]}
+    )
+    save_checkpoint(out, merge(open_checkpoint(base), adapter, "original"))
+    ids = IDS.at[0, 0].set(size)
+    np.testing.assert_allclose(
+        load_model(out, quant=None, **F32)(ids), model(ids), rtol=0, atol=3e-6
+    )

@@ -200,6 +200,14 @@ def test_a_wrong_key_ends_the_run_in_plain_words_without_the_key(tmp_path):
     assert KEY not in "".join(file.read_text() for file in tmp_path.iterdir())
 
 
+def test_a_system_may_be_called_as_on_the_hub(tmp_path):
+    pairs = pairings(QUESTIONS, {f"pets/{name}": given for name, given in ANSWERS.items()})
+    with stand_in(prefers_cats) as server:
+        files = judge(pairs, endpoint(server), tmp_path).files
+    assert files[0] == tmp_path / "pets_cat-vs-pets_dog-stand_in-reviewer-threeclass.jsonl"
+    assert read_ratings(files).systems == ("pets/cat", "pets/dog")
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_does_not_get_the_key(tmp_path, status):
     with stand_in(prefers_cats, [status]) as server:
@@ -299,6 +307,11 @@ def test_pairings():
         (lambda: pairings(QUESTIONS, {"cat": {}}), "needs two systems"),
         (lambda: pairings(QUESTIONS, {**ANSWERS, "eel": {}}), "eel has no answer to 3 of 3"),
         (lambda: pairings(QUESTIONS, ANSWERS, reference="eel"), "reference is 'eel'"),
+        (lambda: pairings(QUESTIONS, {**ANSWERS, " ": ANSWERS["cat"]}), "a system is called ' '"),
+        (
+            lambda: pairings(QUESTIONS, dict.fromkeys(("a/b", "a_b"), ANSWERS["cat"])),
+            r"two systems are called a_b here \(a/b, a_b\): give one",
+        ),
         (lambda: Budget(cost=1.0), "limits nothing without prices"),
         (lambda: Budget(calls=-1), "calls=-1 must be a finite number, 0 or more"),
         (lambda: Budget(cost=float("nan"), prompt_price=1.0), "cost=nan must be a finite"),

@@ -123,10 +123,21 @@ def test_models(tiny_model, tmp_path, capsys, monkeypatch):
 def test_options_and_files(tiny_model, tmp_path, capsys):
     typo = tmp_path / "typo.yaml"
     typo.write_text("train: {learning_rat: 1.0e-3}\n")
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text("{}")
     for command in (finetune.main, sweep.main):
         flags = [str(typo)] if command is sweep.main else ["--config", str(typo)]
         assert command(flags) == 2
         assert "the nearest is train.learning_rate" in sentence(capsys)
+        folder = [str(tmp_path)] if command is sweep.main else ["--config", str(tmp_path)]
+        assert command(folder) == 2
+        assert f"is a folder, but a configuration is a file: give {typo}" in sentence(capsys)
+        models = "--models" if command is sweep.main else "--model"
+        assert command([models, "stdlib-2m", "--out", str(tmp_path / "o")]) == 2
+        assert "the nearest of these is stdlib-" in sentence(capsys)
+        assert command([models, str(lora), "--out", str(tmp_path / "o")]) == 2
+        assert f"holds no model: {lora} is an adapter, which goes with" in sentence(capsys)
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "not.yaml").write_text("a: [")
     for name, words in (

@@ -13,6 +13,7 @@ from experiments.finetune import make_parser, read_run
 from experiments.paper.superni import tiny_t5
 from experiments.sweep import with_adapters
 from experiments.tree import (
+    USUAL_NAMES,
     differences,
     flat,
     parse_setting,
@@ -55,7 +56,12 @@ def test_a_resolved_run_comes_back_from_its_yaml():
     [
         ({"trian": {}}, "the nearest is train"),
         ({"train": {"learning_rat": 1e-3}}, "the nearest is train.learning_rate"),
-        ({"lora": {"rank": 8}}, "there is no option lora.rank"),
+        ({"lora": {"rank": 8}}, r"no option lora\.rank .*the nearest is lora\.r, and there"),
+        ({"rank": 8}, r"the nearest is lora\.r, and there are model"),
+        ({"lora": {"dropout": 0.1}}, "the nearest is lora.lora_dropout"),
+        ({"train": {"lr": 1e-3}}, "the nearest is train.learning_rate"),
+        ({"train": {"batch_size": 4}}, "the nearest is train.micro_batch_size"),
+        ({"train": {"num_train_epochs": 1}}, "the nearest is train.steps"),
         ({"quant": {"blocksiz": 64}}, "the nearest is quant.blocksize"),
         ({"train": {"steps": "many"}}, "train.steps in a test is 'many', but should be a whole"),
         ({"train": {"steps": 1.5}}, "should be a whole number"),
@@ -145,6 +151,13 @@ def test_cells_are_the_product_of_all_lists():
     assert (cell.run.train.steps, cell.run.train.seed) == (7, 2)
     assert cell.variant == "lora.r=16, LoRA"
     assert next(c for c in sweep.cells if c.labels["model"] == "stdlib-1m").run.train.steps == 5
+
+
+def test_the_usual_names_are_of_options():
+    run = build_run({}, "a test")
+    for option in USUAL_NAMES:
+        section, _, name = option.partition(".")
+        assert hasattr(getattr(run, section), name)
 
 
 def test_a_cells_t5_has_the_adapters_that_a_single_runs_has(tmp_path):

@@ -1,9 +1,12 @@
 """Both commands, end to end, on a Llama of random weights: skipping, failing, resuming."""
 
 import csv
+import gc
 import json
 import re
 import signal
+import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import yaml
 
 from experiments import finetune, run, sweep
+from experiments.cli import termination_interrupts
 from experiments.folders import delete_run
 from qlora_jax.checkpoints import read_adapter_config
 from qlora_jax.train.run_folder import locked_run_folder
@@ -216,6 +220,30 @@ def test_an_interrupted_sweep_says_how_to_go_on(sweep_file, tmp_path, monkeypatc
     assert "interrupted: the same command goes on" in capsys.readouterr().err
     assert not list(tmp_path.rglob("run.lock"))
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_garbage_is_collected_is_not_lost(number):
+    """JAX has Python call a function of its own then, out of which no exception comes."""
+    sent = []
+
+    def callback(phase, info):
+        if not sent:
+            sent.append(number)
+            signal.raise_signal(number)
+
+    def wait():
+        gc.callbacks.append(callback)
+        gc.collect()
+        for _ in range(100):
+            time.sleep(0.05)
+
+    before, hook = signal.signal(signal.SIGINT, signal.default_int_handler), sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), termination_interrupts():
+        wait()
+    gc.callbacks.remove(callback)
+    signal.signal(signal.SIGINT, before)
+    assert sys.unraisablehook is hook
 
 
 def test_a_run_of_another_version_goes_on_or_is_told_why_not(

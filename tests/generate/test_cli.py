@@ -78,6 +78,40 @@ def test_chat_answers_turn_by_turn(chatting, capsys, monkeypatch):
     assert capsys.readouterr().out.count("> ") == 3
 
 
+def test_a_conversation_that_outgrows_the_model_forgets_its_oldest_turns(
+    chatting, capsys, monkeypatch
+):
+    seen = []
+
+    def answer(model, tokenizer, messages, *_, **__):
+        seen.append([message["content"] for message in messages])
+        return "yes"
+
+    turns = ["one " * 20, "two " * 20, "three " * 70, "four " * 4, "five"]
+    one, two, _, four, five = (turn.strip() for turn in turns)
+    monkeypatch.setattr("qlora_jax.cli.chat.chat", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(turns)))
+    assert main(["chat", str(chatting), "--system", "Be brief.", *SMALL]) == 0
+    assert seen == [
+        ["Be brief.", one],
+        ["Be brief.", two],
+        ["Be brief.", four],
+        ["Be brief.", four, "yes", five],
+    ]
+    forgotten, refused, again = capsys.readouterr().err.splitlines()
+    assert forgotten == again
+    assert "its oldest 2 messages are forgotten" in again
+    assert "tokens, but the model's positions have room for 59 beside --max-new-tokens 5" in refused
+
+
+def test_a_long_conversation_is_answered_to_its_end(chatting, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where does the file go then?\n" * 8))
+    assert main(["chat", str(chatting), *SMALL]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("> ") == 9
+    assert "are forgotten" in err
+
+
 def test_answers_without_room_are_refused_before_the_first_turn(chatting, capsys, monkeypatch):
     monkeypatch.setattr("qlora_jax.cli.writing.load_model", lambda *_, **__: pytest.fail("read"))
     assert main(["chat", str(chatting), *SMALL, "--max-new-tokens", "64"]) == 2

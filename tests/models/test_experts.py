@@ -11,26 +11,34 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from qlora_jax.generate import GenerationConfig, generate
 from qlora_jax.models import Decoder, stack
 from qlora_jax.models.cache import start
-from qlora_jax.nn import FrozenParam, LoraConfig
-from qlora_jax.quant import QuantConfig
+from qlora_jax.models.moe import MixtureOfExperts
+from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense, add_lora
+from qlora_jax.quant import QuantConfig, QuantizedTensor
 from tests.models.test_cache import PLAIN
 from tests.random_decoder import random_decoder
 
 CONFIG = replace(PLAIN, num_local_experts=4, num_experts_per_tok=2)
 NF4 = QuantConfig(blocksize=32)
+DORA = LoraConfig(r=2, alpha=3, use_dora=True)
 
 
 def decoder(quant: QuantConfig | None) -> Decoder:
     """No two layers or experts of it are alike in any of their parts."""
+    return moved(random_decoder(CONFIG, quant=quant, lora=LoraConfig(r=2)), ...)
+
+
+def moved(model: Decoder, parts: Any) -> Decoder:
+    """The model with something added to each float32 number of some of its parts."""
     rng = np.random.default_rng(0)
 
-    def moved(leaf: jax.Array) -> jax.Array:
+    def move(leaf: jax.Array) -> jax.Array:
         return leaf + 0.02 * rng.normal(size=leaf.shape) if leaf.dtype == jnp.float32 else leaf
 
-    graphdef, state = nnx.split(random_decoder(CONFIG, quant=quant, lora=LoraConfig(r=2)))
-    return nnx.merge(graphdef, jax.tree.map(moved, state))
+    graphdef, state, *rest = nnx.split(model, *dict.fromkeys([parts, ...]))
+    return nnx.merge(graphdef, jax.tree.map(move, state), *rest)
 
 
 def decoding(model: Decoder) -> Any:
@@ -81,3 +89,45 @@ def test_no_value_is_a_layers_part_of_the_experts(program, quant, of):
     assert len(parts) == (6 if program is decoding else 2)
     assert all(part in sliced for part in parts)
     assert not any(part in here for part in parts)
+
+
+def dense_of(model: Decoder) -> Decoder:
+    """Without adapters; each weight is the one that DoRA means, m · (W + s·B·A) / ‖W + s·B·A‖."""
+    dense = nnx.clone(model)
+    for _, layer in nnx.iter_graph(dense):
+        if isinstance(layer, QuantDense):
+            weight = layer.kernel.get_value()
+            if isinstance(weight, QuantizedTensor):
+                weight = weight.dequantize(jnp.float32)
+            a, b, m = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
+            whole = np.asarray(weight, np.float64) + DORA.scaling * np.matmul(b[...], a[...])
+            length = np.linalg.norm(whole, axis=-1)
+            layer.kernel = FrozenParam(jnp.float32((m[...] / length)[..., None] * whole))
+            layer.adapt([None], nnx.Rngs(0))
+    return dense
+
+
+def all_experts(self: MixtureOfExperts, x: jax.Array, *, dropout_keys: Any) -> jax.Array:
+    """Each expert on every token."""
+    graphdef, stacked = nnx.split(self.experts)
+    share, chosen = jax.lax.top_k(jax.nn.softmax(x @ self.gate[...].T), 2)
+    share /= share.sum(axis=-1, keepdims=True)
+    total = jnp.zeros_like(x)
+    for index in range(CONFIG.num_local_experts):
+        expert = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
+        own = jnp.where(chosen == index, share, 0).sum(axis=-1, keepdims=True)
+        total += own * expert(x, dropout_keys=dropout_keys)
+    return total
+
+
+@pytest.mark.parametrize("quant", [pytest.param(NF4, marks=pytest.mark.slow), None])
+def test_dora_on_experts_is_that_of_dense_weights_one_expert_after_another(quant):
+    base = random_decoder(CONFIG, quant=quant, lora=None, compute_dtype=jnp.float32)
+    model = moved(add_lora(base, DORA, rngs=nnx.Rngs(0)), nnx.LoRAParam)
+    prompt = [3, 7, 5]
+    (written, _), *_ = generate(model, [prompt], GenerationConfig(max_new_tokens=8))
+    tokens = jnp.asarray([[*prompt, *written]])
+    with mock.patch.object(MixtureOfExperts, "__call__", all_experts):
+        expected = in_slices(lambda dense: dense(tokens))(dense_of(model))
+    np.testing.assert_allclose(model(tokens), expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(expected[0, len(prompt) - 1 : -1].argmax(axis=-1), written)

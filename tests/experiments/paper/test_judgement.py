@@ -71,7 +71,10 @@ def test_from_questions_to_tables(tiny_model, questions, tmp_path, capsys):
     assert rated("choice", "The first.\n1") == 0
     again = ("--answers", str(answers["cold"]), str(answers["cold"]))
     assert rated("choice", "1", *again) == 2
-    assert "names 2 files of 1 systems (cold)" in capsys.readouterr().err
+    assert "two systems are called cold here (cold, cold)" in capsys.readouterr().err
+    named = [tmp_path / "30b-cold.jsonl", tmp_path / "cold-33b.jsonl"]
+    assert rated("choice", "1", "--answers", *map(str, named)) == 2
+    assert "two systems are called cold-33B here (30b-cold, cold-33b)" in capsys.readouterr().err
     assert rated("scores", "9 6\nSo.", "--reference", "cold") == 0
 
     out = tmp_path / "tables"
@@ -149,7 +152,7 @@ def test_two_systems_that_a_table_would_call_alike_are_refused(command, tmp_path
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert command.main(["--ratings", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "are of 30b-guanaco and of guanaco-33b, which are both called Guanaco-33B" in error
+    assert "two systems are called Guanaco-33B here (30b-guanaco, guanaco-33b): give one" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -158,7 +161,7 @@ def test_two_systems_that_a_table_would_call_alike_are_refused(command, tmp_path
     [
         (elo, ["--data", "nowhere"], "clone of https://github.com/artidoro/qlora"),
         (vicuna, ["--ratings", "nowhere"], "holds no rating file"),
-        (generations, ["--questions", "nowhere.jsonl"], "nowhere.jsonl"),
+        (generations, ["--questions", "nowhere.jsonl"], "nowhere.jsonl does not exist: give --que"),
         (
             judge,
             ["--url", "here", "--judge", "j", "--answers", "a.jsonl"],
@@ -222,3 +225,9 @@ def test_no_questions_at_all_are_no_limit(command, capsys):
     with pytest.raises(SystemExit):
         command.main(["--limit", "0"])
     assert "argument --limit: 0 is too few: give 1 or more" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_told_before_questions_are_fetched(monkeypatch, capsys):
+    monkeypatch.setattr(mmlu, "check_questions", lambda _: pytest.fail("fetched"))
+    assert mmlu.main(["stdlib-2m"]) == 2
+    assert "the nearest of these is stdlib-" in capsys.readouterr().err
