@@ -297,6 +297,11 @@ def _check_same(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
                 f"{what} has use_dora={lora.use_dora}, but the model at {adapted.path} does "
                 f"{'not ' if lora.use_dora else ''}have DoRA's magnitudes: {advice}."
             )
+        if lora.use_dora and adapted.layer.row_squares is None:
+            raise ValueError(
+                f"the model at {adapted.path} was settled for writing (settle_adapters) and has no "
+                "DoRA magnitudes any more: save before that, and load into a model as built."
+            )
 
 
 def _start(lora: LoraConfig) -> str:
