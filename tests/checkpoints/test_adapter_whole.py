@@ -300,6 +300,18 @@ def test_a_tied_head_follows_the_trained_embedding(tmp_path: Path) -> None:
         load_adapter(tmp_path / "a", model)
 
 
+def test_a_tied_head_is_trained_by_the_embeddings_name(tmp_path: Path) -> None:
+    """By its own it was passed over where another module is named, too, and could not be loaded."""
+    write_model(tmp_path / "base", dataclasses.replace(CONFIG, tie_word_embeddings=True))
+    lora = LoraConfig(r=2, modules_to_save=("lm_head", "model.norm"))
+    with pytest.raises(ValueError, match="name 'embed_tokens' instead, and both are trained"):
+        load_model(tmp_path / "base", lora=lora)
+    lora = dataclasses.replace(lora, modules_to_save=("lm_head", "embed_tokens"))
+    model = load_model(tmp_path / "base", lora=lora)
+    save_adapter(tmp_path / "a", model, lora, "base")
+    load_adapter(tmp_path / "a", model)
+
+
 @pytest.mark.parametrize(
     ("name", "module", "others"),
     [
