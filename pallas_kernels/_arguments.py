@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -190,6 +191,11 @@ def check_lora(lora: LowRank, x: Array, layout: Layout) -> None:
     for name, part in (("xa", xa), ("b", b)):
         if part.dtype != x.dtype:
             raise ValueError(f"lora's {name} is {part.dtype}; expected x's dtype, {x.dtype}")
+
+
+def is_symbolic(x: Array) -> bool:
+    """Whether `x` has a size that is known only when the program is called (`jax.export`)."""
+    return any(is_symbolic_dim(size) for size in x.shape)
 
 
 def rows_of(x: Array) -> int:

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels import dispatch
-from pallas_kernels._arguments import Layout, rows_of
+from pallas_kernels._arguments import Layout, is_symbolic, rows_of
 from pallas_kernels._mesh import Call, Op, Parts, over_devices
 from pallas_kernels._triton import stack_is_addressable
 from pallas_kernels.nf4_matmul.reference import add_low_rank
@@ -52,11 +52,17 @@ def run(
         ValueError: what is asked for cannot run.
     """
     name = function.__name__
+    rows, implementation = 1, asked.implementation
+    if parts.x is not None and is_symbolic(parts.x):
+        # Kernels are cut for a number of rows.
+        implementation = implementation or "xla"
+    elif parts.x is not None:
+        rows = rows_of(parts.x)
     choice = dispatch.which_implementation(
         name,
-        1 if parts.x is None else rows_of(parts.x),
+        rows,
         layout,
-        implementation=asked.implementation,
+        implementation=implementation,
         interpret=asked.interpret,
         dtype=dtype,
     )

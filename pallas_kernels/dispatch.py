@@ -259,7 +259,7 @@ def missing_jax_triton() -> str | None:
     return None
 
 
-MAX_GEMV_ROWS = 4
+_SCALAR_ROWS = 4
 """Rows up to which scalar products beat a tensor-core tile padded to 16 rows."""
 
 
@@ -285,7 +285,7 @@ def configs_to_try(
             ]
         found += [TritonConfig(1, 1, block, num_warps=8, num_stages=1) for block in (16384, 32768)]
         return found
-    if op == "nf4_gemv" and rows <= MAX_GEMV_ROWS:
+    if op == "nf4_gemv" and rows <= _SCALAR_ROWS:
         for block_n in (4, 8, 16, 32):
             for block_k in (1024, 2048, 4096):
                 for warps in (4, 8, 16):

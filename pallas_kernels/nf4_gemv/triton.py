@@ -45,9 +45,10 @@ def _kernel(
     rank: int,
     interpret: bool,
 ) -> None:
-    *scale_refs, table_ref, out_ref = refs
-    bias_ref = scale_refs.pop(0) if has_bias else None
-    lora_refs = (scale_refs.pop(0), scale_refs.pop(0)) if rank else None
+    *others, table_ref, out_ref = refs
+    bias_ref = others.pop(0) if has_bias else None
+    lora_refs = (others.pop(0), others.pop(0)) if rank else None
+    scale_refs = tuple(others)
     n, k = layout.shape
     runs = config.block_k // 2 // RUN
     row = pl.program_id(0) * config.block_n + jnp.arange(config.block_n)
@@ -58,7 +59,7 @@ def _kernel(
     def fetch(tile: Any) -> tuple[Array, Array]:
         return read_tile(
             codes_ref,
-            tuple(scale_refs),
+            scale_refs,
             row,
             tile,
             config.block_k,

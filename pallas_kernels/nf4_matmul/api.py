@@ -14,6 +14,7 @@ from pallas_kernels._arguments import (
     check_lora,
     check_matmul,
     check_packed,
+    is_symbolic,
     rows_of,
 )
 from pallas_kernels._mesh import Parts
@@ -151,6 +152,6 @@ def reads_layers(
 
 def _is_gemv(x: Array, config: dispatch.Config | None) -> bool:
     """Whether `nf4_gemv` is to run: few rows, and no config of this op's own kernels."""
-    if not 1 <= rows_of(x) <= MAX_ROWS or isinstance(config, MatmulConfig):
+    if is_symbolic(x) or not 1 <= rows_of(x) <= MAX_ROWS or isinstance(config, MatmulConfig):
         return False
     return not isinstance(config, TritonConfig) or config.block_m < MAX_ROWS

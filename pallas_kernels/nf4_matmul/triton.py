@@ -47,9 +47,10 @@ def _kernel(
     rank: int,
     interpret: bool,
 ) -> None:
-    *scale_refs, table_ref, out_ref = refs
-    bias_ref = scale_refs.pop(0) if has_bias else None
-    lora_refs = (scale_refs.pop(0), scale_refs.pop(0)) if rank else None
+    *others, table_ref, out_ref = refs
+    bias_ref = others.pop(0) if has_bias else None
+    lora_refs = (others.pop(0), others.pop(0)) if rank else None
+    scale_refs = tuple(others)
     n, k = layout.shape
     m_index = pl.program_id(0) * config.block_m + jnp.arange(config.block_m)
     row = pl.program_id(1) * config.block_n + jnp.arange(config.block_n)
@@ -71,7 +72,7 @@ def _kernel(
         x = load(x_ref, (m_index[:, None], column[None, :]), mask, 0.0)
         codes, scale = read_tile(
             codes_ref,
-            tuple(scale_refs),
+            scale_refs,
             row,
             here,
             config.block_k,

@@ -36,6 +36,9 @@ from qlora_jax.checkpoints.staging import replace_file
 from qlora_jax.data import Tokenizer
 from qlora_jax.models import (
     FAMILIES,
+    Decoder,
+    EncoderClassifier,
+    EncoderDecoder,
     module_names,
     resize_token_embeddings,
     train_rows_of,
@@ -72,7 +75,9 @@ def save_adapter(
 
     Raises:
         ValueError: the model has no adapters, or not the ones of this configuration.
+        TypeError: it is no model of this package.
     """
+    _check_model(model)
     if not any(True for _ in adapted_layers(model)):
         raise ValueError("The model has no adapters to save: build or load it with a LoraConfig.")
     advice = "give the one that the model was built with"
@@ -147,7 +152,9 @@ def load_adapter(folder: str | Path, model: Any) -> None:
         FileNotFoundError: one of the files is missing.
         ValueError: the adapter is damaged, or does not fit the model: another rank, scaling, other
             modules or another base. The model is then as it was.
+        TypeError: the model is none of this package.
     """
+    _check_model(model)
     adapter = read_adapter(folder)
     tensors = dict(adapter.tensors)
     advice = "build the model with read_adapter_config(folder)"
@@ -218,6 +225,16 @@ def load_adapter(folder: str | Path, model: Any) -> None:
         embedding.token_rows.set_value(values.at[places].set(jnp.asarray(found, values.dtype)))
 
 
+def _check_model(model: Any) -> None:
+    """Refuses a module for whose layers PEFT has no names."""
+    if not isinstance(model, Decoder | EncoderDecoder | EncoderClassifier):
+        raise TypeError(
+            f"model is a {type(model).__name__}, but PEFT's format names the layers of "
+            "load_pretrained's models alone: save and restore nnx.state(model, nnx.LoRAParam) of "
+            "a module of your own with Orbax."
+        )
+
+
 def _put(parts: list[tuple[Part, np.ndarray]]) -> None:
     """Writes tensors into their places; one transfer for each array of the model."""
     arrays: dict[int, tuple[nnx.Variable, np.ndarray]] = {}
@@ -275,6 +292,11 @@ def _check_same(model: Any, lora: LoraConfig, what: str, advice: str) -> None:
             raise ValueError(
                 f"{what} has use_dora={lora.use_dora}, but the model at {adapted.path} does "
                 f"{'not ' if lora.use_dora else ''}have DoRA's magnitudes: {advice}."
+            )
+        if lora.use_dora and adapted.layer.row_squares is None:
+            raise ValueError(
+                f"the model at {adapted.path} was settled for writing (settle_adapters) and has no "
+                "DoRA magnitudes any more: save before that, and load into a model as built."
             )
 
 

@@ -32,6 +32,14 @@ from qlora_jax.cli.arguments import (
 
 FORMATS = ("safetensors", "gguf", "peft")
 
+_READ_BY = {
+    "type": (("gguf",), "--dtype is that of safetensors"),
+    "dtype": (("safetensors",), "--type is that of a GGUF file"),
+    "adapter": (("safetensors", "gguf"), "give the adapter's folder as SOURCE"),
+    "mode": (("safetensors", "gguf"), "it copies an adapter and merges nothing"),
+}
+"""Option -> the formats that read it, and what is meant with another."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """The subcommand's arguments."""
@@ -53,7 +61,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_quant(parser, "how a 16-bit base was quantized in training (with --adapter)")
     parser.add_argument(
         "--type",
-        default="Q8_0",
         choices=FILE_TYPES,
         help="of a GGUF file's weights (default: Q8_0)",
     )
@@ -67,18 +74,29 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes what was asked for."""
     refuse_existing(args.out)
+    _refuse_unread(args)
     if args.format == "peft":
         _export_adapter(Path(args.source), Path(args.out))
     else:
         checkpoint = _merged(args)
         if args.format == "gguf":
-            save_gguf(args.out, checkpoint, args.type)
+            save_gguf(args.out, checkpoint, args.type or "Q8_0")
         else:
             checkpoint = dequantized(checkpoint)
             checkpoint = checkpoint if args.dtype is None else cast(checkpoint, args.dtype)
             save_checkpoint(args.out, checkpoint, max_shard_size=args.max_shard_size)
     print(f"{args.out}: {readable(folder_bytes(args.out))}")
     return 0
+
+
+def _refuse_unread(args: argparse.Namespace) -> None:
+    """An option of another format would have no effect."""
+    for option, (formats, remedy) in _READ_BY.items():
+        value = getattr(args, option)
+        if value is not None and args.format not in formats:
+            raise ValueError(
+                f"--{option} is {value}, but --format {args.format} has no such option: {remedy}."
+            )
 
 
 def _merged(args: argparse.Namespace) -> Checkpoint:

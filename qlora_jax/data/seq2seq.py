@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int32
 from qlora_jax.data.batches import Batch, Batches, length_buckets
 from qlora_jax.data.examples import IGNORE, TokenizeReport
 from qlora_jax.data.templates import Format, check_columns
-from qlora_jax.data.tokenize import check_limits
+from qlora_jax.data.tokenize import check_limits, check_rows
 from qlora_jax.data.tokenizer import Tokenizer
 
 
@@ -81,6 +81,8 @@ def tokenize_pairs(
         ValueError: no rows, columns that the format cannot read, a row without a source (a
             conversation), a limit of no tokens, or a tokenizer without eos.
     """
+    check_rows(rows, source)
+    check_rows(rows, source)
     check_limits(source_max_len=source_max_len, target_max_len=target_max_len)
     eos = tokenizer.eos_token_id
     if eos is None:

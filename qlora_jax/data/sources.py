@@ -51,7 +51,10 @@ def load_rows(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> "datasets.Dataset":
-    """The rows of a dataset, as a sequence of dicts from column to value.
+    """The rows of a dataset, each a dict from column to value.
+
+    A slice `rows[:500]` is no rows but a dict of columns, as of every `datasets.Dataset`: take
+    `split="train[:500]"`, or `rows.select(range(500))`.
 
     Args:
         source: a file (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .txt, each also .gz, .bz2,

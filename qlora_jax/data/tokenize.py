@@ -70,6 +70,7 @@ def tokenize_rows(
         ValueError: no rows, columns the format cannot read, an example longer than `max_len`,
             no example with a trained token, no eos token to append.
     """
+    check_rows(rows, source)
     check_limits(source_max_len=source_max_len, target_max_len=target_max_len, max_len=max_len)
     if append_eos and tokenizer.eos_token_id is None:
         raise ValueError(
@@ -123,6 +124,16 @@ def tokenize_rows(
         )
     report = TokenizeReport(count, cut_sources, cut_targets, count - kept)
     return Examples.join(parts, report)
+
+
+def check_rows(rows: Any, source: str) -> None:
+    """Refuses a slice of a `datasets.Dataset`, which is a dict of columns and no rows."""
+    if isinstance(rows, Mapping):
+        raise ValueError(
+            f"{source} is given as a dict of columns ({', '.join(map(str, rows))}), as a slice of "
+            "a datasets.Dataset is, but rows are needed: take rows.select(range(n)), or read them "
+            "by load_rows(..., split='train[:n]')."
+        )
 
 
 def check_limits(**limits: int | None) -> None:

@@ -18,6 +18,9 @@ def linen_quant_dense(in_features: int, out_features: int, **options: Any) -> fl
         variables = layer.init(key, x)
         y = layer.apply(variables, x)
 
+    LoRA dropout takes a key of the call, `layer.apply(variables, x, dropout_key=key)`; without one,
+    and whatever `rngs` are given, nothing is dropped.
+
     Args:
         in_features: size of the input's last dimension.
         out_features: size of the output's last dimension.

@@ -58,7 +58,7 @@ def eight_bit(
       `UnsignedState` in the place of each array in 8 bits.
 
     Raises:
-      ValueError: `min_size` is negative.
+      ValueError: `min_size` is negative; at `init`, `inner` is `paged`.
     """
     if min_size < 0:
         raise ValueError(f"min_size must be 0 or more elements, but is {min_size}.")
@@ -67,6 +67,11 @@ def eight_bit(
     def packed(path: tuple, leaf: Any) -> Any:
         if leaf.dtype != jnp.float32 or leaf.size < max(min_size, 1) or leaf.ndim == 0:
             return leaf
+        if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
+            raise ValueError(
+                "eight_bit reads its state on the device, but that of the given transformation "
+                "rests on the host: put paged outside, paged(eight_bit(optax.adamw(2e-4)))."
+            )
         kind = UnsignedState if _is_second_moment(path) else SignedState
         return kind(*quantize_dynamic(leaf, signed=kind is SignedState, blocksize=BLOCKSIZE))
 

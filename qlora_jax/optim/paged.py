@@ -103,21 +103,12 @@ def paged(
 
         lazy = LazyOutputs(traced, [*gradients, *stored, *jax.tree.leaves(params)])
         results: list[Any] = [None] * len(owner_out)
-        sizes = [gradient.size for gradient in gradients]
-        turns = sorted(range(count), key=sizes.__getitem__)
-        waits_for = _waits_for([sizes[index] for index in turns])
-        awaited = 0
-        for turn, index in enumerate(turns):
+        for index, back_by_now in _turns([gradient.size for gradient in gradients]):
             mine = [count + i for i, who in enumerate(owner) if who == index]
             held = [stored[i - count] for i in mine]
-            if waits_for[turn] >= 0:
+            if back_by_now:
                 # A barrier on the state alone: one on the update would keep XLA from fusing it with
                 # the parameter's addition, which gives other last bits.
-                last = waits_for[turn]
-                # With it, those before it that no turn has waited for: one that waits for the turn
-                # just before it skips one, whose state would stay on the card to the end.
-                back_by_now = turns[min(awaited, last) : last + 1]
-                awaited = max(awaited, last + 1)
                 done = [count + i for i, who in enumerate(owner) if who in back_by_now]
                 held, back = jax.lax.optimization_barrier((held, [results[i] for i in done]))
                 for i, leaf in zip(done, back, strict=True):
@@ -164,21 +155,26 @@ def resting_shardings(tree: PyTree) -> PyTree:
     return jax.tree.map(rest, tree)
 
 
-def _waits_for(sizes: list[int]) -> list[int]:
-    """For each turn, the one whose state has to be back on the host before this one's is fetched
-    (negative: none): the one before last; or the last, where the two together would be more than
-    the largest parameter, or than two of middling size.
+def _turns(sizes: list[int]) -> list[tuple[int, list[int]]]:
+    """The order of updates, smallest parameter first: (parameter, those that it waits for).
+
+    The state of a parameter is fetched when that of the one before last, and of all before it, is
+    back on the host; or that of the last as well, where the two together would be more than the
+    largest parameter, or than two of middling size. Each is waited for once.
 
     A Llama's largest matrices are near three times the others, and XLA holds what came in and what
     goes out beside each other: two at once would set the peak of a 65B step.
     """
-    if not sizes:
-        return []
-    room = max(*sizes, 2 * sorted(sizes)[len(sizes) // 2])
-    return [
-        turn - 1 if turn and size + sizes[turn - 1] > room else turn - 2
-        for turn, size in enumerate(sizes)
-    ]
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    ascending = [sizes[index] for index in order]
+    room = max(ascending[-1], 2 * ascending[len(sizes) // 2]) if sizes else 0
+    turns, awaited = [], 0
+    for turn, index in enumerate(order):
+        alone = turn > 0 and ascending[turn] + ascending[turn - 1] > room
+        returned = max(turn if alone else turn - 1, 0)
+        turns.append((index, order[awaited:returned]))
+        awaited = returned
+    return turns
 
 
 def _refuse_mixing(

@@ -252,21 +252,20 @@ class _Run:
         """Start one step, then read the metrics of the one before."""
         shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
         rows = spread_rows(batch, self.state.lora, axis=1)
-        if shape in self.compiled:
-            self.traffic = self.compiled[shape]
-            self.state, metrics = self.train_step(self.state, self.frozen, rows)
+        compiles = shape not in self.compiled
+        if compiles:
+            # Such a step is waited for and not timed.
             self.report()
-            self.pending = (step, metrics, _real_tokens(batch), self.traffic)
-            return
-        # A step that compiles is waited for and not timed.
-        self.report()
-        traffic = host_traffic(self.train_step, self.state, self.frozen, rows)
-        if traffic.total and not self.compiled:
-            self.say(f"host traffic a step: {traffic}")
-        self.compiled[shape] = self.traffic = traffic
+            traffic = host_traffic(self.train_step, self.state, self.frozen, rows)
+            if traffic.total and not self.compiled:
+                self.say(f"host traffic a step: {traffic}")
+            self.compiled[shape] = traffic
+        self.traffic = self.compiled[shape]
         self.state, metrics = self.train_step(self.state, self.frozen, rows)
-        self.pending = (step, metrics, 0, traffic)
         self.report()
+        self.pending = (step, metrics, 0 if compiles else _real_tokens(batch), self.traffic)
+        if compiles:
+            self.report()
 
     def report(self) -> None:
         """Read, check and log the metrics of the pending step; waits until it is done."""

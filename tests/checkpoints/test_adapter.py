@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from qlora_jax.checkpoints import load_adapter, read_adapter_config, save_adapter
 from qlora_jax.models import Decoder
-from qlora_jax.nn import LoraConfig
+from qlora_jax.nn import LoraConfig, QuantDense
 from tests.checkpoints.tiny import CONFIG
 from tests.random_decoder import random_decoder
 
@@ -113,6 +113,15 @@ def test_nothing_to_save(tmp_path):
     with pytest.raises(ValueError, match="no adapters to save"):
         save_adapter(tmp_path / "new", model(None), LORA, "base")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_module_of_ones_own_is_told_of_orbax(saved, tmp_path):
+    own = QuantDense(32, 32, lora=LORA, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"QuantDense, but PEFT's format .* with Orbax"):
+        save_adapter(tmp_path / "new", own, LORA, "base")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(TypeError, match="QuantDense"):
+        load_adapter(saved[0], own)
 
 
 def test_rank_stabilised_scaling_travels(tmp_path):

@@ -27,7 +27,7 @@ from qlora_jax.checkpoints import (
 )
 from qlora_jax.checkpoints.matching import node_at
 from qlora_jax.models import FAMILIES, Decoder, module_names, train_tokens
-from qlora_jax.nn import LoraConfig, TrainedParam, add_lora
+from qlora_jax.nn import LoraConfig, TrainedParam, add_lora, settle_adapters
 from tests.checkpoints.tiny import CONFIG, IDS, change_config, change_tensors, write_model
 from tests.models.variants import VARIANTS
 from tests.random_decoder import random_decoder
@@ -106,6 +106,17 @@ def test_round_trip(kind: str, dense: Decoder, tmp_path: Path) -> None:
     save_adapter(tmp_path, fresh, lora, "base")
     again = load_file(tmp_path / "adapter_model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, once, again)
+
+
+def test_a_settled_dora_model_is_refused(dense: Decoder, tmp_path: Path) -> None:
+    """At a scale of 1 its factors would pass for magnitudes."""
+    lora = LoraConfig(r=2, alpha=2, use_dora=True, target_modules=("q_proj",))
+    save_adapter(tmp_path, adapted(dense, lora), lora, "base")
+    settled = settle_adapters(adapted(dense, lora))
+    with pytest.raises(ValueError, match=r"was settled for writing .* save before that"):
+        save_adapter(tmp_path, settled, lora, "base")
+    with pytest.raises(ValueError, match="load into a model as built"):
+        load_adapter(tmp_path, settled)
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
@@ -292,6 +303,18 @@ def test_a_tied_head_follows_the_trained_embedding(tmp_path: Path) -> None:
     save_file(tensors, weights)
     with pytest.raises(ValueError, match="as a copy apart from the matrix that this base shares"):
         load_adapter(tmp_path / "a", model)
+
+
+def test_a_tied_head_is_trained_by_the_embeddings_name(tmp_path: Path) -> None:
+    """By its own it was passed over where another module is named, too, and could not be loaded."""
+    write_model(tmp_path / "base", dataclasses.replace(CONFIG, tie_word_embeddings=True))
+    lora = LoraConfig(r=2, modules_to_save=("lm_head", "model.norm"))
+    with pytest.raises(ValueError, match="name 'embed_tokens' instead, and both are trained"):
+        load_model(tmp_path / "base", lora=lora)
+    lora = dataclasses.replace(lora, modules_to_save=("lm_head", "embed_tokens"))
+    model = load_model(tmp_path / "base", lora=lora)
+    save_adapter(tmp_path / "a", model, lora, "base")
+    load_adapter(tmp_path / "a", model)
 
 
 @pytest.mark.parametrize(

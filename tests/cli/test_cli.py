@@ -23,6 +23,9 @@ LORA = LoraConfig(r=2, alpha=4, target_modules=("q_proj",))
 
 
 MERGE = ("merge", "base", "adapter", "--mode", "dequantized")
+SAFETENSORS, GGUF, PEFT = (
+    ("export", "base", "--format", name) for name in ("safetensors", "gguf", "peft")
+)
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +196,11 @@ def other_adapter(models):
         (None, [*MERGE, "--tokens", "1"], "--tokens is 1, but at least 2"),
         (None, [*MERGE, "--sample", "none.txt"], "none.txt does not exist: give --sample"),
         (None, [*MERGE, "--sample", "base/model.safetensors"], "is no text in UTF-8"),
-        (None, ["export", "base", "--format", "gguf"], "a GGUF file holds its tokenizer"),
-        (None, ["export", "base", "--format", "peft"], "base holds no adapter: --format peft"),
+        (None, [*GGUF], "a GGUF file holds its tokenizer"),
+        (None, [*GGUF, "--dtype", "float32"], "no such option: --type is that of a GGUF file"),
+        (None, [*SAFETENSORS, "--type", "F32"], "no such option: --dtype is that of safetensors"),
+        (None, [*PEFT, "--adapter", "adapter"], "give the adapter's folder as SOURCE"),
+        (None, [*PEFT], "base holds no adapter: --format peft"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.data import FORMATS, IGNORE, Examples, Tokenizer, load_tokenizer, tokenize_rows
+from qlora_jax.data.tokenize import check_rows
 from tests.shared import shared_path
 
 
@@ -177,6 +179,14 @@ def test_bad_input_is_refused(stories):
         tokenize_rows([{"text": "a"}, {"text": None}], form, stories, source="x")
     with pytest.raises(ValueError, match="target_max_len must be at least 1 token"):
         tokenize_rows(rows, form, stories, target_max_len=0)
+
+
+def test_a_slice_of_a_dataset_is_told_to_be_columns():
+    """(Asked of the check itself: the tests' own check of types stands before `tokenize_rows`.)"""
+    rows = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    with pytest.raises(ValueError, match=r"dict of columns \(text\).*rows.select\(range\(n\)\)"):
+        check_rows(rows[:1], "the dataset")
+    check_rows(rows.select(range(1)), "the dataset")
 
 
 def test_many_rows_show_a_bar_and_keep_their_order(stories, capsys):

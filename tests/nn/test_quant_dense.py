@@ -1,5 +1,7 @@
 """`QuantDense` in anyone's NNX or Linen model: splitting, gradients, dropout, dtypes, residuals."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +142,17 @@ def test_linen_wrapper() -> None:
 
     gradient = jax.grad(loss)(variables["LoRAParam"])
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_linen_drops_by_the_key_of_a_call_alone() -> None:
+    layer = linen_quant_dense(64, 48, lora=replace(SMALL, lora_dropout=0.5))
+    x, key = jax.random.normal(jax.random.key(1), (2, 64)), jax.random.key(2)
+    variables = layer.init(jax.random.key(0), x)
+    lora = jax.tree.map(jnp.ones_like, variables["LoRAParam"])
+    variables = {**variables, "LoRAParam": lora}
+    whole = layer.apply(variables, x)
+    np.testing.assert_array_equal(layer.apply(variables, x, rngs={"dropout": key}), whole)
+    assert (layer.apply(variables, x, dropout_key=key) != whole).any()
 
 
 @pytest.mark.parametrize(

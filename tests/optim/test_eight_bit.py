@@ -80,6 +80,11 @@ def test_paged_codes_rest_on_the_host_and_change_nothing(inner):
     assert state[0].mu["large"].absmax.sharding.memory_kind == "device"
 
 
+def test_paged_inside_is_refused():
+    with pytest.raises(ValueError, match=r"put paged outside, paged\(eight_bit\("):
+        eight_bit(paged(optax.adamw(1e-3), min_size=0)).init(PARAMS)
+
+
 def test_a_negative_size_is_refused():
     with pytest.raises(ValueError, match="min_size must be 0 or more elements, but is -1"):
         eight_bit(optax.adam(1e-3), min_size=-1)

@@ -111,7 +111,8 @@ def test_on_several_devices(of_x, of_w):
 
 
 def test_which_kernels_read_layers():
-    """Those that are lowered by Triton, for few rows, in stacks in which it finds an element."""
+    """Those that are lowered by Triton, for few rows, in stacks in which it finds an element; and
+    the Hopper gemv before jax 0.11, where XLA copies what it slices."""
     layout = Layout((4096, 4096), "nf4", 64, double_quant=True)
 
     def on(kind, rows=1, layers=32, **ask):
@@ -125,7 +126,8 @@ def test_which_kernels_read_layers():
     assert not on("NVIDIA L40", layers=256)  # 2 GiB: too much for signed 32 bits
     assert on("NVIDIA L40", layers=513)  # more than 4 GiB: it takes 64 bits
     assert not on("NVIDIA L40", implementation="xla")
-    assert not on("NVIDIA H200")
+    assert on("NVIDIA H200") == (jax.__version_info__ < (0, 11))
+    assert not on("NVIDIA H200", rows=17)
     assert on("NVIDIA H200", implementation="triton")
     assert not on("cpu")
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 import qlora_jax as ql
 from pallas_kernels import nf4_matmul, nf4_matmul_transposed
@@ -60,3 +61,23 @@ def test_a_layer_of_a_stack_has_the_gradients_of_its_weight():
         jax.tree.map(
             np.testing.assert_array_equal, gradients(x, bias, there), gradients(x, bias, alone)
         )
+
+
+def test_a_symbolic_number_of_rows_can_be_exported():
+    """Whether they are few is not known then: one program for both."""
+    w = ql.quantize(jax.random.normal(jax.random.key(0), (32, 64)))
+
+    def product(x):
+        return ql.quantized_matmul(x, w)
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(product(x) ** 2))(x)
+
+    shape = export.symbolic_shape("rows, 64")
+    for function in (product, gradient):
+        exported = export.export(jax.jit(function), platforms=["cpu", "cuda", "tpu"])(
+            jax.ShapeDtypeStruct(shape, jnp.float32)
+        )
+        for rows in (1, 20):
+            x = jax.random.normal(jax.random.key(1), (rows, 64))
+            np.testing.assert_allclose(exported.call(x), function(x), rtol=1e-5, atol=1e-4)
