@@ -82,7 +82,6 @@ def tokenize_pairs(
             conversation), a limit of no tokens, or a tokenizer without eos.
     """
     check_rows(rows, source)
-    check_rows(rows, source)
     check_limits(source_max_len=source_max_len, target_max_len=target_max_len)
     eos = tokenizer.eos_token_id
     if eos is None:
