@@ -108,9 +108,7 @@ class LoraConfig:
                 f"init_lora_weights is {self.init_lora_weights!r}; choose one of "
                 f"{', '.join(map(repr, _INITS))}"
             )
-        # 8-bit floats do not mix with others. (NumPy takes None for float64.)
-        floats = self.dtype is not None and jnp.issubdtype(self.dtype, jnp.floating)
-        if not floats or jnp.dtype(self.dtype).itemsize < 2:
+        if not _is_float(self.dtype):
             raise ValueError(f"dtype is {self.dtype}; give a float, such as float32 or bfloat16")
         self._check_expressions()
         if self.loftq_iter < 1:
@@ -204,6 +202,16 @@ class LoraConfig:
             rank_pattern=FrozenDict(),
             alpha_pattern=FrozenDict(),
         )
+
+
+def _is_float(dtype: Any) -> bool:
+    """Whether A and B can have it. 8-bit floats do not mix with others."""
+    if dtype is None:  # NumPy's float64
+        return False
+    try:
+        return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize >= 2
+    except TypeError:
+        return False
 
 
 def init_lora_a(

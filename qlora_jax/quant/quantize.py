@@ -25,9 +25,11 @@ def quantize(
         The quantized tensor; `dtype` and `shape` are the weight's.
 
     Raises:
-        TypeError: the weight is not one of these dtypes.
+        TypeError: the weight is not one of these dtypes, or `config` is none.
         ValueError: it is empty or has no dimension.
     """
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config is {config!r}; give a QuantConfig, such as QuantConfig('nf4')")
     dtype = jnp.result_type(weight)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TypeError(

@@ -97,6 +97,7 @@ def test_patterns_set_rank_and_alpha_of_some_layers() -> None:
         ({"alpha": float("nan")}, "alpha is nan; give a finite number"),
         ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha is inf"),
         ({"dtype": "int32"}, "dtype is int32; give a float"),
+        ({"dtype": "bf16"}, "dtype is bf16; give a float, such as float32 or bfloat16"),
         ({"dtype": None}, "dtype is None; give a float"),
         ({"dtype": "float8_e4m3fn"}, "dtype is float8_e4m3fn; give a float"),
         ({"target_modules": "(q_proj"}, r"target_modules has '\(q_proj', which is no regular"),

@@ -1,5 +1,6 @@
 """`QuantizedTensor` as a pytree: jit, vmap, scan, sharding and Orbax; honest sizes; bad input."""
 
+import inspect
 from pathlib import Path
 
 import jax
@@ -112,6 +113,10 @@ def test_bad_config() -> None:
         ql.QuantConfig("nf5")
     with pytest.raises(ValueError, match=r"blocksize is 48; choose one of 32, 64"):
         ql.QuantConfig(blocksize=48)
+    # As outside of the tests, which check every annotation.
+    quantize = inspect.unwrap(ql.quantize)
+    with pytest.raises(TypeError, match=r"config is 'nf4'; give a QuantConfig, such as"):
+        quantize(normal(2, 64), "nf4")
 
 
 def test_matmul_refuses_stacks_and_misfits() -> None:
