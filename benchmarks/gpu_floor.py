@@ -5,15 +5,18 @@
 A plain kernel that only reads as many bytes as a packed weight has, one that reads next to nothing,
 and the 16-bit product, all timed as `benchmarks.gpu_kernels` times its points. The last over the
 first is about the most by which a 4-bit product of that shape can be faster: 3.88 for large
-matrices, the ratio of the bytes; less for small ones, because a launch costs both the same.
+matrices, the ratio of the bytes; less for small ones, because a launch costs both the same. On
+Hopper also by a kernel that is launched as the gemv is, and by one that starts early
+(`GemvConfig.early`): the most that this could bring.
 
 Without a GPU it runs at toy sizes (`--toy`), interpreted: the numbers mean nothing.
 """
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from benchmarks import _report
+from benchmarks._hopper_read import read_on_hopper
 from benchmarks._points import BASELINES, SHAPES, TOY_SHAPES, Point
 from benchmarks._programs import (
     MAX_CALLS,
@@ -35,6 +39,10 @@ from benchmarks._programs import (
     timing,
 )
 from benchmarks.gpu_kernels import cache_bytes, ceilings
+from pallas_kernels.nf4_gemv.mosaic_plan import STARTS_EARLY
+from qlora_jax.models import capability_here
+
+Reader = Callable[[jax.Array], jax.Array]
 
 TILE = 4096
 """Words of 32 bits that a block of 256 threads reads: four loads of 16 bytes for each."""
@@ -74,12 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (n, k) in (TOY_SHAPES if options.toy else SHAPES).items():
         found = measure(name, n, k, limits, options)
         results["shapes"].append(found)
-        print(
-            f"{name:12s} {n:6d} x {k:6d}: launch {found['launch'] * 1e6:6.2f} us, read "
-            f"{found['read'] * 1e6:6.2f} us, bf16 {found['bf16'] * 1e6:6.2f} us: "
-            f"at most {found['bf16'] / found['read']:.2f} x",
-            flush=True,
-        )
+        print(_line(found), flush=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -99,8 +102,16 @@ def measure(
 
     packed = program("triton")
     found: dict[str, Any] = {"shape": name, "n": n, "k": k}
-    for what, words in (("launch", TILE), ("read", packed.point.weight_bytes // 4)):
-        found[what] = time_reading(packed, words, options)
+    readers: dict[str, Reader] = {"": functools.partial(read, interpret=options.toy)}
+    if not options.toy and capability_here() == (9, 0):
+        readers["hopper_"] = functools.partial(read_on_hopper, early=False)
+        if STARTS_EARLY:
+            readers["early_"] = functools.partial(read_on_hopper, early=True)
+    # Whole 16 bytes.
+    every = -(-packed.point.weight_bytes // 16) * 4
+    for who, reader in readers.items():
+        for what, words in (("launch", TILE), ("read", every)):
+            found[who + what] = time_reading(packed, reader, words, options)
     times = []
     for dense in map(program, BASELINES):
         compiled, _ = compile_program(dense)
@@ -109,12 +120,28 @@ def measure(
     return found | {"bf16": min(times)}
 
 
-def time_reading(program: Program, words: int, options: argparse.Namespace) -> float:
-    """Seconds that `read` takes for so many words, in a program of cold calls."""
+def _line(found: dict[str, Any]) -> str:
+    """What a shape's timing comes to."""
+    microseconds = ", ".join(
+        f"{what.replace('_', ' ')} {seconds * 1e6:.2f}"
+        for what, seconds in found.items()
+        if isinstance(seconds, float)
+    )
+    least = min(seconds for what, seconds in found.items() if what.endswith("read"))
+    return (
+        f"{found['shape']:12s} {found['n']:6d} x {found['k']:6d}: us: {microseconds}: "
+        f"at most {found['bf16'] / least:.2f} x"
+    )
+
+
+def time_reading(
+    program: Program, reader: Reader, words: int, options: argparse.Namespace
+) -> float:
+    """Seconds that the reader takes for so many words, in a program of cold calls."""
     keys = jax.random.split(jax.random.key(0), program.copies)
     weights = [(jax.random.bits(key, (words,), jnp.uint32).astype(jnp.int32),) for key in keys]
     x = make_input(program.point, 1)
-    run = build(program, lambda x, words: read(words, interpret=options.toy))
+    run = build(program, lambda x, words: reader(words))
     compiled = jax.jit(run).lower(x, weights).compile()
     return timing(compiled, program, x, weights, options.repeats)["seconds"]
 
