@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._mosaic import SMS, call
+from pallas_kernels._mosaic import SHARED_LIMIT, SMS, call
 from pallas_kernels.nf4_gemv.mosaic_early import MOST
 from pallas_kernels.simt.launch import launch
 
@@ -30,7 +30,8 @@ def read_on_hopper(words: jax.Array, *, early: bool) -> jax.Array:
         jax.ShapeDtypeStruct((1, SMS * THREADS), jnp.int32),
         grid=SMS,
         warps=WARPS,
-        shared_bytes=16,
+        # One block to a multiprocessor, as of the gemv: or several kernels would start early at once.
+        shared_bytes=SHARED_LIMIT // 3 * 2,
         name="read_on_hopper",
         early=functools.partial(ask, words.nbytes, turns) if early else None,
     )
