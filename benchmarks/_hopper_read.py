@@ -30,7 +30,7 @@ def read_on_hopper(words: jax.Array, *, early: bool) -> jax.Array:
         jax.ShapeDtypeStruct((1, SMS * THREADS), jnp.int32),
         grid=SMS,
         warps=WARPS,
-        # One block to a multiprocessor, as of the gemv: or several kernels would start early at once.
+        # One block to a multiprocessor, as of the gemv: or several kernels would start at once.
         shared_bytes=SHARED_LIMIT // 3 * 2,
         name="read_on_hopper",
         early=functools.partial(ask, words.nbytes, turns) if early else None,
