@@ -289,8 +289,8 @@ def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
     Its cut with every way to decode that can win, then the most even other cuts with the likeliest.
     More than three pairs of bytes by selects would take the integer units longer than the look-ups
     take (docs/kernels.md); what `skip_zeros` and `segments` are good for ends with few rows of x.
-    From five rows on, every cut with rows eight together, and splits of their sum. Starting early
-    is tried with the likeliest.
+    Each cut as it is also starts early. From five rows on, every cut with rows eight together, and
+    splits of their sum.
     """
     first = choose_config(m, n, k)
 
@@ -310,7 +310,7 @@ def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
     for cut in others:
         few = skip and cut.segments <= 2
         found += [cut, replace(cut, selects=2, skip_zeros=few)]
-    return _and_early([first, *others[:2]]) + found[1:]
+    return _and_early([first, *others]) + found[1:]
 
 
 def _and_early(cuts: list[GemvConfig]) -> list[GemvConfig]:
