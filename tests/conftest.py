@@ -14,8 +14,10 @@ clean` empties it). Programs for cards that are not there are kept out of it by 
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 from hypothesis import settings
 
@@ -51,3 +53,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         jax.config.update("jax_disable_most_optimizations", plainly)
         # What is compiled already was compiled the other way.
         jax.clear_caches()
+
+
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """Without the tests' own check of types, which would speak first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -14,6 +14,8 @@ WARP = 32
 class Machine:
     """Emulates `threads` threads of block `cta`; shared memory starts out as noise.
 
+    `asked` keeps of every `prefetch` the first byte and the bytes, by threads that took part.
+
     Args:
         cta: the block's index in the grid.
         threads: a multiple of 32.
@@ -26,6 +28,7 @@ class Machine:
         self.cta = np.full(threads, cta, np.uint32)
         noise = np.random.default_rng(cta)
         self.shared = noise.integers(0, 256, shared_bytes, dtype=np.uint8)
+        self.asked: list[list[tuple[int, int]]] = []
 
     # -- values ---------------------------------------------------------------------------------
 
@@ -123,9 +126,11 @@ class Machine:
     def prefetch(
         self, buffer: np.ndarray, address: np.ndarray, nbytes: np.ndarray, *, when: np.ndarray
     ) -> None:
-        """Ask for bytes of global memory, all at multiples of 16: nothing but a check."""
+        """Ask for bytes of global memory, all at multiples of 16: a line in `asked`, no more."""
         self._where(buffer.nbytes, address, 16, 0, when)
         self._where(buffer.nbytes, address + nbytes - np.uint32(16), 16, 0, when)
+        pairs = zip(address[when].tolist(), nbytes[when].tolist(), strict=True)
+        self.asked.append(list(pairs))
 
     def load_byte(
         self, buffer: np.ndarray, address: np.ndarray, *, when: np.ndarray | None = None

@@ -129,3 +129,19 @@ def base_tensors(model: Any) -> Iterator[tuple[str, nnx.Variable]]:
     """The base's tensors by name, and the Variable that holds each (of a stack, the whole)."""
     for name, slot in FAMILIES[model.config.model_type].weight_names(model.config).items():
         yield name, node_at(model, slot.path)
+
+
+def check_tied_head(model: Any, lora: LoraConfig | None) -> None:
+    """Refuses to train a head whole that is the embedding, which is not to be trained.
+
+    Raises:
+        ValueError: `modules_to_save` names such a head alone.
+    """
+    if lora is None or not getattr(model.config, "tie_word_embeddings", False):
+        return
+    embeddings = list(token_modules(model))
+    if lora.saves("lm_head") and not any(map(lora.saves, embeddings)):
+        raise ValueError(
+            f"modules_to_save is {lora.modules_to_save!r}, but this model's head is its embedding: "
+            f"name {embeddings[0].rpartition('.')[2]!r} instead, and both are trained."
+        )

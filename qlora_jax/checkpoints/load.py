@@ -28,7 +28,7 @@ from jaxtyping import Array, Key
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qlora_jax.checkpoints.adapter_parts import token_modules
+from qlora_jax.checkpoints.adapter_parts import check_tied_head
 from qlora_jax.checkpoints.checkpoint import Checkpoint, dense
 from qlora_jax.checkpoints.matching import is_vocabulary, keep_dense, matching, node_at
 from qlora_jax.checkpoints.open import open_checkpoint
@@ -185,7 +185,7 @@ def load_model(
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
-    _check_tied_head(model, lora)
+    check_tied_head(model, lora)
     keep_dense(model, checkpoint, family.weight_names(config), param_dtype)
     if stream_weights:
         copies = mesh.size if mesh is not None and over is None else 1
@@ -213,18 +213,6 @@ def load_model(
     if trainable_base:
         unfreeze(model)
     return model
-
-
-def _check_tied_head(model: Any, lora: LoraConfig | None) -> None:
-    """Refuses to train a head whole that is the embedding, which is not to be trained."""
-    if lora is None or not getattr(model.config, "tie_word_embeddings", False):
-        return
-    embeddings = list(token_modules(model))
-    if lora.saves("lm_head") and not any(map(lora.saves, embeddings)):
-        raise ValueError(
-            f"modules_to_save is {lora.modules_to_save!r}, but this model's head is its embedding: "
-            f"name {embeddings[0].rpartition('.')[2]!r} instead, and both are trained."
-        )
 
 
 def _fill(

@@ -47,7 +47,7 @@ def check_attention(attention: str, *, biased: bool = False) -> None:
 
 APART = 4
 """Query heads of a group, at most, whose products with one query are taken one by one on a GPU.
-From the instructions of such kernels for an H200: four take 8 µs of 4096 slots and 8 groups, eight
+Counted in the SASS of such kernels for an H200: four take 8 µs of 4096 slots and 8 groups, eight
 15; the copy that they save, 34 MB of traffic, takes about 8."""
 
 

@@ -40,6 +40,8 @@ def test_every_word_is_read_on_hopper():
         machine = Machine(cta, _hopper_read.THREADS, 16)
         for program in (_hopper_read.ask, _hopper_read.read):
             program(words.nbytes, 2, machine, words, sums)
+        first, end = (min(block * 2 * _hopper_read.TURN, words.nbytes) for block in (cta, cta + 1))
+        assert machine.asked == [[(first, end - first)] if first < end else []]
     assert sums.sum(dtype=np.uint32) == words.sum(dtype=np.uint32)
     assert np.count_nonzero(sums) == 3 * _hopper_read.THREADS
 

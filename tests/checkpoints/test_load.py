@@ -5,7 +5,6 @@ import weakref
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -252,15 +251,11 @@ def test_weights_that_stream_are_read_straight_into_host_memory(original, monkey
     np.testing.assert_array_equal(jax.jit(streamed)(IDS), jax.jit(resident)(IDS))
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize("given", [{"quant": "nf4"}, {"lora": {"r": 8}}])
 def test_what_is_no_configuration_is_named(tmp_path, given):
-    # Without the tests' own check of types, which is not there for users.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(TypeError, match=r"^(quant|lora) is .*Config or None is needed"):
-            load_model(tmp_path, **given)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(TypeError, match=r"^(quant|lora) is .*Config or None is needed"):
+        load_model(tmp_path, **given)
 
 
 @pytest.mark.parametrize("given", [".", "adapter"])

@@ -9,8 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.data import FORMATS, IGNORE, Examples, Tokenizer, load_tokenizer, tokenize_rows
-from qlora_jax.data.tokenize import check_rows
+from qlora_jax.data import (
+    FORMATS,
+    IGNORE,
+    Examples,
+    Tokenizer,
+    load_tokenizer,
+    tokenize_pairs,
+    tokenize_rows,
+)
 from tests.shared import shared_path
 
 
@@ -181,12 +188,12 @@ def test_bad_input_is_refused(stories):
         tokenize_rows(rows, form, stories, target_max_len=0)
 
 
-def test_a_slice_of_a_dataset_is_told_to_be_columns():
-    """(Asked of the check itself: the tests' own check of types stands before `tokenize_rows`.)"""
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("tokenize", [tokenize_rows, tokenize_pairs])
+def test_a_slice_of_a_dataset_is_told_to_be_columns(stories, tokenize):
     rows = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
     with pytest.raises(ValueError, match=r"dict of columns \(text\).*rows.select\(range\(n\)\)"):
-        check_rows(rows[:1], "the dataset")
-    check_rows(rows.select(range(1)), "the dataset")
+        tokenize(rows[:1], FORMATS["alpaca"], stories)
 
 
 def test_many_rows_show_a_bar_and_keep_their_order(stories, capsys):

@@ -61,9 +61,12 @@ def test_layers_are_read_in_their_stacks(card, batch):
     read, write, read again. Since then, what it slices for a Hopper kernel it does not copy."""
     compiled, kernels, slices = compiled_step(card, batch)
     assert not slices or (card == "h200" and not COPIED)
-    # Less than the codes of the smallest weight; of one row, a few vectors.
+    # Less than the codes of the smallest weight; of one row, less than a tenth of a megabyte, and
+    # with newer JAX the MLP's two vectors beside one another.
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    assert temporaries < (6 * 2 * 11008 if batch == 1 else 4096 * 4096 // 2)
+    newer = jax.__version_info__ >= ((0, 11) if card == "a100-80" else (0, 12))
+    vectors = 2 * 2 * 11008 if newer else 0
+    assert temporaries < (10**5 + vectors if batch == 1 else 4096 * 4096 // 2)
     if batch == 1:
         assert all(re.search(r"ld\.global[\w.:]*\.v4\.[bu]32", code.ptx) for code in kernels)
 
@@ -84,7 +87,7 @@ IN_PLACE = pytest.mark.skipif(COPIED, reason="XLA copies a layer's adapters for 
     ("card", "adapter", "most"),
     [
         ("l40", "after", 31),
-        pytest.param("h200", "after", 31, marks=pytest.mark.slow),
+        pytest.param("h200", "after", 31 if COPIED else 30, marks=pytest.mark.slow),
         pytest.param("h200", "inside", 23, marks=IN_PLACE),
         pytest.param("l40", "inside", 23, marks=[IN_PLACE, pytest.mark.slow]),
     ],

@@ -5,7 +5,6 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import config as jaxtyping_config
 
 from pallas_kernels import (
     GemvConfig,
@@ -24,12 +23,7 @@ X = jnp.ones((2, 128), jnp.bfloat16)
 GOOD = {"codes": CODES, "absmax": ABSMAX, "nested_absmax": NESTED, "offset": OFFSET}
 
 
-@pytest.fixture(autouse=True)
-def _as_users_run_it():
-    """Without the tests' own type checks, which would speak first."""
-    jaxtyping_config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping_config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 @pytest.mark.parametrize(

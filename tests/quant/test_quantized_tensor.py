@@ -1,6 +1,5 @@
 """`QuantizedTensor` as a pytree: jit, vmap, scan, sharding and Orbax; honest sizes; bad input."""
 
-import inspect
 from pathlib import Path
 
 import jax
@@ -113,10 +112,12 @@ def test_bad_config() -> None:
         ql.QuantConfig("nf5")
     with pytest.raises(ValueError, match=r"blocksize is 48; choose one of 32, 64"):
         ql.QuantConfig(blocksize=48)
-    # As outside of the tests, which check every annotation.
-    quantize = inspect.unwrap(ql.quantize)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_the_name_of_a_data_type_is_no_config() -> None:
     with pytest.raises(TypeError, match=r"config is 'nf4'; give a QuantConfig, such as"):
-        quantize(normal(2, 64), "nf4")
+        ql.quantize(normal(2, 64), "nf4")  # type: ignore[arg-type]
 
 
 def test_matmul_refuses_stacks_and_misfits() -> None:

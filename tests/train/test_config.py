@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -44,6 +43,7 @@ def test_bad_values_are_named(field, value):
         TrainConfig(**{field: value})
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -55,13 +55,8 @@ def test_bad_values_are_named(field, value):
     ],
 )
 def test_values_of_another_kind_are_named(field, value):
-    # Without the tests' own check of dtypes, which is not there for users.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(ValueError, match=f"{field}={value!r} must be a "):
-            TrainConfig(**{field: value})
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(ValueError, match=f"{field}={value!r} must be a "):
+        TrainConfig(**{field: value})
 
 
 def test_defaults_are_the_papers():
