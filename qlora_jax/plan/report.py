@@ -11,7 +11,7 @@ from qlora_jax.models.stream_cost import PCIE, StreamCost, stream_cost
 from qlora_jax.plan.advice import Advice, advise
 from qlora_jax.plan.compiled import program_bytes
 from qlora_jax.plan.devices import mesh_of
-from qlora_jax.plan.memory import Components, Plan, plan
+from qlora_jax.plan.memory import Plan, plan
 from qlora_jax.plan.search import largest_that_fits
 from qlora_jax.plan.workload import (
     Workload,
@@ -24,6 +24,11 @@ from qlora_jax.plan.workload import (
 
 SEQUENCE_STEP = 256
 """Sequences are searched in multiples of this many tokens."""
+
+LARGEST_BATCH = 4096
+LONGEST_SEQUENCE = 2**18
+"""Where the searches end. XLA's time to compile attention grows with the square of the sequence:
+here four seconds, for four times as many tokens more than a minute."""
 
 LABELS = {
     "base": "base",
@@ -97,9 +102,10 @@ class Report:
     load: int
     """Largest number of device bytes while the model loads."""
     largest_batch: int | None
-    """Largest micro-batch at the plan's sequence that fits, over all cards."""
+    """Largest micro-batch at the plan's sequence that fits, over all cards, up to LARGEST_BATCH."""
     largest_sequence: int | None
-    """Longest sequence that fits at one example a card, in steps of SEQUENCE_STEP."""
+    """Longest sequence that fits at one example a card, in steps of SEQUENCE_STEP, up to
+    LONGEST_SEQUENCE or the model's learned positions."""
     advice: tuple[Advice, ...] | None
     """Switches that make it fit, if it does not; None where they were not looked for."""
     streaming: Streaming | None = None
@@ -232,7 +238,7 @@ def _largest(made: Plan, card: Card | None) -> tuple[int | None, int | None]:
         usable,
         start=least,
         step=least,
-        most=4096,
+        most=LARGEST_BATCH,
         known={rows: total},
         second=int(growth * rows),
     )
@@ -250,11 +256,11 @@ def _largest(made: Plan, card: Card | None) -> tuple[int | None, int | None]:
 
 
 def _positions(work: Workload) -> int:
-    """Tokens that a sequence can have: of learned positions there are so many, of others any."""
+    """Tokens of the longest sequence that is looked at; of learned positions there are so many."""
     config = work.config
     if isinstance(config, DecoderConfig) and config.rope is None:
-        return config.max_position_embeddings
-    return 2**20
+        return min(config.max_position_embeddings, LONGEST_SEQUENCE)
+    return LONGEST_SEQUENCE
 
 
 def _stream_cost(made: Plan, card: Card | None) -> Streaming | None:
@@ -284,12 +290,12 @@ def gib(size: int | None) -> str:
 def _one(item: Report) -> str:
     made = item.plan
     lines = [_title(item), ""]
-    for field in dataclasses.fields(Components):
-        lines.append(f"  {LABELS[field.name]:<20}{gib(getattr(made.device, field.name)):>8} GiB")
     total = made.device.total
+    unit, size = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
     device = "device" if made.work.devices == 1 else "each device"
-    lines.append(f"  {device:<20}{gib(total):>8} GiB  ({total / 1e9:.2f} GB)")
-    lines.append(f"  {'pinned host':<20}{gib(made.host):>8} GiB")
+    held = {label: getattr(made.device, part) for part, label in LABELS.items()}
+    for label, count in {**held, device: total, "pinned host": made.host}.items():
+        lines.append(f"  {label:<20}{count / size:>8.2f} {unit}")
     lines.append(f"  host traffic a step: {made.traffic}")
     if item.streaming is not None:
         lines += item.streaming.lines()
@@ -301,10 +307,12 @@ def _one(item: Report) -> str:
             "(XLA_PYTHON_CLIENT_MEM_FRACTION=0.95)"
         )
     if item.largest_batch is not None:
-        lines.append(f"  largest batch at {made.work.sequence} tokens: {item.largest_batch}")
+        more = " or more" if item.largest_batch == LARGEST_BATCH else ""
+        lines.append(f"  largest batch at {made.work.sequence} tokens: {item.largest_batch}{more}")
     if item.largest_sequence is not None:
         least = made.work.devices
-        lines.append(f"  longest sequence at batch {least}: {item.largest_sequence:,} tokens")
+        more = " or more" if item.largest_sequence == LONGEST_SEQUENCE else ""
+        lines.append(f"  longest sequence at batch {least}: {item.largest_sequence:,} tokens{more}")
     resident = ", weights on the card" if made.work.stream_weights else ""
     lines.append(
         f"  decoding {item.decode_batch} × {item.decode_length} tokens{resident}: "

@@ -23,7 +23,7 @@ from qlora_jax.plan import Workload, check_fits, find_config, measure, plan
 from qlora_jax.plan.advice import SWITCHES, advise
 from qlora_jax.plan.compiled import CACHE_VARIABLE, cache_folder, cudnn_available
 from qlora_jax.plan.measure import random_batch, random_weights
-from qlora_jax.plan.report import Streaming
+from qlora_jax.plan.report import Streaming, report, text
 from qlora_jax.plan.workload import model_shapes, training_step
 from qlora_jax.train import TrainConfig, host_traffic
 from tests.memory.goals import needs_compiler
@@ -276,6 +276,20 @@ def test_the_command(tmp_path, capsys):
     assert "vocabulary in 8 bits" in printed
     assert (found["embedding_bits"], parts["embeddings"]) == (8, 2 * 256 * 128 * 8.5 / 8)
     assert figure.stat().st_size > 1000
+    assert f"embedding and head  {parts['embeddings'] / 2**20:>8.2f} MiB" in printed
+
+
+def test_a_search_that_reaches_its_end_says_so(monkeypatch):
+    module = sys.modules[report.__module__]
+    monkeypatch.setattr(module, "LARGEST_BATCH", 3)
+    monkeypatch.setattr(module, "LONGEST_SEQUENCE", 512)
+    found = report("tiny", WORK, memory=2**40)
+    assert (found.largest_batch, found.largest_sequence) == (3, 512)
+    printed = text([found])
+    assert "largest batch at 32 tokens: 3 or more\n" in printed
+    assert "longest sequence at batch 1: 512 tokens or more\n" in printed
+    less = dataclasses.replace(found, largest_batch=2, largest_sequence=256)
+    assert "more" not in text([less])
 
 
 @needs_compiler
