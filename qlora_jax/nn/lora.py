@@ -11,6 +11,7 @@ starts from the error of quantization.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -93,12 +94,14 @@ class LoraConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 put(name, tuple(value))
-        ranks = [self.r, *self.rank_pattern.values()]
-        if min(ranks) < 1:
-            raise ValueError(f"r is {min(ranks)}; the rank of an adapter is at least 1")
+        for rank in (self.r, *self.rank_pattern.values()):
+            if not isinstance(rank, Integral) or rank < 1:
+                raise ValueError(
+                    f"r is {rank!r}; the rank of an adapter is a whole number, at least 1"
+                )
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not math.isfinite(alpha):
-                raise ValueError(f"alpha is {alpha}; give a finite number")
+            if not isinstance(alpha, Real) or not math.isfinite(alpha):
+                raise ValueError(f"alpha is {alpha!r}; give a finite number")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; give a probability in [0, 1)")
         if self.bias not in ("none", "lora_only", "all"):

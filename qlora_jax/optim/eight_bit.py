@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float32, PyTree, UInt8
 
+from qlora_jax.optim.per_parameter import wrapped
 from qlora_jax.quant import dequantize_dynamic, quantize_dynamic
 
 BLOCKSIZE = 256
@@ -58,11 +59,12 @@ def eight_bit(
       `UnsignedState` in the place of each array in 8 bits.
 
     Raises:
+      TypeError: `inner` is no transformation.
       ValueError: `min_size` is negative; at `init`, `inner` is `paged`.
     """
     if min_size < 0:
         raise ValueError(f"min_size must be 0 or more elements, but is {min_size}.")
-    inner = optax.with_extra_args_support(inner)
+    inner = wrapped(inner, "eight_bit")
 
     def packed(path: tuple, leaf: Any) -> Any:
         if leaf.dtype != jnp.float32 or leaf.size < max(min_size, 1) or leaf.ndim == 0:

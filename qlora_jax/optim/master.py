@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float32, PyTree
 
+from qlora_jax.optim.per_parameter import wrapped
+
 
 class MasterState(NamedTuple):
     """`inner`'s state for float32 parameters, and those parameters."""
@@ -39,8 +41,11 @@ def master_weights(
 
     Returns:
       A gradient transformation that needs `params` in `update`.
+
+    Raises:
+      TypeError: `inner` is no transformation.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = wrapped(inner, "master_weights")
 
     def init(params: PyTree) -> MasterState:
         master = _wide(params)

@@ -29,7 +29,7 @@ import optax
 from jaxtyping import PyTree
 
 from qlora_jax.optim.dataflow import LazyOutputs, sources
-from qlora_jax.optim.per_parameter import by_path, only, owners, shapes
+from qlora_jax.optim.per_parameter import by_path, only, owners, shapes, wrapped
 
 _HOST = jax.memory.Space.Host
 _DEVICE = jax.memory.Space.Device
@@ -61,11 +61,12 @@ def paged(
       "Aborted"; jax 0.10 to 0.12).
 
     Raises:
+      TypeError: `inner` is no transformation.
       ValueError: at `init` or `update`, if `inner` mixes parameters.
     """
     if min_size < 0:
         raise ValueError(f"min_size must be 0 or more elements, but is {min_size}.")
-    inner = optax.with_extra_args_support(inner)
+    inner = wrapped(inner, "paged")
 
     def moved(leaf: jax.Array, space: jax.memory.Space) -> jax.Array:
         with jax.named_scope(PAGED_STATE):

@@ -15,6 +15,20 @@ import optax
 from jaxtyping import PyTree
 
 
+def wrapped(inner: Any, wrapper: str) -> optax.GradientTransformationExtraArgs:
+    """`inner`, which `wrapper` was given, as a transformation that takes further arguments.
+
+    Raises:
+        TypeError: it is no transformation, such as `optax.adamw` itself.
+    """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"{wrapper} wraps an optax.GradientTransformation, such as optax.adamw(2e-4), but was "
+            f"given {inner!r}"
+        )
+    return optax.with_extra_args_support(inner)
+
+
 def by_path(tree: PyTree) -> Iterator[tuple[str, Any]]:
     """(path, leaf) of every leaf."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:

@@ -1,6 +1,7 @@
 """How a weight is quantized: the data type, the block, and whether the scales are quantized too."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from pallas_kernels.codebooks import BLOCKSIZES, CODEBOOKS
 
@@ -26,7 +27,7 @@ class QuantConfig:
             raise ValueError(
                 f"quant_type is {self.quant_type!r}; choose one of {', '.join(CODEBOOKS)}"
             )
-        if self.blocksize not in BLOCKSIZES:
+        if not isinstance(self.blocksize, Integral) or self.blocksize not in BLOCKSIZES:
             raise ValueError(
                 f"blocksize is {self.blocksize}; choose one of {', '.join(map(str, BLOCKSIZES))}"
             )

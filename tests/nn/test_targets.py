@@ -90,10 +90,14 @@ def test_patterns_set_rank_and_alpha_of_some_layers() -> None:
     assert hash(lora) == hash(LoraConfig(**vars(lora)))
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"rank_pattern": {"q_proj": 0}}, "at least 1"),
+        ({"r": 4.5}, "r is 4.5; the rank of an adapter is a whole number"),
+        ({"rank_pattern": {"q_proj": "8"}}, "r is '8'"),
+        ({"alpha": "16"}, "alpha is '16'; give a finite number"),
         ({"alpha": float("nan")}, "alpha is nan; give a finite number"),
         ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha is inf"),
         ({"dtype": "int32"}, "dtype is int32; give a float"),

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from qlora_jax.optim import master_weights, paged
+from qlora_jax.optim import eight_bit, master_weights, paged
 
 WIDE = {
     "a": jax.random.normal(jax.random.key(0), (40, 300)),
@@ -76,3 +76,11 @@ def test_parameters_are_needed():
     tx = master_weights(optax.sgd(1.0))
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(WIDE, tx.init(WIDE))
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("wrapper", [eight_bit, master_weights, paged])
+def test_an_optimizer_that_was_not_called_is_refused(wrapper):
+    words = rf"{wrapper.__name__} wraps .* such as optax.adamw\(2e-4\), but was given <function"
+    with pytest.raises(TypeError, match=words):
+        wrapper(optax.adamw)

@@ -107,11 +107,14 @@ def test_bad_weights(weight, error: type[Exception], words: str) -> None:
         ql.quantize(weight)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_bad_config() -> None:
     with pytest.raises(ValueError, match=f"nf5.*{', '.join(CODEBOOKS)}"):
         ql.QuantConfig("nf5")
     with pytest.raises(ValueError, match=r"blocksize is 48; choose one of 32, 64"):
         ql.QuantConfig(blocksize=48)
+    with pytest.raises(ValueError, match=r"blocksize is 64\.0; choose"):
+        ql.QuantConfig(blocksize=64.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("as_users_run_it")
