@@ -145,7 +145,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DevicesConfig:
-    """Over which of this machine's devices a run is spread (`qlora_jax.models.spread`).
+    """Over which devices a run is spread (`qlora_jax.models.spread`): this machine's, or with
+    `--cluster` those of all processes.
 
     Results differ by rounding alone, so that a run may be resumed on other devices.
 

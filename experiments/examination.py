@@ -18,6 +18,7 @@ from rich.console import Console
 from experiments.config import MmluConfig
 from qlora_jax.data import Tokenizer
 from qlora_jax.evaluate import MmluResult, Question, examine, load_questions
+from qlora_jax.processes import on_first
 from qlora_jax.train import Probe
 
 VALIDATION = "val"
@@ -108,7 +109,11 @@ def final(
     """
     if config is None or config.split is None:
         return {}
-    adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    def digest() -> str:
+        adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        return hashlib.sha256(adapter).hexdigest()
+
     result = ask(
         model,
         tokenizer,
@@ -116,7 +121,7 @@ def final(
         config.split,
         context,
         answers=folder / ANSWERS,
-        identity={"adapter": hashlib.sha256(adapter).hexdigest()},
+        identity={"adapter": on_first(digest)},
         console=console,
     )
     return {"mmlu": {"split": config.split, "shots": config.shots, **result.as_dict()}}

@@ -20,7 +20,9 @@ Every option is a dotted key: model.*, data.*, quant.*, lora.*, train.*, devices
 lists them all, with their values). `--set quant=null` keeps the base in 16 bits: plain LoRA.
 
 On a machine with several devices, `--set devices.count=8` gives each its rows of every micro-batch;
-with `devices.weights=cut` each also holds only its part of the weights.
+with `devices.weights=cut` each also holds only its part of the weights. On several machines, start
+the same command on each with --cluster, devices.count being those of all; the first process keeps
+the run folder.
 
 The run folder gets config.yaml, metrics.jsonl, checkpoints/, adapter/ (PEFT's format) and
 result.json. The same command again resumes a run that was killed, to the same bits; a finished run
@@ -61,6 +63,7 @@ from experiments.run import (
 from experiments.tree import read_yaml, to_yaml, with_setting
 from qlora_jax.cli.arguments import readable, seed
 from qlora_jax.models import STREAMABLE
+from qlora_jax.processes import is_first, join_cluster, on_first
 from qlora_jax.train import Callback
 from qlora_jax.train.run_folder import locked_run_folder
 
@@ -92,6 +95,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite", action="store_true", help="delete an earlier run in the run folder first"
     )
+    parser.add_argument(
+        "--cluster", nargs="?", const="", metavar="HOST:PORT/INDEX/COUNT",
+        help="this is one of several processes of a run: JAX asks SLURM, Open MPI, Kubernetes or "
+        "Cloud TPU which; elsewhere say where the first one listens, which this is (from 0), and "
+        "how many there are",
+    )  # fmt: skip
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved options and stop"
@@ -138,7 +147,12 @@ def default_folder(run: RunConfig) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 finished, 2 refused, 130 interrupted."""
     options = make_parser().parse_args(arguments)
-    console = make_console()
+    if options.cluster is not None:
+        try:
+            join_cluster(options.cluster)
+        except (ValueError, RuntimeError) as error:
+            return refuse(error)
+    console = make_console() if is_first() else Console(quiet=True)
     with termination_interrupts(), contextlib.ExitStack() as stack:
         try:
             run = read_run(options)
@@ -148,13 +162,13 @@ def main(arguments: list[str] | None = None) -> int:
             folder = options.out or default_folder(run)
             if options.overwrite:
                 check(run)
-                delete_run(folder)
-            if is_finished(run, folder):
+                on_first(lambda: delete_run(folder))
+            if on_first(lambda: is_finished(run, folder)):
                 console.print(f"{folder} holds this run, finished; --overwrite repeats it.")
                 return 0
             check(run)
-            callbacks = wandb_callbacks(options.wandb, folder.name, run)
-            stack.enter_context(locked_run_folder(folder))
+            callbacks = wandb_callbacks(options.wandb, folder.name, run) if is_first() else []
+            on_first(lambda: stack.enter_context(locked_run_folder(folder)))
         except (ValueError, OSError, RuntimeError) as error:
             return refuse(error)
         except KeyboardInterrupt:
@@ -173,9 +187,10 @@ def _train(run: RunConfig, folder: Path, callbacks: list[Callback], console: Con
         # What `fit` refuses (a folder of another run, say), a training that blew up, a full disk or
         # device.
         status = refuse(error)
-        with contextlib.suppress(OSError):
-            write_atomically(folder / ERROR, traceback.format_exc())
-            print(f"the traceback is in {folder / ERROR}", file=sys.stderr)
+        if is_first():
+            with contextlib.suppress(OSError):
+                write_atomically(folder / ERROR, traceback.format_exc())
+                print(f"the traceback is in {folder / ERROR}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
         return interrupted(folder)

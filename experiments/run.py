@@ -51,6 +51,7 @@ from qlora_jax.nn import FrozenParam
 from qlora_jax.plan import find_config
 from qlora_jax.plan.workload import model_shapes
 from qlora_jax.pretrained import load_pretrained
+from qlora_jax.processes import are_several, on_first
 from qlora_jax.train import Callback, fit
 from qlora_jax.train.callbacks import elapsed_seconds
 from qlora_jax.train.config import FREE_ON_RESUME
@@ -128,9 +129,14 @@ def mesh_of(devices: DevicesConfig) -> jax.sharding.Mesh | None:
     """The devices that a run is spread over; None for one.
 
     Raises:
-        ValueError: this machine has fewer.
+        ValueError: there are fewer, or others that would have nothing to do.
     """
-    there = jax.local_devices()
+    there = jax.devices()
+    if are_several() and devices.count != len(there):
+        raise ValueError(
+            f"devices.count is {devices.count}, but the {jax.process_count()} processes of this "
+            f"run have {len(there)} ({there[0].device_kind}): set it to that."
+        )
     if devices.count > len(there):
         raise ValueError(
             f"devices.count is {devices.count}, but this machine has {len(there)} "
@@ -301,15 +307,19 @@ def execute(
     trained = time.perf_counter()
     examined = final(model, tokenizer, run.mmlu, context, folder, console)
     beside_training += time.perf_counter() - trained
-    result = _result(model, folder, labels) | {
-        **examined,
-        "seconds": round(beside_training + elapsed_seconds(read_metrics(folder / METRICS)), 1),
-        "devices": run.devices.count,
-        "train_rows": len(checked.train),
-        "validation_rows": len(checked.validation),
-    }
-    write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
-    return result
+
+    def conclude() -> dict[str, Any]:
+        result = _result(model, folder, labels) | {
+            **examined,
+            "seconds": round(beside_training + elapsed_seconds(read_metrics(folder / METRICS)), 1),
+            "devices": run.devices.count,
+            "train_rows": len(checked.train),
+            "validation_rows": len(checked.validation),
+        }
+        write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
+        return result
+
+    return on_first(conclude)
 
 
 def identity(run: RunConfig) -> dict[str, Any]:

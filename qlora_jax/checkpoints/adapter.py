@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
 import numpy as np
@@ -45,6 +46,7 @@ from qlora_jax.models import (
 )
 from qlora_jax.nn import LoraConfig, TrainedParam
 from qlora_jax.nn.targets import ALSO_CALLED
+from qlora_jax.processes import distribute, is_first, whole
 
 # The second name under which PEFT wants a trained embedding that is its head, too.
 _TIED = "lm_head.weight"
@@ -83,11 +85,16 @@ def save_adapter(
     advice = "give the one that the model was built with"
     _check_same(model, lora_config, "lora_config", advice)
     _check_whole(model, lora_config, "lora_config", advice)
-    tensors = {PREFIX + part.names[0]: part.taken() for part in trained_parts(model, lora_config)}
+    tensors, arrays = {}, dict[int, np.ndarray]()
+    for part in trained_parts(model, lora_config):
+        key = id(part.variable)
+        if key not in arrays:
+            arrays[key] = whole(part.variable.get_value())
+        tensors[PREFIX + part.names[0]] = part.taken(arrays[key])
     heads = _heads(model, lora_config)
     if heads:
-        saved = (*(lora_config.modules_to_save or ()), *sorted(heads))
-        lora_config = replace(lora_config, modules_to_save=saved)
+        modules = (*(lora_config.modules_to_save or ()), *sorted(heads))
+        lora_config = replace(lora_config, modules_to_save=modules)
     tied = getattr(model.config, "tie_word_embeddings", False)
     for module, others in ALSO_CALLED.items():
         weight = tensors.get(f"{PREFIX}{module}.weight")
@@ -110,11 +117,13 @@ def save_adapter(
         }
     if tied:
         # Our head is the embedding itself; PEFT trains a copy unless it is told.
-        whole = [m for m, e in token_modules(model).items() if isinstance(e.weight, TrainedParam)]
-        if whole or trained:
+        saved = [m for m, e in token_modules(model).items() if isinstance(e.weight, TrainedParam)]
+        if saved or trained:
             config["ensure_weight_tying"] = True
-        for module in whole:
+        for module in saved:
             tensors[f"{PREFIX}{_TIED}"] = tensors[f"{PREFIX}{module}.weight"].copy()
+    if not is_first():
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
@@ -195,10 +204,10 @@ def load_adapter(folder: str | Path, model: Any) -> None:
                 f"{folder} has trained {name!r} and {apart!r} apart, which are one matrix here: "
                 "use the adapter in PEFT."
             )
-        if tensor.shape != part.taken().shape:
+        if tensor.shape != part.shape:
             raise ValueError(
                 f"{folder}: {name!r} has shape {list(tensor.shape)}, but the model's is "
-                f"{list(part.taken().shape)}: the adapter was trained with another rank or on "
+                f"{list(part.shape)}: the adapter was trained with another rank or on "
                 "another base model."
             )
         parts.append((part, tensor))
@@ -240,20 +249,22 @@ def _put(parts: list[tuple[Part, np.ndarray]]) -> None:
     arrays: dict[int, tuple[nnx.Variable, np.ndarray]] = {}
     for part, tensor in parts:
         if id(part.variable) not in arrays:
-            value = np.array(part.variable.get_value())
+            value = np.array(whole(part.variable.get_value()))
             # What fills a smaller rank up has to be zero; what no tensor is for stays.
             arrays[id(part.variable)] = (
                 part.variable,
                 value if part.axis is None else np.zeros_like(value),
             )
-        whole = arrays[id(part.variable)][1][part.place or ...]
+        room = arrays[id(part.variable)][1][part.place or ...]
         if part.axis == 0:
-            whole = whole[: part.length]
+            room = room[: part.length]
         elif part.axis == 1:
-            whole = whole[:, : part.length]
-        whole[...] = tensor
+            room = room[:, : part.length]
+        room[...] = tensor
     for variable, array in arrays.values():
-        variable.set_value(jnp.asarray(array))
+        sharding = variable.get_value().sharding
+        is_spread = isinstance(sharding, jax.sharding.NamedSharding)
+        variable.set_value(distribute(array, sharding) if is_spread else jnp.asarray(array))
 
 
 def _check_same(model: Any, lora: LoraConfig, what: str, advice: str) -> None:

@@ -34,9 +34,17 @@ class Part(NamedTuple):
     axis: int | None = None
     length: int = 0
 
-    def taken(self) -> np.ndarray:
-        """The tensor, out of the model."""
-        array = np.asarray(self.variable.get_value())[self.place]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        shape = list(self.variable.get_value().shape[len(self.place) :])
+        if self.axis is not None:
+            shape[self.axis] = self.length
+        return tuple(shape)
+
+    def taken(self, array: np.ndarray) -> np.ndarray:
+        """The tensor, out of all of the variable's array."""
+        array = array[self.place]
         if self.axis is not None:
             array = array.take(range(self.length), axis=self.axis)
         return np.ascontiguousarray(array)

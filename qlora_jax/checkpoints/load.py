@@ -47,6 +47,7 @@ from qlora_jax.models import (
     unfreeze,
 )
 from qlora_jax.nn import LoraConfig, add_lora, start_from_weight
+from qlora_jax.processes import distribute
 from qlora_jax.quant import QuantConfig, QuantizedTensor, put_rows, quantize, rows_at_once
 
 
@@ -329,12 +330,12 @@ def _brought(tensor: Any, stack: Any, axes: int, quant: QuantConfig | None) -> A
         tensor = _in_form(jax.tree.map(jnp.asarray, tensor), stack, quant)
 
     leaves, treedef = jax.tree.flatten(tensor)
-    places: list[Any] = [whole.sharding for whole in jax.tree.leaves(stack)]
+    rest: list[Any] = [whole.sharding for whole in jax.tree.leaves(stack)]
     parts = []
-    for leaf, place in zip(leaves, places, strict=True):
+    for leaf, at in zip(leaves, rest, strict=True):
         # In the device's own memory, also where the stack rests on the host: `put` goes on.
-        spec = jax.sharding.PartitionSpec(*place.spec[axes:])
-        parts.append(jax.device_put(leaf, jax.sharding.NamedSharding(place.mesh, spec)))
+        spec = jax.sharding.PartitionSpec(*at.spec[axes:])
+        parts.append(distribute(leaf, jax.sharding.NamedSharding(at.mesh, spec)))
     return jax.tree.unflatten(treedef, parts)
 
 

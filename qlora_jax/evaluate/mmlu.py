@@ -32,6 +32,7 @@ from qlora_jax.evaluate.mmlu_questions import GROUPS, LETTERS, SUBJECTS, Questio
 from qlora_jax.evaluate.perplexity import split_adapters
 from qlora_jax.models.spread import spread_rows
 from qlora_jax.models.streaming import options_for
+from qlora_jax.processes import is_first, on_first, whole
 
 _SHORTEST_BUCKET = 64
 
@@ -152,7 +153,7 @@ def examine(
         rows = _padded(batch, batch_size, max_len, tokenizer.pad_token_id)
         input_ids, last = spread_rows(rows, frozen)
         scores = answer_scores(graphdef, lora, frozen, input_ids, last, tokens=letters)
-        record.add(batch, np.asarray(scores)[: len(batch)])
+        record.add(batch, whole(scores)[: len(batch)])
         if progress is not None:
             progress(len(record.chosen), len(prompts))
     subjects = list(dict.fromkeys(p.question.subject for p in prompts))
@@ -267,10 +268,14 @@ class _Record:
     """The answers so far, in memory and, where a path is given, in a file."""
 
     def __init__(self, path: str | Path | None, identity: Mapping[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
-        self.chosen: dict[str, str] = {}
+        self.path = Path(path) if path is not None and is_first() else None
+        self.chosen: dict[str, str] = on_first(lambda: self._read(identity))
+
+    def _read(self, identity: Mapping[str, Any]) -> dict[str, str]:
+        """What was chosen before, by question; the file is there afterwards, and ends in a line."""
+        chosen: dict[str, str] = {}
         if self.path is None:
-            return
+            return chosen
         head = json.dumps({"examination": dict(identity)})
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
         # A process that was killed while writing leaves its last line unfinished, or the first.
@@ -284,7 +289,7 @@ class _Record:
         for number, line in enumerate(kept, 2):
             try:
                 answer = json.loads(line)
-                self.chosen[answer["question"]] = answer["chosen"]
+                chosen[answer["question"]] = answer["chosen"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self.path}, line {number} holds no answer to a question: delete the line, "
@@ -293,6 +298,7 @@ class _Record:
         partial = self.path.with_name(f"{self.path.name}.partial")
         partial.write_text("".join(f"{line}\n" for line in [head, *kept]), encoding="utf-8")
         partial.replace(self.path)
+        return chosen
 
     def add(self, batch: Sequence[_Prompt], scores: Float[np.ndarray, "rows choices"]) -> None:
         """Notes which letter scored highest; the first of equals."""

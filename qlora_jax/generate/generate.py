@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Int32, Key, UInt32
 from qlora_jax.generate.config import GenerationConfig
 from qlora_jax.generate.decode import Generative, Written, advance, start
 from qlora_jax.models import spread_rows
+from qlora_jax.processes import whole
 
 OnTokens = Callable[[int, tuple[int, ...]], bool | None]
 """(index of the prompt, all its tokens so far) -> True to end it there.
@@ -116,7 +117,7 @@ def _write_watched(
             ):
                 live.remove(row)
         ended = np.array([row not in live for row in range(len(written.ended))])
-        written = written._replace(ended=jnp.asarray(ended))
+        written = written._replace(ended=spread_rows(jnp.asarray(ended), written))
         if not live or int(written.step) >= config.max_new_tokens:
             return written
         written = go_on(written, jnp.int32(every))
@@ -124,7 +125,7 @@ def _write_watched(
 
 def _read(written: Written) -> list[Generation]:
     """What every row of a batch has written so far."""
-    tokens, length, ended = jax.device_get((written.tokens, written.length, written.ended))
+    tokens, length, ended = map(whole, (written.tokens, written.length, written.ended))
     return [
         Generation(tuple(row[:n].tolist()), "stop" if end else "length")
         for row, n, end in zip(tokens, length, ended, strict=True)

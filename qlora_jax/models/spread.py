@@ -36,6 +36,7 @@ from jaxtyping import Array, Float, PyTree
 from pallas_kernels import mesh_of_rows
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.nn import QuantDense
+from qlora_jax.processes import distribute
 from qlora_jax.quant import QuantizedTensor
 
 _ROWS, _COLUMNS = -2, -1
@@ -72,7 +73,7 @@ def spread(model: nnx.Module, mesh: jax.sharding.Mesh, *, over: str | None = Non
     def put(leaf: Any, sharding: jax.sharding.NamedSharding) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return jax.device_put(leaf, sharding.with_memory_kind(leaf.sharding.memory_kind))
+        return distribute(leaf, sharding.with_memory_kind(leaf.sharding.memory_kind))
 
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable):
@@ -162,10 +163,12 @@ def spread_rows(batch: PyTree, weights: PyTree, *, axis: int = 0) -> PyTree:
 
     def put(leaf: Any) -> Any:
         placed = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
-        if placed or leaf.ndim <= axis or leaf.shape[axis] % mesh.shape[along]:
+        divides = leaf.ndim > axis and leaf.shape[axis] % mesh.shape[along] == 0
+        # Across processes JAX has to be told where a whole array lies, too.
+        if placed or not (divides or mesh.is_multi_process):
             return leaf
-        spec = jax.sharding.PartitionSpec(*[None] * axis, along)
-        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+        spec = jax.sharding.PartitionSpec(*[None] * axis, along) if divides else jax.P()
+        return distribute(leaf, jax.sharding.NamedSharding(mesh, spec))
 
     return jax.tree.map(put, batch)
 

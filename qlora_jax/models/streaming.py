@@ -38,6 +38,7 @@ from jaxtyping import Array, PyTree
 
 from qlora_jax.nn import FrozenParam
 from qlora_jax.optim import Learner, is_learner
+from qlora_jax.processes import distribute
 
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
@@ -87,7 +88,7 @@ def to_host(x: Any, sharding: jax.sharding.Sharding | None = None) -> Array:
         sharding = x.sharding
     elif sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.device_put(x, sharding.with_memory_kind("pinned_host"))
+    return distribute(x, sharding.with_memory_kind("pinned_host"))
 
 
 def move_to_host(layers: nnx.Module) -> None:

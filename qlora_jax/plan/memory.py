@@ -131,7 +131,7 @@ def _traffic(work: Workload, step: Step, card: Card | None) -> HostTraffic:
 
 def device_memory() -> int | None:
     """Bytes that the allocator of the default device can give; None where it does not tell."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit")
 
 

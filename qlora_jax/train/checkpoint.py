@@ -14,7 +14,7 @@ version that keeps them elsewhere; and paged and unpaged runs read each other's 
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from qlora_jax.processes import distribute, from_first, is_first, on_first, whole
 from qlora_jax.train.step import TrainState, committed
 
 
@@ -33,9 +34,17 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int) -> None:
         """Open (and create) `folder`; after each save only the `keep` latest steps remain."""
         self.folder = folder
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        self._manager: Any = None  # Orbax's, in the first process alone
+        on_first(lambda: self._open(keep))
+
+    def _open(self, keep: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Orbax would have every process write, and wait for the others.
+        alone = ocp.options.MultiprocessingOptions(active_processes={0})
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=False, multiprocessing_options=alone
         )
+        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -45,6 +54,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is on disk and end Orbax's threads. Raises as `save`."""
+        if self._manager is None:
+            return
         try:
             with self._writing():
                 self._manager.wait_until_finished()
@@ -53,7 +64,7 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The step of the latest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        return on_first(lambda: self._manager.latest_step())
 
     def save(self, state: TrainState) -> None:
         """Save the state under its step; returns once the state's arrays may be overwritten.
@@ -62,9 +73,13 @@ class Checkpoints:
           OSError: the disk is full, perhaps since an earlier save, which went on in the background.
         """
         # np.array copies: a view would see what the next step writes into the donated buffer.
-        arrays = {name: np.array(leaf) for name, leaf in _named(state).items()}
+        arrays = {name: np.array(whole(leaf)) for name, leaf in _named(state).items()}
+        step = int(state.step)
+        on_first(lambda: self._write(step, arrays))
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         with self._writing():
-            self._manager.save(int(state.step), args=ocp.args.StandardSave(arrays))
+            self._manager.save(step, args=ocp.args.StandardSave(arrays))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -90,8 +105,18 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             raise FileNotFoundError(f"{self.folder} holds no checkpoint to resume from.")
+        expected, saved = _named(like), {}
+        on_first(lambda: saved.update(self._read(step, expected)))
+        leaves, treedef = jax.tree.flatten(like)
+        placed = []
+        for (name, there), leaf in zip(expected.items(), leaves, strict=True):
+            array = saved[name] if is_first() else np.zeros(there.shape, there.dtype)
+            placed.append(_placed(from_first(array), leaf))
+        return committed(jax.tree.unflatten(treedef, placed))
+
+    def _read(self, step: int, expected: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+        """The arrays of a checkpoint, which are those expected."""
         saved = self._manager.restore(step, args=ocp.args.StandardRestore())
-        expected = _named(like)
         wrong = [
             f"{name} (saved {_shape(saved.get(name))}, expected {_shape(expected.get(name))})"
             for name in dict.fromkeys((*saved, *expected))
@@ -103,14 +128,12 @@ class Checkpoints:
                 f"{', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}; resume with the model, "
                 "adapters and optimizer it was made with, or choose another folder."
             )
-        leaves, treedef = jax.tree.flatten(like)
-        placed = [_placed(saved[name], leaf) for name, leaf in zip(expected, leaves, strict=True)]
-        return committed(jax.tree.unflatten(treedef, placed))
+        return saved
 
 
 def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:
     if not _is_key(like):
-        return jax.device_put(array, like.sharding)
+        return distribute(array, like.sharding)
     return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
 
 

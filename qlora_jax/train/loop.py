@@ -33,6 +33,7 @@ from qlora_jax.evaluate import (
     split_adapters,
 )
 from qlora_jax.models import check_remat, spread_rows, streaming
+from qlora_jax.processes import is_first, on_first
 from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.clock import Clock
@@ -141,17 +142,23 @@ def fit(
     folder = Path(run_folder)
     with contextlib.ExitStack() as stack:
         if not folder_is_locked:
-            stack.enter_context(locked_run_folder(folder))
+            on_first(lambda: stack.enter_context(locked_run_folder(folder)))
         checkpoints = stack.enter_context(
             Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
         )
         started = checkpoints.latest_step() is not None
         described = describe_run(config, identity or {})
-        check_or_write_config(folder, described, started=started, defaults=identity_defaults)
-        console = console or Console()
+        on_first(
+            lambda: check_or_write_config(
+                folder, described, started=started, defaults=identity_defaults
+            )
+        )
+        console = (console or Console()) if is_first() else Console(quiet=True)
         display = ProgressDisplay(config.steps, console=console, log_every=config.log_every)
-        outlets: list[Callback] = [MetricsFile(folder / "metrics.jsonl"), display, *callbacks]
-        if TensorBoard.available():
+        outlets: list[Callback] = []
+        if is_first():
+            outlets += [MetricsFile(folder / "metrics.jsonl"), display, *callbacks]
+        if is_first() and TensorBoard.available():
             outlets.append(TensorBoard(folder / "tensorboard"))
         for outlet in outlets:
             stack.callback(outlet.close)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from qlora_jax.evaluate import LossFn, causal_lm_loss
 from qlora_jax.optim import resting_shardings
+from qlora_jax.processes import distribute
 from qlora_jax.train import in_backward
 from qlora_jax.train.accumulate import accumulated
 
@@ -82,9 +83,8 @@ def committed(state: TrainState) -> TrainState:
 
     def bound(leaf: jax.Array) -> jax.Array:
         if meshes and len(leaf.sharding.device_set) < meshes[0].size:
-            return jax.device_put(
-                leaf, jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
-            )
+            everywhere = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
+            return distribute(leaf, everywhere)
         return jax.device_put(leaf, leaf.sharding)
 
     return jax.tree.map(bound, state)
