@@ -66,7 +66,8 @@ def save_adapter(
     *,
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Writes all that a model has trained for PEFT, in the dtype it has here.
+    """Writes all that a model has trained for PEFT, in the dtype it has here. Of several processes
+    all call it, and the first writes.
 
     Args:
         folder: made if missing; each file is put in place whole or not at all, the weights first.

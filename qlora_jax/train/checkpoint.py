@@ -29,7 +29,10 @@ from qlora_jax.train.step import TrainState, committed
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Close it, or use it as a context manager."""
+    """The checkpoints of one run folder. Close it, or use it as a context manager.
+
+    Of several processes all call it, and the first alone reads and writes the folder.
+    """
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         """Open (and create) `folder`; after each save only the `keep` latest steps remain."""

@@ -106,6 +106,9 @@ def fit(
 ) -> FitResult:
     """Train the adapters (`nnx.LoRAParam`) of a model in place.
 
+    Of several processes (`qlora_jax.processes`) all call it, with the same arguments; the run
+    folder, the callbacks and the console are the first one's.
+
     Args:
       model: any NNX module with LoRA parameters; its adapters are trained, and updated even where
         the run is broken off. Where it is spread over devices (`models.spread`), each of them gets

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.checkpoints import load, load_model, save_model
+from qlora_jax.checkpoints import load, load_adapter, load_model, save_adapter, save_model
 from qlora_jax.models import DecoderConfig, spread, streaming
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
@@ -130,3 +130,13 @@ def test_what_is_packed_already_passes_through_no_device(packed_folder, most):
 def test_an_axis_without_a_mesh_is_refused(folder):
     with pytest.raises(ValueError, match="over is 'data', but names an axis of a mesh"):
         load_model(folder, over="data")
+
+
+def test_an_adapter_goes_where_the_models_own_lay(folder, tmp_path):
+    model = load_model(folder, lora=LORA, mesh=MESH, over="data")
+    save_adapter(tmp_path, model, LORA, str(folder))
+    before = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
+    load_adapter(tmp_path, model)
+    for old, new in zip(before, jax.tree.leaves(nnx.state(model, nnx.LoRAParam)), strict=True):
+        assert new.sharding == old.sharding
+        np.testing.assert_array_equal(new, old)

@@ -1,4 +1,5 @@
-"""A run on several devices is that of one, to rounding; broken off, it ends with the same bits."""
+"""A run on several devices, or in several processes, is that of one, to rounding; broken off, it
+ends with the same bits."""
 
 import functools
 import json
@@ -14,6 +15,7 @@ from experiments.estimate import memory
 from experiments.tree import read_yaml
 from qlora_jax.plan import find_config
 from qlora_jax.train import TrainConfig
+from tests.processes import run_together
 
 FAST = [
     "train.steps=3", "train.micro_batch_size=4", "train.gradient_accumulation_steps=2",
@@ -103,6 +105,50 @@ def test_a_run_broken_off_goes_on_to_the_same_bits_or_elsewhere_to_rounding(
     np.testing.assert_allclose(numbers(tmp_path / "other"), numbers(whole), rtol=1e-5)
     saved = build_run(read_yaml(tmp_path / "other" / "config.yaml"), "the folder")
     assert saved.devices == DevicesConfig()
+
+
+@pytest.mark.slow
+def test_processes_are_one_run_and_go_on_to_the_same_bits(finished, command, tmp_path):
+    together = functools.partial(
+        run_together, "experiments.finetune", command(tmp_path / "run", 4, "cut")
+    )
+    first, second = together()
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert "held-out loss" in first.out
+    assert "held-out loss" not in second.out
+    folder, one = tmp_path / "run", finished(1, "whole")
+    np.testing.assert_allclose(numbers(folder), numbers(one), rtol=1e-5)
+    name = "adapter/adapter_model.safetensors"
+    trained = (folder / name).read_bytes()
+    alone = load_file(one / name)
+    for key, ours in load_file(folder / name).items():
+        np.testing.assert_allclose(ours, alone[key], rtol=1e-3, atol=1e-5)
+    results = [json.loads((f / "result.json").read_text()) for f in (folder, one)]
+    assert results[0]["mmlu"] == results[1]["mmlu"]
+
+    before = numbers(folder)
+    for gone in ("adapter", "checkpoints/3"):
+        shutil.rmtree(folder / gone)
+    (folder / "result.json").unlink()
+    first, second = together()
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert "resumed after step 2 of 3" in first.out
+    assert (folder / name).read_bytes() == trained
+    assert numbers(folder) == before
+
+
+def test_processes_are_refused_together(command, tmp_path, capsys):
+    for ended in run_together("experiments.finetune", command(tmp_path / "run", 2, "whole")):
+        assert ended.status == 2
+        told = "devices.count is 2, but the 2 processes of this run have 4 (cpu)"
+        assert told in ended.err
+    (tmp_path / "file").touch()
+    first, second = run_together("experiments.finetune", command(tmp_path / "file", 4, "whole"))
+    assert (first.status, second.status) == (2, 2)
+    assert "run folder" in first.err
+    assert "the first process stopped" in second.err
+    assert finetune.main([*command(tmp_path, 4, "whole"), "--cluster", "node0/0/2"]) == 2
+    assert "expected HOST:PORT/INDEX/COUNT" in capsys.readouterr().err
 
 
 def test_what_the_machine_or_the_batch_does_not_allow_is_refused(command, tmp_path, capsys):
