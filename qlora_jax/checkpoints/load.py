@@ -330,12 +330,12 @@ def _brought(tensor: Any, stack: Any, axes: int, quant: QuantConfig | None) -> A
         tensor = _in_form(jax.tree.map(jnp.asarray, tensor), stack, quant)
 
     leaves, treedef = jax.tree.flatten(tensor)
-    rest: list[Any] = [whole.sharding for whole in jax.tree.leaves(stack)]
+    places: list[Any] = [whole.sharding for whole in jax.tree.leaves(stack)]
     parts = []
-    for leaf, at in zip(leaves, rest, strict=True):
+    for leaf, place in zip(leaves, places, strict=True):
         # In the device's own memory, also where the stack rests on the host: `put` goes on.
-        spec = jax.sharding.PartitionSpec(*at.spec[axes:])
-        parts.append(distribute(leaf, jax.sharding.NamedSharding(at.mesh, spec)))
+        spec = jax.sharding.PartitionSpec(*place.spec[axes:])
+        parts.append(distribute(leaf, jax.sharding.NamedSharding(place.mesh, spec)))
     return jax.tree.unflatten(treedef, parts)
 
 
