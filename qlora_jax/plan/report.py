@@ -99,7 +99,8 @@ class Report:
     largest_batch: int | None
     """Largest micro-batch at the plan's sequence that fits, over all cards."""
     largest_sequence: int | None
-    """Longest sequence that fits at one example a card, in steps of SEQUENCE_STEP."""
+    """Longest sequence that fits at one example a card, in steps of SEQUENCE_STEP; None where not
+    even one step does, or has positions."""
     advice: tuple[Advice, ...] | None
     """Switches that make it fit, if it does not; None where they were not looked for."""
     streaming: Streaming | None = None

@@ -359,6 +359,14 @@ def test_a_token_is_multiplied_by_its_own_experts_alone():
     assert flops(3) - flops(2) == 2 * (3 * frozen + 4 * adapters)
 
 
+def test_a_switch_makes_no_workload_that_cannot_be():
+    backward = {"update_in_backward": True, "max_grad_norm": None}
+    for changes in ({}, backward, {"gradient_accumulation_steps": 2}, {"optim": "lion_8bit"}):
+        work = dataclasses.replace(WORK, train=TrainConfig(micro_batch_size=4, **changes))
+        made = [switch.apply(work) for switch in SWITCHES]
+        assert sum(found is not None for found in made) > 3
+
+
 @pytest.mark.slow
 def test_every_switch_can_be_tried_from_any_start():
     start = plan(dataclasses.replace(WORK, remat="attention", attention="xla"), memory=1)
