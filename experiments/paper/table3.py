@@ -12,7 +12,6 @@ import gc
 import json
 import math
 import statistics
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from experiments.report import ERROR, RESULT, write_atomically
+from experiments.report import ERROR, RESULT, tell_failure, write_atomically
 from experiments.tree import flat
 from qlora_jax.checkpoints import Checkpoint, load_model
 from qlora_jax.cli.arguments import count, seed
@@ -292,9 +291,7 @@ def run_cells(
         try:
             result = {**run(cell, folder), "settings": decided[cell]}
         except Exception as error:  # one cell must not stop the others
-            text = " ".join(str(error).split()) or type(error).__name__
-            console.print(f"[red]failed:[/red] {text}", highlight=False)
-            write_atomically(folder / ERROR, f"{text}\n\n{traceback.format_exc()}")
+            tell_failure(error, folder, console)
         else:
             (folder / ERROR).unlink(missing_ok=True)
             write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
