@@ -59,6 +59,7 @@ from experiments.run import (
     with_own_adapters,
 )
 from experiments.tree import read_yaml, to_yaml, with_setting
+from qlora_jax.cli import in_one_sentence
 from qlora_jax.cli.arguments import readable, seed
 from qlora_jax.models import STREAMABLE
 from qlora_jax.train import Callback
@@ -146,6 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(to_yaml(run), end="", highlight=False, markup=False, soft_wrap=True)
                 return 0
             folder = options.out or default_folder(run)
+            callbacks = wandb_callbacks(options.wandb, folder.name, run)
             if options.overwrite:
                 check(run)
                 delete_run(folder)
@@ -153,7 +155,6 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(f"{folder} holds this run, finished; --overwrite repeats it.")
                 return 0
             check(run)
-            callbacks = wandb_callbacks(options.wandb, folder.name, run)
             stack.enter_context(locked_run_folder(folder))
         except (ValueError, OSError, RuntimeError) as error:
             return refuse(error)
@@ -174,7 +175,8 @@ def _train(run: RunConfig, folder: Path, callbacks: list[Callback], console: Con
         # device.
         status = refuse(error)
         with contextlib.suppress(OSError):
-            write_atomically(folder / ERROR, traceback.format_exc())
+            text = f"{in_one_sentence(error)}\n\n{traceback.format_exc()}"
+            write_atomically(folder / ERROR, text)
             print(f"the traceback is in {folder / ERROR}", file=sys.stderr)
         return status
     except KeyboardInterrupt:

@@ -293,16 +293,18 @@ def main(arguments: list[str] | None = None) -> int:
             sweep = with_adapters(sweep)
         elif not out.is_dir():
             raise FileNotFoundError(f"--report-only is given, but there is no folder {out}.")
+        wandb_callbacks(options.wandb, sweep.name, sweep.cells[0].run)
         if options.overwrite:
             for cell in sweep.cells:
                 check(cell.run)
             for cell in sweep.cells:
                 delete_run(out / cell.name)
-        wandb_callbacks(options.wandb, sweep.name, sweep.cells[0].run)
         todo = [] if options.report_only else plan(sweep, out)
         check_writable(out)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         return refuse(error)
+    except KeyboardInterrupt:
+        return interrupted()
     keep_compiled_programs(out.parent / ".jax-cache")
     console.print(f"{sweep.name}: {len(sweep.cells)} cell(s), {len(todo)} to run, in {out}")
     try:
