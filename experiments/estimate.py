@@ -16,12 +16,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+
 from experiments.config import RunConfig
 from pallas_kernels.cards import Card
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 from qlora_jax.models import DecoderConfig
 from qlora_jax.nn import LoraConfig
+from qlora_jax.optim.eight_bit import BLOCKSIZE
 from qlora_jax.quant import QuantConfig, row_config
+from qlora_jax.train import TrainConfig
 
 UTILISATION = 0.4
 """Of a card's dense rate: the 7B steps measured on an H200 reach 0.20 at 1 × 512, 0.50 at 4 × 1024
@@ -106,14 +110,14 @@ def flops_per_token(config: DecoderConfig, lora: LoraConfig, length: int, remat:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device in a training step; the paged optimizer's own are on the host.
+    """Bytes on each device in a training step, and in host memory.
 
     Attributes:
         base: the frozen weights.
-        adapters: their values and gradients (and accumulated gradients).
-        optimizer: Adam's moments that stay on the device.
+        adapters: their values and gradients, and sums of gradients.
+        optimizer: its state, where that stays on the device.
         activations: what is saved for the backward pass, and the largest temporaries.
-        host: Adam's moments that are paged to the host, those of all devices.
+        host: optimizer state and sums of gradients that rest there, those of all devices.
     """
 
     base: int
@@ -126,6 +130,15 @@ class Memory:
     def device(self) -> int:
         """All of it, on the device."""
         return self.base + self.adapters + self.optimizer + self.activations
+
+
+def state_bytes(train: TrainConfig, width: int) -> float:
+    """Bytes of an optimizer's state for each trained parameter of `width` bytes."""
+    master = 4 if train.master_weights else 0
+    # Codes, and an absmax for every 256 of them; of parameters in 16 bits there are none.
+    coded = train.optim.endswith("_8bit") and (width == 4 or master)
+    moment = 1 + 4 / BLOCKSIZE if coded else 4 if master else width
+    return master + moment * (1 if train.optim.startswith("lion") else 2)
 
 
 def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
@@ -144,13 +157,14 @@ def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
         rows = row_config(run.model.embedding_bits, config.hidden_size)
         narrower = stored - bits_per_weight(rows) / 8
         others -= math.floor(vocabulary_parameters(config) * narrower)
-    trained = adapter_parameters(config, run.lora)
-    # Values, gradients, and where micro-batches are added up their sum.
-    copies = 3.0 if run.train.gradient_accumulation_steps > 1 else 2.0
-    if run.train.update_in_backward:
-        # One layer's gradients.
-        copies = 1 + 1 / config.num_hidden_layers
-    moments = math.ceil(8 * trained / parts)
+    trained = adapter_parameters(config, run.lora) / parts
+    # Bytes of each: values, gradients (all of them, or one layer's), their sums over micro-batches.
+    width = jnp.dtype(run.lora.dtype).itemsize
+    layers = config.num_hidden_layers if run.train.update_in_backward else 1
+    sums = 4 if run.train.gradient_accumulation_steps > 1 else 0
+    state = state_bytes(run.train, width)
+    summed_here = 0 if run.train.gradients_on_host else sums
+    paged = (state if run.train.paged else 0) + sums - summed_here
     batch = run.train.micro_batch_size // run.devices.count
     tokens = batch * length
     widest = max(config.intermediate_size, config.hidden_size)
@@ -168,10 +182,10 @@ def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
     logits = 2 * tokens * config.vocab_size * 4
     return Memory(
         base=math.ceil((math.ceil(base) + others) / parts),
-        adapters=math.ceil(copies * 4 * trained / parts),
-        optimizer=0 if run.train.paged else moments,
+        adapters=math.ceil((width + width / layers + summed_here) * trained),
+        optimizer=0 if run.train.paged else math.ceil(state * trained),
         activations=saved + max(layer, logits),
-        host=moments * run.devices.count if run.train.paged else 0,
+        host=math.ceil(paged * trained) * run.devices.count,
     )
 
 

@@ -29,7 +29,7 @@ from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.plan import find_config
 from qlora_jax.quant import QuantConfig, quantize
-from qlora_jax.train import TrainConfig
+from qlora_jax.train import OPTIMIZERS, TrainConfig
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "h200" / "training.json"
 
@@ -114,6 +114,25 @@ def test_memory_is_near_what_the_compiler_and_the_card_say():
         assert held.device == pytest.approx(line["planned_device_bytes"], rel=0.05)
         checked += 1
     assert checked == 5
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize(("dtype", "master"), [("float32", False), ("bfloat16", True)])
+def test_an_optimizers_state_has_the_bytes_of_the_real_one(optim, dtype, master):
+    lora = LoraConfig(r=8, dtype=jnp.dtype(dtype))
+    options = {"optim": optim, "master_weights": master, "micro_batch_size": 2}
+    config = find_config("llama-7b")
+    for more in ({}, {"gradient_accumulation_steps": 2, "gradients_on_host": True}):
+        train = TrainConfig(**options, **more)
+        held = memory(config, RunConfig(lora=lora, train=train), 512)
+        # One parameter of as many numbers.
+        count = adapter_parameters(config, lora)
+        state = jax.eval_shape(
+            train.optimizer().init, {"a": jax.ShapeDtypeStruct((count,), lora.dtype)}
+        )
+        bytes_ = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        assert held.host == pytest.approx(bytes_ + 4 * count * bool(more), rel=1e-4)
+        assert held.adapters == 2 * lora.dtype.itemsize * count
 
 
 def test_a_packed_vocabulary_takes_the_compilers_bytes():
