@@ -124,6 +124,20 @@ def test_updates_in_the_backward_pass_are_planned_and_advised_where_they_apply()
     assert switch.apply(found.work) is None
 
 
+def test_products_are_kept_of_a_packed_base_as_of_a_dense_one():
+    def saved(remat, quant):
+        work = dataclasses.replace(WORK, remat=remat, quant=quant, attention="chunked")
+        return training_step(work).saved
+
+    quant, config = WORK.quant, WORK.config
+    assert saved("dots", quant) == saved("dots", None)
+    # All but the last linear layer's, whose product is only added.
+    outputs = 5 * config.hidden_size + 2 * config.intermediate_size - config.hidden_size
+    more = saved("dots", quant) - saved("full", quant)
+    assert more >= 2 * WORK.sequence * outputs * config.num_hidden_layers
+    assert saved("none", quant) > saved("dots", quant) > saved("attention", quant)
+
+
 def test_the_planned_step_runs():
     found = measure(WORK, steps=1)
     assert np.isfinite(found.first_loss)
