@@ -89,6 +89,19 @@ def test_the_answer_is_kept_and_a_damaged_one_is_asked_anew(tmp_path, monkeypatc
     assert plan(WORK).device.total == first.device.total
 
 
+def test_a_full_disk_keeps_no_answer_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        first = plan(WORK)
+    assert list(cache_folder().iterdir()) == []
+    assert plan(WORK).device == first.device
+
+
 def test_a_run_that_does_not_fit_is_refused():
     assert check_fits(WORK) is None  # a CPU does not tell its memory
     greedy = dataclasses.replace(WORK, remat="none")
