@@ -96,9 +96,15 @@ class LoraConfig:
         ranks = [self.r, *self.rank_pattern.values()]
         if min(ranks) < 1:
             raise ValueError(f"r is {min(ranks)}; the rank of an adapter is at least 1")
+        from_weight = self.init_lora_weights in ("loftq", "pissa")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not math.isfinite(alpha):
                 raise ValueError(f"alpha is {alpha}; give a finite number")
+            if from_weight and alpha <= 0:
+                raise ValueError(
+                    f"alpha is {alpha}, but init_lora_weights={self.init_lora_weights!r} divides "
+                    "the start by the scale; give a number above 0"
+                )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; give a probability in [0, 1)")
         if self.bias not in ("none", "lora_only", "all"):
