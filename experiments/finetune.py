@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -131,9 +132,11 @@ def read_run(options: argparse.Namespace) -> RunConfig:
 
 
 def default_folder(run: RunConfig) -> Path:
-    """runs/finetune/MODEL-DATA-seedN."""
-    names = [Path(source).name.split(".")[0] for source in (run.model.source, run.data.source)]
-    return Path("runs") / "finetune" / "-".join([*names, f"seed{run.train.seed}"])
+    """runs/finetune/MODEL-DATA-seedN: a file of rows without its ending, a model with all of its
+    name's points, by which Qwen2.5-0.5B is another than Qwen2.5-7B."""
+    data = re.sub(r"\.(jsonl?|csv|parquet|arrow)$", "", Path(run.data.source).name)
+    model = Path(run.model.source).name
+    return Path("runs") / "finetune" / f"{model}-{data}-seed{run.train.seed}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Configurations: what a file says becomes a run, and what it says wrongly is refused by name."""
 
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from experiments.cells import build_sweep
 from experiments.cli import CONFIGS
 from experiments.config import RunConfig, build_run
 from experiments.embedded import DATASETS, MODELS
-from experiments.finetune import make_parser, read_run
+from experiments.finetune import default_folder, make_parser, read_run
 from experiments.paper.superni import tiny_t5
 from experiments.sweep import with_adapters
 from experiments.tree import (
@@ -119,6 +120,19 @@ def test_flags_win_over_the_file():
     run = read_run(options)
     assert (run.model.source, run.model.compute_dtype) == ("stdlib-4m", "float32")
     assert (run.train.seed, run.lora.r, run.data.source) == (3, 4, "describe")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "name"),
+    [
+        ("Qwen/Qwen2.5-0.5B", "rows/my.v2.jsonl", "Qwen2.5-0.5B-my.v2-seed3"),
+        ("models/llama-3.2/", "tatsu-lab/alpaca", "llama-3.2-alpaca-seed3"),
+        ("stdlib-1m", "describe", "stdlib-1m-describe-seed3"),
+    ],
+)
+def test_runs_of_two_models_have_two_folders(model, data, name):
+    run = build_run({"model": model, "data": data, "train": {"seed": 3}}, "a test")
+    assert default_folder(run) == Path("runs/finetune") / name
 
 
 # ------------------------------------------------------------------ sweeps
