@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from benchmarks._files import put
 from benchmarks._points import Point
 from benchmarks._programs import (
+    TOLERANCE,
     Program,
     compile_check,
     compile_program,
@@ -42,7 +44,6 @@ from pallas_kernels.nf4_gemv.api import MAX_ROWS
 if TYPE_CHECKING:
     from benchmarks.gpu_kernels import Run
 
-TOLERANCE = 1e-2
 MARGIN = 1.02
 """How much faster than the kernel's own choice a cut has to be."""
 
@@ -113,7 +114,7 @@ def tune(run: "Run", texts: Sequence[str]) -> None:
 def write_json(run: "Run", name: str, entries: list[dict[str, Any]]) -> None:
     """A list in the output folder, an entry per line, as the dispatch's tables are."""
     lines = ",\n ".join(json.dumps(entry) for entry in entries)
-    (run.options.out / name).write_text(f"[\n {lines}\n]\n" if entries else "[]\n")
+    put(run.options.out / name, f"[\n {lines}\n]\n" if entries else "[]\n")
 
 
 def measure_candidates(

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from benchmarks._files import put
 from benchmarks._points import BASELINES
 from benchmarks._programs import Program
 
@@ -115,7 +116,7 @@ def add_peer(results: dict[str, Any], folder: Path) -> None:
 def write_all(results: dict[str, Any], folder: Path) -> None:
     """`kernels.json`, `kernels.md` and `roofline.png` of the results."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "kernels.json").write_text(json.dumps(results, indent=1))
+    put(folder / "kernels.json", json.dumps(results, indent=1))
     write_markdown(results, folder / "kernels.md")
     write_roofline(results, folder / "roofline.png")
 
@@ -159,7 +160,7 @@ def write_markdown(results: dict[str, Any], path: Path) -> None:
     skipped = sum(p["status"] == "not measured" for p in results["points"])
     if skipped:
         text += ["", f"{skipped} points were not measured: the time budget was spent."]
-    path.write_text("\n".join(text) + "\n")
+    put(path, "\n".join(text) + "\n")
 
 
 def _cell(

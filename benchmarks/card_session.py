@@ -27,6 +27,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks._files import put
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -107,7 +109,7 @@ def run(wanted: Sequence[Piece], report: Path, budget: float) -> int:
         left = budget - (time.monotonic() - began)
         entries.append({"name": piece.name} | run_piece(piece, left * piece.share))
         print(json.dumps(entries[-1]), flush=True)
-        report.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        put(report, json.dumps(entries, indent=1) + "\n")
     return int(any(entry["status"] != "ok" for entry in entries))
 
 

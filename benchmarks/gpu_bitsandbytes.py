@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks._files import put
 from benchmarks._points import SHAPES, Point, plan
 
 PEERS = ("bitsandbytes", "torch-bf16")
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results["points"].append(entry)
             told = entry.get("error") or f"{entry['seconds'] * 1e6:9.2f} us"
             print(f"{point.label:48s} {told}", flush=True)
-            (options.out / "bitsandbytes.json").write_text(json.dumps(results, indent=1))
+            put(options.out / "bitsandbytes.json", json.dumps(results, indent=1))
     return 0
 
 

@@ -31,6 +31,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import gpu_training
+from benchmarks._files import put
 from benchmarks._report import machine, require_gpu
 from benchmarks.gpu_kernels import ceilings
 from benchmarks.gpu_training import MODELS, make_model
@@ -117,8 +118,8 @@ def measure(options: argparse.Namespace) -> int:
         except Exception as error:  # one broken case must not cost the session the others
             entry = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:800]}
         results["cases"].append(dataclasses.asdict(case) | {"label": case.label} | entry)
-        (options.out / "decode.json").write_text(json.dumps(results, indent=1) + "\n")
-        (options.out / "decode.md").write_text(markdown(results))
+        put(options.out / "decode.json", json.dumps(results, indent=1) + "\n")
+        put(options.out / "decode.md", markdown(results))
         print(case.label, json.dumps(entry), flush=True)
     return int(any(case["status"] != "ok" for case in results["cases"]))
 

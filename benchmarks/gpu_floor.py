@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from benchmarks import _report
+from benchmarks._files import put
 from benchmarks._hopper_read import read_on_hopper
 from benchmarks._points import BASELINES, SHAPES, TOY_SHAPES, Point
 from benchmarks._programs import (
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = measure(name, n, k, limits, options)
         results["shapes"].append(found)
         print(_line(found), flush=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        put(options.out, json.dumps(results, indent=1) + "\n")
     return 0
 
 

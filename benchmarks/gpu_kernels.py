@@ -33,9 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _autotune, _report
+from benchmarks._files import put
 from benchmarks._points import BASELINES, OPS, ROWS, SHAPES, TOY_SHAPES, Point, plan
 from benchmarks._programs import (
     MAX_CALLS,
+    TOLERANCE,
     Program,
     compile_check,
     compile_program,
@@ -48,9 +50,6 @@ from benchmarks._programs import (
     timing,
 )
 from pallas_kernels.cards import CARDS, find_card
-
-TOLERANCE = 1e-2
-"""Largest relative error of a bf16 result: its own rounding is 2e-3."""
 
 IMPLEMENTATIONS = ("bf16", "triton", "mosaic_gpu", "xla", "bf16-xla")
 
@@ -162,17 +161,14 @@ class Run:
         return self.options.budget - (time.monotonic() - self.started)
 
     def write(self) -> None:
-        """The results so far, replaced in one step."""
-        path = self.options.out / "kernels.json"
-        partial = path.with_suffix(".tmp")
+        """The results so far."""
         self.results["meta"]["seconds"] = round(time.monotonic() - self.started, 1)
-        partial.write_text(json.dumps(self.results, indent=1))
-        partial.replace(path)
+        put(self.options.out / "kernels.json", json.dumps(self.results, indent=1))
 
     def write_rules(self) -> None:
         """What the dispatch should take, by the points so far."""
         rules = _autotune.implementation_rules(self)
-        (self.options.out / "rules.json").write_text(json.dumps(rules, indent=1) + "\n")
+        put(self.options.out / "rules.json", json.dumps(rules, indent=1) + "\n")
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shapes asked for, by name."""

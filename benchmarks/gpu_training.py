@@ -20,7 +20,6 @@ case did not raise it, its peak is null. Results are written after every case: `
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import re
@@ -36,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks._files import put
 from benchmarks._report import machine, require_gpu
 from pallas_kernels._table import using_table
 from qlora_jax.data.batches import Batch
@@ -49,6 +49,7 @@ from qlora_jax.models import (
     spread_rows,
 )
 from qlora_jax.nn import LoraConfig
+from qlora_jax.plan.measure import random_weights
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig, init_state, make_train_step
 
@@ -179,8 +180,8 @@ def measure(options: argparse.Namespace) -> int:
             entry = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:800]}
         peak = max(peak, entry.get("peak_bytes") or 0)
         results["cases"].append(_described(case) | entry)
-        (options.out / "training.json").write_text(json.dumps(results, indent=1))
-        (options.out / "training.md").write_text(markdown(results))
+        put(options.out / "training.json", json.dumps(results, indent=1))
+        put(options.out / "training.md", markdown(results))
         print(case.label, json.dumps(entry), flush=True)
     return int(any(case["status"] != "ok" for case in results["cases"]))
 
@@ -209,8 +210,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 def make_model(case: Case, attention: str, rank: int) -> tuple[nnx.GraphDef, Any, Any]:
     """(graphdef, adapters, frozen weights), all made on the device, none ever held in 16 bits.
 
-    Rank 0 is no adapters.
-    For several devices they are made on the first, and then dealt out.
+    Rank 0 is no adapters. For several devices they are made on the first, and then dealt out.
     """
     config = MODELS[case.model]
     chosen = attention_for(jax.default_backend(), jnp.bfloat16, config.head_dim)
@@ -228,8 +228,7 @@ def make_model(case: Case, attention: str, rank: int) -> tuple[nnx.GraphDef, Any
         )
     )
     graphdef, lora, frozen = split_adapters(shapes)
-    fill = functools.partial(jax.tree_util.tree_map_with_path, _random_leaf)
-    lora, frozen = fill(lora), fill(frozen)
+    lora, frozen = random_weights(lora), random_weights(frozen)
     if case.devices == 1:
         return graphdef, lora, frozen
     auto = (jax.sharding.AxisType.Auto,)
@@ -237,26 +236,6 @@ def make_model(case: Case, attention: str, rank: int) -> tuple[nnx.GraphDef, Any
     model = nnx.merge(graphdef, lora, frozen)
     spread(model, mesh, over="data" if case.cut else None)
     return split_adapters(model)
-
-
-def _random_leaf(path: Any, leaf: Any) -> jax.Array:
-    """A plausible random value for one leaf, told by its name; the same for the same name."""
-    name = jax.tree_util.keystr(path)
-    seed = sum(map(ord, name))
-    key = jax.random.key(seed)
-    if leaf.dtype == jnp.uint8:
-        # On the host: JAX draws bytes as words, four times the memory, and would set the peak.
-        codes = np.random.default_rng(seed).integers(0, 256, leaf.shape, np.uint8)
-        return jnp.asarray(codes)
-    if "nested_absmax" in name:
-        return jnp.full(leaf.shape, 0.01, leaf.dtype)
-    if name.endswith("offset"):
-        return jnp.full(leaf.shape, 0.03, leaf.dtype)
-    if "lora_B" in name:
-        return jnp.zeros(leaf.shape, leaf.dtype)
-    if "norm" in name:
-        return jnp.ones(leaf.shape, leaf.dtype)
-    return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
 
 def make_batch(case: Case, seed: int = 0) -> Batch:

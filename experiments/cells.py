@@ -176,13 +176,18 @@ def _refuse_idle(
                     f"{key} is set, but a sweep's cells have theirs from {_LISTED[key]} "
                     f"(--{_LISTED[key]}): name it there."
                 )
-    for key in settings:
+    for key, _ in _dotted(dict(settings)):
         for name, axis in axes.items():
-            if all(key in options for options in axis.values()):
+            if all(_sets(options, key) for options in axis.values()):
                 raise ValueError(
                     f"{key} is set, but the axis {name} sets it in every cell: leave it out, or "
                     f"give --axis {key}=... for other values."
                 )
+
+
+def _sets(options: Tree, key: str) -> bool:
+    """Whether dotted options set a key, or a part of what it stands for."""
+    return any(option == key or option.startswith(f"{key}.") for option in options)
 
 
 def _with_all(tree: Tree, options: Mapping[str, Any]) -> Tree:
@@ -253,7 +258,7 @@ def _axes(given: Any, where: str) -> dict[str, dict[str, Tree]]:
             axes[str(axis)] = {_shown(value): {str(axis): value} for value in values}
         elif isinstance(values, dict) and values:
             axes[str(axis)] = {
-                str(label): _section(options, f"axes.{axis}.{label}", where)
+                str(label): dict(_dotted(_section(options, f"axes.{axis}.{label}", where)))
                 for label, options in values.items()
             }
         else:
@@ -291,8 +296,10 @@ def _section(given: Any, what: str, where: str) -> Tree:
 
 
 def _dotted(options: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options one by one: a section is not put in the place of another, but its options into it.
+    An empty one has none, and stands for its defaults."""
     for key, value in options.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _dotted(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -44,7 +44,7 @@ class CellEstimate:
         tokens: read in training; an upper bound where `rows` is None.
         flops: of training; None where the model's shape is not at hand, as the others.
         device_bytes: in a step, on each device.
-        host_bytes: of the paged optimizer, for all devices.
+        host_bytes: in pinned host memory, for all devices.
         devices: that share the work.
     """
 

@@ -16,12 +16,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+
 from experiments.config import RunConfig
 from pallas_kernels.cards import Card
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 from qlora_jax.models import DecoderConfig
 from qlora_jax.nn import LoraConfig
+from qlora_jax.optim.eight_bit import BLOCKSIZE
 from qlora_jax.quant import QuantConfig, row_config
+from qlora_jax.train import TrainConfig
 
 UTILISATION = 0.4
 """Of a card's dense rate: the 7B steps measured on an H200 reach 0.20 at 1 × 512, 0.50 at 4 × 1024
@@ -94,7 +98,7 @@ def bits_per_weight(quant: QuantConfig) -> float:
 
 def flops_per_token(config: DecoderConfig, lora: LoraConfig, length: int, remat: str) -> float:
     """FLOPs of one token's share of a training step, in sequences of `length` tokens."""
-    again = 1 if remat == "full" else 0
+    again = 0 if remat in ("dots", "none") else 1
     frozen = _active(config, linear_parameters(config)) * 2 * (2 + again)
     adapters = _active(config, adapter_parameters(config, lora)) * 2 * (3 + again)
     head = config.vocab_size * config.hidden_size * 2 * 2
@@ -106,14 +110,15 @@ def flops_per_token(config: DecoderConfig, lora: LoraConfig, length: int, remat:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device in a training step; the paged optimizer's own are on the host.
+    """Bytes on each device in a training step, and in host memory.
 
     Attributes:
         base: the frozen weights.
-        adapters: their values and gradients (and accumulated gradients).
-        optimizer: Adam's moments that stay on the device.
+        adapters: their values and gradients, and sums of gradients.
+        optimizer: its state, where that stays on the device.
         activations: what is saved for the backward pass, and the largest temporaries.
-        host: Adam's moments that are paged to the host, those of all devices.
+        host: what rests there, of all devices: optimizer state, sums of gradients, weights that
+            stream, layers' inputs that are offloaded.
     """
 
     base: int
@@ -128,6 +133,31 @@ class Memory:
         return self.base + self.adapters + self.optimizer + self.activations
 
 
+def kept_numbers(config: DecoderConfig, remat: str) -> float:
+    """Of one token, how many numbers all layers keep on the device for the backward pass."""
+    per_token = config.num_experts_per_tok
+    products = sum(out * min(copies, per_token) for _, out, copies in _linears(config).values())
+    hidden = config.hidden_size
+    kept = {
+        "full": hidden,
+        "offload": 0,
+        "attention": 2 * hidden,
+        "dots": products,
+        # 3.2 to 3.4 in plans of Llama 7B, Llama 3 8B and Qwen 2.5 0.5B.
+        "none": 3.3 * products,
+    }
+    return config.num_hidden_layers * kept[remat]
+
+
+def state_bytes(train: TrainConfig, width: int) -> float:
+    """Bytes of an optimizer's state for each trained parameter of `width` bytes."""
+    master = 4 if train.master_weights else 0
+    # Codes, and an absmax for every 256 of them; of parameters in 16 bits there are none.
+    coded = train.optim.endswith("_8bit") and (width == 4 or master)
+    moment = 1 + 4 / BLOCKSIZE if coded else 4 if master else width
+    return master + moment * (1 if train.optim.startswith("lion") else 2)
+
+
 def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
     """What a run's step holds, at its longest sequence of `length` tokens.
 
@@ -137,41 +167,46 @@ def memory(config: DecoderConfig, run: RunConfig, length: int) -> Memory:
     parts = run.devices.parts
     compute = _BYTES[run.model.compute_dtype]
     stored = _BYTES[run.model.param_dtype or run.model.compute_dtype]
-    linear = linear_parameters(config)
+    linear, depth = linear_parameters(config), config.num_hidden_layers
     base = linear * stored if run.quant is None else linear * bits_per_weight(run.quant) / 8
+    streamed = base if run.model.stream_weights else 0
+    # Of weights that stream two layers' are here.
+    base += streamed * (2 / depth - 1)
     others = other_parameters(config) * stored
     if run.model.embedding_bits is not None:
         rows = row_config(run.model.embedding_bits, config.hidden_size)
         narrower = stored - bits_per_weight(rows) / 8
         others -= math.floor(vocabulary_parameters(config) * narrower)
-    trained = adapter_parameters(config, run.lora)
-    # Values, gradients, and where micro-batches are added up their sum.
-    copies = 3.0 if run.train.gradient_accumulation_steps > 1 else 2.0
-    if run.train.update_in_backward:
-        # One layer's gradients.
-        copies = 1 + 1 / config.num_hidden_layers
-    moments = math.ceil(8 * trained / parts)
+    trained = adapter_parameters(config, run.lora) / parts
+    # Bytes of each: values, gradients (all of them, or one layer's), their sums over micro-batches.
+    width = jnp.dtype(run.lora.dtype).itemsize
+    layers = depth if run.train.update_in_backward else 1
+    sums = 4 if run.train.gradient_accumulation_steps > 1 else 0
+    state = state_bytes(run.train, width)
+    summed_here = 0 if run.train.gradients_on_host else sums
+    paged = (state if run.train.paged else 0) + sums - summed_here
     batch = run.train.micro_batch_size // run.devices.count
     tokens = batch * length
-    widest = max(config.intermediate_size, config.hidden_size)
-    per_token = 6 * config.hidden_size + 3 * config.intermediate_size
-    saved = config.num_hidden_layers * tokens * config.hidden_size * compute
-    if run.model.remat != "full":
-        saved += config.num_hidden_layers * tokens * per_token * compute
+    in_mlp, in_loss = (min(tokens, n or tokens) for n in (run.model.mlp_tile, run.model.loss_chunk))
+    hidden, widest = config.hidden_size, max(config.intermediate_size, config.hidden_size)
+    inner = 6 * tokens * hidden + 3 * in_mlp * config.intermediate_size
+    inputs = depth * tokens * hidden * compute
+    offloaded = inputs if run.model.remat == "offload" else 0
     # In 16 bits a GPU's attention is cuDNN's, which holds no scores.
     scores = 0
     if compute == 4:
         scores = batch * config.num_attention_heads * length**2 * 4
     # In a layer: its activations and their gradients, one decoded weight. At the head: logits and
     # their gradient in float32. The two are not there at once.
-    layer = 2 * tokens * per_token * compute + 2 * scores + widest * config.hidden_size * compute
-    logits = 2 * tokens * config.vocab_size * 4
+    layer = 2 * inner * compute + 2 * scores + widest * hidden * compute
+    logits = 2 * in_loss * config.vocab_size * 4
     return Memory(
         base=math.ceil((math.ceil(base) + others) / parts),
-        adapters=math.ceil(copies * 4 * trained / parts),
-        optimizer=0 if run.train.paged else moments,
-        activations=saved + max(layer, logits),
-        host=moments * run.devices.count if run.train.paged else 0,
+        adapters=math.ceil((width + width / layers + summed_here) * trained),
+        optimizer=0 if run.train.paged else math.ceil(state * trained),
+        activations=math.ceil(kept_numbers(config, run.model.remat) * tokens * compute)
+        + max(layer, logits),
+        host=math.ceil(paged * trained + streamed / parts + offloaded) * run.devices.count,
     )
 
 

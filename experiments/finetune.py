@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -61,6 +62,7 @@ from experiments.run import (
     with_own_adapters,
 )
 from experiments.tree import read_yaml, to_yaml, with_setting
+from qlora_jax.cli import in_one_sentence
 from qlora_jax.cli.arguments import readable, seed
 from qlora_jax.models import STREAMABLE
 from qlora_jax.processes import is_first, join_cluster, on_first
@@ -139,9 +141,11 @@ def read_run(options: argparse.Namespace) -> RunConfig:
 
 
 def default_folder(run: RunConfig) -> Path:
-    """runs/finetune/MODEL-DATA-seedN."""
-    names = [Path(source).name.split(".")[0] for source in (run.model.source, run.data.source)]
-    return Path("runs") / "finetune" / "-".join([*names, f"seed{run.train.seed}"])
+    """runs/finetune/MODEL-DATA-seedN: a file of rows without its ending, a model with all of its
+    name's points, by which Qwen2.5-0.5B is another than Qwen2.5-7B."""
+    data = re.sub(r"\.(jsonl?|csv|parquet|arrow)$", "", Path(run.data.source).name)
+    model = Path(run.model.source).name
+    return Path("runs") / "finetune" / f"{model}-{data}-seed{run.train.seed}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,6 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(to_yaml(run), end="", highlight=False, markup=False, soft_wrap=True)
                 return 0
             folder = options.out or default_folder(run)
+            callbacks = wandb_callbacks(options.wandb, folder.name, run)
             if options.overwrite:
                 check(run)
                 on_first(lambda: delete_run(folder))
@@ -167,7 +172,6 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(f"{folder} holds this run, finished; --overwrite repeats it.")
                 return 0
             check(run)
-            callbacks = wandb_callbacks(options.wandb, folder.name, run) if is_first() else []
             on_first(lambda: stack.enter_context(locked_run_folder(folder)))
         except (ValueError, OSError, RuntimeError) as error:
             return refuse(error)
@@ -189,7 +193,8 @@ def _train(run: RunConfig, folder: Path, callbacks: list[Callback], console: Con
         status = refuse(error)
         if is_first():
             with contextlib.suppress(OSError):
-                write_atomically(folder / ERROR, traceback.format_exc())
+                text = f"{in_one_sentence(error)}\n\n{traceback.format_exc()}"
+                write_atomically(folder / ERROR, text)
                 print(f"the traceback is in {folder / ERROR}", file=sys.stderr)
         return status
     except KeyboardInterrupt:

@@ -29,6 +29,7 @@ from experiments.cli import (
 from experiments.report import write_atomically
 from experiments.rows import decoder_context, find_model
 from qlora_jax.checkpoints import check_adapter, load_adapter
+from qlora_jax.cli.arguments import count
 from qlora_jax.data import load_chat_template
 from qlora_jax.evaluate import Harness
 from qlora_jax.pretrained import load_pretrained
@@ -49,8 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compute-dtype", choices=COMPUTE_DTYPES, default="bfloat16", help="of activations")
     add("--shots", type=int, metavar="N", help="solved examples shown (the task's own)")
     add("--limit", type=int, metavar="N", help="only so many examples of each task")
-    add("--max-len", type=int, default=2048, metavar="N", help="tokens read at once (2048)")
-    add("--batch-size", type=int, default=8, metavar="N", help="requests at once (8)")
+    add("--max-len", type=count, default=2048, metavar="N", help="tokens read at once (2048)")
+    add("--batch-size", type=count, default=8, metavar="N", help="requests at once (8)")
     add("--chat-template", action="store_true", help="ask by the model's own chat template")
     add("--include", type=Path, metavar="FOLDER", help="a folder of further tasks")
     add("--out", type=Path, metavar="FOLDER", help="(runs/harness/MODEL)")

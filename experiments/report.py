@@ -6,15 +6,19 @@ interrupted and continued reports all its cells.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.cells import Cell
@@ -88,6 +92,15 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def tell_failure(error: Exception, folder: Path, console: Console) -> None:
+    """Says what a run failed of, and writes it into its folder, with the traceback; while the
+    error is handled."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    console.print(f"[red]failed:[/red] {escape(text)}", highlight=False)
+    with contextlib.suppress(OSError):  # a full disk
+        write_atomically(folder / ERROR, f"{text}\n\n{traceback.format_exc()}")
 
 
 def duration(seconds: float) -> str:

@@ -28,7 +28,6 @@ import gc
 import platform
 import shlex
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 
 from experiments.cells import Cell, Sweep, build_sweep
 from experiments.cli import (
@@ -54,11 +54,11 @@ from experiments.folders import check_writable, delete_run
 from experiments.page import render
 from experiments.presets import PRESETS, QUESTIONS, ROWS, preset
 from experiments.report import (
-    ERROR,
     CellReport,
     csv_text,
     duration,
     read_cell,
+    tell_failure,
     terminal_matrix,
     terminal_table,
     write_atomically,
@@ -227,7 +227,7 @@ def run_cell(cell: Cell, folder: Path, console: Console, wandb: str | None = Non
         try:
             stack.enter_context(locked_run_folder(folder))
         except (RuntimeError, OSError) as error:  # another process works on it: not ours to write
-            console.print(f"[yellow]left alone:[/yellow] {error}", highlight=False)
+            console.print(f"[yellow]left alone:[/yellow] {escape(str(error))}", highlight=False)
             return
         _run_locked(cell, folder, console, wandb)
     # A model's arrays are in reference cycles (nnx graphs): without this, two are alive at once.
@@ -242,10 +242,7 @@ def _run_locked(cell: Cell, folder: Path, console: Console, wandb: str | None) -
         callbacks = wandb_callbacks(wandb, cell.name, cell.run)
         execute(cell.run, folder, labels=cell.labels, callbacks=callbacks, console=console)
     except Exception as error:  # one cell must not stop a night's sweep
-        text = " ".join(str(error).split()) or type(error).__name__
-        console.print(f"[red]failed:[/red] {text}", highlight=False)
-        with contextlib.suppress(OSError):  # a full disk
-            write_atomically(folder / ERROR, f"{text}\n\n{traceback.format_exc()}")
+        tell_failure(error, folder, console)
 
 
 def run_all(
@@ -296,16 +293,18 @@ def main(arguments: list[str] | None = None) -> int:
             sweep = with_adapters(sweep)
         elif not out.is_dir():
             raise FileNotFoundError(f"--report-only is given, but there is no folder {out}.")
+        wandb_callbacks(options.wandb, sweep.name, sweep.cells[0].run)
         if options.overwrite:
             for cell in sweep.cells:
                 check(cell.run)
             for cell in sweep.cells:
                 delete_run(out / cell.name)
-        wandb_callbacks(options.wandb, sweep.name, sweep.cells[0].run)
         todo = [] if options.report_only else plan(sweep, out)
         check_writable(out)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         return refuse(error)
+    except KeyboardInterrupt:
+        return interrupted()
     keep_compiled_programs(out.parent / ".jax-cache")
     console.print(f"{sweep.name}: {len(sweep.cells)} cell(s), {len(todo)} to run, in {out}")
     try:
@@ -320,7 +319,8 @@ def main(arguments: list[str] | None = None) -> int:
     for report in reports:
         if report.result is None:
             why = f": {report.error}" if report.error else ""
-            console.print(f"{report.cell.name} {report.status}{why}", highlight=False)
+            told = f"{report.cell.name} {report.status}{why}"
+            console.print(told, highlight=False, markup=False)
     console.print(f"{out / 'results.csv'}\n{out / 'report.html'}", highlight=False)
     return 0 if all(report.result for report in reports) else 1
 

@@ -42,6 +42,7 @@ from flax import nnx
 from experiments.embedded import MODELS, ROOT
 from experiments.embedded.make_corpus import SPECIAL_TOKENS, read_corpus
 from qlora_jax.checkpoints import save_model
+from qlora_jax.cli.arguments import count
 from qlora_jax.models import AttentionName, Decoder, DecoderConfig, unfreeze
 from qlora_jax.models.loss import cross_entropy
 from qlora_jax.optim import decay_mask
@@ -194,12 +195,12 @@ def pretrain(
     unfreeze(model)
     graph, initial = nnx.split(model, nnx.Param)
     initial = jax.device_get(initial)
-    count = sum(leaf.size for leaf in jax.tree.leaves(initial))
+    size = sum(leaf.size for leaf in jax.tree.leaves(initial))
     optimizer, train, evaluate = make_steps(graph, scale.learning_rate, batch, sequence)
     whole = held_out.size // (sequence + 1) * (sequence + 1)
     windows = jnp.asarray(held_out[:whole].reshape(-1, sequence + 1))
     device_tokens, key = jnp.asarray(tokens), jax.random.key(seed)
-    print(f"{name}: {count:,} parameters, {tokens.size:,} tokens, {jax.devices()[0]}", flush=True)
+    print(f"{name}: {size:,} parameters, {tokens.size:,} tokens, {jax.devices()[0]}", flush=True)
     began = time.perf_counter()
 
     def one_run(plan: Plan) -> tuple[float, Any, list[dict[str, float]], int]:
@@ -235,7 +236,7 @@ def pretrain(
     runs = [(plan, *one_run(plan)) for plan in plans]
     plan, best, weights, curve, steps = min(runs, key=lambda run: run[1])
     facts = {
-        "parameters": count,
+        "parameters": size,
         "corpus_tokens": int(tokens.size),
         "steps": steps,
         "tokens_per_step": batch * sequence,
@@ -284,13 +285,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, nargs="+", default=[16], help="passes (16)")
-    length.add_argument("--steps", type=int, help="number of steps instead")
+    length.add_argument("--steps", type=count, help="number of steps instead")
     length.add_argument("--minutes", type=float, help="time per model instead")
     parser.add_argument(
         "--weight-decay", type=float, nargs="+", default=[0.5], help="AdamW's, of matrices (0.5)"
     )
-    parser.add_argument("--batch", type=int, default=64, help="windows per step (64)")
-    parser.add_argument("--sequence", type=int, default=512, help="tokens per window (512)")
+    parser.add_argument("--batch", type=count, default=64, help="windows per step (64)")
+    parser.add_argument("--sequence", type=count, default=512, help="tokens per window (512)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--compute-dtype",

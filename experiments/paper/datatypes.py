@@ -6,9 +6,8 @@
 The linear weights of the model's layers are stored in each data type in turn, everything else in
 32 bits, and the same tokens are scored: so a difference between two lines is what the data type
 does. FP32 is the checkpoint itself, FP16 all of it rounded to 16 bits. --embedding-bits packs
-embedding and head as well, in every line. TEXT is a .txt file (texts
-in it may be separated by <|endoftext|>) or a .parquet, .json or .jsonl file with a column `text`,
-joined by blank lines.
+embedding and head as well, in every line. TEXT is a .txt file (texts in it may be separated by
+<|endoftext|>) or a .parquet, .json or .jsonl file with a column `text`, joined by blank lines.
 
 Perplexity is weighted by tokens; windows of --window tokens move on by --stride (all of a window by
 default), and every token but the first is scored once (qlora_jax/evaluate/text.py).

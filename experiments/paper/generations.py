@@ -36,6 +36,7 @@ from experiments.cli import (
     run_command,
 )
 from experiments.paper.judged import SHARED, questions_of
+from experiments.report import write_atomically
 from experiments.rows import find_model, model_config
 from qlora_jax.checkpoints import check_adapter, load_adapter
 from qlora_jax.cli.arguments import count, seed
@@ -146,7 +147,7 @@ def answered(out: Path, model: str) -> set[str]:
             "--out."
         )
     if whole != text:
-        out.write_text(whole, encoding="utf-8")
+        write_atomically(out, whole)
     return {str(row.get("question_id", row.get("message_id"))) for row in rows}
 
 

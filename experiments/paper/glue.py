@@ -19,7 +19,6 @@ what is missing.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import sys
 import time
@@ -34,7 +33,6 @@ from flax import nnx
 from rich.console import Console
 
 from experiments.cli import keep_compiled_programs, run_command
-from experiments.embedded import ROOT
 from experiments.paper.glue_tasks import TASKS, Row, Task, load_split
 from experiments.paper.table3 import (
     METHODS,
@@ -49,9 +47,10 @@ from experiments.paper.table3 import (
     read_base,
     read_recipe,
     run_cells,
+    with_tokenizer,
     write_report,
 )
-from qlora_jax.checkpoints import Checkpoint, open_checkpoint, save_model
+from qlora_jax.checkpoints import Checkpoint, open_checkpoint
 from qlora_jax.cli.arguments import count
 from qlora_jax.data import (
     ClassificationBatches,
@@ -102,20 +101,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 def tiny_roberta(folder: Path, seed: int = 0) -> Path:
     """Writes a random RoBERTa of two layers with the embedded tokenizer, unless it is there."""
-    if not (folder / "config.json").is_file():
-        config = EncoderConfig(
-            vocab_size=2048,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=130,
-            pad_token_id=0,
-        )
-        save_model(folder, EncoderClassifier(config, rngs=nnx.Rngs(seed)))
-        for file in (ROOT / "tokenizer").iterdir():
-            shutil.copyfile(file, folder / file.name)
-    return folder
+    config = EncoderConfig(
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=130,
+        pad_token_id=0,
+    )
+    return with_tokenizer(folder, lambda: EncoderClassifier(config, rngs=nnx.Rngs(seed)))
 
 
 def without_head(base: Path) -> Checkpoint:

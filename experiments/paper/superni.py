@@ -22,7 +22,6 @@ what is missing.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import sys
 import time
@@ -35,7 +34,6 @@ from flax import nnx
 from rich.console import Console
 
 from experiments.cli import keep_compiled_programs, run_command
-from experiments.embedded import ROOT
 from experiments.paper.superni_rows import Instance, as_pairs, by_task, load_split
 from experiments.paper.table3 import (
     METHODS,
@@ -51,9 +49,9 @@ from experiments.paper.table3 import (
     read_base,
     read_recipe,
     run_cells,
+    with_tokenizer,
     write_report,
 )
-from qlora_jax.checkpoints import save_model
 from qlora_jax.cli.arguments import count
 from qlora_jax.data import PairFormat, Seq2SeqBatches, Tokenizer, load_tokenizer, tokenize_pairs
 from qlora_jax.evaluate import rouge_l, seq2seq_lm_loss
@@ -116,23 +114,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 def tiny_t5(folder: Path, seed: int = 0) -> Path:
     """Writes a random T5 v1.1 of two layers with the embedded tokenizer, unless it is there."""
-    if not (folder / "config.json").is_file():
-        config = EncoderDecoderConfig(
-            vocab_size=2048,
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_decoder_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            scale_decoder_outputs=False,
-            eos_token_id=2,
-        )
-        save_model(folder, EncoderDecoder(config, rngs=nnx.Rngs(seed)))
-        for file in (ROOT / "tokenizer").iterdir():
-            shutil.copyfile(file, folder / file.name)
-    return folder
+    config = EncoderDecoderConfig(
+        vocab_size=2048,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        scale_decoder_outputs=False,
+        eos_token_id=2,
+    )
+    return with_tokenizer(folder, lambda: EncoderDecoder(config, rngs=nnx.Rngs(seed)))
 
 
 def answers(

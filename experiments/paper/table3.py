@@ -11,8 +11,8 @@ import argparse
 import gc
 import json
 import math
+import shutil
 import statistics
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from rich.console import Console
 
-from experiments.report import ERROR, RESULT, write_atomically
+from experiments.embedded import ROOT
+from experiments.report import ERROR, RESULT, tell_failure, write_atomically
 from experiments.tree import flat
-from qlora_jax.checkpoints import Checkpoint, load_model
+from qlora_jax.checkpoints import Checkpoint, load_model, save_model
 from qlora_jax.cli.arguments import count, seed
 from qlora_jax.data.json_file import read_json
 from qlora_jax.models import family_of
@@ -198,6 +200,17 @@ def fill_in(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
             setattr(options, name, value)
 
 
+def with_tokenizer(folder: Path, build: Callable[[], nnx.Module]) -> Path:
+    """Writes a model with the embedded tokenizer, unless it is there: its config.json comes last,
+    so a folder that has one is whole."""
+    if not (folder / "config.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (ROOT / "tokenizer").iterdir():
+            shutil.copyfile(file, folder / file.name)
+        save_model(folder, build())
+    return folder
+
+
 def read_base(folder: Path, build: type) -> Any:
     """The configuration of a model that is to be finetuned.
 
@@ -292,9 +305,7 @@ def run_cells(
         try:
             result = {**run(cell, folder), "settings": decided[cell]}
         except Exception as error:  # one cell must not stop the others
-            text = " ".join(str(error).split()) or type(error).__name__
-            console.print(f"[red]failed:[/red] {text}", highlight=False)
-            write_atomically(folder / ERROR, f"{text}\n\n{traceback.format_exc()}")
+            tell_failure(error, folder, console)
         else:
             (folder / ERROR).unlink(missing_ok=True)
             write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")

@@ -159,9 +159,9 @@ def _plain(
     *,
     apart: bool,
 ) -> Array:
-    """The sum of `jax.nn.dot_product_attention`, which has no soft cap, and asks in 16 bits for
-    products by name that XLA has not everywhere: in bfloat16 none before CUDA 8.0, in float16 none
-    on a CPU, and of one query on no GPU.
+    """What `jax.nn.dot_product_attention` computes, with a soft cap, and by products that XLA has
+    everywhere. That function asks by name for 16-bit products which XLA lacks in places: bfloat16
+    below compute capability 8.0, float16 on a CPU, and for one query on any GPU.
 
     `apart`, for one query, takes the products of a group's heads one by one on a GPU. XLA makes
     sums of such products and fuses them into one kernel, which reads a layer's keys where they lie
@@ -292,8 +292,8 @@ def attention_for(
 
     | the target | and the case | asks for | because |
     |---|---|---|---|
-    | CUDA of 8.0 or newer | one that cuDNN takes | cudnn | linear in memory, and the fastest |
-    | CUDA older than that | any | chunked | XLA has no bfloat16 product there that "xla" asks for |
+    | CUDA, capability 8.0 on | what cuDNN takes | cudnn | linear in memory, and the fastest |
+    | CUDA below 8.0 | any | chunked | XLA has no bfloat16 product there that "xla" asks for |
     | CPU | in float16 | chunked | nor a float16 one there |
     | any other | with a bias on the scores | xla | the bias is as large as they are |
     | | up to `LONG` tokens | xla | all scores are few, and one product is faster than a loop |

@@ -160,6 +160,11 @@ class DecoderConfig:
                 f"layer_types has {len(self.layer_types)} entries, but there are "
                 f"{self.num_hidden_layers} layers: give one for each."
             )
+        if self.sliding_window is None and any(self.sliding_layers):
+            raise ValueError(
+                "layer_types has 'sliding_attention', but sliding_window is None: say how many "
+                "tokens such a layer sees, or leave layer_types out."
+            )
         if self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise ValueError(
                 f"num_experts_per_tok is {self.num_experts_per_tok}, but there are "

@@ -333,7 +333,7 @@ class Decoder(nnx.Module):
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if self.project_in is not None:
-            x = self.project_in(x, dropout_key=_folded(dropout_key, 0))
+            x = self.project_in(x, dropout_key=self._outer_key(dropout_key, 0))
         if config.rope is None:
             learned = self.embed_positions(positions + config.position_offset)
             x = x + learned.astype(self.compute_dtype)
@@ -344,8 +344,14 @@ class Decoder(nnx.Module):
         if self.norm is not None:
             x = self.norm(x)
         if self.project_out is not None:
-            x = self.project_out(x, dropout_key=_folded(dropout_key, 1))
+            x = self.project_out(x, dropout_key=self._outer_key(dropout_key, 1))
         return x
+
+    def _outer_key(self, key: Array | None, number: int) -> Array | None:
+        """A key of its own for a linear layer outside of the stack: `split` gives layer i what
+        `fold_in` makes of i, so the numbers go on behind the layers'."""
+        number += self.config.num_hidden_layers
+        return None if key is None else jax.random.fold_in(key, number)
 
     def _check_length(self, length: int) -> None:
         """Refuses what learned positions have no row for; rotary ones have no end."""
@@ -383,11 +389,6 @@ def _positions(ids: Array, mask: Array | None, segments: Array | None) -> Array:
         return index
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
-def _folded(key: Array | None, number: int) -> Array | None:
-    """A key of its own for a linear layer outside of the stack."""
-    return None if key is None else jax.random.fold_in(key, number)
 
 
 def _chosen(flag: Array | None, yes: Any, no: Any) -> Any:

@@ -40,7 +40,8 @@ class EncoderDecoderConfig:
         feed_forward_proj: one of `ACTIVATIONS`: "relu" (v1.0), "gated-gelu" (v1.1, Flan).
         tie_word_embeddings: whether the head is the embedding itself.
         scale_decoder_outputs: whether hidden states are divided by √d_model before the head (v1.0).
-        pad_token_id, eos_token_id, decoder_start_token_id: what the decoder begins with is pad.
+        pad_token_id, eos_token_id: what fills rows up, and what ends a text.
+        decoder_start_token_id: what the decoder reads first; published models take pad.
         model_type: the family whose config.json and weight names it is saved by.
     """
 
@@ -156,7 +157,8 @@ class EncoderConfig:
                 "num_labels",
             ),
         )
-        _check_rates(self, ("hidden_dropout_prob", "attention_probs_dropout_prob"))
+        own = () if self.classifier_dropout is None else ("classifier_dropout",)
+        _check_rates(self, ("hidden_dropout_prob", "attention_probs_dropout_prob", *own))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size is {self.hidden_size}, which num_attention_heads, "

@@ -28,6 +28,7 @@ from jaxtyping import PyTree
 from qlora_jax.models.chunked_attention import ATTENTION
 from qlora_jax.models.streaming import stream_layers
 from qlora_jax.optim import learners
+from qlora_jax.quant import PRODUCT
 
 LAYER_INPUT = "layer_input"
 """The name (`jax.ad_checkpoint.checkpoint_name`) of what enters a layer."""
@@ -41,7 +42,10 @@ REMAT: dict[str, Callable[..., Any] | None] = {
         offload_dst="pinned_host",
     ),
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
-    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
     "none": None,
 }
 

@@ -116,7 +116,8 @@ def scan_layers(
         per_layer: a pytree whose leaves carry the layers' axis (dropout keys, caches), or None.
         remat: a key of `REMAT`: what the backward pass finds saved.
         stream_weights: whether frozen weights come in from host memory layer by layer.
-        rows: in decoding, how many tokens a layer takes: more stays in its stack then (`_stay`).
+        rows: in decoding, how many tokens a layer takes, by which weights may stay in their stack
+            (`_stay`); None where there may be a gradient.
 
     Returns:
         What came through, and the outputs stacked.
@@ -142,11 +143,11 @@ def scan_layers(
 
 
 def _stay(layers: nnx.Module, rows: int | None) -> set[tuple]:
-    """Paths of the Variables that are left in their stacks: of stacks of stacks and, in decoding,
-    weights that so many rows are better multiplied with where they lie.
+    """Paths of the Variables that are left in their stacks: those of a stack of stacks (experts),
+    and in decoding the weights that so many rows are better multiplied with where they lie.
 
-    Where adapters may be learnt, theirs are sliced: of what is not, the gradient would be one of
-    the whole stack, added up in every turn of either loop.
+    Adapters that may be trained (`rows` is None) are sliced all the same: the gradient of one left
+    in its stack would be as large as the stack, and be added up in every turn of both loops.
     """
     paths: set[tuple] = set()
     for path, module in nnx.iter_modules(layers):

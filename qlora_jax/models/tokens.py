@@ -81,8 +81,10 @@ def train_tokens(model: Any, ids: Sequence[int]) -> None:
         ids: of tokens, any order.
 
     Raises:
-        ValueError: an id outside of the vocabulary; embeddings that are trained whole.
+        ValueError: no id, or one outside of the vocabulary; embeddings that are trained whole.
     """
+    if not ids:
+        raise ValueError("ids is empty: name at least one token to train.")
     for name, embedding in _growable(model).items():
         rows = embedding.shape[0]
         if not all(0 <= id_ < rows for id_ in ids):

@@ -67,7 +67,7 @@ def magnification(
     Where the scale is 0 (a layer of a stack that has no adapter) or a row is all zeros it is 1, and
     m gets no gradient.
     """
-    norm = jnp.sqrt(jax.lax.stop_gradient(squares))
+    norm = jnp.sqrt(squares)
     on = (norm > 0) & (jnp.asarray(scaling) != 0)
     return jnp.where(on, magnitude.astype(jnp.float32) / jnp.where(on, norm, 1), 1)
 

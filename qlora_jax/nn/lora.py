@@ -99,9 +99,15 @@ class LoraConfig:
                 raise ValueError(
                     f"r is {rank!r}; the rank of an adapter is a whole number, at least 1"
                 )
+        from_weight = self.init_lora_weights in ("loftq", "pissa")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not isinstance(alpha, Real) or not math.isfinite(alpha):
                 raise ValueError(f"alpha is {alpha!r}; give a finite number")
+            if from_weight and alpha <= 0:
+                raise ValueError(
+                    f"alpha is {alpha}, but init_lora_weights={self.init_lora_weights!r} divides "
+                    "the start by the scale; give a number above 0"
+                )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; give a probability in [0, 1)")
         if self.bias not in ("none", "lora_only", "all"):

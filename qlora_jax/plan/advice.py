@@ -91,7 +91,8 @@ def _quantized(work: Workload) -> Workload | None:
 
 def _accumulated(work: Workload) -> Workload | None:
     rows, least = work.train.micro_batch_size, work.devices
-    if rows == least:
+    # An update in the backward pass takes all its rows in one.
+    if rows == least or work.train.update_in_backward:
         return None
     return _train(
         work,

@@ -7,6 +7,7 @@ kept in a small JSON file under the user's cache folder, named by a hash of the 
 the target and of the compiler's version: change a line of the model and it is asked anew.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,7 +16,6 @@ import importlib.util
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +144,11 @@ def _read(file: Path) -> ProgramBytes | None:
 
 def _write(file: Path, found: ProgramBytes) -> None:
     """Whole or not at all, since several plans may run at once; a full disk costs only time."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, delete=False, encoding="utf-8"
-        ) as part:
-            json.dump(dataclasses.asdict(found), part)
-        os.replace(part.name, file)
+        partial.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
+        partial.replace(file)
     except OSError:
-        return
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -106,7 +106,7 @@ class Report:
     """Largest micro-batch at the plan's sequence that fits, over all cards, up to LARGEST_BATCH."""
     largest_sequence: int | None
     """Longest sequence that fits at one example a card, in steps of SEQUENCE_STEP, up to
-    LONGEST_SEQUENCE or the model's learned positions."""
+    LONGEST_SEQUENCE or the model's learned positions; None where not even one step does."""
     advice: tuple[Advice, ...] | None
     """Switches that make it fit, if it does not; None where they were not looked for."""
     streaming: Streaming | None = None

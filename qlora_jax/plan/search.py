@@ -33,8 +33,10 @@ def largest_that_fits(
             where this number ran out, a larger n may fit too.
 
     Returns:
-        n, or None where not even `start` fits.
+        n, or None where not even `start` fits, or is beyond `most`.
     """
+    if most < start:
+        return None
     last = start + (most - start) // step * step
     found = {n: size for n, size in (known or {}).items() if start <= n <= last}
     asked = 0

@@ -277,8 +277,8 @@ def _resting_kinds(work: Workload, state: Any, frozen: PyTree) -> tuple[Any, Any
 
 
 def _placed(leaf: Any, kind: str) -> Any:
-    """A shape that says that it rests on the host, where it does. A sharding's memory kind reaches
-    the types of a traced program only from one that names a mesh."""
+    """The shape, saying that it rests on the host where it does: by a sharding that names a mesh,
+    since from no other does the memory kind reach the types of a traced program."""
     if kind == "device":
         return leaf
     sharding = leaf.sharding

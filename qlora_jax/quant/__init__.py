@@ -4,7 +4,7 @@ the 8-bit blocks in which optimizers keep their state."""
 from qlora_jax.quant.config import QuantConfig
 from qlora_jax.quant.dynamic import dequantize_dynamic, quantize_dynamic
 from qlora_jax.quant.low_rank import low_rank_product
-from qlora_jax.quant.matmul import quantized_matmul
+from qlora_jax.quant.matmul import PRODUCT, quantized_matmul
 from qlora_jax.quant.quantize import quantize
 from qlora_jax.quant.rows import (
     PIECE,
@@ -20,6 +20,7 @@ from qlora_jax.quant.tensor import QuantizedTensor
 
 __all__ = [
     "PIECE",
+    "PRODUCT",
     "QuantConfig",
     "QuantizedTensor",
     "append_rows",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels import (
@@ -28,6 +29,10 @@ from pallas_kernels import (
 )
 from qlora_jax.quant.low_rank import low_rank_gradients
 from qlora_jax.quant.tensor import QuantizedLayer, QuantizedTensor
+
+PRODUCT = "quantized_product"
+"""The name (`checkpoint_name`) of what comes out: a policy that keeps products does not see one in
+a rule that is written out."""
 
 
 def quantized_matmul(
@@ -63,11 +68,12 @@ def quantized_matmul(
     if x.shape[-1] != w.shape[1]:
         raise ValueError(f"x has shape {x.shape}, but w takes {w.shape[1]} inputs: {w!r}")
     kernel = _Kernel(implementation, fuse_lora)
-    return in_auto_axes(
+    product = in_auto_axes(
         partial(_matmul, kernel),
         *vary_alike(x, w, bias, lora),
         result=lambda x, w, *_: product_spec(x, rows_as_cut(w.codes, w.shape)),
     )
+    return checkpoint_name(product, PRODUCT)
 
 
 class _Kernel(NamedTuple):

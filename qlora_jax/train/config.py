@@ -93,14 +93,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not isinstance(value, numbers.Integral):
+            # A truth value is a number to Python, and a slip here.
+            flag = isinstance(value, bool)
+            if field.type is int and (flag or not isinstance(value, numbers.Integral)):
                 raise ValueError(f"{field.name}={value!r} must be a whole number.")
             # YAML reads 2e-4, without a point, as a text.
             optional = field.type == float | None and value is None
             real = field.type in (float, float | None) and not optional
-            if real and not isinstance(value, numbers.Real):
+            if real and (flag or not isinstance(value, numbers.Real)):
                 raise ValueError(f"{field.name}={value!r} must be a number, such as 2.0e-4.")
-            if field.type is bool and not isinstance(value, bool):
+            if field.type is bool and not flag:
                 raise ValueError(f"{field.name}={value!r} must be a truth value, True or False.")
         at_least_one = (
             "steps",

@@ -10,12 +10,11 @@ The update of a layer is the optimizer's own `update`, given one parameter's sli
 the state that belongs to it. So the optimizer has to treat every number alone. What needs all
 gradients first cannot be had: no clipping by the global norm, no accumulation.
 
-The parameters are those of the ordinary step but for one rounding. XLA's CPU compiler (LLVM) turns
-the sum of Adam's second moment, (1 - b2) · g² + b2 · nu, into one fused multiply-add, which leaves
-one of the two products unrounded, and it chooses by its own ordering of the code around: replayed
-in float64, every nu of the ordinary step is fma(1 - b2, g², b2 · nu), and every nu of the backward
-loop fma(b2, nu, (1 - b2) · g²), though both come from the same operations in the same order. The
-gradients, the first moments, and a first step (where nu is 0) have the same bits; so has Lion.
+The result is that of the ordinary step but for one rounding in Adam's second moment,
+nu ← (1 - b2) · g² + b2 · nu. XLA's CPU compiler (LLVM) makes one fused multiply-add of the sum. It
+rounds one of the two products and not the other, and which one depends on the code around: replayed
+in float64, the ordinary step always rounds b2 · nu, and the backward loop always (1 - b2) · g². All
+else has the same bits: gradients, first moments, a first step (where nu is 0), and Lion.
 
 One number has to be known earlier than usual: gradients are divided by the trained tokens of the
 step, which therefore must follow from the batch alone. Their count is computed from the traced loss

@@ -121,7 +121,8 @@ def fit(
       eval_batches: held-out data, looked at before the first step, every `config.eval_every`
         steps, and after the last.
       loss_fn: (model, batch, dropout key) -> (sum of token losses, token count).
-      tx: the optimizer instead of `config.optimizer()`; name it in `identity`.
+      tx: the optimizer instead of `config.optimizer()`; name it in `identity`. What is logged as
+        `learning_rate` is `config`'s all the same.
       identity: what else decides the run (model, data, adapters …), by name; kept in config.json
         and compared on resuming.
       identity_defaults: what a run did that was begun before `identity` had a name, by name; None

@@ -1,5 +1,6 @@
 """Each mistake ends in one sentence and exit status 2, before anything is computed or written."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from experiments import finetune, run, sweep
+from qlora_jax.plan import memory
 
 
 @pytest.fixture(autouse=True)
@@ -320,7 +322,8 @@ def test_what_fails_in_the_run_is_a_sentence_and_a_traceback_in_its_folder(
     error = capsys.readouterr().err
     assert error.startswith("error: adapter: No space left on device\n")
     assert str(out / "error.txt") in error
-    assert "Traceback" in (out / "error.txt").read_text()
+    # A sweep's report shows the first line.
+    assert (out / "error.txt").read_text().startswith("adapter: No space left on device\n\nTrace")
 
 
 def test_output_folders(tiny_model, tmp_path, capsys):
@@ -332,6 +335,42 @@ def test_output_folders(tiny_model, tmp_path, capsys):
     assert sweep.main(["--models", str(tiny_model), "--out", str(file / "runs")]) == 2
     assert "cannot be written" in sentence(capsys)
     assert file.read_text() == ""
+
+
+@pytest.mark.parametrize("command", [finetune, sweep])
+def test_overwrite_deletes_nothing_where_wandb_is_missing(
+    command, tiny_model, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    folder, out = tmp_path / "out", tmp_path / "out"
+    flags = ["--data", "describe", "--model"]
+    if command is sweep:
+        folder, flags = out / "describe--tiny--seed0", ["--datasets", "describe", "--models"]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    file = tmp_path / "a.yaml"
+    file.write_text("{}")
+    where = [str(file)] if command is sweep else []
+    command_line = [*where, *flags, str(tiny_model), "--out", str(out), "--overwrite"]
+    assert command.main([*command_line, "--wandb", "project"]) == 2
+    assert "--wandb needs the package wandb: pip install 'qlora-jax[wandb]'" in sentence(capsys)
+    assert (folder / "config.json").exists()
+
+
+def test_an_interrupt_while_a_sweep_is_read_is_told(tiny_model, tmp_path, capsys, monkeypatch):
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "plan", stop)
+    assert sweep.main(["--models", str(tiny_model), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_plan_for_what_is_not_installed_is_refused(tiny_model, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "cudnn_available", lambda: False)
+    command = ["--models", str(tiny_model), "--dry-run", "--compile", "--cards", "l40"]
+    assert sweep.main([*command, "--set", "model.attention=cudnn"]) == 2
+    assert "which only cuDNN compiles: pip install" in sentence(capsys)
 
 
 def test_one_wrong_cell_refuses_the_sweep_before_the_first_runs(tiny_model, tmp_path, capsys):

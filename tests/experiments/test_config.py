@@ -1,6 +1,7 @@
 """Configurations: what a file says becomes a run, and what it says wrongly is refused by name."""
 
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from experiments.cells import build_sweep
 from experiments.cli import CONFIGS
 from experiments.config import RunConfig, build_run
 from experiments.embedded import DATASETS, MODELS
-from experiments.finetune import make_parser, read_run
+from experiments.finetune import default_folder, make_parser, read_run
 from experiments.paper.superni import tiny_t5
 from experiments.sweep import with_adapters
 from experiments.tree import (
@@ -22,6 +23,7 @@ from experiments.tree import (
     to_yaml,
     with_setting,
 )
+from qlora_jax.quant import QuantConfig
 
 
 def test_defaults_are_the_papers():
@@ -120,6 +122,19 @@ def test_flags_win_over_the_file():
     assert (run.train.seed, run.lora.r, run.data.source) == (3, 4, "describe")
 
 
+@pytest.mark.parametrize(
+    ("model", "data", "name"),
+    [
+        ("Qwen/Qwen2.5-0.5B", "rows/my.v2.jsonl", "Qwen2.5-0.5B-my.v2-seed3"),
+        ("models/llama-3.2/", "tatsu-lab/alpaca", "llama-3.2-alpaca-seed3"),
+        ("stdlib-1m", "describe", "stdlib-1m-describe-seed3"),
+    ],
+)
+def test_runs_of_two_models_have_two_folders(model, data, name):
+    run = build_run({"model": model, "data": data, "train": {"seed": 3}}, "a test")
+    assert default_folder(run) == Path("runs/finetune") / name
+
+
 # ------------------------------------------------------------------ sweeps
 
 
@@ -151,6 +166,26 @@ def test_cells_are_the_product_of_all_lists():
     assert (cell.run.train.steps, cell.run.train.seed) == (7, 2)
     assert cell.variant == "lora.r=16, LoRA"
     assert next(c for c in sweep.cells if c.labels["model"] == "stdlib-1m").run.train.steps == 5
+
+
+def test_a_section_of_an_axis_leaves_the_rest_of_the_files_section():
+    methods = {"wide": {"lora": {"r": 16}}, "FP4": {"quant": {"quant_type": "fp4"}}, "4": {}}
+    tree = {"lora": {"alpha": 32}, "quant": {"blocksize": 128}, "axes": {"method": methods}}
+    wide, fp4, plain = (cell.run for cell in build_sweep(tree, "a test", {"lora.r": 4}).cells)
+    assert (wide.lora.r, wide.lora.alpha, plain.lora.r) == (16, 32, 4)
+    assert (fp4.quant.quant_type, fp4.quant.blocksize) == ("fp4", 128)
+    # Of 16 bits in the file, an empty section is the default's 4.
+    tree |= {"quant": None, "axes": {"method": {"16": {}, "4": {"quant": {}}}}}
+    assert [cell.run.quant for cell in build_sweep(tree, "a test").cells] == [None, QuantConfig()]
+
+
+@pytest.mark.parametrize("given", [{"lora.r": 4}, {"lora": {"r": 4}}, {"lora": None}])
+def test_what_every_label_of_an_axis_sets_is_not_set_beside_it(given):
+    tree = {"axes": {"method": {"a": {"lora": {"r": 8}}, "b": {"lora.r": 16}}}}
+    with pytest.raises(ValueError, match="is set, but the axis method sets it in every cell"):
+        build_sweep(tree, "a test", given)
+    beside = build_sweep(tree, "a test", {"lora": {"alpha": 4}})
+    assert [(cell.run.lora.r, cell.run.lora.alpha) for cell in beside.cells] == [(8, 4), (16, 4)]
 
 
 def test_the_usual_names_are_of_options():

@@ -19,17 +19,20 @@ from experiments.estimate import (
     bits_per_weight,
     flops_per_token,
     hours,
+    kept_numbers,
     linear_parameters,
     memory,
     other_parameters,
 )
 from experiments.presets import SHAPES, preset
+from experiments.room import workload
 from pallas_kernels.cards import CARDS
-from qlora_jax.models import Decoder, DecoderConfig
+from qlora_jax.models import REMAT, Decoder, DecoderConfig
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.plan import find_config
+from qlora_jax.plan.workload import training_step
 from qlora_jax.quant import QuantConfig, quantize
-from qlora_jax.train import TrainConfig
+from qlora_jax.train import OPTIMIZERS, TrainConfig
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "h200" / "training.json"
 
@@ -114,6 +117,63 @@ def test_memory_is_near_what_the_compiler_and_the_card_say():
         assert held.device == pytest.approx(line["planned_device_bytes"], rel=0.05)
         checked += 1
     assert checked == 5
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_what_waits_for_the_backward_pass_is_near_what_the_compiler_is_given(remat):
+    config = find_config("llama-3-8b")
+    run = RunConfig(
+        model=ModelConfig(remat=remat, attention="chunked", loss_chunk=256),
+        train=TrainConfig(micro_batch_size=1),
+    )
+    saved = training_step(workload(run, config, 1024)).saved
+    estimated = kept_numbers(config, remat) * 1024 * 2
+    # Beside it what the loss leaves, of the size of one layer's input or two.
+    assert estimated == pytest.approx(saved, rel=0.15, abs=2**26)
+
+
+def test_weights_that_stream_and_inputs_that_are_offloaded_are_on_the_host():
+    """`qlora-jax plan llama-7b --card h200 --stream-weights`: 2.20 GiB, and 4.30 on the host."""
+    config = find_config("llama-7b")
+
+    def held(**options):
+        run = RunConfig(model=ModelConfig(**options), train=TrainConfig(micro_batch_size=1))
+        return memory(config, run, 512)
+
+    plain, streamed, offloaded = held(), held(stream_weights=True), held(remat="offload")
+    assert streamed.device / 2**30 == pytest.approx(2.20, abs=0.05)
+    assert streamed.host / 2**30 == pytest.approx(4.30, abs=0.05)
+    inputs = config.num_hidden_layers * 512 * config.hidden_size * 2
+    assert offloaded.host - plain.host == plain.device - offloaded.device == inputs
+    # A layer that is computed again costs as much, wherever its input waited.
+    flops = [flops_per_token(config, LoraConfig(), 512, r) for r in ("full", "offload", "none")]
+    assert flops[0] == flops[1] > flops[2]
+
+
+def test_a_long_sequence_holds_a_chunk_of_logits_and_a_tile_of_the_mlp():
+    """`qlora-jax plan llama-3-8b`, 1 × 32,768 tokens, `--mlp-tile 4096`: 17.6 GiB in all."""
+    run = RunConfig(model=ModelConfig(mlp_tile=4096), train=TrainConfig(micro_batch_size=1))
+    held = memory(find_config("llama-3-8b"), run, 32768)
+    assert held.device / 2**30 == pytest.approx(17.6, rel=0.05)
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize(("dtype", "master"), [("float32", False), ("bfloat16", True)])
+def test_an_optimizers_state_has_the_bytes_of_the_real_one(optim, dtype, master):
+    lora = LoraConfig(r=8, dtype=jnp.dtype(dtype))
+    options = {"optim": optim, "master_weights": master, "micro_batch_size": 2}
+    config = find_config("llama-7b")
+    for more in ({}, {"gradient_accumulation_steps": 2, "gradients_on_host": True}):
+        train = TrainConfig(**options, **more)
+        held = memory(config, RunConfig(lora=lora, train=train), 512)
+        # One parameter of as many numbers.
+        count = adapter_parameters(config, lora)
+        state = jax.eval_shape(
+            train.optimizer().init, {"a": jax.ShapeDtypeStruct((count,), lora.dtype)}
+        )
+        bytes_ = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        assert held.host == pytest.approx(bytes_ + 4 * count * bool(more), rel=1e-4)
+        assert held.adapters == 2 * lora.dtype.itemsize * count
 
 
 def test_a_packed_vocabulary_takes_the_compilers_bytes():

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +10,7 @@ from experiments.paper.glue_tasks import TASKS, load_split
 from experiments.paper.superni_rows import Instance, by_task, prompt
 from experiments.paper.superni_rows import load_split as load_superni
 from experiments.paper.table3 import METHODS, PUBLISHED, SIZES, fill_in, read_recipe
+from qlora_jax.data import load_tokenizer
 from tests.shared import shared_path
 
 COLA = 'src\t1\t\tThe list is long.\nsrc\t0\t*\tList the is "long.\n'
@@ -64,6 +66,17 @@ def test_glues_files_and_the_hubs_columns(glue_folder):
     for label in ("nan", "much", [5]):
         with pytest.raises(ValueError, match=r"row 1: the label is .*, but STS-B has numbers"):
             TASKS["stsb"].row({"sentence1": "x", "sentence2": "y", "label": label}, "row 1")
+
+
+def test_a_tiny_model_broken_off_is_made_again(tmp_path, monkeypatch):
+    def stop(*files):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", stop)
+        with pytest.raises(KeyboardInterrupt):
+            superni.tiny_t5(tmp_path / "t5")
+    assert load_tokenizer(superni.tiny_t5(tmp_path / "t5")).eos_token_id == 2
 
 
 def test_cola_as_it_was_published():

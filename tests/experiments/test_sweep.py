@@ -112,13 +112,15 @@ def test_a_failing_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path, c
 
     def broken(folder, *, quant, **options):
         if quant is None:
-            raise RuntimeError("no memory\nleft")
+            raise RuntimeError("no memory\nleft for [wandb] in [/tmp]")
         return load(folder, quant=quant, **options)
 
     monkeypatch.setattr(run, "load_pretrained", broken)
     assert sweep.main(command) == 1
     printed = capsys.readouterr().out
-    assert "failed: no memory left" in printed
+    # To the letter: brackets are markup to the console elsewhere.
+    assert "failed: no memory left for [wandb] in [/tmp]" in printed
+    assert "LoRA-16--seed0 failed: no memory left for [wandb] in [/tmp]" in printed
     assert "does not have: target_modules: vproj\n" in printed
     failed = out / "describe--tiny--LoRA-16--seed0"
     assert "Traceback" in (failed / "error.txt").read_text()

@@ -121,6 +121,13 @@ def test_the_cache_has_to_hold_the_prompt():
         jax.eval_shape(lambda model: model.prefill(*padded("left"), cache_length=3), model)
 
 
+def test_layers_that_slide_have_a_window():
+    """Or a step of decoding would read the slots that are not filled yet."""
+    for types in (("sliding_attention",) * 3, MIXED.layer_types):
+        with pytest.raises(ValueError, match="but sliding_window is None"):
+            dataclasses.replace(PLAIN, layer_types=types)
+
+
 def test_one_program_for_any_depth():
     def length(depth: int) -> int:
         config = dataclasses.replace(PLAIN, num_hidden_layers=depth)

@@ -15,10 +15,13 @@ from qlora_jax.models import (
     attend,
     attention_for,
     next_token_loss,
+    stack,
     unfreeze,
 )
-from qlora_jax.nn import FrozenParam, LoraConfig
+from qlora_jax.models import decoder as decoder_module
+from qlora_jax.nn import FrozenParam, LoraConfig, dense, lora
 from qlora_jax.quant import QuantConfig
+from tests.models.variants import VARIANTS
 from tests.random_decoder import random_decoder
 
 CONFIG = DecoderConfig(
@@ -183,16 +186,32 @@ def test_dropout_key():
     np.testing.assert_array_equal(run(undropped, jax.random.key(0)), run(undropped, None))
 
 
-def test_layers_and_modules_drop_different_inputs():
-    model = decoder(lora=LoraConfig(r=4, lora_dropout=0.5))
-    keys = jax.random.split(jax.random.key(0), CONFIG.num_hidden_layers)
-    masks = {
-        np.asarray(jax.random.bernoulli(key, 0.5, (16,))).tobytes()
-        for layer in keys
-        for key in jax.random.split(layer, 7)
-    }
-    assert len(masks) == 7 * CONFIG.num_hidden_layers
-    assert model.layers.self_attn.q_proj.lora.lora_dropout == 0.5
+@pytest.mark.parametrize("variant", ["llama-biased", "opt-350m"])
+def test_layers_and_modules_drop_different_inputs(variant, monkeypatch):
+    """No key is used twice: not for two masks, nor for a mask and to be split."""
+    used = []
+
+    def spied(keys):
+        data = jax.random.key_data(keys).reshape(-1, 2)
+        jax.debug.callback(lambda data: used.extend(map(tuple, data.tolist())), data)
+        return keys
+
+    def split_key(key, count):
+        return spied(stack.split_key(key, count))
+
+    def dropout(x, rate, key):
+        return lora.dropout(x, rate, spied(key))
+
+    monkeypatch.setattr(decoder_module, "split_key", split_key)
+    monkeypatch.setattr(dense, "dropout", dropout)
+    config = VARIANTS[variant]
+    adapters = LoraConfig(r=2, lora_dropout=0.5)
+    model = random_decoder(config, lora=adapters, remat="none")
+    jax.block_until_ready(logits(model, IDS, key=jax.random.key(0)))
+    jax.effects_barrier()
+    of_layer = len(config.attention_linears) + len(config.mlp_linears)
+    assert len(used) == config.num_hidden_layers * (1 + of_layer) + len(config.outer_linears)
+    assert len(set(used)) == len(used)
 
 
 def test_hidden_and_head_are_the_two_halves():

@@ -216,6 +216,7 @@ def test_label_names_are_kept_with_their_number():
         ({"vocab_size": None}, "no 'vocab_size'"),
         ({"num_attention_heads": 5}, "num_attention_heads, 5, does not divide"),
         ({"hidden_dropout_prob": -0.1}, "hidden_dropout_prob is -0.1"),
+        ({"classifier_dropout": 1}, "classifier_dropout is 1"),
     ],
 )
 def test_configs_that_cannot_be(change, message):

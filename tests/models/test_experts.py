@@ -15,6 +15,7 @@ from qlora_jax.generate import GenerationConfig, generate
 from qlora_jax.models import Decoder, stack
 from qlora_jax.models.cache import start
 from qlora_jax.models.moe import MixtureOfExperts
+from qlora_jax.models.stack import Storage
 from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense, add_lora
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from tests.models.test_cache import PLAIN
@@ -131,3 +132,16 @@ def test_dora_on_experts_is_that_of_dense_weights_one_expert_after_another(quant
         expected = in_slices(lambda dense: dense(tokens))(dense_of(model))
     np.testing.assert_allclose(model(tokens), expected, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(expected[0, len(prompt) - 1 : -1].argmax(axis=-1), written)
+
+
+def test_blocks_of_one_expert_drop_other_units():
+    lora = LoraConfig(r=2, lora_dropout=0.5)
+    storage = Storage(None, lora, jnp.float32, jnp.float32, None)
+    moe = moved(MixtureOfExperts(CONFIG, storage, "mlp", nnx.Rngs(0)), ...)
+    # One token many times: eight pairs with each of two experts, in blocks of four.
+    x = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (CONFIG.hidden_size,)), (1, 8, 32))
+    keys = dict.fromkeys(CONFIG.mlp_linears, jax.random.key(2))
+    (out,) = moe(x, dropout_keys=keys)
+    assert len(np.unique(np.asarray(out), axis=0)) == 8
+    (still,) = moe(x, dropout_keys=dict.fromkeys(CONFIG.mlp_linears))
+    np.testing.assert_allclose(still, jnp.broadcast_to(still[0], still.shape), rtol=1e-5)

@@ -173,6 +173,7 @@ def test_optax_and_paged_take_the_rows(tokenizer) -> None:
     [
         (lambda m, t: ql.add_tokens(m, t, []), "tokens is empty"),
         (lambda m, t: ql.add_tokens(m, t, [""]), "at least a character"),
+        (lambda m, t: ql.train_tokens(m, []), "ids is empty"),
         (lambda m, t: ql.train_tokens(m, [24]), "holds 24, but embed_tokens has 24 rows"),
         (lambda m, t: ql.resize_token_embeddings(m, 23), "rows are never taken away"),
     ],

@@ -91,6 +91,14 @@ def _layer(stack: nnx.Module, index: int):
     return graphdef, jax.tree.map(lambda leaf: leaf[index], state)
 
 
+def test_alphas_alone_are_scales_of_their_own() -> None:
+    config = ql.LoraConfig(
+        r=2, alpha=4, target_modules=("q_proj",), alpha_pattern={"layers.1.q_proj": 16}
+    )
+    scales = adapted(config).layers.lora_scaling
+    np.testing.assert_array_equal(scales[...], [2, 8, 2, 2])
+
+
 def test_a_uniform_stack_needs_no_scales() -> None:
     model = adapted(ql.LoraConfig(r=2, target_modules=("q_proj",)))
     assert model.layers.lora_scaling is None

@@ -100,6 +100,11 @@ def test_patterns_set_rank_and_alpha_of_some_layers() -> None:
         ({"alpha": "16"}, "alpha is '16'; give a finite number"),
         ({"alpha": float("nan")}, "alpha is nan; give a finite number"),
         ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha is inf"),
+        ({"alpha": 0, "init_lora_weights": "pissa"}, "alpha is 0, but init_lora_weights='pissa'"),
+        (
+            {"alpha_pattern": {"q_proj": -1}, "init_lora_weights": "loftq"},
+            "alpha is -1, but init_lora_weights='loftq'",
+        ),
         ({"dtype": "int32"}, "dtype is int32; give a float"),
         ({"dtype": "bf16"}, "dtype is bf16; give a float, such as float32 or bfloat16"),
         ({"dtype": None}, "dtype is None; give a float"),

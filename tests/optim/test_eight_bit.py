@@ -58,6 +58,15 @@ def test_large_moments_are_codes_and_small_ones_numbers(inner, kinds):
     assert len(small) == len(kinds)
 
 
+def test_an_array_of_the_threshold_is_coded_and_of_one_less_is_not():
+    def kind(min_size):
+        return type(eight_bit(optax.lion(1e-3), min_size=min_size).init(PARAMS)[0].mu["large"])
+
+    size = PARAMS["large"].size
+    assert kind(size) is SignedState
+    assert kind(size + 1) is not SignedState
+
+
 def test_updates_see_the_moments_before_they_are_rounded():
     """The first update starts from zero moments, which 8 bits hold exactly."""
     wide, _ = _run(optax.adamw(1e-3), steps=1)

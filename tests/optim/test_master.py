@@ -72,6 +72,15 @@ def test_paged_master_copies_rest_on_the_host_with_the_moments():
     assert params["a"].sharding.memory_kind == "device"
 
 
+def test_a_copy_of_a_float32_parameter_is_donated_beside_it():
+    """One array may not be two donated arguments."""
+    params = jax.tree.map(jnp.copy, WIDE)
+    tx = master_weights(optax.sgd(1e-3))
+    step = jax.jit(lambda params, state: (params, state), donate_argnums=(0, 1))
+    params, state = step(params, tx.init(params))
+    np.testing.assert_array_equal(state.master["a"], params["a"])
+
+
 def test_parameters_are_needed():
     tx = master_weights(optax.sgd(1.0))
     with pytest.raises(ValueError, match="needs the parameters"):

@@ -176,6 +176,17 @@ def test_negative_threshold_is_refused():
         paged(optax.adamw(1e-3), min_size=-1)
 
 
+def test_the_state_of_small_parameters_comes_first():
+    """Every gradient that is used up leaves room for a larger one's state."""
+    params = _params([(64,), (4,), (16,)])
+    tx = paged(optax.lion(1e-3), min_size=0)
+    state = tx.init(params)
+    jaxpr = jax.make_jaxpr(tx.update)(params, state, params).jaxpr
+    puts = [eqn.outvars[0].aval for eqn in jaxpr.eqns if eqn.primitive.name == "device_put"]
+    fetched = [aval.size for aval in puts if aval.memory_space == jax.memory.Space.Device]
+    assert fetched == [4, 16, 64]
+
+
 def test_every_state_but_the_last_is_awaited():
     """One that is not may stay on the card until all others are done."""
     # Each large one comes alone, after the small ones.

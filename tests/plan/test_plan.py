@@ -89,6 +89,19 @@ def test_the_answer_is_kept_and_a_damaged_one_is_asked_anew(tmp_path, monkeypatc
     assert plan(WORK).device.total == first.device.total
 
 
+def test_a_full_disk_keeps_no_answer_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        first = plan(WORK)
+    assert list(cache_folder().iterdir()) == []
+    assert plan(WORK).device == first.device
+
+
 def test_a_run_that_does_not_fit_is_refused():
     assert check_fits(WORK) is None  # a CPU does not tell its memory
     greedy = dataclasses.replace(WORK, remat="none")
@@ -122,6 +135,20 @@ def test_updates_in_the_backward_pass_are_planned_and_advised_where_they_apply()
         assert switch.apply(dataclasses.replace(WORK, train=train)) is None
     assert switch.apply(dataclasses.replace(WORK, remat="none")) is None
     assert switch.apply(found.work) is None
+
+
+def test_products_are_kept_of_a_packed_base_as_of_a_dense_one():
+    def saved(remat, quant):
+        work = dataclasses.replace(WORK, remat=remat, quant=quant, attention="chunked")
+        return training_step(work).saved
+
+    quant, config = WORK.quant, WORK.config
+    assert saved("dots", quant) == saved("dots", None)
+    # All but the last linear layer's, whose product is only added.
+    outputs = 5 * config.hidden_size + 2 * config.intermediate_size - config.hidden_size
+    more = saved("dots", quant) - saved("full", quant)
+    assert more >= 2 * WORK.sequence * outputs * config.num_hidden_layers
+    assert saved("none", quant) > saved("dots", quant) > saved("attention", quant)
 
 
 def test_the_planned_step_runs():
@@ -371,6 +398,14 @@ def test_a_token_is_multiplied_by_its_own_experts_alone():
     frozen = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
     adapters = 3 * 4 * (config.hidden_size + config.intermediate_size) * config.num_hidden_layers
     assert flops(3) - flops(2) == 2 * (3 * frozen + 4 * adapters)
+
+
+def test_a_switch_makes_no_workload_that_cannot_be():
+    backward = {"update_in_backward": True, "max_grad_norm": None}
+    for changes in ({}, backward, {"gradient_accumulation_steps": 2}, {"optim": "lion_8bit"}):
+        work = dataclasses.replace(WORK, train=TrainConfig(micro_batch_size=4, **changes))
+        made = [switch.apply(work) for switch in SWITCHES]
+        assert sum(found is not None for found in made) > 3
 
 
 @pytest.mark.slow

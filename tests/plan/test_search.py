@@ -60,3 +60,12 @@ def test_what_was_compiled_last_is_kept_where_the_budget_ends():
 @pytest.mark.parametrize("most", [1, 5])
 def test_the_search_ends(most):
     assert largest_that_fits(lambda n: n, 100, most=most) == most
+
+
+def test_a_start_beyond_the_end_is_not_asked():
+    """Of a model with fewer learned positions than a step of the search, say."""
+
+    def refuse(n):
+        raise ValueError(f"there are no {n} positions")
+
+    assert largest_that_fits(refuse, 100, start=256, step=256, most=128) is None

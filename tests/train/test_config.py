@@ -52,6 +52,8 @@ def test_bad_values_are_named(field, value):
         ("eps", None),
         ("max_grad_norm", "0.3"),
         ("paged", "no"),
+        ("steps", True),
+        ("learning_rate", True),
     ],
 )
 def test_values_of_another_kind_are_named(field, value):

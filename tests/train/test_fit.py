@@ -1,5 +1,6 @@
 """The loop around the step: what it reports, when it looks, and how it stops."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -7,12 +8,14 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from rich.console import Console
 
-from qlora_jax.train import Checkpoints, Probe, TrainConfig, WandB, fit
+from qlora_jax.train import Checkpoints, Probe, TrainConfig, WandB, clock, fit
 from qlora_jax.train.callbacks import MetricsFile, TensorBoard, read_lines
 from qlora_jax.train.progress import ProgressDisplay
 from tests.train.toy import Toy, ToyBatches, adapters, toy_loss
@@ -35,6 +38,20 @@ def _fit(folder, *, config=CONFIG, batches=None, terminal=False, model=None, **o
         **options,
     )
     return model, result, output.getvalue()
+
+
+class _Silent:
+    def start(self, step):
+        pass
+
+    def log(self, step, values):
+        pass
+
+    def flush(self):
+        pass
+
+    def close(self):
+        pass
 
 
 def test_a_run_learns_looks_saves_and_tells(tmp_path):
@@ -146,9 +163,58 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
 
 
 def test_adapters_that_are_not_finite_are_not_saved(tmp_path):
-    config = TrainConfig(steps=4, micro_batch_size=4, learning_rate=1e38, save_every=1)
-    with pytest.raises(FloatingPointError, match="step"):
-        _fit(tmp_path, config=config)
+    config = TrainConfig(steps=4, micro_batch_size=4, save_every=1)
+    wild = optax.stateless_with_tree_map(lambda g, p: jnp.full_like(g, jnp.inf))
+    with pytest.raises(FloatingPointError, match=r"step 1: its update made.*No checkpoint was"):
+        _fit(tmp_path, config=config, tx=wild)
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.latest_step() is None
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_where_its_loss_is(tmp_path):
+    def loss(model, batch, key, /):
+        total, count = toy_loss(model, batch, key)
+        return total + jnp.sqrt(0 * total), count  # of slope 0 · ∞
+
+    with pytest.raises(FloatingPointError, match=r"step 1: loss is \d.* the gradient norm is nan"):
+        fit(
+            Toy(), ToyBatches(4), CONFIG, run_folder=tmp_path, loss_fn=loss,
+            console=Console(file=io.StringIO()),
+        )  # fmt: skip
+
+
+def test_speed_is_of_steps_alone(tmp_path, monkeypatch):
+    """Not of compiling, looking, examining or saving: here on a clock that these move far."""
+    now = [0.0]
+
+    def takes(seconds, value=None):
+        now[0] += seconds
+        return value
+
+    class Slow(ToyBatches):
+        def at(self, step):
+            return takes(1.0, super().at(step))
+
+        def one_epoch(self):
+            return takes(1e3, iter([super().at(1000)]))
+
+    class Saving(_Silent):
+        def flush(self):
+            takes(1e6)
+
+    monkeypatch.setattr(clock, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    _, result, _ = _fit(
+        tmp_path / "run",
+        batches=Slow(4),
+        eval_batches=Slow(4),
+        probes=[Probe(3, lambda model, step: takes(1e4, {}))],
+        callbacks=[Saving()],
+    )
+    # 32 tokens a step of a second; what is collated ahead may fall into the one before.
+    assert 16 <= result.tokens_per_second <= 64
+    # Two steps of two lengths, both of which compile.
+    config = dataclasses.replace(CONFIG, steps=2)
+    assert _fit(tmp_path / "new", config=config)[1].tokens_per_second is None
 
 
 def test_batches_of_another_shape_are_refused(tmp_path):
@@ -200,6 +266,16 @@ def test_wandb_gets_the_same_numbers(monkeypatch):
     assert calls[0]["id"] == "cell"
     assert calls[0]["config"] == {"seed": 1}
     assert calls[1:] == [(1, {"loss": 2.0}), "end"]
+
+
+def test_tensorboard_hides_what_is_computed_again(tmp_path, monkeypatch):
+    opened = []
+    fake = types.SimpleNamespace(SummaryWriter=lambda folder, **options: opened.append(options))
+    monkeypatch.setitem(sys.modules, "tensorboardX", fake)
+    monkeypatch.setattr(TensorBoard, "available", staticmethod(lambda: True))
+    for step in (0, 7):
+        TensorBoard(tmp_path).start(step)
+    assert opened == [{"purge_step": None}, {"purge_step": 8}]
 
 
 def test_tensorboard_needs_its_package(tmp_path, monkeypatch):

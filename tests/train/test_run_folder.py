@@ -1,5 +1,6 @@
 """Two processes never write one run folder, and a dead one does not keep it."""
 
+import fcntl
 import json
 import socket
 import subprocess
@@ -22,6 +23,25 @@ def test_a_held_folder_is_refused_and_freed_on_leaving(tmp_path):
         assert (folder / "run.lock").exists()
     assert not (folder / "run.lock").exists()
     with locked_run_folder(folder):
+        pass
+
+
+def test_a_lock_that_its_holder_took_away_meanwhile_is_not_held(tmp_path, monkeypatch):
+    """Between our opening it and our locking it: the next process would find none, and lock its
+    own."""
+    flock, path = fcntl.flock, tmp_path / "run.lock"
+
+    def holder_ends_first(descriptor, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", holder_ends_first)
+    with (
+        locked_run_folder(tmp_path),
+        pytest.raises(RuntimeError, match="being written"),
+        locked_run_folder(tmp_path),
+    ):
         pass
 
 

@@ -1,6 +1,7 @@
 """Answers, a judge, ratings and tables, end to end on a tiny model; Tables 1 and 6 as commands."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +96,22 @@ def test_from_questions_to_tables(tiny_model, questions, tmp_path, capsys):
     assert warm["reference_first"] == pytest.approx(100 * 6 / 9)
     assert warm["system_first"] == pytest.approx(100 * 9 / 6)
     assert warm["mean"] == pytest.approx(100)
+
+
+def test_a_kill_while_a_half_line_is_taken_off_costs_no_answer(tmp_path, monkeypatch):
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"question_id": 1, "model_id": "m"}\n{"question_id"')
+
+    def killed(path, text, **options):
+        path.write_bytes(text.encode()[:9])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            generations.answered(file, "m")
+    assert generations.answered(file, "m") == {"1"}
+    assert file.read_text() == '{"question_id": 1, "model_id": "m"}\n'
 
 
 def test_a_question_is_put_in_the_style_asked_for(questions, tmp_path):
