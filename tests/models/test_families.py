@@ -324,6 +324,7 @@ _BASE = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
+_T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -366,6 +367,15 @@ _BASE = {
             "factor 0.5, but a 'qwen3'",
         ),
         ({"model_type": "roberta", "is_decoder": True}, "is_decoder True"),
+        # Embedding models, which see both ways.
+        ({"model_type": "qwen2", "is_causal": False}, "is_causal False, but only True"),
+        (_T5 | {"is_causal": False}, "is_causal False"),
+        (_T5 | {"dense_act_fn": "gelu"}, "dense_act_fn 'gelu', but only 'relu'"),
+        (
+            _T5 | {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"},
+            "dense_act_fn 'gelu', but only 'gelu_new'",
+        ),
+        (_T5 | {"is_gated_act": True}, "is_gated_act True"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "bidirectional"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok is 9"),

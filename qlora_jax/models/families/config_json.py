@@ -74,6 +74,7 @@ def read_decoder(
     Raises:
         ValueError: a field is missing, or contradicts another.
     """
+    refuse(config, is_causal=True)
     heads = required(config, "num_attention_heads")
     hidden = required(config, "hidden_size")
     if "rope" not in fields:
