@@ -14,7 +14,7 @@ from qlora_jax.checkpoints.adapter_file import TOKENS
 from qlora_jax.checkpoints.matching import node_at
 from qlora_jax.models import FAMILIES, module_names, vocabularies
 from qlora_jax.nn import LoraConfig, QuantDense, TrainedParam
-from qlora_jax.nn.targets import ALSO_CALLED
+from qlora_jax.nn.targets import ALL_LINEAR, ALSO_CALLED
 
 
 class Part(NamedTuple):
@@ -139,15 +139,28 @@ def base_tensors(model: Any) -> Iterator[tuple[str, nnx.Variable]]:
         yield name, node_at(model, slot.path)
 
 
-def check_tied_head(model: Any, lora: LoraConfig | None) -> None:
-    """Refuses to train a head whole that is the embedding, which is not to be trained.
+def check_vocabulary(model: Any, lora: LoraConfig | None) -> None:
+    """Refuses adapters of the embedding or the head, and to train a head whole that is the
+    embedding, which is not to be trained.
 
     Raises:
-        ValueError: `modules_to_save` names such a head alone.
+        ValueError: `target_modules` names one, or `modules_to_save` such a head alone.
     """
-    if lora is None or not getattr(model.config, "tie_word_embeddings", False):
+    if lora is None:
         return
-    embeddings = list(token_modules(model))
+    embeddings, output = list(token_modules(model)), FAMILIES[model.config.model_type].output
+    for module in (*embeddings, *([] if output is None else [output])):
+        called = (module, *ALSO_CALLED.get(module, ()))
+        if lora.target_modules != ALL_LINEAR and any(map(lora.targets, called)):
+            name = module.rpartition(".")[2]
+            raise ValueError(
+                f"target_modules is {lora.target_modules!r}, which means {name!r}, but linear "
+                "layers between the embedding and the head alone take adapters here: name it in "
+                "modules_to_save instead, to train it whole (a PEFT adapter that has one can be "
+                "merged, with `qlora-jax merge --no-report`)."
+            )
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
     if lora.saves("lm_head") and not any(map(lora.saves, embeddings)):
         raise ValueError(
             f"modules_to_save is {lora.modules_to_save!r}, but this model's head is its embedding: "

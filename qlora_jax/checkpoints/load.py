@@ -28,7 +28,7 @@ from jaxtyping import Array, Key
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qlora_jax.checkpoints.adapter_parts import check_tied_head
+from qlora_jax.checkpoints.adapter_parts import check_vocabulary
 from qlora_jax.checkpoints.checkpoint import Checkpoint, dense
 from qlora_jax.checkpoints.matching import is_vocabulary, keep_dense, matching, node_at
 from qlora_jax.checkpoints.open import open_checkpoint
@@ -186,7 +186,7 @@ def load_model(
 
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key)
-    check_tied_head(model, lora)
+    check_vocabulary(model, lora)
     keep_dense(model, checkpoint, family.weight_names(config), param_dtype)
     if stream_weights:
         copies = mesh.size if mesh is not None and over is None else 1

@@ -1,5 +1,6 @@
 """From a path to a `Checkpoint`: a Hugging Face folder, 16-bit or in 4 bits, or a GGUF file."""
 
+import hashlib
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,11 +15,11 @@ from qlora_jax.checkpoints.bitsandbytes import (
     read_packed,
     read_state,
 )
-from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, dtype_name
+from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, dense, dtype_name
 from qlora_jax.checkpoints.folder import INDEX, NO_PICKLE, PICKLES, SINGLE, WeightFolder
 from qlora_jax.checkpoints.gguf import open_gguf
 from qlora_jax.data.json_file import read_json
-from qlora_jax.models import FAMILIES
+from qlora_jax.models import FAMILIES, Decoder, family_of
 from qlora_jax.quant import QuantizedTensor
 
 COMPANIONS = (
@@ -37,7 +38,8 @@ COMPANIONS = (
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A model's weights, ready to be read: headers are read here, numbers are not.
+    """A model's weights, ready to be read: headers are read here, numbers are not (but of a head
+    that lies beside the embedding it is tied to).
 
     Args:
         path: a Hugging Face folder with safetensors, a GGUF file, or a folder with one GGUF file
@@ -103,7 +105,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     checkpoint = Checkpoint(folder, plain, tensors, read, lambda: read_companions(folder))
-    return _under_a_head(checkpoint)
+    return _with_a_head_of_its_own(_under_a_head(checkpoint))
 
 
 def _under_a_head(checkpoint: Checkpoint) -> Checkpoint:
@@ -127,6 +129,32 @@ def _under_a_head(checkpoint: Checkpoint) -> Checkpoint:
         tensors={name: checkpoint.tensors[old] for name, old in stored.items()},
         read=lambda name: checkpoint.read(stored[name]),
     )
+
+
+def _with_a_head_of_its_own(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with a config.json that does not tie the head to the embedding, if it does and the
+    head lies there with other numbers, which transformers 5 takes then. Only such a pair is read.
+    """
+    family = FAMILIES.get(str(checkpoint.config.get("model_type")))
+    tied = checkpoint.config.get("tie_word_embeddings")
+    if family is None or family.build is not Decoder or tied is False:
+        return checkpoint
+    head = f"{family.output}.weight"
+    if head not in checkpoint.tensors:
+        return checkpoint
+    names = family_of(checkpoint.config).weight_names(family.read_config(checkpoint.config))
+    embedding = next(name for name, slot in names.items() if slot.path[0] == "embed_tokens")
+    if head in names or embedding not in checkpoint.tensors:
+        return checkpoint
+
+    def digest(name: str) -> bytes:
+        # One after the other: each may be a gigabyte.
+        rows = np.ascontiguousarray(dense(checkpoint.read(name)))
+        return hashlib.sha256(rows.view(np.uint8).data).digest()
+
+    if digest(head) == digest(embedding):
+        return checkpoint
+    return replace(checkpoint, config={**checkpoint.config, "tie_word_embeddings": False})
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:

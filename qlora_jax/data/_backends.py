@@ -267,26 +267,30 @@ class SentencePieceBackend:
         """How a special token is written, "" for an id that means nothing; None for a piece."""
         beyond = token - self._start.vocab_size()
         if beyond < 0:
-            return self._start.id_to_piece(token) if self._start.is_control(token) else None
+            return self._start.id_to_piece(token) if self._is_special(token) else None
         # The first sentinel has the largest id.
         number = self._sentinels - 1 - beyond
         return f"<extra_id_{number}>" if number >= 0 else ""
 
+    def _is_special(self, token: int) -> bool:
+        # Of the unknown one the library makes " ⁇ "; to transformers it is special like the others.
+        return self._start.is_control(token) or self._start.is_unknown(token)
+
     @cached_property
-    def _control_pieces(self) -> dict[str, int]:
+    def _special_pieces(self) -> dict[str, int]:
         sp = self._start
-        return {sp.id_to_piece(i): i for i in range(sp.vocab_size()) if sp.is_control(i)}
+        return {sp.id_to_piece(i): i for i in filter(self._is_special, range(sp.vocab_size()))}
 
     @cached_property
     def markers(self) -> re.Pattern[str] | None:
         """What finds special tokens in a text; None where there is none."""
-        return _any_of(self._control_pieces)
+        return _any_of(self._special_pieces)
 
     def _encode_special(self, text: str, continues: bool) -> list[int]:
         ids: list[int] = []
         for index, part in enumerate(self.markers.split(text) if self.markers else [text]):
             if index % 2:
-                ids.append(self._control_pieces[part])
+                ids.append(self._special_pieces[part])
             elif part:
                 # Between markers a text begins anew, as in `tokenizers`.
                 ids += self._processor_for(continues).encode(part)

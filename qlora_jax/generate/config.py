@@ -83,14 +83,16 @@ PAPER_SAMPLING = GenerationConfig(max_new_tokens=512, temperature=0.7, top_p=0.9
 
 
 def read_eos_token_ids(folder: str | Path) -> tuple[int, ...]:
-    """The tokens that a model folder's generation_config.json ends texts with; () without one.
+    """The tokens that a model folder's generation_config.json ends texts with, or its config.json
+    where there is no such file; () where neither is there, or names any.
 
     A chat model often ends its turns with another token than its texts, and names both there.
 
     Raises:
         ValueError: the file is damaged, or names something else.
     """
-    file = Path(folder) / "generation_config.json"
+    files = [Path(folder) / name for name in ("generation_config.json", "config.json")]
+    file = files[0] if files[0].is_file() else files[1]
     fields = read_json_if_any(file)
     check_kinds(fields, {"eos_token_id": IDS}, file)
     ids = fields.get("eos_token_id")

@@ -112,7 +112,7 @@ def number(config: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def read_rope(
-    config: Mapping[str, Any], *, theta: float = 10000.0, partial: float = 1.0
+    config: Mapping[str, Any], *, theta: float = 10000.0, partial: float | None = None
 ) -> RopeConfig:
     """Rotary frequencies from a config.json in either style.
 
@@ -122,24 +122,35 @@ def read_rope(
     Args:
         config: the file.
         theta: the family's base where the file names none.
-        partial: the share of a head that is turned where the file names none.
+        partial: the share of a head that is turned where the file names none; None for a family
+            that turns all of it, whatever the file says.
 
     Raises:
-        ValueError: a scaled rope without its numbers.
+        ValueError: a scaled rope without its numbers, two ropes, or a share where there is none.
     """
+    if config.get("rope_parameters") and config.get("rope_scaling"):
+        return _of_both(config, theta, partial)
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = given.get("rope_type") or given.get("type") or "default"
     fields: dict[str, Any] = {
         key: number(given, key, 0.0) or number(config, key, 0.0) or default
-        for key, default in (("rope_theta", theta), ("partial_rotary_factor", partial))
+        for key, default in (("rope_theta", theta), ("partial_rotary_factor", partial or 1.0))
     }
+    if partial is None and fields["partial_rotary_factor"] != 1.0:
+        raise ValueError(
+            f"config.json has partial_rotary_factor {fields['partial_rotary_factor']:g}, but a "
+            f"{config.get('model_type', 'model')!r} of transformers turns whole heads: take the "
+            "field out if the weights were trained so, or choose another checkpoint."
+        )
     if kind == "default":
         return RopeConfig(**fields)
     longest = config.get("max_position_embeddings") or 2048
-    # The growing base is measured from the config's own length; the others may name another.
-    original = None if kind == "dynamic" else given.get("original_max_position_embeddings")
+    # The growing base is measured from the config's own length; the others may name another, and
+    # what stands outside of the rope's own fields has the word.
+    before = "original_max_position_embeddings"
+    original = None if kind == "dynamic" else config.get(before) or given.get(before)
     if kind in ("longrope", "su"):
-        kind, original = "longrope", original or config.get("original_max_position_embeddings")
+        kind = "longrope"
         for name in ("short_factor", "long_factor"):
             fields[name] = tuple(map(float, required(given, name)))
     # transformers takes the quotient of the lengths for a null, of yarn alone.
@@ -175,6 +186,26 @@ def read_rope(
         # The one thing it is for; a written file has no place for the factor itself.
         rope = replace(rope, factor=quotient, attention_factor=attention_factor(rope))
     return rope
+
+
+def _of_both(config: Mapping[str, Any], theta: float, partial: float | None) -> RopeConfig:
+    """What `rope_parameters` and `rope_scaling` both say, where a file has the two.
+
+    Raises:
+        ValueError: they say different things. transformers takes `rope_scaling` then, and forgets
+            the base that stands in `rope_parameters`.
+    """
+    one, other = (
+        read_rope({**config, left_out: None}, theta=theta, partial=partial)
+        for left_out in ("rope_parameters", "rope_scaling")
+    )
+    if one != other:
+        raise ValueError(
+            "config.json has both rope_scaling, of transformers 4, and rope_parameters, of "
+            "transformers 5, and they differ: put what is meant into rope_parameters, rope_theta "
+            "with it, and take rope_scaling out."
+        )
+    return one
 
 
 def write_rope(rope: RopeConfig | None) -> dict[str, Any]:

@@ -317,6 +317,24 @@ def test_a_tied_head_is_trained_by_the_embeddings_name(tmp_path: Path) -> None:
     load_adapter(tmp_path / "a", model)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (("q_proj", "lm_head"), "lm_head"),
+        (("q_proj", "embed_tokens"), "embed_tokens"),
+        (r".*(q_proj|lm_head)", "lm_head"),
+    ],
+)
+def test_vocabularies_take_no_adapters(targets, named, tied, tmp_path: Path) -> None:
+    """They were passed over where a linear layer is named, too; PEFT would have trained them."""
+    write_model(tmp_path, dataclasses.replace(CONFIG, tie_word_embeddings=tied))
+    lora = LoraConfig(r=2, target_modules=targets)
+    with pytest.raises(ValueError, match=f"means '{named}', but .* name it in modules_to_save"):
+        load_model(tmp_path, lora=lora)
+    load_model(tmp_path, lora=dataclasses.replace(lora, exclude_modules=(named,)))
+
+
 @pytest.mark.parametrize(
     ("name", "module", "others"),
     [

@@ -71,6 +71,21 @@ def test_tied_model_has_no_head_in_its_file(tmp_path):
     same(load_model(tmp_path, **DENSE), model)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_a_tied_head_of_other_numbers_is_read(dtype, tmp_path):
+    """As transformers 5 reads it; transformers 4 leaves it out."""
+    model = write_model(tmp_path, dataclasses.replace(CONFIG, tie_word_embeddings=True))
+    embedding = np.asarray(model.embed_tokens.weight[...])
+    both = {"model.embed_tokens.weight": embedding.astype(dtype)}
+    change_tensors(
+        tmp_path, lambda t: t.update(both | {"lm_head.weight": -embedding.astype(dtype)})
+    )
+    assert open_checkpoint(tmp_path).config["tie_word_embeddings"] is False
+    found = load_model(tmp_path, **DENSE)
+    expected = -embedding.astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(found.lm_head.weight[...], expected)
+
+
 def without_head(tensors: dict) -> None:
     """What transformers' `LlamaModel` saves: no name has its root, and there is no head."""
     tensors.pop("lm_head.weight", None)

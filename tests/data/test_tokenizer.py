@@ -129,11 +129,24 @@ def test_text_is_only_text(llama2):
 
 def test_the_two_llama_forms_agree_on_special_tokens(llama2):
     fast, piece = llama2
-    for text in ("<s>a</s> b<s>c", "</s>", "a<s>", "<s> <s>", "no marker"):
+    for text in ("<s>a</s> b<s>c", "</s>", "a<s>", "<s> <s>", "<unk>a", "no marker"):
         for continues in (False, True):
             for special in (False, True):
                 options = {"continues": continues, "special": special}
                 assert fast.encode(text, **options) == piece.encode(text, **options)
+    ids = [1, 0, 13863, 0, 2]
+    assert fast.decode(ids) == piece.decode(ids) == fast.decode([13863])
+    for tokenizer in llama2:
+        assert tokenizer.decode(ids, skip_special=False).count("<unk>") == 2
+
+
+def test_what_t5_does_not_know_is_left_out_of_an_answer():
+    """It writes <unk> for what its pieces cannot say, such as braces."""
+    t5 = load("tokenizers/t5")
+    ids = t5.encode("a {b}", eos=True)
+    assert ids.count(2) == 2
+    assert "⁇" not in t5.decode(ids)
+    assert t5.decode(ids, skip_special=False).endswith("<unk></s>")
 
 
 def test_what_a_post_processor_puts_around_a_text(tmp_path):

@@ -159,11 +159,16 @@ def test_a_chat_is_asked_through_its_template():
 
 def test_end_tokens_of_a_folder(tmp_path):
     assert read_eos_token_ids(tmp_path) == ()
+    # transformers reads them there where there is no generation_config.json.
+    (tmp_path / "config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert read_eos_token_ids(tmp_path) == (5, 6)
     file = tmp_path / "generation_config.json"
     file.write_text('{"eos_token_id": 7}')
     assert read_eos_token_ids(tmp_path) == (7,)
     file.write_text('{"eos_token_id": [7, 9]}')
     assert read_eos_token_ids(tmp_path) == (7, 9)
+    file.write_text("{}")
+    assert read_eos_token_ids(tmp_path) == ()
     for odd in ("1.5", "true", '["</s>"]', "1e30", str(10**30)):
         file.write_text(f'{{"eos_token_id": {odd}}}')
         with pytest.raises(ValueError, match=r"eos_token_id .*, but a token id or a list of them"):

@@ -268,6 +268,63 @@ def test_text_part_of_a_gemma_that_sees(tmp_path):
     save_model(tmp_path / "saved", other)
     assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(tensors)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(one), nnx.state(other))
+    # Whether the head is the embedding, the whole config.json says, not its text part.
+    head = {"language_model.lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}
+    save_file(seeing | head, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"tie_word_embeddings": False}))
+    assert text["tie_word_embeddings"]
+    untied = load_model(tmp_path, **options).lm_head.weight[...]
+    np.testing.assert_array_equal(untied, head["language_model.lm_head.weight"])
+
+
+_LINEAR = {"rope_type": "linear", "factor": 2.0}
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "given", "expected"),
+    [
+        # As transformers 5.24 reads them.
+        ("llama", {"rope_scaling": _LLAMA3, "original_max_position_embeddings": 16}, 16),
+        ("llama", {"rope_scaling": _YARN, "original_max_position_embeddings": 32}, 32),
+        ("phi3", {"rope_scaling": _LONG}, 4096),
+        ("phi3", {"rope_scaling": _LONG, "original_max_position_embeddings": 16}, 16),
+    ],
+)
+def test_the_length_that_a_rope_was_trained_for(model_type, given, expected):
+    rope = FAMILIES[model_type].read_config(_BASE | {"model_type": model_type} | given).rope
+    assert rope.original_max_position_embeddings == expected
+
+
+def test_a_gpt_neox_names_its_rope_its_own_way():
+    given = {"model_type": "gpt_neox", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    rope = FAMILIES["gpt_neox"].read_config(_BASE | given).rope
+    assert (rope.rope_theta, rope.partial_rotary_factor) == (10000.0, 0.25)
+    given |= {"rotary_emb_base": 5000.0, "rotary_pct": 0.75}
+    rope = FAMILIES["gpt_neox"].read_config(_BASE | given).rope
+    assert (rope.rope_theta, rope.partial_rotary_factor) == (5000.0, 0.75)
+
+
+def test_a_rope_that_stands_twice():
+    """A user adds `rope_scaling`, as model cards say, to a file of transformers 5."""
+    twice = {"rope_parameters": _LINEAR | {"rope_theta": 1e4}, "rope_scaling": _LINEAR}
+    read = FAMILIES["llama"].read_config
+    assert read(_BASE | {"model_type": "llama"} | twice).rope.factor == 2
+    twice["rope_parameters"]["rope_theta"] = 1e6
+    with pytest.raises(ValueError, match=r"both rope_scaling.* and they differ"):
+        read(_BASE | {"model_type": "llama"} | twice)
+
+
+_BASE = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+_T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -304,18 +361,26 @@ def test_text_part_of_a_gemma_that_sees(tmp_path):
             {"model_type": "llama", "rope_scaling": {"type": "llama3", "factor": None}},
             "'llama3' without a factor",
         ),
+        ({"model_type": "llama", "partial_rotary_factor": 0.5}, "factor 0.5, but a 'llama'"),
+        (
+            {"model_type": "qwen3", "rope_parameters": {"partial_rotary_factor": 0.5}},
+            "factor 0.5, but a 'qwen3'",
+        ),
+        ({"model_type": "roberta", "is_decoder": True}, "is_decoder True"),
+        # Embedding models, which see both ways.
+        ({"model_type": "qwen2", "is_causal": False}, "is_causal False, but only True"),
+        (_T5 | {"is_causal": False}, "is_causal False"),
+        (_T5 | {"dense_act_fn": "gelu"}, "dense_act_fn 'gelu', but only 'relu'"),
+        (
+            _T5 | {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"},
+            "dense_act_fn 'gelu', but only 'gelu_new'",
+        ),
+        (_T5 | {"is_gated_act": True}, "is_gated_act True"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "bidirectional"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
     ],
 )
 def test_configs_that_are_not_built_here(given, message):
-    base = {
-        "vocab_size": 8,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
     with pytest.raises(ValueError, match=message):
-        family_of(given).read_config(base | given)
+        family_of(given).read_config(_BASE | given)

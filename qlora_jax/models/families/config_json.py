@@ -74,8 +74,11 @@ def read_decoder(
     Raises:
         ValueError: a field is missing, or contradicts another.
     """
+    refuse(config, is_causal=True)
     heads = required(config, "num_attention_heads")
     hidden = required(config, "hidden_size")
+    if "rope" not in fields:
+        fields["rope"] = read_rope(config, theta=theta)
     return DecoderConfig(
         **{
             "vocab_size": required(config, "vocab_size"),
@@ -88,7 +91,6 @@ def read_decoder(
             "max_position_embeddings": config.get("max_position_embeddings") or context,
             "norm_eps": number(config, "rms_norm_eps", eps),
             "tie_word_embeddings": bool(config.get("tie_word_embeddings", tied)),
-            "rope": read_rope(config, theta=theta),
             "model_type": config["model_type"],
             **fields,
         }

@@ -111,6 +111,9 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
     """
     text = config.get("text_config") or config
     given: dict[str, Any] = {**_GEMMA3, **text, "model_type": "gemma3_text"}
+    if text is not config:
+        # Of a model that sees, the whole has the word, not its text part.
+        given["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
     # transformers has the field and computes without it.
     given["attn_logit_softcapping"] = None
     # transformers 4 has fields of their own for the layers that slide, transformers 5 two of all.

@@ -35,6 +35,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """
     bias = bool(config.get("attention_bias", True))
     base, share = config.get("rotary_emb_base", 10000.0), config.get("rotary_pct", 0.25)
+    # Fields of other families, which transformers 4 saved besides and neither version reads.
+    others = {"rope_theta": None, "partial_rotary_factor": None}
     return read_decoder(
         config,
         norm="layer",
@@ -48,7 +50,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         o_bias=bias,
         mlp_bias=True,
         fused_qkv="heads",
-        rope=read_rope(config, theta=base, partial=share),
+        rope=read_rope({**config, **others}, theta=base, partial=share),
         names=NAMES,
     )
 

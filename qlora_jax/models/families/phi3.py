@@ -17,7 +17,7 @@ from qlora_jax.models.families.config_json import (
     write_decoder,
 )
 from qlora_jax.models.families.tensor_names import decoder_weights
-from qlora_jax.models.family import Family
+from qlora_jax.models.family import Family, read_rope
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -27,6 +27,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         ValueError: a field is missing or asks for what a Phi-3 has not.
     """
     refuse(config, attention_bias=False)
+    # What transformers measures a longrope from, where the file does not say.
+    config = {"original_max_position_embeddings": 4096} | dict(config)
     return read_decoder(
         config,
         context=4096,
@@ -34,6 +36,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         hidden_act=read_activation(config, "hidden_act", "silu"),
         fused_qkv="blocks",
         fused_gate_up=True,
+        rope=read_rope(config, partial=1.0),
         sliding_window=config.get("sliding_window"),
     )
 

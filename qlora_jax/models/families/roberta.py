@@ -18,7 +18,11 @@ def read_config(config: Mapping[str, Any]) -> EncoderConfig:
     Raises:
         ValueError: a field is missing, or asks for what is not implemented.
     """
-    for name, known in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+    for name, known in (
+        ("hidden_act", "gelu"),
+        ("position_embedding_type", "absolute"),
+        ("is_decoder", False),
+    ):
         if config.get(name, known) != known:
             raise ValueError(
                 f"config.json has {name} {config[name]!r}, but a RoBERTa here has {known!r}: "

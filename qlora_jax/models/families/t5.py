@@ -11,6 +11,7 @@ from typing import Any
 
 from qlora_jax.models.encoder_config import EncoderDecoderConfig
 from qlora_jax.models.encoder_decoder import EncoderDecoder
+from qlora_jax.models.families.config_json import refuse
 from qlora_jax.models.family import Family, Slot, number, required
 from qlora_jax.nn import LoraConfig
 
@@ -23,6 +24,11 @@ def read_config(config: Mapping[str, Any]) -> EncoderDecoderConfig:
     Raises:
         ValueError: a field is missing, or none that a T5 can have.
     """
+    forward = config.get("feed_forward_proj") or "relu"
+    # transformers writes what follows from it besides, and believes that.
+    activation = "gelu_new" if forward == "gated-gelu" else forward.removeprefix("gated-")
+    gated = forward.startswith("gated-")
+    refuse(config, is_causal=True, dense_act_fn=activation, is_gated_act=gated)
     depth = required(config, "num_layers")
     tied = bool(config.get("tie_word_embeddings", True))
     pad = config.get("pad_token_id")
@@ -39,7 +45,7 @@ def read_config(config: Mapping[str, Any]) -> EncoderDecoderConfig:
         relative_attention_max_distance=config.get("relative_attention_max_distance") or 128,
         layer_norm_epsilon=number(config, "layer_norm_epsilon", 1e-6),
         dropout_rate=number(config, "dropout_rate", 0.1),
-        feed_forward_proj=config.get("feed_forward_proj") or "relu",
+        feed_forward_proj=forward,
         tie_word_embeddings=tied,
         scale_decoder_outputs=bool(config.get("scale_decoder_outputs", tied)),
         pad_token_id=0 if pad is None else pad,
