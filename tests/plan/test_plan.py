@@ -19,7 +19,7 @@ from qlora_jax.evaluate import loss_for, split_adapters
 from qlora_jax.models.stream_cost import stream_cost
 from qlora_jax.models.streaming import HOST_LIMIT, host_limit_for
 from qlora_jax.nn import LoraConfig, TrainedParam
-from qlora_jax.plan import Workload, check_fits, find_config, measure, plan
+from qlora_jax.plan import Workload, check_fits, compiled, find_config, measure, plan
 from qlora_jax.plan.advice import SWITCHES, advise
 from qlora_jax.plan.compiled import CACHE_VARIABLE, cache_folder, cudnn_available
 from qlora_jax.plan.measure import random_batch, random_weights
@@ -78,6 +78,16 @@ def test_components_add_up_to_the_compilers_total():
     assert made.fits is None
 
 
+def test_sums_of_gradients_are_where_they_rest():
+    def gradients(**options):
+        train = dataclasses.replace(WORK.train, page_min_size=1, **options)
+        return plan(dataclasses.replace(WORK, train=train)).device.gradients
+
+    one = plan(WORK).device.gradients
+    assert gradients(gradient_accumulation_steps=2) == 2 * one
+    assert gradients(gradient_accumulation_steps=2, gradients_on_host=True) == one
+
+
 def test_the_answer_is_kept_and_a_damaged_one_is_asked_anew(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     first = plan(WORK)
@@ -85,6 +95,10 @@ def test_the_answer_is_kept_and_a_damaged_one_is_asked_anew(tmp_path, monkeypatc
     kept = json.loads(file.read_text())
     file.write_text(json.dumps(kept | {"temporaries": kept["temporaries"] + 1}))
     assert plan(WORK).device.total == first.device.total + 1
+    # Another compiler's is another answer.
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_versions", lambda: ("jax 99",))
+        assert plan(WORK).device.total == first.device.total
     file.write_text("{")
     assert plan(WORK).device.total == first.device.total
 
