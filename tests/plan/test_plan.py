@@ -19,13 +19,14 @@ from qlora_jax.evaluate import loss_for, split_adapters
 from qlora_jax.models.stream_cost import stream_cost
 from qlora_jax.models.streaming import HOST_LIMIT, host_limit_for
 from qlora_jax.nn import LoraConfig, TrainedParam
-from qlora_jax.plan import Workload, check_fits, compiled, find_config, measure, plan
+from qlora_jax.plan import Workload, advice, check_fits, compiled, find_config, measure, plan
 from qlora_jax.plan.advice import SWITCHES, advise
 from qlora_jax.plan.compiled import CACHE_VARIABLE, cache_folder, cudnn_available
 from qlora_jax.plan.measure import random_batch, random_weights
+from qlora_jax.plan.memory import Components, Plan
 from qlora_jax.plan.report import Streaming
 from qlora_jax.plan.workload import model_shapes, training_step
-from qlora_jax.train import TrainConfig, host_traffic
+from qlora_jax.train import HostTraffic, TrainConfig, host_traffic
 from tests.memory.goals import needs_compiler
 
 TINY = {
@@ -398,6 +399,21 @@ def test_a_token_is_multiplied_by_its_own_experts_alone():
     frozen = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
     adapters = 3 * 4 * (config.hidden_size + config.intermediate_size) * config.num_hidden_layers
     assert flops(3) - flops(2) == 2 * (3 * frozen + 4 * adapters)
+
+
+def test_advice_ends_where_it_fits_and_leaves_out_what_saves_next_to_nothing(monkeypatch):
+    def made(work, total):
+        device = Components(0, 0, 0, 0, 0, 0, temporaries=total)
+        return Plan(work, None, 1000, device, 0, HostTraffic(), ())
+
+    totals = iter([1998, 1400, 900, 1])
+    monkeypatch.setattr(advice, "plan", lambda work, card, *, memory: made(work, next(totals)))
+    work = dataclasses.replace(WORK, remat="attention", attention="xla")
+    found = advise(made(work, 2000), None)
+    # The first switch saves a thousandth, and after the third it fits.
+    assert [item.saves for item in found] == [600, 500]
+    assert found[-1].plan.fits
+    assert found[0].plan.work.attention == "xla"
 
 
 def test_a_switch_makes_no_workload_that_cannot_be():
