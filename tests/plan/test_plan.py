@@ -24,7 +24,7 @@ from qlora_jax.plan.advice import SWITCHES, advise
 from qlora_jax.plan.compiled import CACHE_VARIABLE, cache_folder, cudnn_available
 from qlora_jax.plan.measure import random_batch, random_weights
 from qlora_jax.plan.memory import Components, Plan
-from qlora_jax.plan.report import Streaming
+from qlora_jax.plan.report import Streaming, report
 from qlora_jax.plan.workload import model_shapes, training_step
 from qlora_jax.train import HostTraffic, TrainConfig, host_traffic
 from tests.memory.goals import needs_compiler
@@ -173,6 +173,16 @@ def test_the_planned_step_runs():
 
 
 @pytest.mark.slow
+def test_a_load_holds_what_is_written_beside_what_is_there():
+    found = report("tiny", WORK, search=False)
+    made, config = found.plan.device, WORK.config
+    resident = made.base + made.embeddings + made.adapters
+    # The largest tensor in 16 bits, as the file has it.
+    largest = 2 * config.hidden_size * max(config.intermediate_size, config.vocab_size)
+    assert resident + largest <= found.load < resident + 20 * largest
+    assert found.largest_batch is None
+
+
 def test_an_encoder_decoder_is_planned():
     work = dataclasses.replace(WORK, config=find_config(TINY_T5))
     assert work.tokens == 32 + 32
