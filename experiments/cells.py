@@ -295,14 +295,16 @@ def _section(given: Any, what: str, where: str) -> Tree:
     )
 
 
-def _dotted(options: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _dotted(options: Tree) -> Iterator[tuple[str, Any]]:
     """Options one by one: a section is not put in the place of another, but its options into it.
-    An empty one has none, and stands for its defaults."""
+    An empty one has none, and stands for its defaults; a mapping that is no section is one value.
+    """
+    sections = option_names(RunConfig)
     for key, value in options.items():
-        if isinstance(value, dict) and value:
-            yield from _dotted(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and value and key in sections:
+            yield from ((f"{key}.{name}", own) for name, own in value.items())
         else:
-            yield prefix + key, value
+            yield key, value
 
 
 def _shown(value: Any) -> str:

@@ -44,7 +44,7 @@ def keep_top_p(logits: Logits, p: float) -> Logits:
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, -1), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The first one's "before" is 0 only up to rounding.
+    # The first one always: a p too small for float32 is 0 there.
     kept = (before < p) | (jnp.arange(logits.shape[-1]) == 0)
     back = jnp.argsort(order, axis=-1)
     return jnp.where(jnp.take_along_axis(kept, back, -1), logits, -jnp.inf)

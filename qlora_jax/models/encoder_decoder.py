@@ -256,7 +256,8 @@ class EncoderDecoder(nnx.Module):
     def decode_step(
         self, tokens: Int[Array, " batch"], cache: EncoderDecoderCache
     ) -> tuple[Float[Array, "batch vocab"], EncoderDecoderCache]:
-        """One token more: logits of the next, and the cache with this one in it."""
+        """One token more: logits of the next, and the cache with this one in it. Where it is full
+        already, logits are NaN."""
         length = cache.key.shape[3]
         slots = jnp.arange(length)
         bias = self.decoder.bias(cache.filled[None], slots, longest=length)
@@ -280,8 +281,8 @@ class EncoderDecoder(nnx.Module):
         (x, (key, value)), _ = scan_layers(
             self.decoder.layers, apply, carry, given, remat="none", rows=len(tokens)
         )
-        logits = self.head(self.decoder.final_layer_norm(x[:, 0]), few=True)
-        return logits, cache._replace(key=key, value=value, filled=cache.filled + 1)
+        x = jnp.where(cache.filled < length, self.decoder.final_layer_norm(x[:, 0]), jnp.nan)
+        return self.head(x, few=True), cache._replace(key=key, value=value, filled=cache.filled + 1)
 
     def _embed(self, ids: Array) -> Array:
         return self.shared(ids).astype(self.compute_dtype)

@@ -266,9 +266,10 @@ def _positions(work: Workload) -> int:
 
 def _stream_cost(made: Plan, card: Card | None) -> Streaming | None:
     """Where weights stream through a card whose rates are known."""
-    model = model_shapes(made.work)
-    if not made.work.stream_weights or card is None or not isinstance(model, Decoder):
+    if not made.work.stream_weights or card is None:
         return None
+    model = model_shapes(made.work)
+    assert isinstance(model, Decoder), "a Workload of no other streams"
     cost = stream_cost(model, sequence=made.work.sequence)
     if made.work.cut_weights:
         # A card brings in its part and gathers the rest from the others.

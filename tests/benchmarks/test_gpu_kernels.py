@@ -148,7 +148,10 @@ def test_every_call_of_a_program_stays_in_it(implementation):
     point = Point("matmul", implementation, 2, "toy", 64, 128)
     program = _programs.Program(point, copies=3, rounds=2, launches=1)
     weights, x = _programs.make_weights(program, 0), _programs.make_input(point, 1)
-    text = jax.jit(_programs.build(program)).lower(x, weights).compile().as_text()
+    lowered = jax.jit(_programs.build(program)).lower(x, weights)
+    # Before and after each; on a GPU, XLA would make one kernel of products that share x.
+    assert lowered.as_text().count("optimization_barrier") == 2 * 6
+    text = lowered.compile().as_text()
     assert text.count(" dot(") + text.count("dot_fusion") + text.count("__onednn") >= 6
 
 

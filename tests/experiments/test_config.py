@@ -25,6 +25,8 @@ from experiments.tree import (
 )
 from qlora_jax.quant import QuantConfig
 
+RANKS = {"layers.0.self_attn.q_proj": 2}
+
 
 def test_defaults_are_the_papers():
     run = build_run({}, "nothing")
@@ -177,6 +179,14 @@ def test_a_section_of_an_axis_leaves_the_rest_of_the_files_section():
     # Of 16 bits in the file, an empty section is the default's 4.
     tree |= {"quant": None, "axes": {"method": {"16": {}, "4": {"quant": {}}}}}
     assert [cell.run.quant for cell in build_sweep(tree, "a test").cells] == [None, QuantConfig()]
+
+
+@pytest.mark.parametrize("given", [{"lora.rank_pattern": RANKS}, {"lora": {"rank_pattern": RANKS}}])
+def test_a_pattern_with_points_in_it_is_one_value(given):
+    rule = {"when": {"method": "b"}, "set": given}
+    tree = {"axes": {"method": {"a": given, "b": {}, "c": {}}}, "rules": [rule]}
+    found = [cell.run.lora.rank_pattern for cell in build_sweep(tree, "a test").cells]
+    assert found == [RANKS, RANKS, {}]
 
 
 @pytest.mark.parametrize("given", [{"lora.r": 4}, {"lora": {"r": 4}}, {"lora": None}])

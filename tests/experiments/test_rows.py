@@ -3,11 +3,12 @@
 import io
 import json
 
+import datasets
 from rich.console import Console
 
 from experiments import run as runs
 from experiments.config import build_run
-from experiments.rows import examples_of, told_of_cuts
+from experiments.rows import _held_out, examples_of, told_of_cuts
 from experiments.tree import to_tree
 from qlora_jax.data import Examples, Pairs
 
@@ -83,3 +84,15 @@ def test_rows_are_held_against_an_embedded_dataset(tiny_model, tmp_path):
     _, expected, _ = examples_of(described, tiny_model, None)
     assert len(train) == 1
     assert [list(e.labels) for e in held_out] == [list(e.labels) for e in expected]
+    # Of like length side by side, or a batch would be mostly padding.
+    lengths = held_out.lengths.tolist()
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 1
+
+
+def test_the_same_rows_are_held_out_of_a_list_as_of_a_dataset():
+    rows = [{"n": n} for n in range(30)]
+    of_list = _held_out(rows, 4)
+    of_dataset = _held_out(datasets.Dataset.from_list(rows), 4)
+    assert of_list == tuple(part.to_list() for part in of_dataset)
+    assert sorted(row["n"] for part in of_list for row in part) == list(range(30))

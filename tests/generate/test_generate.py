@@ -1,5 +1,7 @@
 """Generation against a loop without batches, padding or jit; reproducible prompt by prompt."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,20 @@ def test_no_end_token_comes_too_early():
     assert found.tokens[:2] == plain[:2]
     assert len(found.tokens) >= 6
     assert plain[2] not in found.tokens[:6]
+
+
+def test_rows_that_fill_a_batch_up_write_nothing(monkeypatch):
+    """Or a batch would go on until they have ended, too."""
+    lengths = []
+
+    def watched(*arguments, **options):
+        written = start(*arguments, **options)
+        lengths.append(np.asarray(written.length).tolist())
+        return written
+
+    monkeypatch.setattr(importlib.import_module("qlora_jax.generate.generate"), "start", watched)
+    generate(MODEL, PROMPTS[:2], GREEDY, batch_size=4)
+    assert lengths == [[1, 1, 0, 0]]
 
 
 def test_samples_do_not_depend_on_neighbours_order_or_batch_size():

@@ -55,6 +55,11 @@ def test_ties_with_the_last_one_stay():
     np.testing.assert_array_equal(np.isfinite(kept), [[False, True, True, False]])
 
 
+def test_one_token_stays_of_a_nucleus_too_small_for_float32():
+    kept = np.asarray(keep_top_p(jnp.asarray(LOGITS), 1e-50))
+    assert np.isfinite(kept).sum(axis=-1).tolist() == [1] * len(LOGITS)
+
+
 def test_equally_likely_tokens_enter_the_nucleus_in_their_order():
     kept = keep_top_p(jnp.zeros((1, 4)), 0.5)
     np.testing.assert_array_equal(np.isfinite(kept), [[True, True, False, False]])

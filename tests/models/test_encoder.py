@@ -71,10 +71,12 @@ def load(path, **options) -> EncoderClassifier:
     )
 
 
-def test_scores_in_float64(folder):
+@pytest.mark.parametrize("mask", [MASK, None], ids=["masked", "padding is read, too"])
+def test_scores_in_float64(mask, folder):
     tensors = load_file(folder / "model.safetensors")
-    expected = scores_in_float64(tensors, np.asarray(IDS), np.asarray(MASK), heads=4, pad=1)
-    found = np.asarray(scores(load(folder), IDS, MASK))
+    seen = np.ones(IDS.shape, bool) if mask is None else np.asarray(mask)
+    expected = scores_in_float64(tensors, np.asarray(IDS), seen, heads=4, pad=1)
+    found = np.asarray(scores(load(folder), IDS, mask))
     # 1.1e-6 of the range seen: float32 rounding.
     assert np.abs(found - expected).max() < 5e-6 * np.ptp(expected)
 

@@ -131,6 +131,14 @@ def test_word_by_word_is_the_same_with_a_longer_cache():
     assert int(cache.filled) == READ.shape[1]
 
 
+def test_a_token_too_many_is_loud():
+    model = t5()
+    found, cache = model.prefill(SOURCE, cache_length=1)
+    assert np.isfinite(found).all()
+    found, _ = model.decode_step(READ[:, 1], cache)
+    assert np.isnan(found).all()
+
+
 def test_weights_that_stay_in_their_stacks(monkeypatch):
     model = t5(quant=QuantConfig(blocksize=32))
     _, cache = model.prefill(SOURCE, cache_length=3)

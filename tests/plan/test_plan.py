@@ -19,13 +19,14 @@ from qlora_jax.evaluate import loss_for, split_adapters
 from qlora_jax.models.stream_cost import stream_cost
 from qlora_jax.models.streaming import HOST_LIMIT, host_limit_for
 from qlora_jax.nn import LoraConfig, TrainedParam
-from qlora_jax.plan import Workload, check_fits, find_config, measure, plan
+from qlora_jax.plan import Workload, advice, check_fits, compiled, find_config, measure, plan
 from qlora_jax.plan.advice import SWITCHES, advise
 from qlora_jax.plan.compiled import CACHE_VARIABLE, cache_folder, cudnn_available
 from qlora_jax.plan.measure import random_batch, random_weights
+from qlora_jax.plan.memory import Components, Plan
 from qlora_jax.plan.report import Streaming, report, text
 from qlora_jax.plan.workload import model_shapes, training_step
-from qlora_jax.train import TrainConfig, host_traffic
+from qlora_jax.train import HostTraffic, TrainConfig, host_traffic
 from tests.memory.goals import needs_compiler
 
 TINY = {
@@ -78,6 +79,16 @@ def test_components_add_up_to_the_compilers_total():
     assert made.fits is None
 
 
+def test_sums_of_gradients_are_where_they_rest():
+    def gradients(**options):
+        train = dataclasses.replace(WORK.train, page_min_size=1, **options)
+        return plan(dataclasses.replace(WORK, train=train)).device.gradients
+
+    one = plan(WORK).device.gradients
+    assert gradients(gradient_accumulation_steps=2) == 2 * one
+    assert gradients(gradient_accumulation_steps=2, gradients_on_host=True) == one
+
+
 def test_the_answer_is_kept_and_a_damaged_one_is_asked_anew(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     first = plan(WORK)
@@ -85,6 +96,10 @@ def test_the_answer_is_kept_and_a_damaged_one_is_asked_anew(tmp_path, monkeypatc
     kept = json.loads(file.read_text())
     file.write_text(json.dumps(kept | {"temporaries": kept["temporaries"] + 1}))
     assert plan(WORK).device.total == first.device.total + 1
+    # Another compiler's is another answer.
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_versions", lambda: ("jax 99",))
+        assert plan(WORK).device.total == first.device.total
     file.write_text("{")
     assert plan(WORK).device.total == first.device.total
 
@@ -158,6 +173,16 @@ def test_the_planned_step_runs():
 
 
 @pytest.mark.slow
+def test_a_load_holds_what_is_written_beside_what_is_there():
+    found = report("tiny", WORK, search=False)
+    made, config = found.plan.device, WORK.config
+    resident = made.base + made.embeddings + made.adapters
+    # The largest tensor in 16 bits, as the file has it.
+    largest = 2 * config.hidden_size * max(config.intermediate_size, config.vocab_size)
+    assert resident + largest <= found.load < resident + 20 * largest
+    assert found.largest_batch is None
+
+
 def test_an_encoder_decoder_is_planned():
     work = dataclasses.replace(WORK, config=find_config(TINY_T5))
     assert work.tokens == 32 + 32
@@ -398,6 +423,21 @@ def test_a_token_is_multiplied_by_its_own_experts_alone():
     frozen = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
     adapters = 3 * 4 * (config.hidden_size + config.intermediate_size) * config.num_hidden_layers
     assert flops(3) - flops(2) == 2 * (3 * frozen + 4 * adapters)
+
+
+def test_advice_ends_where_it_fits_and_leaves_out_what_saves_next_to_nothing(monkeypatch):
+    def made(work, total):
+        device = Components(0, 0, 0, 0, 0, 0, temporaries=total)
+        return Plan(work, None, 1000, device, 0, HostTraffic(), ())
+
+    totals = iter([1998, 1400, 900, 1])
+    monkeypatch.setattr(advice, "plan", lambda work, card, *, memory: made(work, next(totals)))
+    work = dataclasses.replace(WORK, remat="attention", attention="xla")
+    found = advise(made(work, 2000), None)
+    # The first switch saves a thousandth, and after the third it fits.
+    assert [item.saves for item in found] == [600, 500]
+    assert found[-1].plan.fits
+    assert found[0].plan.work.attention == "xla"
 
 
 def test_a_switch_makes_no_workload_that_cannot_be():
