@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, dense, dtyp
 from qlora_jax.checkpoints.folder import INDEX, NO_PICKLE, PICKLES, SINGLE, WeightFolder
 from qlora_jax.checkpoints.gguf import open_gguf
 from qlora_jax.data.json_file import read_json
-from qlora_jax.models import FAMILIES, Decoder, family_of
+from qlora_jax.models import FAMILIES, EncoderDecoderConfig, family_of
 from qlora_jax.quant import QuantizedTensor
 
 COMPANIONS = (
@@ -137,13 +138,15 @@ def _with_a_head_of_its_own(checkpoint: Checkpoint) -> Checkpoint:
     """
     family = FAMILIES.get(str(checkpoint.config.get("model_type")))
     tied = checkpoint.config.get("tie_word_embeddings")
-    if family is None or family.build is not Decoder or tied is False:
+    if family is None or family.output is None or tied is False:
         return checkpoint
     head = f"{family.output}.weight"
     if head not in checkpoint.tensors:
         return checkpoint
-    names = family_of(checkpoint.config).weight_names(family.read_config(checkpoint.config))
-    embedding = next(name for name, slot in names.items() if slot.path[0] == "embed_tokens")
+    config = family_of(checkpoint.config).read_config(checkpoint.config)
+    names = family.weight_names(config)
+    tables = ("embed_tokens", "shared")
+    embedding = next(name for name, slot in names.items() if slot.path[0] in tables)
     if head in names or embedding not in checkpoint.tensors:
         return checkpoint
 
@@ -154,7 +157,11 @@ def _with_a_head_of_its_own(checkpoint: Checkpoint) -> Checkpoint:
 
     if digest(head) == digest(embedding):
         return checkpoint
-    return replace(checkpoint, config={**checkpoint.config, "tie_word_embeddings": False})
+    own: dict[str, Any] = {"tie_word_embeddings": False}
+    if isinstance(config, EncoderDecoderConfig):
+        # Which follows from the other one where the file does not say.
+        own["scale_decoder_outputs"] = config.scale_decoder_outputs
+    return replace(checkpoint, config={**checkpoint.config, **own})
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
