@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
-from qlora_jax.models import Family, Slot, family_of
+from qlora_jax.models import EncoderDecoderConfig, Family, Slot, family_of
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 
@@ -156,6 +156,21 @@ def matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Sl
                 f"for {list(expected)}: check that both are of one checkpoint."
             )
     return {name: names[name] for name in read}
+
+
+def ties(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json (which may leave it to its family) makes the head the embedding."""
+    return getattr(family_of(config).read_config(config), "tie_word_embeddings", False)
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the same model with a head of its own."""
+    read = family_of(config).read_config(config)
+    own = {**config, "tie_word_embeddings": False}
+    if isinstance(read, EncoderDecoderConfig):
+        # Which follows from the other one where the file does not say.
+        own["scale_decoder_outputs"] = read.scale_decoder_outputs
+    return own
 
 
 def is_vocabulary(model: nnx.Module, slot: Slot) -> bool:

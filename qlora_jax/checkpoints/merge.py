@@ -44,7 +44,7 @@ from qlora_jax.checkpoints.checkpoint import (
     dtype_name,
     quantized,
 )
-from qlora_jax.checkpoints.matching import linear_weights
+from qlora_jax.checkpoints.matching import linear_weights, ties, untied
 from qlora_jax.nn import LoraConfig, start_from_weight
 from qlora_jax.nn.targets import ALSO_CALLED
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
@@ -252,8 +252,8 @@ class AdapterFile:
             name = name.replace(".base_layer.", ".").replace(COPY, ".")
             name = next((n for n in _names(name) if n in base.tensors), name)
             self.replaced[name] = shape
-            if name not in base.tensors and self.config.get("tie_word_embeddings"):
-                self.config["tie_word_embeddings"] = False
+            if name not in base.tensors and ties(self.config):
+                self.config = untied(self.config)
                 self.added[name] = TensorInfo(shape, next(iter(base.tensors.values())).dtype)
         if name not in base.tensors and name not in self.added:
             raise ValueError(

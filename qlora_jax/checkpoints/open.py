@@ -4,7 +4,6 @@ import hashlib
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,8 +18,9 @@ from qlora_jax.checkpoints.bitsandbytes import (
 from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, dense, dtype_name
 from qlora_jax.checkpoints.folder import INDEX, NO_PICKLE, PICKLES, SINGLE, WeightFolder
 from qlora_jax.checkpoints.gguf import open_gguf
+from qlora_jax.checkpoints.matching import untied
 from qlora_jax.data.json_file import read_json
-from qlora_jax.models import FAMILIES, EncoderDecoderConfig, family_of
+from qlora_jax.models import FAMILIES, family_of
 from qlora_jax.quant import QuantizedTensor
 
 COMPANIONS = (
@@ -143,8 +143,7 @@ def _with_a_head_of_its_own(checkpoint: Checkpoint) -> Checkpoint:
     head = f"{family.output}.weight"
     if head not in checkpoint.tensors:
         return checkpoint
-    config = family_of(checkpoint.config).read_config(checkpoint.config)
-    names = family.weight_names(config)
+    names = family_of(checkpoint.config).weight_names(family.read_config(checkpoint.config))
     tables = ("embed_tokens", "shared")
     embedding = next(name for name, slot in names.items() if slot.path[0] in tables)
     if head in names or embedding not in checkpoint.tensors:
@@ -157,11 +156,7 @@ def _with_a_head_of_its_own(checkpoint: Checkpoint) -> Checkpoint:
 
     if digest(head) == digest(embedding):
         return checkpoint
-    own: dict[str, Any] = {"tie_word_embeddings": False}
-    if isinstance(config, EncoderDecoderConfig):
-        # Which follows from the other one where the file does not say.
-        own["scale_decoder_outputs"] = config.scale_decoder_outputs
-    return replace(checkpoint, config={**checkpoint.config, **own})
+    return replace(checkpoint, config=untied(checkpoint.config))
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:

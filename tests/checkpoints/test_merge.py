@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +198,24 @@ def test_a_tied_head_that_was_trained_apart_is_untied(copied, tmp_path_factory):
     change_adapter(adapter, lambda t: t.update({"base_model.model.lm_head.weight": head}))
     checkpoint = merged(open_checkpoint(base), adapter)
     assert not checkpoint.config["tie_word_embeddings"]
+    model = load_model(checkpoint, quant=None, **F32)
+    np.testing.assert_array_equal(model.lm_head.weight[...], head)
+
+
+def test_a_head_that_is_tied_without_a_word_is_untied_too(tmp_path):
+    """A published Gemma's config.json leaves it to its family."""
+    config = dataclasses.replace(VARIANTS["gemma2-plain"], tie_word_embeddings=True)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_model(base, config)
+    fields = json.loads((base / "config.json").read_text())
+    del fields["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps(fields))
+    lora = LoraConfig(r=2, target_modules=("q_proj",))
+    save_adapter(adapter, load_model(base, lora=lora), lora, "base")
+    head = np.ones((config.vocab_size, config.hidden_size), np.float32)
+    change_adapter(adapter, lambda t: t.update({"base_model.model.lm_head.weight": head}))
+    checkpoint = merged(open_checkpoint(base), adapter)
+    assert checkpoint.config["tie_word_embeddings"] is False
     model = load_model(checkpoint, quant=None, **F32)
     np.testing.assert_array_equal(model.lm_head.weight[...], head)
 
