@@ -5,6 +5,7 @@ and only then does anybody read a number. Which linear layers are dense and whic
 checkpoint's to say, if it is quantized already.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
-from qlora_jax.models import EncoderDecoderConfig, Family, Slot, family_of
+from qlora_jax.models import FAMILIES, EncoderDecoderConfig, Family, Slot, family_of
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 
@@ -171,6 +172,18 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
         # Which follows from the other one where the file does not say.
         own["scale_decoder_outputs"] = read.scale_decoder_outputs
     return own
+
+
+def names_in(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a checkpoint calls the tensors that an adapter trained on it calls otherwise: a Gemma 3
+    that sees is trained as the text model that it is read as."""
+    family = family_of(config)
+    read = family.read_config(config)
+    trained_as = FAMILIES[read.model_type]
+    if trained_as is family:
+        return {}
+    whole = dataclasses.replace(read, tie_word_embeddings=False)
+    return dict(zip(trained_as.weight_names(whole), family.weight_names(whole), strict=True))
 
 
 def is_vocabulary(model: nnx.Module, slot: Slot) -> bool:
