@@ -5,6 +5,7 @@ and only then does anybody read a number. Which linear layers are dense and whic
 checkpoint's to say, if it is quantized already.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint
-from qlora_jax.models import Family, Slot, family_of
+from qlora_jax.models import FAMILIES, EncoderDecoderConfig, Family, Slot, family_of
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 
@@ -156,6 +157,33 @@ def matching(checkpoint: Checkpoint, family: Family, model: Any) -> dict[str, Sl
                 f"for {list(expected)}: check that both are of one checkpoint."
             )
     return {name: names[name] for name in read}
+
+
+def ties(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json (which may leave it to its family) makes the head the embedding."""
+    return getattr(family_of(config).read_config(config), "tie_word_embeddings", False)
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the same model with a head of its own."""
+    read = family_of(config).read_config(config)
+    own = {**config, "tie_word_embeddings": False}
+    if isinstance(read, EncoderDecoderConfig):
+        # Which follows from the other one where the file does not say.
+        own["scale_decoder_outputs"] = read.scale_decoder_outputs
+    return own
+
+
+def names_in(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a checkpoint calls the tensors that an adapter trained on it calls otherwise: a Gemma 3
+    that sees is trained as the text model that it is read as."""
+    family = family_of(config)
+    read = family.read_config(config)
+    trained_as = FAMILIES[read.model_type]
+    if trained_as is family:
+        return {}
+    whole = dataclasses.replace(read, tie_word_embeddings=False)
+    return dict(zip(trained_as.weight_names(whole), family.weight_names(whole), strict=True))
 
 
 def is_vocabulary(model: nnx.Module, slot: Slot) -> bool:

@@ -44,7 +44,7 @@ from qlora_jax.checkpoints.checkpoint import (
     dtype_name,
     quantized,
 )
-from qlora_jax.checkpoints.matching import linear_weights
+from qlora_jax.checkpoints.matching import linear_weights, names_in, ties, untied
 from qlora_jax.nn import LoraConfig, start_from_weight
 from qlora_jax.nn.targets import ALSO_CALLED
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
@@ -224,6 +224,7 @@ class AdapterFile:
             }
         check_head_rows(folder, shapes, (name.removesuffix(".weight") for name in base.tensors))
         self._tokens = token_indices(config, shapes)
+        self._called = names_in(base.config)
         for key, shape in shapes.items():
             if UNUSED not in key:
                 self._place(key, shape, base)
@@ -247,13 +248,15 @@ class AdapterFile:
         part = "whole" if suffix is None else _PARTS[suffix]
         if suffix is not None:
             name = name.removesuffix(suffix) + ".weight"
+            name = self._called.get(name, name)
             self.adapted.add(name)
         else:
             name = name.replace(".base_layer.", ".").replace(COPY, ".")
+            name = self._called.get(name, name)
             name = next((n for n in _names(name) if n in base.tensors), name)
             self.replaced[name] = shape
-            if name not in base.tensors and self.config.get("tie_word_embeddings"):
-                self.config["tie_word_embeddings"] = False
+            if name not in base.tensors and ties(self.config):
+                self.config = untied(self.config)
                 self.added[name] = TensorInfo(shape, next(iter(base.tensors.values())).dtype)
         if name not in base.tensors and name not in self.added:
             raise ValueError(

@@ -18,8 +18,9 @@ from qlora_jax.checkpoints.bitsandbytes import (
 from qlora_jax.checkpoints.checkpoint import Checkpoint, TensorInfo, dense, dtype_name
 from qlora_jax.checkpoints.folder import INDEX, NO_PICKLE, PICKLES, SINGLE, WeightFolder
 from qlora_jax.checkpoints.gguf import open_gguf
+from qlora_jax.checkpoints.matching import untied
 from qlora_jax.data.json_file import read_json
-from qlora_jax.models import FAMILIES, Decoder, family_of
+from qlora_jax.models import FAMILIES, family_of
 from qlora_jax.quant import QuantizedTensor
 
 COMPANIONS = (
@@ -137,13 +138,14 @@ def _with_a_head_of_its_own(checkpoint: Checkpoint) -> Checkpoint:
     """
     family = FAMILIES.get(str(checkpoint.config.get("model_type")))
     tied = checkpoint.config.get("tie_word_embeddings")
-    if family is None or family.build is not Decoder or tied is False:
+    if family is None or family.output is None or tied is False:
         return checkpoint
     head = f"{family.output}.weight"
     if head not in checkpoint.tensors:
         return checkpoint
     names = family_of(checkpoint.config).weight_names(family.read_config(checkpoint.config))
-    embedding = next(name for name, slot in names.items() if slot.path[0] == "embed_tokens")
+    tables = ("embed_tokens", "shared")
+    embedding = next(name for name, slot in names.items() if slot.path[0] in tables)
     if head in names or embedding not in checkpoint.tensors:
         return checkpoint
 
@@ -154,7 +156,7 @@ def _with_a_head_of_its_own(checkpoint: Checkpoint) -> Checkpoint:
 
     if digest(head) == digest(embedding):
         return checkpoint
-    return replace(checkpoint, config={**checkpoint.config, "tie_word_embeddings": False})
+    return replace(checkpoint, config=untied(checkpoint.config))
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:

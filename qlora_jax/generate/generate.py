@@ -79,7 +79,7 @@ def generate(
     finished: dict[int, Generation] = {}
     for begin in range(0, len(prompts), batch_size):
         rows = by_length[begin : begin + batch_size]
-        length = _bucket(len(prompts[rows[0]]), prompt_room(getattr(model, "config", None), config))
+        length = _slots(len(prompts[rows[0]]), getattr(model, "config", None), config)
         input_ids, mask = left_padded([prompts[i] for i in rows], length, batch_size)
         # Rows that fill the batch up have ended before they begin.
         filled = [*rows, *rows[:1] * (batch_size - len(rows))]
@@ -159,11 +159,18 @@ def _prompt_keys(prompts: Sequence[Sequence[int]], key: Key[Array, ""]) -> Key[A
     return jax.vmap(own)(jnp.asarray(words))
 
 
-def _bucket(length: int, room: int | None) -> int:
+def _slots(longest: int, shape: Any, config: GenerationConfig) -> int:
+    """How many slots a batch's prompts are padded to, the longest of which has so many tokens."""
     bucket = 16
-    while bucket < length:
+    while bucket < longest:
         bucket *= 2
-    return bucket if room is None else min(bucket, room)
+    room = [bucket, prompt_room(shape, config) or bucket]
+    plain = getattr(getattr(shape, "rope", None), "plain_length", None)
+    written = config.max_new_tokens - 1  # that are read again
+    if plain is not None and longest + written <= plain:
+        # A text that keeps within the length is not to be turned like a long one for its padding.
+        room.append(plain - written)
+    return min(room)
 
 
 def prompt_room(shape: Any, config: GenerationConfig) -> int | None:

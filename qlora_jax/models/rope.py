@@ -74,6 +74,13 @@ class RopeConfig:
         if self.rope_type == "longrope" and not (self.short_factor and self.long_factor):
             raise ValueError("rope_type is 'longrope', which needs short_factor and long_factor.")
 
+    @property
+    def plain_length(self) -> int | None:
+        """The longest text that is turned as short ones are; None where length makes no difference
+        to a text's turns."""
+        grows = self.rope_type in ("dynamic", "longrope")
+        return self.original_max_position_embeddings if grows else None
+
     def turned(self, head_dim: int) -> int:
         """How many coordinates of a head are turned."""
         return int(head_dim * self.partial_rotary_factor)

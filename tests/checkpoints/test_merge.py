@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +200,49 @@ def test_a_tied_head_that_was_trained_apart_is_untied(copied, tmp_path_factory):
     assert not checkpoint.config["tie_word_embeddings"]
     model = load_model(checkpoint, quant=None, **F32)
     np.testing.assert_array_equal(model.lm_head.weight[...], head)
+
+
+def test_a_head_that_is_tied_without_a_word_is_untied_too(tmp_path):
+    """A published Gemma's config.json leaves it to its family."""
+    config = dataclasses.replace(VARIANTS["gemma2-plain"], tie_word_embeddings=True)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_model(base, config)
+    fields = json.loads((base / "config.json").read_text())
+    del fields["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps(fields))
+    lora = LoraConfig(r=2, target_modules=("q_proj",))
+    save_adapter(adapter, load_model(base, lora=lora), lora, "base")
+    head = np.ones((config.vocab_size, config.hidden_size), np.float32)
+    change_adapter(adapter, lambda t: t.update({"base_model.model.lm_head.weight": head}))
+    checkpoint = merged(open_checkpoint(base), adapter)
+    assert checkpoint.config["tie_word_embeddings"] is False
+    model = load_model(checkpoint, quant=None, **F32)
+    np.testing.assert_array_equal(model.lm_head.weight[...], head)
+
+
+@pytest.mark.parametrize("saved", [None, ("norm",), ("embed_tokens",)])
+def test_an_adapter_of_a_gemma_that_sees_is_one_of_its_text(saved, tmp_path):
+    """It has the names of a text model, and is merged into the seeing one all the same."""
+    text, seeing, adapter = (tmp_path / name for name in ("text", "seeing", "adapter"))
+    write_model(text, VARIANTS["gemma3_text-scaled"])
+    config = json.loads((text / "config.json").read_text())
+    seeing.mkdir()
+    whole = {"model_type": "gemma3", "text_config": config}
+    (seeing / "config.json").write_text(json.dumps(whole))
+    tensors = load_file(text / "model.safetensors")
+    eye = {"vision_tower.x": np.ones((2, 2), np.float32)}
+    named = {f"language_model.{name}": value for name, value in tensors.items()}
+    save_file(eye | named, seeing / "model.safetensors")
+    lora = LoraConfig(r=2, target_modules=("q_proj", "up_proj"), modules_to_save=saved)
+    model = load_model(seeing, quant=None, lora=lora)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.02, nnx.state(model, nnx.LoRAParam)))
+    save_adapter(adapter, model, lora, "seeing")
+    expected = merge(open_checkpoint(text), adapter, "original")
+    found = merge(open_checkpoint(seeing), adapter, "original")
+    names = {f"language_model.{name}" for name in expected.tensors}
+    assert set(found.tensors) == names | eye.keys()
+    for name in expected.tensors:
+        np.testing.assert_array_equal(found.read(f"language_model.{name}"), expected.read(name))
 
 
 @pytest.mark.parametrize("tied", [False, True])

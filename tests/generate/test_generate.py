@@ -1,5 +1,6 @@
 """Generation against a loop without batches, padding or jit; reproducible prompt by prompt."""
 
+import dataclasses
 import importlib
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from qlora_jax.generate import GenerationConfig, generate
 from qlora_jax.generate.decode import advance, start
+from qlora_jax.models.rope import RopeConfig
 from tests.generate.fake import Recurrent
 from tests.random_decoder import ONE_LAYER, random_decoder
 
@@ -33,6 +35,26 @@ def test_greedy_equals_a_plain_loop(batch_size):
     found = generate(MODEL, PROMPTS, GREEDY, batch_size=batch_size)
     assert [g.tokens for g in found] == [greedy(prompt, 10) for prompt in PROMPTS]
     assert {g.finish for g in found} == {"length"}
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(18, 14), (18, 15), (3, 30)])
+def test_padding_makes_no_text_a_long_one(prompt, new):
+    """A Phi-3 turns texts beyond its first length by other factors; 32 tokens are not beyond 32."""
+    factors = (1.0, 1.1, 1.2, 1.3), (4.0, 5.0, 6.0, 8.0)
+    rope = RopeConfig(
+        rope_type="longrope",
+        original_max_position_embeddings=32,
+        short_factor=factors[0],
+        long_factor=factors[1],
+    )
+    model = random_decoder(dataclasses.replace(ONE_LAYER, rope=rope, head_dim=8))
+    text = np.random.default_rng(0).integers(0, ONE_LAYER.vocab_size, prompt).tolist()
+    (found,) = generate(model, [text], GenerationConfig(max_new_tokens=new), batch_size=1)
+    scores = jax.jit(lambda model, ids: model(ids))(
+        model, jnp.asarray([[*text, *found.tokens[:-1]]])
+    )
+    expected = np.argmax(scores[0, prompt - 1 :], axis=-1)
+    assert list(found.tokens) == expected.tolist()
 
 
 def test_a_row_ends_with_its_end_token_and_the_others_go_on():

@@ -9,8 +9,11 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import load_model
+from tests.peers.models import our_logits, save_random, their_logits, theirs
+from tests.peers.models import same as same_logits
 from tests.vectors.qlora_run import logits
 
 torch = pytest.importorskip("torch", reason="make test-peers installs it")
@@ -98,3 +101,14 @@ def test_a_tied_head_of_other_numbers(model_type, tmp_path):
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
     assert peer.get_output_embeddings().weight is not peer.get_input_embeddings().weight
     same(folder, peer)
+
+
+def test_a_t5s_tied_head_of_other_numbers(tmp_path):
+    """Tied means scaled, too: the head is its own, and is scaled all the same."""
+    save_random("t5 v1.0", tmp_path)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    head = {"lm_head.weight": -tensors["shared.weight"]}
+    save_file(tensors | head, weights, metadata={"format": "pt"})
+    model = load_model(tmp_path, quant=None, lora=None, compute_dtype=jnp.float32)
+    same_logits(our_logits(model), their_logits(theirs(tmp_path)))

@@ -55,9 +55,10 @@ def read_config(config: Mapping[str, Any]) -> EncoderDecoderConfig:
 
 
 def for_weights(config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
-    """The config with a head of its own exactly where the checkpoint has one; a scaled head is
-    always the embedding, of which older files hold a copy."""
-    tied = config.scale_decoder_outputs or _HEAD not in names
+    """The config with a head of its own exactly where the checkpoint has one; a scaled head that is
+    tied is the embedding, of which older files hold a copy."""
+    scaled = config.scale_decoder_outputs and config.tie_word_embeddings
+    tied = scaled or _HEAD not in names
     return dataclasses.replace(config, tie_word_embeddings=tied)
 
 
