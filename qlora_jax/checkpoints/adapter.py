@@ -34,6 +34,7 @@ from qlora_jax.checkpoints.adapter_parts import (
     trained_parts,
 )
 from qlora_jax.checkpoints.staging import replace_file
+from qlora_jax.checkpoints.text_part import whole_lora, whole_name
 from qlora_jax.data import Tokenizer
 from qlora_jax.models import (
     FAMILIES,
@@ -86,25 +87,23 @@ def save_adapter(
     advice = "give the one that the model was built with"
     _check_same(model, lora_config, "lora_config", advice)
     _check_whole(model, lora_config, "lora_config", advice)
-    tensors, arrays = {}, dict[int, np.ndarray]()
-    for part in trained_parts(model, lora_config):
-        key = id(part.variable)
-        if key not in arrays:
-            arrays[key] = whole(part.variable.get_value())
-        tensors[PREFIX + part.names[0]] = part.taken(arrays[key])
+    tensors = _trained_tensors(model, lora_config)
     heads = _heads(model, lora_config)
     if heads:
         modules = (*(lora_config.modules_to_save or ()), *sorted(heads))
         lora_config = replace(lora_config, modules_to_save=modules)
     tied = getattr(model.config, "tie_word_embeddings", False)
     for module, others in ALSO_CALLED.items():
-        weight = tensors.get(f"{PREFIX}{module}.weight")
+        weight = tensors.get(f"{module}.weight")
         if weight is None or tied:
             continue
         # PEFT passes over the names that its version of transformers does not know.
-        tensors |= {f"{PREFIX}{other}.weight": weight.copy() for other in others}
+        tensors |= {f"{other}.weight": weight.copy() for other in others}
         names = dict.fromkeys((*(lora_config.modules_to_save or ()), module, *others))
         lora_config = replace(lora_config, modules_to_save=tuple(names))
+    inside = getattr(model.config, "part_of_whole", "")
+    if inside:
+        lora_config = whole_lora(lora_config, adapted_modules(model, lora_config), inside)
     config = config_to_json(
         lora_config,
         base_name=base_name,
@@ -114,7 +113,8 @@ def save_adapter(
     trained = {m: e for m, e in token_modules(model).items() if e.token_ids is not None}
     if trained:
         config["trainable_token_indices"] = {
-            module: e.token_ids.get_value().tolist() for module, e in trained.items()
+            whole_name(module, inside): e.token_ids.get_value().tolist()
+            for module, e in trained.items()
         }
     if tied:
         # Our head is the embedding itself; PEFT trains a copy unless it is told.
@@ -122,7 +122,8 @@ def save_adapter(
         if saved or trained:
             config["ensure_weight_tying"] = True
         for module in saved:
-            tensors[f"{PREFIX}{_TIED}"] = tensors[f"{PREFIX}{module}.weight"].copy()
+            tensors[_TIED] = tensors[f"{module}.weight"].copy()
+    tensors = {PREFIX + whole_name(name, inside): tensor for name, tensor in tensors.items()}
     if not is_first():
         return
     folder = Path(folder)
@@ -131,6 +132,17 @@ def save_adapter(
     replace_file(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def _trained_tensors(model: Any, lora: LoraConfig) -> dict[str, np.ndarray]:
+    """All that a model has trained, by PEFT's names without its prefix."""
+    tensors, arrays = {}, dict[int, np.ndarray]()
+    for part in trained_parts(model, lora):
+        key = id(part.variable)
+        if key not in arrays:
+            arrays[key] = whole(part.variable.get_value())
+        tensors[part.names[0]] = part.taken(arrays[key])
+    return tensors
 
 
 def _targets(model: Any, lora: LoraConfig) -> tuple[str, ...] | str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.checkpoints.text_part import text_config
 from qlora_jax.data.json_file import read_json
 from qlora_jax.nn import LoraConfig
 
@@ -43,7 +44,7 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
 
 
 def read_config_json(folder: str | Path) -> dict[str, Any]:
-    """The content of a folder's adapter_config.json.
+    """The content of a folder's adapter_config.json, its names those of a text model.
 
     Raises:
         FileNotFoundError: there is none.
@@ -57,7 +58,7 @@ def read_config_json(folder: str | Path) -> dict[str, Any]:
             f"{path} does not exist: give an adapter's folder, as PEFT's save_pretrained wrote it"
             f"{found}."
         )
-    return read_json(path)
+    return text_config(read_json(path))
 
 
 def config_from_json(config: Mapping[str, Any], path: Path) -> LoraConfig:

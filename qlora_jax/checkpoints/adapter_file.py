@@ -24,6 +24,7 @@ import numpy as np
 from qlora_jax.checkpoints.adapter_config import CONFIG, config_from_json, read_config_json
 from qlora_jax.checkpoints.checkpoint import DTYPES
 from qlora_jax.checkpoints.folder import open_safetensors
+from qlora_jax.checkpoints.text_part import text_name
 from qlora_jax.nn import LoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
@@ -69,7 +70,7 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
     with open_weights(folder) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     named = {
-        name.removeprefix(PREFIX).replace(COPY, "."): tensor
+        text_name(name.removeprefix(PREFIX)).replace(COPY, "."): tensor
         for name, tensor in tensors.items()
         if UNUSED not in name
     }
@@ -172,7 +173,7 @@ def token_indices(raw: Mapping[str, Any], named: Iterable[str]) -> dict[str, tup
         By the modules' whole names; what no tensor is there for, by the name that the file gives.
     """
     tokens = raw.get("trainable_token_indices") or {}
-    plain = (name.removeprefix(PREFIX) for name in named)
+    plain = (text_name(name.removeprefix(PREFIX)) for name in named)
     modules = [name.removesuffix(f".{TOKENS}") for name in plain if name.endswith(f".{TOKENS}")]
     if not isinstance(tokens, dict):
         return dict.fromkeys(modules, tuple(map(int, tokens)))

@@ -45,6 +45,7 @@ from qlora_jax.checkpoints.checkpoint import (
     quantized,
 )
 from qlora_jax.checkpoints.matching import linear_weights, names_in, ties, untied
+from qlora_jax.checkpoints.text_part import text_name
 from qlora_jax.nn import LoraConfig, start_from_weight
 from qlora_jax.nn.targets import ALSO_CALLED
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
@@ -233,7 +234,7 @@ class AdapterFile:
 
     def _place(self, key: str, shape: tuple[int, ...], base: Checkpoint) -> None:
         """Finds the base tensor that one of the adapter's belongs to."""
-        name = key.removeprefix(PREFIX)
+        name = text_name(key.removeprefix(PREFIX))
         if name.endswith(f".{TOKENS}"):
             module = name.removesuffix(f".{TOKENS}")
             ids = self._tokens.get(module, ())

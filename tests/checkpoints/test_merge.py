@@ -20,6 +20,7 @@ from qlora_jax.checkpoints import (
     save_checkpoint,
     save_model,
 )
+from qlora_jax.checkpoints.adapter_file import WEIGHTS
 from qlora_jax.models import resize_token_embeddings, train_tokens
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor
@@ -222,7 +223,8 @@ def test_a_head_that_is_tied_without_a_word_is_untied_too(tmp_path):
 
 @pytest.mark.parametrize("saved", [None, ("norm",), ("embed_tokens",)])
 def test_an_adapter_of_a_gemma_that_sees_is_one_of_its_text(saved, tmp_path):
-    """It has the names of a text model, and is merged into the seeing one all the same."""
+    """It has the names that PEFT meets in the seeing model, is merged into that one and into its
+    text part, and so is one with the text's names."""
     text, seeing, adapter = (tmp_path / name for name in ("text", "seeing", "adapter"))
     write_model(text, VARIANTS["gemma3_text-scaled"])
     config = json.loads((text / "config.json").read_text())
@@ -237,12 +239,21 @@ def test_an_adapter_of_a_gemma_that_sees_is_one_of_its_text(saved, tmp_path):
     model = load_model(seeing, quant=None, lora=lora)
     nnx.update(model, jax.tree.map(lambda x: x + 0.02, nnx.state(model, nnx.LoRAParam)))
     save_adapter(adapter, model, lora, "seeing")
+    inside = "base_model.model.model.language_model."
+    others = [key for key in load_file(adapter / WEIGHTS) if not key.startswith(inside)]
+    assert others == ["base_model.model.lm_head.weight"] * (saved == ("embed_tokens",))
+    of_text = load_model(text, quant=None, lora=lora)
+    load_adapter(adapter, of_text)
+    save_adapter(tmp_path / "of-text", of_text, lora, "text")
+    assert not any("language" in k for k in load_file(tmp_path / "of-text" / WEIGHTS))
     expected = merge(open_checkpoint(text), adapter, "original")
     found = merge(open_checkpoint(seeing), adapter, "original")
+    same = merge(open_checkpoint(seeing), tmp_path / "of-text", "original")
     names = {f"language_model.{name}" for name in expected.tensors}
     assert set(found.tensors) == names | eye.keys()
     for name in expected.tensors:
         np.testing.assert_array_equal(found.read(f"language_model.{name}"), expected.read(name))
+        np.testing.assert_array_equal(same.read(f"language_model.{name}"), expected.read(name))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -21,9 +21,10 @@ from qlora_jax.checkpoints import (
     open_checkpoint,
     read_adapter_config,
     save_adapter,
+    save_checkpoint,
 )
 from qlora_jax.models import FAMILIES
-from tests.peers.models import save_random
+from tests.peers.models import SEEING, save_random
 
 torch = pytest.importorskip("torch", reason="make test-peers installs it")
 transformers = pytest.importorskip("transformers", reason="make test-peers installs it")
@@ -306,3 +307,52 @@ def test_older_names_of_a_magnitude(vectors, tmp_path) -> None:
     model = ours(folder, read_adapter_config(tmp_path))
     load_adapter(tmp_path, model)
     np.testing.assert_allclose(our_logits(model), their_logits(trained), rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def seeing(tmp_path):
+    """A folder with a Gemma 3 that also sees, as transformers saves it, and the model."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model("gemma3", **SEEING)
+    made = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
+    made.save_pretrained(tmp_path / "seeing")
+    return tmp_path / "seeing", made
+
+
+def test_ours_in_the_model_that_sees(seeing, tmp_path) -> None:
+    """Trained on the text part here, used in PEFT on the whole, whose eye has layers of the same
+    last names; merged here into the whole; read here again."""
+    folder, whole = seeing
+    lora = ql.LoraConfig(
+        r=4,
+        alpha=8,
+        target_modules=("q_proj", "down_proj"),
+        layers_to_transform=(1,),
+        rank_pattern={"layers.1.self_attn.q_proj": 2},
+        alpha_pattern={"down_proj": 4},
+        modules_to_save=("embed_tokens",),
+    )
+    model = moved(ours(folder, lora))
+    save_adapter(tmp_path / "adapter", model, lora, str(folder))
+    before, trained = their_logits(whole), our_logits(model)
+    merged = merge(open_checkpoint(folder), tmp_path / "adapter", "original")
+    with_adapter = peft.PeftModel.from_pretrained(whole, tmp_path / "adapter")
+    assert not [n for n, _ in with_adapter.named_parameters() if "vision" in n and "lora" in n]
+    same(trained, their_logits(with_adapter), before)
+    again = ours(folder, read_adapter_config(tmp_path / "adapter"))
+    load_adapter(tmp_path / "adapter", again)
+    np.testing.assert_array_equal(our_logits(again), trained)
+    save_checkpoint(tmp_path / "merged", merged)
+    auto = transformers.AutoModelForImageTextToText
+    same(trained, their_logits(auto.from_pretrained(tmp_path / "merged").float()), before)
+
+
+def test_pefts_of_the_model_that_sees_here(seeing, tmp_path) -> None:
+    folder, whole = seeing
+    before = their_logits(whole)
+    layers = [n for n, _ in whole.named_modules() if n.endswith(("q_proj", "up_proj"))]
+    targets = [n for n in layers if "language_model" in n]
+    trained = peft_adapter(whole, tmp_path / "adapter", r=4, lora_alpha=8, target_modules=targets)
+    model = ours(folder, read_adapter_config(tmp_path / "adapter"))
+    load_adapter(tmp_path / "adapter", model)
+    same(our_logits(model), their_logits(trained), before)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import load_model
-from tests.peers.models import our_logits, save_random, their_logits, theirs
+from tests.peers.models import SEEING, our_logits, save_random, their_logits, theirs
 from tests.peers.models import same as same_logits
 from tests.vectors.qlora_run import logits
 
@@ -32,21 +32,6 @@ _BASE = {
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 _LONG = {"type": "longrope", "short_factor": [1, 1.1, 1.2, 1.3], "long_factor": [1, 2, 3, 4]}
-_EYE = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-_SEEING = {
-    "mm_tokens_per_image": 4,
-    "image_token_index": 47,
-    "vision_config": _EYE,
-    "text_config": _BASE | {"model_type": "gemma3_text", "head_dim": 8},
-}
 IDS = np.random.default_rng(0).integers(3, 44, (2, 40)).astype(np.int32)
 
 FILES = {
@@ -55,9 +40,9 @@ FILES = {
     "phi3, a length of its class": {"rope_scaling": _LONG, "max_position_embeddings": 8192},
     "phi3, a window": {"sliding_window": 6, "partial_rotary_factor": 0.5},
     "gpt_neox, names of others": {"rope_theta": 500.0, "partial_rotary_factor": 0.75},
-    "gemma3, a head of its own": _SEEING | {"tie_word_embeddings": False},
-    "gemma3, a text with a head": _SEEING
-    | {"text_config": _SEEING["text_config"] | {"tie_word_embeddings": False}},
+    "gemma3, a head of its own": SEEING | {"tie_word_embeddings": False},
+    "gemma3, a text with a head": SEEING
+    | {"text_config": SEEING["text_config"] | {"tie_word_embeddings": False}},
 }
 
 

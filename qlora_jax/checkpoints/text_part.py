@@ -1,0 +1,67 @@
+"""Adapters of a model that also sees, by the names that its text part has in it.
+
+A Gemma 3 of 4B and up is read here as a text model, `model.layers.0…`, but in transformers, where
+PEFT meets it, it is a larger one: `model.language_model.layers.0…`, beside an eye whose layers have
+some of the same last names (`q_proj`). So an adapter of such a base is written for the larger
+model, every adapted layer named in full, and names of the larger model are read as the text's.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from qlora_jax.nn import LoraConfig
+
+_ROOT = "model."
+# In transformers since 4.52, and before.
+_PART = re.compile(r"^(model\.language_model\.|language_model\.model\.)")
+_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
+_BY_NAME = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
+
+
+def text_name(name: str) -> str:
+    """A module's or a tensor's name in the text model, from its name in either model."""
+    return _PART.sub(_ROOT, name).removeprefix("language_model.")
+
+
+def whole_name(name: str, part: str) -> str:
+    """Its name in the larger model, which calls its text part `part`; of no such part ("") as it
+    is."""
+    inside = part and name.startswith(_ROOT)
+    return f"{_ROOT}{part}.{name.removeprefix(_ROOT)}" if inside else name
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter_config.json with the names in its lists as the text model has them. (An expression
+    is left as it is: it may mean either.)"""
+    changed = dict(config)
+    for field in _LISTS:
+        if isinstance(config.get(field), list):
+            changed[field] = [text_name(n) if isinstance(n, str) else n for n in config[field]]
+    for field in _BY_NAME:
+        if isinstance(config.get(field), dict):
+            changed[field] = {text_name(name): value for name, value in config[field].items()}
+    return changed
+
+
+def whole_lora(lora: LoraConfig, modules: Iterable[str], part: str) -> LoraConfig:
+    """A configuration that means, in the larger model, the layers that `lora` means in the text.
+
+    Args:
+        lora: of the text model.
+        modules: its adapted layers, by their names there.
+        part: what the larger model calls its text part.
+    """
+    own = {whole_name(name, part): at for name in modules if (at := lora.at(name)) is not None}
+    saved = lora.modules_to_save
+    return replace(
+        lora,
+        target_modules=tuple(own),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern={name: at.r for name, at in own.items() if at.r != lora.r},
+        alpha_pattern={name: at.alpha for name, at in own.items() if at.alpha != lora.alpha},
+        modules_to_save=None if saved is None else tuple(whole_name(n, part) for n in saved),
+    )
