@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.checkpoints.text_part import text_config
+from qlora_jax.checkpoints.text_part import adapted_inside, text_config
 from qlora_jax.data.json_file import read_json
 from qlora_jax.nn import LoraConfig
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 # Switches that change what an adapter computes, and that are not known here.
 _UNSUPPORTED = (
     "alora_invocation_tokens",
@@ -48,7 +49,8 @@ def read_config_json(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it holds no JSON object.
+        ValueError: it holds no JSON object; it chooses layers by an expression, and the tensors
+            beside it are damaged.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -58,7 +60,12 @@ def read_config_json(folder: str | Path) -> dict[str, Any]:
             f"{path} does not exist: give an adapter's folder, as PEFT's save_pretrained wrote it"
             f"{found}."
         )
-    return text_config(read_json(path))
+    config = read_json(path)
+    targets, weights = config.get("target_modules"), Path(folder) / WEIGHTS
+    if isinstance(targets, str) and weights.is_file():
+        # An expression for paths in a larger model: which of them it means, the tensors tell.
+        config["target_modules"] = adapted_inside(weights) or targets
+    return text_config(config)
 
 
 def config_from_json(config: Mapping[str, Any], path: Path) -> LoraConfig:

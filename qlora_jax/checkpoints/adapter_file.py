@@ -21,14 +21,17 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
 import numpy as np
 
-from qlora_jax.checkpoints.adapter_config import CONFIG, config_from_json, read_config_json
+from qlora_jax.checkpoints.adapter_config import (
+    CONFIG,
+    WEIGHTS,
+    config_from_json,
+    read_config_json,
+)
 from qlora_jax.checkpoints.checkpoint import DTYPES
 from qlora_jax.checkpoints.folder import open_safetensors
-from qlora_jax.checkpoints.text_part import text_name
+from qlora_jax.checkpoints.text_part import PREFIX, text_name
 from qlora_jax.nn import LoraConfig
 
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 TOKENS = "token_adapter.trainable_tokens_delta"
 # With bias="all", PEFT saves the biases of a module to save three times: as the others, under the
 # wrapper's name for the trained copy, and untrained, of the base.

@@ -9,9 +9,14 @@ model, every adapted layer named in full, and names of the larger model are read
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from qlora_jax.checkpoints.folder import open_safetensors
 from qlora_jax.nn import LoraConfig
+
+PREFIX = "base_model.model."
+"""What leads every name in an adapter's file."""
 
 _ROOT = "model."
 # In transformers since 4.52, and before.
@@ -32,9 +37,21 @@ def whole_name(name: str, part: str) -> str:
     return f"{_ROOT}{part}.{name.removeprefix(_ROOT)}" if inside else name
 
 
+def adapted_inside(weights: Path) -> list[str]:
+    """The layers that an adapter's file has factors of, if any lies in a larger model's text part.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    suffix = ".lora_A.weight"
+    with open_safetensors(weights) as file:
+        names = [name.removeprefix(PREFIX) for name in file.keys()]  # noqa: SIM118
+    layers = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+    return layers if any(map(_PART.match, layers)) else []
+
+
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """An adapter_config.json with the names in its lists as the text model has them. (An expression
-    is left as it is: it may mean either.)"""
+    """An adapter_config.json with the names in its lists as the text model has them."""
     changed = dict(config)
     for field in _LISTS:
         if isinstance(config.get(field), list):

@@ -347,11 +347,14 @@ def test_ours_in_the_model_that_sees(seeing, tmp_path) -> None:
     same(trained, their_logits(auto.from_pretrained(tmp_path / "merged").float()), before)
 
 
-def test_pefts_of_the_model_that_sees_here(seeing, tmp_path) -> None:
+@pytest.mark.parametrize("named", ["in full", "by an expression"])
+def test_pefts_of_the_model_that_sees_here(named, seeing, tmp_path) -> None:
     folder, whole = seeing
     before = their_logits(whole)
     layers = [n for n, _ in whole.named_modules() if n.endswith(("q_proj", "up_proj"))]
     targets = [n for n in layers if "language_model" in n]
+    if named == "by an expression":
+        targets = r"(?:.*?language.*?(?:q_proj|up_proj))"
     trained = peft_adapter(whole, tmp_path / "adapter", r=4, lora_alpha=8, target_modules=targets)
     model = ours(folder, read_adapter_config(tmp_path / "adapter"))
     load_adapter(tmp_path / "adapter", model)
