@@ -32,7 +32,9 @@ from qlora_jax.checkpoints.adapter_parts import check_vocabulary
 from qlora_jax.checkpoints.checkpoint import Checkpoint, dense
 from qlora_jax.checkpoints.matching import is_vocabulary, keep_dense, matching, node_at
 from qlora_jax.checkpoints.open import open_checkpoint
+from qlora_jax.checkpoints.text_part import text_name
 from qlora_jax.models import (
+    FAMILIES,
     AttentionName,
     Decoder,
     EncoderClassifier,
@@ -205,8 +207,9 @@ def load_model(
     _fill(model, checkpoint, slots, quantized_here, prepare, progress, stream_weights, places)
     place = None if mesh is None else functools.partial(spread, mesh=mesh, over=over)
     if lora is not None:
-        # Adapters come last: some are made from the weights.
-        names = module_names(family.weight_names(config))
+        # Adapters come last: some are made from the weights. Layers are called as in a text model,
+        # also where the checkpoint is of one that sees.
+        names = module_names(FAMILIES[config.model_type].weight_names(config))
         add_lora(model, lora, rngs=nnx.Rngs(params=key), names=names, starts=starts, place=place)
     if place is not None:
         # What was not read: a fresh head.
@@ -288,7 +291,7 @@ def _preparation(
         return lambda name, path, tensor: tensor
 
     def prepare(name: str, path: tuple[str, ...], tensor: Any) -> Any:
-        module = name.removesuffix(".weight")
+        module = text_name(name.removesuffix(".weight"))
         own = lora.at(module) if path[-1] == "kernel" else None
         if own is None or isinstance(tensor, QuantizedTensor):
             return tensor

@@ -221,11 +221,8 @@ def test_a_head_that_is_tied_without_a_word_is_untied_too(tmp_path):
     np.testing.assert_array_equal(model.lm_head.weight[...], head)
 
 
-@pytest.mark.parametrize("saved", [None, ("norm",), ("embed_tokens",)])
-def test_an_adapter_of_a_gemma_that_sees_is_one_of_its_text(saved, tmp_path):
-    """It has the names that PEFT meets in the seeing model, is merged into that one and into its
-    text part, and so is one with the text's names."""
-    text, seeing, adapter = (tmp_path / name for name in ("text", "seeing", "adapter"))
+def seeing_gemma(text, seeing):
+    """Folders of a Gemma 3, and of one that sees and has it as its text part; the eye's tensors."""
     write_model(text, VARIANTS["gemma3_text-scaled"])
     config = json.loads((text / "config.json").read_text())
     seeing.mkdir()
@@ -235,6 +232,30 @@ def test_an_adapter_of_a_gemma_that_sees_is_one_of_its_text(saved, tmp_path):
     eye = {"vision_tower.x": np.ones((2, 2), np.float32)}
     named = {f"language_model.{name}": value for name, value in tensors.items()}
     save_file(eye | named, seeing / "model.safetensors")
+    return eye
+
+
+@pytest.mark.parametrize("start", [True, "loftq"])
+def test_layers_of_a_gemma_that_sees_are_called_as_in_its_text(start, tmp_path):
+    seeing_gemma(tmp_path / "text", tmp_path / "seeing")
+    lora = LoraConfig(
+        r=2, target_modules=r"model\.layers\.[01]\.self_attn\.q_proj", init_lora_weights=start,
+        rank_pattern={"model.layers.1.self_attn.q_proj": 1},
+    )  # fmt: skip
+    models = [load_model(tmp_path / name, lora=lora) for name in ("text", "seeing")]
+    states = [nnx.state(model, nnx.LoRAParam) for model in models]
+    assert jax.tree.leaves(states[0])
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    save_adapter(tmp_path / "adapter", models[1], lora, "seeing")
+    load_adapter(tmp_path / "adapter", models[0])
+
+
+@pytest.mark.parametrize("saved", [None, ("norm",), ("embed_tokens",)])
+def test_an_adapter_of_a_gemma_that_sees_is_one_of_its_text(saved, tmp_path):
+    """It has the names that PEFT meets in the seeing model, is merged into that one and into its
+    text part, and so is one with the text's names."""
+    text, seeing, adapter = (tmp_path / name for name in ("text", "seeing", "adapter"))
+    eye = seeing_gemma(text, seeing)
     lora = LoraConfig(r=2, target_modules=("q_proj", "up_proj"), modules_to_save=saved)
     model = load_model(seeing, quant=None, lora=lora)
     nnx.update(model, jax.tree.map(lambda x: x + 0.02, nnx.state(model, nnx.LoRAParam)))
