@@ -152,13 +152,15 @@ def keep_compiled_programs(folder: Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def wandb_callbacks(project: str | None, name: str, run: RunConfig) -> list[Callback]:
-    """What `--wandb PROJECT` asks for; ValueError where the package is missing."""
+def wandb_callbacks(project: str | None, folder: Path, run: RunConfig) -> list[Callback]:
+    """What `--wandb PROJECT` asks for; ValueError where the package is missing. The run has its
+    folder's name, and its id in `folder`/wandb-id."""
     if project is None:
         return []
     if importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs the package wandb: pip install 'qlora-jax[wandb]'.")
-    return [WandB(project, name=name, config=to_tree(run))]
+    id_file = folder / "wandb-id"
+    return [WandB(project, name=folder.name, config=to_tree(run), id_file=id_file)]
 
 
 def make_console() -> Console:

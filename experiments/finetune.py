@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(to_yaml(run), end="", highlight=False, markup=False, soft_wrap=True)
                 return 0
             folder = options.out or default_folder(run)
-            callbacks = wandb_callbacks(options.wandb, folder.name, run)
+            callbacks = wandb_callbacks(options.wandb, folder, run)
             if options.overwrite:
                 check(run)
                 on_first(lambda: delete_run(folder))

@@ -239,7 +239,7 @@ def _run_locked(cell: Cell, folder: Path, console: Console, wandb: str | None) -
         if is_finished(cell.run, folder):  # by another process, since the sweep began
             console.print("finished by another process")
             return
-        callbacks = wandb_callbacks(wandb, cell.name, cell.run)
+        callbacks = wandb_callbacks(wandb, folder, cell.run)
         execute(cell.run, folder, labels=cell.labels, callbacks=callbacks, console=console)
     except Exception as error:  # one cell must not stop a night's sweep
         tell_failure(error, folder, console)
@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
             sweep = with_adapters(sweep)
         elif not out.is_dir():
             raise FileNotFoundError(f"--report-only is given, but there is no folder {out}.")
-        wandb_callbacks(options.wandb, sweep.name, sweep.cells[0].run)
+        wandb_callbacks(options.wandb, out, sweep.cells[0].run)
         if options.overwrite:
             for cell in sweep.cells:
                 check(cell.run)

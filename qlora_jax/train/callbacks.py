@@ -9,6 +9,7 @@ found. A probe is the other direction: it is shown the model itself, every so ma
 import importlib.util
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -151,8 +152,25 @@ class TensorBoard:
 class WandB:
     """Weights & Biases (extra `wandb`); its account and server are configured as W&B documents."""
 
-    def __init__(self, project: str, *, name: str, config: Mapping[str, Any] | None = None) -> None:
-        """A run `name` of `project`; a run of that name is resumed."""
+    def __init__(
+        self,
+        project: str,
+        *,
+        name: str,
+        config: Mapping[str, Any] | None = None,
+        id_file: Path | None = None,
+    ) -> None:
+        """A run `name` of `project`.
+
+        Args:
+            project: of the account that W&B is configured for.
+            name: as it is shown there.
+            config: shown beside.
+            id_file: keeps the run's id, best in its folder: a run that begins anew gets a new one,
+                one that goes on goes on there. Without it the name is the id, and whatever run of
+                the project has it is resumed.
+        """
+        self._id_file = id_file
         self._arguments = {
             "project": project,
             "name": name,
@@ -166,6 +184,10 @@ class WandB:
         """Start or resume the run."""
         import wandb
 
+        if self._id_file is not None and not step:
+            self._id_file.write_text(f"{secrets.token_hex(4)}\n")
+        if self._id_file is not None and self._id_file.is_file():
+            self._arguments["id"] = self._id_file.read_text().strip()
         self._run = wandb.init(**self._arguments)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

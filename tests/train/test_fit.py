@@ -251,7 +251,7 @@ def test_what_failed_before_its_first_checkpoint_does_not_bind_the_folder(tmp_pa
     assert json.loads((tmp_path / "config.json").read_text())["run"] == {"data": "right"}
 
 
-def test_wandb_gets_the_same_numbers(monkeypatch):
+def test_wandb_gets_the_same_numbers(monkeypatch, tmp_path):
     calls = []
     run = types.SimpleNamespace(
         log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
@@ -266,6 +266,16 @@ def test_wandb_gets_the_same_numbers(monkeypatch):
     assert calls[0]["id"] == "cell"
     assert calls[0]["config"] == {"seed": 1}
     assert calls[1:] == [(1, {"loss": 2.0}), "end"]
+
+    def id_of(step):
+        WandB("project", name="cell", id_file=tmp_path / "id").start(step)
+        return calls[-1]["id"]
+
+    # One that was begun before there was such a file goes on by its name.
+    assert id_of(step=3) == "cell"
+    begun = id_of(step=0)
+    assert begun == id_of(step=3) != "cell"
+    assert id_of(step=0) not in ("cell", begun)
 
 
 def test_tensorboard_hides_what_is_computed_again(tmp_path, monkeypatch):
