@@ -153,9 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     if options.cluster is not None:
         try:
-            join_cluster(options.cluster)
+            join_cluster(options.cluster)  # JAX catches SIGTERM from here on, and we after it
         except (ValueError, RuntimeError) as error:
             return refuse(error)
+        except KeyboardInterrupt:
+            return interrupted()
     console = make_console() if is_first() else Console(quiet=True)
     with termination_interrupts(), contextlib.ExitStack() as stack:
         try:
