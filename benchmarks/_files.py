@@ -1,4 +1,8 @@
-"""Files of results, each put in place whole: a session kills what is late, at any moment."""
+"""Files of results, each put in place whole: a session kills what is late, at any moment.
+
+(`experiments.report` and `qlora_jax.checkpoints` do the same; a kernel's benchmark imports
+neither.)
+"""
 
 from pathlib import Path
 

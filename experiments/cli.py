@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import re
 import signal
 import sys
 import threading
@@ -140,6 +141,36 @@ def read_quant(named: str | None, folder: Path) -> QuantConfig | None:
     if named == "none":
         return None
     return (open_checkpoint(folder).quant if named is None else None) or QuantConfig(named or "nf4")
+
+
+def join_cluster(where: str) -> None:
+    """Makes this process one of several, before JAX has started its backend.
+
+    Args:
+        where: "HOST:PORT/INDEX/COUNT": where the first process listens, which one this is (from
+            0), and how many there are. "" has JAX ask the cluster: SLURM, Open MPI, Kubernetes or
+            Cloud TPU.
+
+    Raises:
+        ValueError: another form.
+        RuntimeError: JAX finds no cluster, or the others do not come.
+    """
+    if not where:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                "JAX finds no cluster here (SLURM, Open MPI, Kubernetes or Cloud TPU): say "
+                "--cluster HOST:PORT/INDEX/COUNT"
+            ) from error
+        return
+    found = re.fullmatch(r"(.+:\d+)/(\d+)/(\d+)", where)
+    if found is None or not int(found[2]) < int(found[3]):
+        raise ValueError(
+            f"--cluster is {where!r}; expected HOST:PORT/INDEX/COUNT, such as node0:9876/0/2 for "
+            "the first process of two"
+        )
+    jax.distributed.initialize(found[1], int(found[3]), int(found[2]))
 
 
 def keep_compiled_programs(folder: Path) -> None:

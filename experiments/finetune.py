@@ -44,6 +44,7 @@ from experiments.cells import LISTS
 from experiments.cli import (
     CONFIGS,
     interrupted,
+    join_cluster,
     keep_compiled_programs,
     make_console,
     read_settings,
@@ -65,7 +66,7 @@ from experiments.tree import read_yaml, to_yaml, with_setting
 from qlora_jax.cli import in_one_sentence
 from qlora_jax.cli.arguments import readable, seed
 from qlora_jax.models import STREAMABLE
-from qlora_jax.processes import is_first, join_cluster, on_first
+from qlora_jax.processes import is_first, on_first
 from qlora_jax.train import Callback
 from qlora_jax.train.run_folder import locked_run_folder
 

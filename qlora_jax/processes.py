@@ -10,47 +10,17 @@ process sees its own. So three things are done together, by all processes alike:
 - `on_first` runs something in the first process alone, such as reading or writing the run folder,
   and tells the others what came of it, also where it failed.
 
-In a single process they are `jax.device_put`, `numpy.asarray` and a call.
+`jax.distributed.initialize()` comes before all of it. In a single process they are
+`jax.device_put`, `numpy.asarray` and a call.
 """
 
 import json
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-
-
-def join_cluster(where: str) -> None:
-    """Makes this process one of several, before JAX has started its backend.
-
-    Args:
-        where: "HOST:PORT/INDEX/COUNT": where the first process listens, which one this is (from
-            0), and how many there are. "" has JAX ask the cluster: SLURM, Open MPI, Kubernetes or
-            Cloud TPU.
-
-    Raises:
-        ValueError: another form.
-        RuntimeError: JAX finds no cluster, or the others do not come.
-    """
-    if not where:
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            raise ValueError(
-                "JAX finds no cluster here (SLURM, Open MPI, Kubernetes or Cloud TPU): say "
-                "--cluster HOST:PORT/INDEX/COUNT"
-            ) from error
-        return
-    found = re.fullmatch(r"(.+:\d+)/(\d+)/(\d+)", where)
-    if found is None or not int(found[2]) < int(found[3]):
-        raise ValueError(
-            f"--cluster is {where!r}; expected HOST:PORT/INDEX/COUNT, such as node0:9876/0/2 for "
-            "the first process of two"
-        )
-    jax.distributed.initialize(found[1], int(found[3]), int(found[2]))
 
 
 def are_several() -> bool:

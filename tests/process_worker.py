@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 import qlora_jax as ql
+from experiments.cli import join_cluster
 from qlora_jax.checkpoints import load_model
 from qlora_jax.generate import GenerationConfig, generate
-from qlora_jax.processes import are_several, distribute, from_first, join_cluster, on_first, whole
+from qlora_jax.processes import are_several, distribute, from_first, on_first, whole
 from qlora_jax.train import TrainConfig, fit
 
 LORA = ql.LoraConfig(r=4, target_modules=("q_proj", "down_proj"))

@@ -101,9 +101,10 @@ def save_adapter(
         tensors |= {f"{other}.weight": weight.copy() for other in others}
         names = dict.fromkeys((*(lora_config.modules_to_save or ()), module, *others))
         lora_config = replace(lora_config, modules_to_save=tuple(names))
-    inside = getattr(model.config, "part_of_whole", "")
-    if inside:
-        lora_config = whole_lora(lora_config, adapted_modules(model, lora_config), inside)
+    sees = getattr(model.config, "sees", False)
+    named = whole_name if sees else str
+    if sees:
+        lora_config = whole_lora(lora_config, adapted_modules(model, lora_config))
     config = config_to_json(
         lora_config,
         base_name=base_name,
@@ -113,8 +114,7 @@ def save_adapter(
     trained = {m: e for m, e in token_modules(model).items() if e.token_ids is not None}
     if trained:
         config["trainable_token_indices"] = {
-            whole_name(module, inside): e.token_ids.get_value().tolist()
-            for module, e in trained.items()
+            named(module): e.token_ids.get_value().tolist() for module, e in trained.items()
         }
     if tied:
         # Our head is the embedding itself; PEFT trains a copy unless it is told.
@@ -123,7 +123,7 @@ def save_adapter(
             config["ensure_weight_tying"] = True
         for module in saved:
             tensors[_TIED] = tensors[f"{module}.weight"].copy()
-    tensors = {PREFIX + whole_name(name, inside): tensor for name, tensor in tensors.items()}
+    tensors = {PREFIX + named(name): tensor for name, tensor in tensors.items()}
     if not is_first():
         return
     folder = Path(folder)

@@ -18,7 +18,6 @@ from qlora_jax.nn import LoraConfig
 PREFIX = "base_model.model."
 """What leads every name in an adapter's file."""
 
-_ROOT = "model."
 # In transformers since 4.52, and before.
 _PART = re.compile(r"^(model\.language_model\.|language_model\.model\.)")
 _LISTS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -27,14 +26,12 @@ _BY_NAME = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
 
 def text_name(name: str) -> str:
     """A module's or a tensor's name in the text model, from its name in either model."""
-    return _PART.sub(_ROOT, name).removeprefix("language_model.")
+    return _PART.sub("model.", name).removeprefix("language_model.")
 
 
-def whole_name(name: str, part: str) -> str:
-    """Its name in the larger model, which calls its text part `part`; of no such part ("") as it
-    is."""
-    inside = part and name.startswith(_ROOT)
-    return f"{_ROOT}{part}.{name.removeprefix(_ROOT)}" if inside else name
+def whole_name(name: str) -> str:
+    """Its name in the larger model, from its name in the text model; a head is beside the part."""
+    return re.sub(r"^model\.", "model.language_model.", name)
 
 
 def adapted_inside(weights: Path) -> list[str]:
@@ -62,15 +59,14 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def whole_lora(lora: LoraConfig, modules: Iterable[str], part: str) -> LoraConfig:
+def whole_lora(lora: LoraConfig, modules: Iterable[str]) -> LoraConfig:
     """A configuration that means, in the larger model, the layers that `lora` means in the text.
 
     Args:
         lora: of the text model.
         modules: its adapted layers, by their names there.
-        part: what the larger model calls its text part.
     """
-    own = {whole_name(name, part): at for name in modules if (at := lora.at(name)) is not None}
+    own = {whole_name(name): at for name in modules if (at := lora.at(name)) is not None}
     saved = lora.modules_to_save
     return replace(
         lora,
@@ -80,5 +76,5 @@ def whole_lora(lora: LoraConfig, modules: Iterable[str], part: str) -> LoraConfi
         layers_pattern=None,
         rank_pattern={name: at.r for name, at in own.items() if at.r != lora.r},
         alpha_pattern={name: at.alpha for name, at in own.items() if at.alpha != lora.alpha},
-        modules_to_save=None if saved is None else tuple(whole_name(n, part) for n in saved),
+        modules_to_save=None if saved is None else tuple(map(whole_name, saved)),
     )

@@ -89,8 +89,8 @@ class DecoderConfig:
         num_experts_per_tok: how many of them a token passes through.
         names: what the family calls the parts of a layer.
         model_type: the family (`families/`) whose config.json and weight names it is saved by.
-        part_of_whole: what transformers calls this model where it was read as the text part of one
-            that also sees ("language_model"): adapters are saved for that one; "" for a text model.
+        sees: whether it was read as the text part of a model that also sees: its adapters are saved
+            for that one.
     """
 
     vocab_size: int
@@ -129,7 +129,7 @@ class DecoderConfig:
     num_experts_per_tok: int = 2
     names: LayerNames = LayerNames()
     model_type: str = "llama"
-    part_of_whole: str = ""
+    sees: bool = False
 
     def __post_init__(self) -> None:
         for name in (

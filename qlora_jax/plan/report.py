@@ -28,8 +28,8 @@ SEQUENCE_STEP = 256
 LARGEST_BATCH = 4096
 LONGEST_SEQUENCE = 2**18
 """Where the searches end. XLA's time to compile attention grows with the square of the sequence
-(`qlora-jax plan MODEL --card l40 --no-search --sequence 262144` takes 12 s for an embedded model on
-two cores, for four times as many tokens 75)."""
+(`qlora-jax plan experiments/embedded/models/stdlib-1m --card l40 --no-search --sequence N`, on two
+cores: 12 s for 262144, 77 s for 1048576)."""
 
 LABELS = {
     "base": "base",
@@ -297,7 +297,8 @@ def _one(item: Report) -> str:
     device = "device" if made.work.devices == 1 else "each device"
     held = {label: getattr(made.device, part) for part, label in LABELS.items()}
     for label, count in {**held, device: total, "pinned host": made.host}.items():
-        lines.append(f"  {label:<20}{count / size:>8.2f} {unit}")
+        also = f"  ({total / 1e9:.2f} GB)" if label == device and unit == "GiB" else ""
+        lines.append(f"  {label:<20}{count / size:>8.2f} {unit}{also}")
     lines.append(f"  host traffic a step: {made.traffic}")
     if item.streaming is not None:
         lines += item.streaming.lines()

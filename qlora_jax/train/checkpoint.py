@@ -75,8 +75,12 @@ class Checkpoints:
         Raises:
           OSError: the disk is full, perhaps since an earlier save, which went on in the background.
         """
-        # np.array copies: a view would see what the next step writes into the donated buffer.
-        arrays = {name: np.array(whole(leaf)) for name, leaf in _named(state).items()}
+        arrays = {}
+        for name, leaf in _named(state).items():
+            array = whole(leaf)
+            if is_first():
+                # A copy: a view would see what the next step writes into the donated buffer.
+                arrays[name] = np.array(array)
         step = int(state.step)
         on_first(lambda: self._write(step, arrays))
 

@@ -14,6 +14,7 @@ from pallas_kernels import compile_for
 from pallas_kernels.cards import CARDS
 from pallas_kernels.nf4_gemv.mosaic_plan import STARTS_EARLY
 from pallas_kernels.simt.emulate import Machine
+from tests.memory.goals import needs_compiler
 
 
 def test_every_word_is_read():
@@ -46,13 +47,7 @@ def test_every_word_is_read_on_hopper():
     assert np.count_nonzero(sums) == 3 * _hopper_read.THREADS
 
 
-HAS_COMPILER = pytest.mark.skipif(
-    not compile_for.gpu_compiler_available(),
-    reason=f"no GPU compiler here. {compile_for.PLUGIN_HINT}",
-)
-
-
-@HAS_COMPILER
+@needs_compiler
 @pytest.mark.parametrize("early", [False, True] if STARTS_EARLY else [False])
 def test_hopper_reads_eight_times_sixteen_bytes_at_a_time(early):
     words = jax.ShapeDtypeStruct((2**20,), jnp.int32)
@@ -63,7 +58,7 @@ def test_hopper_reads_eight_times_sixteen_bytes_at_a_time(early):
     assert kernel.spill_bytes in (0, None)
 
 
-@HAS_COMPILER
+@needs_compiler
 def test_a_card_reads_sixteen_bytes_at_a_time():
     words = jax.ShapeDtypeStruct((4 * gpu_floor.TILE,), jnp.int32)
     _, (kernel,) = compile_for.inspect_kernels(CARDS["h200"], gpu_floor.read, words)

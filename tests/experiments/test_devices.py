@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -109,14 +110,18 @@ def test_a_run_broken_off_goes_on_to_the_same_bits_or_elsewhere_to_rounding(
 
 @pytest.mark.slow
 def test_processes_are_one_run_and_go_on_to_the_same_bits(finished, command, tmp_path):
+    """Each on a machine of its own, as far as files go: the first alone has the run's folder."""
+    machines = tmp_path / "first", tmp_path / "second"
+    for machine in machines:
+        machine.mkdir()
     together = functools.partial(
-        run_together, "experiments.finetune", command(tmp_path / "run", 4, "cut")
+        run_together, "experiments.finetune", command("runs/one", 4, "cut"), folders=machines
     )
     first, second = together()
     assert (first.status, second.status) == (0, 0), first.err + second.err
     assert "held-out loss" in first.out
     assert "held-out loss" not in second.out
-    folder, one = tmp_path / "run", finished(1, "whole")
+    folder, one = machines[0] / "runs" / "one", finished(1, "whole")
     np.testing.assert_allclose(numbers(folder), numbers(one), rtol=1e-5)
     name = "adapter/adapter_model.safetensors"
     trained = (folder / name).read_bytes()
@@ -135,10 +140,12 @@ def test_processes_are_one_run_and_go_on_to_the_same_bits(finished, command, tmp
     assert "resumed after step 2 of 3" in first.out
     assert (folder / name).read_bytes() == trained
     assert numbers(folder) == before
+    assert not (machines[1] / "runs" / "one").exists()
 
 
-def test_processes_are_refused_together(command, tmp_path, capsys):
-    for ended in run_together("experiments.finetune", command(tmp_path / "run", 2, "whole")):
+def test_processes_are_refused_together(command, tmp_path, capsys, monkeypatch):
+    few = command(tmp_path / "run", 2, "whole")
+    for ended in run_together("experiments.finetune", few, slurm=True):
         assert ended.status == 2
         told = "devices.count is 2, but the 2 processes of this run have 4 (cpu)"
         assert told in ended.err
@@ -149,6 +156,13 @@ def test_processes_are_refused_together(command, tmp_path, capsys):
     assert "the first process stopped" in second.err
     assert finetune.main([*command(tmp_path, 4, "whole"), "--cluster", "node0/0/2"]) == 2
     assert "expected HOST:PORT/INDEX/COUNT" in capsys.readouterr().err
+
+    def finds_none():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", finds_none)
+    assert finetune.main([*command(tmp_path, 4, "whole"), "--cluster"]) == 2
+    assert "JAX finds no cluster here" in capsys.readouterr().err
 
 
 def test_what_the_machine_or_the_batch_does_not_allow_is_refused(command, tmp_path, capsys):

@@ -264,8 +264,8 @@ def test_text_part_of_a_gemma_that_sees(tmp_path):
     save_file(seeing, tmp_path / "model.safetensors")
     options = {"quant": None, "lora": None, "compute_dtype": jnp.float32}
     one, other = load_model(folder, **options), load_model(tmp_path, **options)
-    # It only remembers whose part it is, for the names of its adapters.
-    assert dataclasses.replace(one.config, part_of_whole="language_model") == other.config
+    # It only remembers that the whole sees, for the names of its adapters.
+    assert dataclasses.replace(one.config, sees=True) == other.config
     save_model(tmp_path / "saved", other)
     assert load_model(tmp_path / "saved", **options).config == one.config
     assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(tensors)

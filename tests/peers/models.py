@@ -11,6 +11,17 @@ torch = pytest.importorskip("torch", reason="make test-peers installs it")
 transformers = pytest.importorskip("transformers", reason="make test-peers installs it")
 
 IDS = np.asarray([[0, 5, 9, 30, 7, 22, 2], [0, 11, 2, 33, 8, 4, 2]], np.int32)
+# Fields that decoders share.
+TINY = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 # A Gemma 3 that also sees: the eye's layers have some of the text's last names.
 SEEING = {
     "mm_tokens_per_image": 4,
@@ -24,18 +35,7 @@ SEEING = {
         "image_size": 28,
         "patch_size": 14,
     },
-    "text_config": {
-        "model_type": "gemma3_text",
-        "vocab_size": 48,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-    },
+    "text_config": TINY | {"model_type": "gemma3_text", "head_dim": 8},
 }
 
 

@@ -12,23 +12,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import load_model
-from tests.peers.models import SEEING, our_logits, save_random, their_logits, theirs
+from tests.peers.models import SEEING, TINY, our_logits, save_random, their_logits, theirs
 from tests.peers.models import same as same_logits
 from tests.vectors.qlora_run import logits
 
 torch = pytest.importorskip("torch", reason="make test-peers installs it")
 transformers = pytest.importorskip("transformers", reason="make test-peers installs it")
 
-_BASE = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 _LONG = {"type": "longrope", "short_factor": [1, 1.1, 1.2, 1.3], "long_factor": [1, 2, 3, 4]}
@@ -72,7 +62,7 @@ def same(folder, peer) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_same_logits(name, tmp_path):
-    given = _BASE | FILES[name] | {"model_type": name.partition(",")[0]}
+    given = TINY | FILES[name] | {"model_type": name.partition(",")[0]}
     same(tmp_path / "model", random_peer(tmp_path / "model", given))
 
 
@@ -80,7 +70,7 @@ def test_the_same_logits(name, tmp_path):
 def test_a_tied_head_of_other_numbers(model_type, tmp_path):
     """The file ties, and holds both: transformers takes both."""
     folder = tmp_path / "model"
-    given = _BASE | {"model_type": model_type, "head_dim": 8, "tie_word_embeddings": False}
+    given = TINY | {"model_type": model_type, "head_dim": 8, "tie_word_embeddings": False}
     random_peer(folder, given)
     (folder / "config.json").write_text(json.dumps(given | {"tie_word_embeddings": True}))
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()

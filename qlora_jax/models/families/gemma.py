@@ -129,7 +129,7 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
         qk_norm=True,
         rope=read_rope(whole, theta=1e6),
         local_rope=read_rope(local),
-        part_of_whole="" if text is config else "language_model",
+        sees=text is not config,
     )
 
 
