@@ -168,6 +168,7 @@ def load_model(
             config.head_dim,
             softcap=softcap,
             bias=biased,
+            alibi=getattr(config, "alibi", False),
             packed=packed,
             longest=longest,
             compute_capability=capability_here(),

@@ -284,6 +284,7 @@ def attention_for(
     *,
     softcap: float | None = None,
     bias: bool = False,
+    alibi: bool = False,
     packed: bool = False,
     longest: int | None = None,
     compute_capability: tuple[int, int] | None = None,
@@ -307,7 +308,8 @@ def attention_for(
         compute_dtype: cuDNN takes bfloat16 and float16 only.
         head_dim: cuDNN takes multiples of 8 up to 128.
         softcap: cuDNN takes none (Gemma 2).
-        bias: whether scores get one, which cuDNN's backward pass does not take (T5).
+        bias: whether scores get one of all pairs, which cuDNN's backward pass does not take (T5).
+        alibi: whether they get one of the keys alone, which it does not take either (BLOOM).
         packed: whether rows hold segments, of which cuDNN would need a mask of all pairs.
         longest: tokens of the longest sequence; None where it is unknown.
         compute_capability: of the CUDA target; None where it is new enough. Below 8.0 there is
@@ -315,7 +317,8 @@ def attention_for(
     """
     cuda = platform in ("cuda", "gpu")
     narrow = jnp.dtype(compute_dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    fits = head_dim % 8 == 0 and head_dim <= 128 and softcap is None and not (bias or packed)
+    fits = head_dim % 8 == 0 and head_dim <= 128 and softcap is None
+    fits = fits and not (bias or alibi or packed)
     old = cuda and compute_capability is not None and compute_capability < (8, 0)
     if cuda and narrow and fits and not old:
         return "cudnn"

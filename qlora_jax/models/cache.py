@@ -100,12 +100,21 @@ def start(
 
 def visible(cache: Cache, window: int | None) -> Bool[Array, "batch 1 1 length"]:
     """The slots that the next tokens see, themselves among them, of the last `window` tokens."""
-    seen = cache.mask | (jnp.arange(cache.length) == cache.filled)
+    seen = _with_next(cache)
     if window is not None:
         # By positions, not slots: a prompt that is padded on the right leaves a gap of slots.
-        slots = jnp.cumsum(seen, axis=1, dtype=jnp.int32) - 1
-        seen &= cache.positions[:, None] - slots < window
+        seen &= cache.positions[:, None] - slot_positions(cache) < window
     return seen[:, None, None, :]
+
+
+def slot_positions(cache: Cache) -> Int[Array, "batch length"]:
+    """The position of each slot's token, the next one's too; of no meaning where there is none."""
+    return jnp.cumsum(_with_next(cache), axis=1, dtype=jnp.int32) - 1
+
+
+def _with_next(cache: Cache) -> Bool[Array, "batch length"]:
+    """The slots that hold a real token once the next ones are stored."""
+    return cache.mask | (jnp.arange(cache.length) == cache.filled)
 
 
 def store(whole: Pair, new: Pair, layer: Int[Array, ""], slot: Int[Array, ""]) -> tuple[Pair, Pair]:
@@ -143,7 +152,7 @@ def advance(
     return Cache(
         key,
         value,
-        cache.mask | (jnp.arange(cache.length) == cache.filled),
+        _with_next(cache),
         cache.positions + 1,
         cache.filled + 1,
     )

@@ -3,9 +3,10 @@
 | field | Llama | others |
 |---|---|---|
 | residual | pre | post (OPT-350M), parallel (GPT-NeoX), sandwich (Gemma) |
-| norm | rms | layer (GPT-NeoX, OPT) |
-| fused_qkv | none | blocks (Phi-3), heads (GPT-NeoX) |
-| rope | rotary | None: learned positions (OPT) |
+| norm | rms | layer (GPT-NeoX, OPT, BLOOM) |
+| fused_qkv | none | blocks (Phi-3), heads (GPT-NeoX, BLOOM) |
+| rope, alibi | rotary | None: learned positions (OPT), ALiBi (BLOOM) |
+| embedding_norm | no | BLOOM |
 | sliding_window, layer_types | every layer sees everything | Mistral, Phi-3, Gemma, Qwen |
 | qk_norm, attention_scale, soft caps, embedding_scale, norm_offset | none | Gemma, Qwen3 |
 | num_local_experts | 0 | Mixtral |
@@ -74,7 +75,8 @@ class DecoderConfig:
             values) or "heads" (query, key and value of one head after another).
         fused_gate_up: one projection: all gates, then all ups.
         qk_norm: RMSNorm over every query and key head, before the rotation.
-        rope: rotary frequencies and their scaling; None for learned positions.
+        rope: rotary frequencies and their scaling; None for learned positions or `alibi`.
+        alibi: positions as biases on the scores (`alibi.py`); needs rope to be None.
         local_rope: of the layers with a sliding window, where they have their own.
         position_offset: unused rows in front of the learned positions (2 in OPT).
         sliding_window: how many tokens a token of a sliding layer sees, itself among them.
@@ -83,6 +85,7 @@ class DecoderConfig:
         attn_logit_softcapping, final_logit_softcapping: c in c · tanh(x / c) over the scores and
             the logits; None for none.
         embedding_scale: embeddings are multiplied by it.
+        embedding_norm: embeddings are normalised before the first layer.
         word_embed_proj_dim: width of the embedding, where linear maps `project_in` and
             `project_out` lie between it and the layers; None where it is `hidden_size`.
         num_local_experts: MLPs of a layer among which a router chooses; 0 for one MLP and none.
@@ -116,6 +119,7 @@ class DecoderConfig:
     fused_gate_up: bool = False
     qk_norm: bool = False
     rope: RopeConfig | None = field(default_factory=RopeConfig)
+    alibi: bool = False
     local_rope: RopeConfig | None = None
     position_offset: int = 0
     sliding_window: int | None = None
@@ -124,6 +128,7 @@ class DecoderConfig:
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
+    embedding_norm: bool = False
     word_embed_proj_dim: int | None = None
     num_local_experts: int = 0
     num_experts_per_tok: int = 2
@@ -153,6 +158,11 @@ class DecoderConfig:
             )
         if self.rope is not None and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but rotary positions need an even one.")
+        if self.alibi and self.rope is not None:
+            raise ValueError(
+                "alibi is set beside a rope: give rope=None, or leave alibi out, for positions are "
+                "told in one way."
+            )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(
                 f"sliding_window is {self.sliding_window}, but a token sees at least itself: give "
@@ -173,6 +183,11 @@ class DecoderConfig:
                 f"num_experts_per_tok is {self.num_experts_per_tok}, but there are "
                 f"{self.num_local_experts} experts to choose from."
             )
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether positions are rows of a table, which ends."""
+        return self.rope is None and not self.alibi
 
     @property
     def sliding_layers(self) -> tuple[bool, ...]:

@@ -27,8 +27,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from qlora_jax.models.alibi import alibi_bias
 from qlora_jax.models.attention import AttentionName, attend, check_attention
-from qlora_jax.models.cache import Cache, Pair, advance, kept, start, store, visible
+from qlora_jax.models.cache import (
+    Cache,
+    Pair,
+    advance,
+    kept,
+    slot_positions,
+    start,
+    store,
+    visible,
+)
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_layer import DecoderLayer
 from qlora_jax.models.embedding import Embedding
@@ -82,7 +92,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check_remat(remat, stream_weights=stream_weights)
-        check_attention(attention)
+        check_attention(attention, biased=config.alibi)
         check_mlp_tile(mlp_tile, experts=config.num_local_experts)
         self.config = config
         self.compute_dtype = compute_dtype
@@ -102,7 +112,8 @@ class Decoder(nnx.Module):
         self.lm_head = (
             None if config.tie_word_embeddings else storage.vocabulary(vocab, narrow, rngs)
         )
-        if config.rope is None:
+        self.embed_norm = nnx.data(norm_for(config, narrow) if config.embedding_norm else None)
+        if config.learned_positions:
             rows = config.max_position_embeddings + config.position_offset
             self.embed_positions = Embedding(rows, embed, dtype=stored, rngs=rngs)
         outside = storage.dense("", rngs)
@@ -212,6 +223,7 @@ class Decoder(nnx.Module):
         seen = visible(cache, None)
         near = None if config.sliding_window is None else visible(cache, config.sliding_window)
         alike = near if all(config.sliding_layers) else seen
+        bias = self._bias(slot_positions(cache))
 
         def apply(
             layer: DecoderLayer, carry: tuple[Array, Pair], given: tuple[Any, Array]
@@ -229,6 +241,7 @@ class Decoder(nnx.Module):
                     causal=False,
                     scale=config.attention_scale,
                     softcap=config.attn_logit_softcapping,
+                    bias=bias,
                     implementation=self.attention,
                 )
                 return mixed, whole
@@ -264,6 +277,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "batch seq embed"], Any]:
         """`hidden`, and every layer's part of a cache if one is to be made."""
         config = self.config
+        bias = self._bias(positions)
 
         def mix(sliding: Array | None, query: Array, key: Array, value: Array) -> tuple[Array, Any]:
             def within(window: int | None) -> Array:
@@ -276,6 +290,7 @@ class Decoder(nnx.Module):
                     window=window,
                     scale=config.attention_scale,
                     softcap=config.attn_logit_softcapping,
+                    bias=bias,
                     segments=None if segments is None else (segments, segments),
                     implementation=self.attention,
                 )
@@ -332,9 +347,11 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(ids).astype(self.compute_dtype)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         if self.project_in is not None:
             x = self.project_in(x, dropout_key=self._outer_key(dropout_key, 0))
-        if config.rope is None:
+        if config.learned_positions:
             learned = self.embed_positions(positions + config.position_offset)
             x = x + learned.astype(self.compute_dtype)
         return x
@@ -356,7 +373,7 @@ class Decoder(nnx.Module):
     def _check_length(self, length: int) -> None:
         """Refuses what learned positions have no row for; rotary ones have no end."""
         longest = self.config.max_position_embeddings
-        if self.config.rope is None and length > longest:
+        if self.config.learned_positions and length > longest:
             raise ValueError(
                 f"The sequence has {length} tokens, but the model has learned {longest} positions: "
                 "shorten it."
@@ -373,6 +390,10 @@ class Decoder(nnx.Module):
             None if rope is None else rotations(positions, rope, dim, length),
             None if local is None else rotations(positions, local, dim, length),
         )
+
+    def _bias(self, positions: Array) -> Float[Array, "batch heads 1 keys"] | None:
+        """What the positions of keys add to the scores."""
+        return alibi_bias(positions, self.config.num_attention_heads) if self.config.alibi else None
 
     def _sliding(self) -> Bool[Array, " layers"] | None:
         """Which layers have a window, where not all are alike."""

@@ -196,6 +196,7 @@ def _attention(work: Workload, platform: str, capability: tuple[int, int] | None
         config.head_dim,
         softcap=getattr(config, "attn_logit_softcapping", None),
         bias=getattr(config, "score_bias", False),
+        alibi=getattr(config, "alibi", False),
         packed=work.packed,
         longest=work.sequence if work.target_length is None else None,
         compute_capability=capability,

@@ -259,7 +259,7 @@ def _largest(made: Plan, card: Card | None) -> tuple[int | None, int | None]:
 def _positions(work: Workload) -> int:
     """Tokens of the longest sequence that is looked at; of learned positions there are so many."""
     config = work.config
-    if isinstance(config, DecoderConfig) and config.rope is None:
+    if isinstance(config, DecoderConfig) and config.learned_positions:
         return min(config.max_position_embeddings, LONGEST_SEQUENCE)
     return LONGEST_SEQUENCE
 

@@ -30,6 +30,7 @@ MIXED = dataclasses.replace(
     local_rope=RopeConfig(rope_theta=100.0),
     attn_logit_softcapping=5.0,
 )
+ALIBI = dataclasses.replace(PLAIN, rope=None, alibi=True, embedding_norm=True)
 PROMPTS = ([5, 6, 7, 8, 9], [3, 4])
 NEW = 6
 
@@ -56,8 +57,8 @@ def decode(model: Decoder, tokens: jax.Array, cache) -> tuple:
 
 @pytest.mark.parametrize(
     ("config", "side"),
-    [(PLAIN, "left"), (PLAIN, "right"), (MIXED, "left"), (MIXED, "right")],
-    ids=["plain-left", "plain-right", "mixed-left", "mixed-right"],
+    [(config, side) for config in (PLAIN, MIXED, ALIBI) for side in ("left", "right")],
+    ids=lambda given: {id(PLAIN): "plain", id(MIXED): "mixed"}.get(id(given), given),
 )
 def test_greedy_decoding_equals_full_forward_passes(config, side):
     model = random_decoder(config)

@@ -275,6 +275,7 @@ def test_attention_is_chosen_for_the_target():
         {"compute_dtype": jnp.float32},
         {"head_dim": 256},
         {"softcap": 50.0},
+        {"alibi": True},
         {"packed": True},
         {"platform": "tpu"},
     ],

@@ -31,6 +31,7 @@ LINEARS = {
     "mixtral": {"q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"},
     "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
     "gpt_neox": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
     "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
 }
 
@@ -70,6 +71,7 @@ def test_names_and_configs(name):
     [
         "mixtral-window",
         pytest.param("gpt_neox-parallel", marks=pytest.mark.slow),
+        pytest.param("bloom-even", marks=pytest.mark.slow),
         pytest.param("gemma3_text-scaled", marks=pytest.mark.slow),
         pytest.param("opt-350m", marks=pytest.mark.slow),
         pytest.param("phi3-long", marks=pytest.mark.slow),
@@ -101,7 +103,7 @@ def test_quantized_with_adapters(name):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("name", ["mixtral-window", "opt-350m"])
+@pytest.mark.parametrize("name", ["mixtral-window", "opt-350m", "bloom-even"])
 def test_a_folder_in_4_bits_loads_byte_for_byte(name, tmp_path):
     save_model(tmp_path / "dense", random_decoder(VARIANTS[name]))
     base = open_checkpoint(tmp_path / "dense")
@@ -300,6 +302,27 @@ def test_the_length_that_a_rope_was_trained_for(model_type, given, expected):
     assert rope.original_max_position_embeddings == expected
 
 
+def test_a_bloom_as_it_was_published():
+    """config.json of 2022, which has two names for a width, and tensors without `transformer.`."""
+    config = VARIANTS["bloom-even"]
+    published = {
+        "model_type": "bloom",
+        "vocab_size": 48,
+        "n_embed": 32,
+        "n_inner": None,
+        "n_layer": 3,
+        "num_attention_heads": 4,
+        "seq_length": 64,
+        "layer_norm_epsilon": 1e-5,
+        "offset_alibi": 100,
+        "pretraining_tp": 1,
+    }
+    assert FAMILIES["bloom"].read_config(published) == config
+    of_later = {"n_embed": None, "hidden_size": 32, "n_head": 4, "num_attention_heads": None}
+    assert FAMILIES["bloom"].read_config(published | of_later) == config
+    assert "transformer.word_embeddings_layernorm.bias" in FAMILIES["bloom"].weight_names(config)
+
+
 def test_a_gpt_neox_names_its_rope_its_own_way():
     given = {"model_type": "gpt_neox", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
     rope = FAMILIES["gpt_neox"].read_config(_BASE | given).rope
@@ -356,6 +379,12 @@ _T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, 
         ),
         ({"model_type": "roberta", "id2label": ["A"]}, "id2label .*, but an object"),
         ({"model_type": "opt", "ffn_dim": 8, "layer_norm_elementwise_affine": False}, "affine"),
+        (
+            {"model_type": "bloom", "apply_residual_connection_post_layernorm": True},
+            "_layernorm True, but only False",
+        ),
+        ({"model_type": "bloom", "num_attention_heads": None}, "no 'num_attention_heads'"),
+        ({"model_type": "bloom", "n_embed": 0}, "n_embed 0, but a positive whole number"),
         ({"model_type": "phi3", "rope_scaling": {"type": "su"}}, "no 'short_factor'"),
         ({"model_type": "llama", "rope_scaling": {"type": "linear"}}, "'linear' without a factor"),
         ({"model_type": "llama", "rope_scaling": {"type": "yarn"}}, "'yarn' without a factor"),

@@ -60,6 +60,13 @@ def dora() -> Decoder:
     return Decoder(DECODER, quant=QUANT, lora=lora, rngs=nnx.Rngs(0))
 
 
+def alibi() -> Decoder:
+    config = dataclasses.replace(DECODER, rope=None, alibi=True, embedding_norm=True)
+    model = Decoder(config, quant=QUANT, lora=LORA, stream_weights=True, rngs=nnx.Rngs(0))
+    streaming.move_to_host(model.layers)
+    return model
+
+
 def dense() -> Decoder:
     return Decoder(DECODER, lora=LORA, rngs=nnx.Rngs(0))
 
@@ -112,6 +119,7 @@ def of_loss(model: Any) -> tuple[Any, tuple[Any, Any, Any]]:
         streamed,
         experts,
         dense,
+        alibi,
         pytest.param(dora, marks=pytest.mark.slow),
         pytest.param(encoder_decoder, marks=pytest.mark.slow),
     ],

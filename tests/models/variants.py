@@ -67,6 +67,15 @@ _FILES: dict[str, dict[str, Any]] = {
         "do_layer_norm_before": False,
         "word_embed_proj_dim": 16,
     },
+    "bloom-even": {"num_key_value_heads": None, "seq_length": 64},
+    # Slopes of a number of heads that is no power of two, and a head of its own.
+    "bloom-six": {
+        "num_key_value_heads": None,
+        "n_embed": 48,
+        "n_head": 6,
+        "num_attention_heads": None,
+        "tie_word_embeddings": False,
+    },
     "opt-unbiased": {
         "num_key_value_heads": None,
         "ffn_dim": 48,

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from qlora_jax.checkpoints import save_model
+from tests.models.variants import VARIANTS
+from tests.random_decoder import random_decoder
 from tests.shared import shared_path
 
 
@@ -16,6 +19,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def vectors():
-    """The folder of a tiny random model, by name."""
-    return lambda name: shared_path(f"vectors/models/{name}")
+def vectors(tmp_path):
+    """The folder of a tiny random model, by name; of `VARIANTS` it is made."""
+
+    def folder(name: str) -> Path:
+        if name not in VARIANTS:
+            return shared_path(f"vectors/models/{name}")
+        made = tmp_path / "made" / name
+        if not made.exists():
+            save_model(made, random_decoder(VARIANTS[name]))
+        return made
+
+    return folder

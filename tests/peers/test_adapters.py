@@ -42,6 +42,7 @@ TARGETS = {
     "phi3": ("qkv_proj", "gate_up_proj"),
     "gpt_neox": ("query_key_value", "dense_4h_to_h"),
     "opt": ("q_proj", "fc1", "fc2"),
+    "bloom-even": ("query_key_value", "dense", "dense_4h_to_h"),
     "mixtral": ("q_proj", "w1", "w2", "w3"),
     "t5_v1_0": ("q", "v"),
     "t5_v1_1": ("q", "wi_0", "wo"),

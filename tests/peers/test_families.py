@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.checkpoints import load_model
+from qlora_jax.generate import GenerationConfig, generate
 from qlora_jax.models import FAMILIES
 from tests.models.variants import VARIANTS
 from tests.vectors.qlora_run import logits
@@ -42,8 +43,25 @@ def test_transformers_reads_our_config_and_gives_the_same_logits(name, tmp_path)
     positions = torch.from_numpy(np.maximum(mask.cumsum(-1) - 1, 0))
     with torch.no_grad():
         expected = theirs(
-            torch.from_numpy(ids).long(), torch.from_numpy(mask), position_ids=positions
+            torch.from_numpy(ids).long(),
+            attention_mask=torch.from_numpy(mask),
+            position_ids=positions,
         ).logits.numpy()
     real = mask.astype(bool)
     error = np.abs(np.asarray(logits(model, ids, mask)) - expected)[real].max()
     assert error < 2e-6 * np.ptp(expected[real]), error / np.ptp(expected[real])
+
+
+@pytest.mark.parametrize("name", ["bloom-even", "bloom-six"])
+def test_transformers_writes_the_same_texts(name, vectors):
+    """Those of a BLOOM, whose biases grow with the cache; padded on the left."""
+    folder = vectors(name)
+    prompts = [[5, 6, 7, 8, 9], [3, 4]]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([prompts[0], [0, 0, 0, *prompts[1]]])
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad():
+        written = theirs.generate(ids, attention_mask=(ids > 0).long(), **options)
+    model = load_model(folder, quant=None, lora=None, compute_dtype=jnp.float32)
+    ours = generate(model, prompts, GenerationConfig(max_new_tokens=12, temperature=0.0))
+    assert [list(one.tokens) for one in ours] == written[:, 5:].tolist()

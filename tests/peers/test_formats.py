@@ -1,5 +1,7 @@
 """Folders and files that are written here, read by transformers, bitsandbytes and PEFT."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,8 +15,11 @@ from qlora_jax.checkpoints import (
     quantized,
     save_checkpoint,
     save_gguf,
+    save_model,
 )
 from qlora_jax.quant import QuantConfig
+from tests.models.variants import VARIANTS
+from tests.random_decoder import random_decoder
 from tests.shared import shared_path
 from tests.vectors.qlora_run import logits
 
@@ -65,6 +70,22 @@ def test_bitsandbytes_computes_with_our_4_bit_folder(quant, tmp_path):
     ids = IDS % 256
     ours = logits(load_model(tmp_path / "packed", quant=quant, **F32), ids, None)
     np.testing.assert_allclose(their_logits(model, ids), ours, rtol=0, atol=1e-5)
+
+
+def test_bitsandbytes_computes_with_a_bloom_in_4_bits(tmp_path):
+    """Whose embedding and norms lie elsewhere than a Llama's. Rows are whole blocks: of others
+    bitsandbytes' CPU code takes wrong scales."""
+    pytest.importorskip("bitsandbytes")
+    shape = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16}
+    config = dataclasses.replace(VARIANTS["bloom-even"], **shape)
+    save_model(tmp_path / "dense", random_decoder(config))
+    base = open_checkpoint(tmp_path / "dense")
+    packed = quantized(base, linear_weights(base), QuantConfig())
+    save_checkpoint(tmp_path / "packed", packed)
+    ids = IDS % 48
+    ours = logits(load_model(tmp_path / "packed", **F32), ids, None)
+    theirs = their_logits(load(tmp_path / "packed"), ids)
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
 
 
 def test_transformers_reads_our_shards(tmp_path):

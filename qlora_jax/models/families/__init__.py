@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_jax.models.families.bloom import BLOOM
 from qlora_jax.models.families.field_kinds import check_config
 from qlora_jax.models.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from qlora_jax.models.families.gpt_neox import GPT_NEOX
@@ -30,6 +31,7 @@ FAMILIES: dict[str, Family] = {
         PHI3,
         GPT_NEOX,
         OPT,
+        BLOOM,
         T5,
         ROBERTA,
     )

@@ -26,7 +26,8 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim "
         "max_position_embeddings original_max_position_embeddings type_vocab_size num_labels "
         "d_model d_kv d_ff num_layers num_heads relative_attention_num_buckets "
-        "relative_attention_max_distance ffn_dim word_embed_proj_dim sliding_window_pattern",
+        "relative_attention_max_distance ffn_dim word_embed_proj_dim sliding_window_pattern "
+        "n_embed n_layer n_head seq_length",
     ),
     (
         "a whole number, 0 or more",
@@ -55,7 +56,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         is_flag,
         "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_parallel_residual "
         "do_layer_norm_before enable_bias layer_norm_elementwise_affine _remove_final_layer_norm "
-        "scale_decoder_outputs truncate",
+        "scale_decoder_outputs truncate apply_residual_connection_post_layernorm",
     ),
     (
         "a text",

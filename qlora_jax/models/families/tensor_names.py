@@ -11,6 +11,7 @@ def decoder_weights(
     *,
     root: str = "model",
     embedding: str = "embed_tokens",
+    layers: str = "layers",
     norm: str = "norm",
     head: str = "lm_head",
     renamed: Mapping[str, str] | None = None,
@@ -20,11 +21,17 @@ def decoder_weights(
     Args:
         config: the decoder.
         root: what leads all names but the head's.
-        embedding, norm, head: what the modules outside of the layers are called.
+        embedding, layers, norm, head: what these are called; a norm of the embedding is called
+            after it, with `_layernorm`.
         renamed: our name of a module inside of a layer → the checkpoint's, where they differ.
     """
     names = {f"{root}.{embedding}.weight": Slot(("embed_tokens", "weight"), None)}
-    if config.rope is None:
+    if config.embedding_norm:
+        names |= {
+            f"{root}.{embedding}_layernorm.{kind}": Slot(("embed_norm", kind), None)
+            for kind in _norm(config)
+        }
+    if config.learned_positions:
         names[f"{root}.embed_positions.weight"] = Slot(("embed_positions", "weight"), None)
     for linear in config.outer_linears:
         names[f"{root}.{linear}.weight"] = Slot((linear, "kernel"), None)
@@ -38,7 +45,7 @@ def decoder_weights(
             module, _, kind = name.rpartition(".")
             theirs = (renamed or {}).get(module, module)
             index = layer if expert is None else (layer, expert)
-            names[f"{root}.layers.{layer}.{theirs}.{kind}"] = Slot(("layers", *path), index)
+            names[f"{root}.{layers}.{layer}.{theirs}.{kind}"] = Slot(("layers", *path), index)
     return names
 
 
