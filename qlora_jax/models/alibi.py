@@ -28,4 +28,5 @@ def alibi_bias(
     positions: Int[Array, "batch keys"], heads: int
 ) -> Float[Array, "batch {heads} 1 keys"]:
     """What is added to the scores of all queries, in float32; `positions` are the keys'."""
-    return alibi_slopes(heads)[:, None, None] * positions[:, None, None, :].astype(jnp.float32)
+    slopes = jnp.asarray(alibi_slopes(heads))
+    return slopes[:, None, None] * positions[:, None, None, :].astype(jnp.float32)
