@@ -1,4 +1,4 @@
-"""What does a kernel wait for? Nsight Compute's counters, in the terms of docs/kernels.md.
+"""What does a kernel wait for? Nsight Compute's counters, in the terms of docs/kernel_limits.md.
 
     python -m benchmarks.gpu_profile --rows 4096 --implementations mosaic_gpu bf16 --out matmul.json
     python -m benchmarks.gpu_profile --shape 70b-gate-up --config '{"segments": 2}' --out gemv.json

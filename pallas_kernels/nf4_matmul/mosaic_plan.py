@@ -32,7 +32,7 @@ class MatmulConfig:
             afterwards. For few rows, whose tiles are fewer than the multiprocessors.
         wide: a look-up is two float32, not two float16: a fifth fewer instructions a step, look-ups
             take twice the reads of shared memory. Of 256 rows at most 4 stages fit beside them. Not
-            measured yet (docs/kernels.md).
+            measured yet (docs/kernel_limits.md).
     """
 
     rows: int = 256
