@@ -241,8 +241,8 @@ OWN_CUTS = (
 def choose_config(m: int, n: int, k: int) -> GemvConfig:
     """8 warps, unless another way that fits splits the work more evenly by a tenth.
 
-    Measured on an H200 (docs/kernel_limits.md): at an even split 8 warps are fastest, and an uneven one
-    costs about its share, as 5120 columns for 8 warps of 256: there, 20 warps are 1.2 times as
+    Measured on an H200 (docs/kernel_limits.md): at an even split 8 warps are fastest, and an uneven
+    one costs about its share, as 5120 columns for 8 warps of 256: there, 20 warps are 1.2 times as
     fast. The same, not measured, where there are more than 8 rows of x, or where they do not fit
     into shared memory: then the sum is split.
     """
@@ -288,9 +288,9 @@ def configs_to_try(m: int, n: int, k: int) -> list[GemvConfig]:
 
     Its cut with every way to decode that can win, then the most even other cuts with the likeliest.
     More than three pairs of bytes by selects would take the integer units longer than the look-ups
-    take (docs/kernel_limits.md); what `skip_zeros` and `segments` are good for ends with few rows of x.
-    Each cut as it is also starts early. From five rows on, every cut with rows eight together, and
-    splits of their sum.
+    take (docs/kernel_limits.md); what `skip_zeros` and `segments` are good for ends with few rows
+    of x. Each cut as it is also starts early. From five rows on, every cut with rows eight
+    together, and splits of their sum.
     """
     first = choose_config(m, n, k)
 

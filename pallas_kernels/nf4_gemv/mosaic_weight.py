@@ -5,10 +5,10 @@ once, of rows g and g + 8 of each tile of 16: t = 0, 1 hold the even block of a 
 t = 2, 3 the odd one.
 
 So a load reads 64 bytes of each of 8 rows of W, and the first-level cache takes a row at a time
-(docs/kernel_limits.md). Where x is one row, three of its four columns in the matrix B are free: then
-`segments` rows of A can be one row of W, the s-th its s-th 128 columns, multiplied with the s-th
-column of B. A load reads longer pieces of fewer rows. Each product stands in the one lane whose g
-and t belong to the same segment.
+(docs/kernel_limits.md). Where x is one row, three of its four columns in the matrix B are free:
+then `segments` rows of A can be one row of W, the s-th its s-th 128 columns, multiplied with the
+s-th column of B. A load reads longer pieces of fewer rows. Each product stands in the one lane
+whose g and t belong to the same segment.
 """
 
 from pallas_kernels._mosaic import BLOCK

@@ -4,9 +4,10 @@ One warpgroup fills its slots, in order, several steps ahead; the computing ones
 (`full`), use what is in it and say so (`empty`). A step is 64 of the contracted axis: a tile of x,
 codes, and 128 scales, which the feeding warpgroup decodes, one per thread.
 
-What an H200 said of it (docs/kernel_limits.md): the feeding warpgroup must not wait for a load that it
-has just issued, so scales are loaded by the group of steps, a group ahead; and shared memory, which
-`wgmma` is reading, takes 130 clocks to answer, so codes are read a step before they are decoded.
+What an H200 said of it (docs/kernel_limits.md): the feeding warpgroup must not wait for a load that
+it has just issued, so scales are loaded by the group of steps, a group ahead; and shared memory,
+which `wgmma` is reading, takes 130 clocks to answer, so codes are read a step before they are
+decoded.
 """
 
 from collections.abc import Callable

@@ -11,8 +11,8 @@ is ever in memory, shared or global.
   decodes the next step's weights, and the two warpgroups take turns.
 - Codes do not come directly from global memory, because a load takes the path to the first-level
   cache for as many clocks as it touches lines, and that path brings `wgmma` its tiles of x
-  (docs/kernel_limits.md). The reference's table is float32, the kernel's float16 (unless `config.wide`):
-  here a weight has been rounded once more, to 11 bits.
+  (docs/kernel_limits.md). The reference's table is float32, the kernel's float16 (unless
+  `config.wide`): here a weight has been rounded once more, to 11 bits.
 - An adapter is more of the same sum: xa · bᵀ is r / 64 steps with tiles of xa in place of x's and
   fragments of b, which need no decoding, in place of W's. They come first, while W's first codes
   are on their way.
