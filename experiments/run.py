@@ -99,6 +99,11 @@ def check(run: RunConfig) -> Checked:
     longest = run.data.max_len or context_length(folder)
     train, validation, pad = examples_of(run.data, folder, longest)
     check_lengths(run.data, train, validation)
+    if run.train.neftune_noise_alpha is not None and isinstance(train, Pairs):
+        raise ValueError(
+            f"train.neftune_noise_alpha is set, but {run.model.source} is an encoder–decoder, and "
+            "that noise is a decoder's: leave it out."
+        )
     if run.data.packing and isinstance(train, Pairs):
         raise ValueError(
             f"data.packing is set, but {run.model.source} is an encoder–decoder, whose pairs are "

@@ -42,6 +42,7 @@ from qlora_jax.models.cache import (
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_layer import DecoderLayer
 from qlora_jax.models.embedding import Embedding
+from qlora_jax.models.neftune import with_noise
 from qlora_jax.models.norm import norm_for
 from qlora_jax.models.remat import check_remat
 from qlora_jax.models.rope import rotations
@@ -73,6 +74,8 @@ class Decoder(nnx.Module):
 
     `model.remat`, `model.stream_weights`, `model.mlp_tile` and `model.attention` may be set again
     later; none changes results beyond rounding (but `mlp_tile` which units LoRA dropout drops).
+    `model.neftune_noise_alpha` adds noise to the embeddings (`neftune.py`) wherever a dropout key
+    is given; None adds none.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Decoder(nnx.Module):
         self.stream_weights = stream_weights
         self.mlp_tile = mlp_tile
         self.attention = attention
+        self.neftune_noise_alpha: float | None = None
         stored = param_dtype or compute_dtype
         storage = Storage(quant, lora, compute_dtype, stored, matmul, embedding_bits)
         vocab, embed = config.vocab_size, config.hidden_size
@@ -160,7 +164,8 @@ class Decoder(nnx.Module):
             positions: of each token; None counts the real tokens from 0, in each segment anew.
             segments: ids of packed sequences, from 1, each in one piece; 0 is padding. A token sees
                 its own segment only.
-            dropout_key: turns LoRA dropout on; every layer and module gets its own key from it.
+            dropout_key: turns LoRA dropout on, and NEFTune's noise; every layer and module gets its
+                own key from it.
 
         Raises:
             ValueError: the sequence is longer than the learned positions.
@@ -345,6 +350,9 @@ class Decoder(nnx.Module):
         """What enters the first layer, in `compute_dtype`."""
         config = self.config
         x = self.embed_tokens(ids).astype(self.compute_dtype)
+        noise_key = self._outer_key(dropout_key, 2)
+        if self.neftune_noise_alpha is not None and noise_key is not None:
+            x = with_noise(x, positions, self.neftune_noise_alpha, noise_key)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if self.embed_norm is not None:
@@ -365,7 +373,7 @@ class Decoder(nnx.Module):
         return x
 
     def _outer_key(self, key: Array | None, number: int) -> Array | None:
-        """A key of its own for a linear layer outside of the stack: `split` gives layer i what
+        """A key of its own for what is random outside of the stack: `split` gives layer i what
         `fold_in` makes of i, so the numbers go on behind the layers'."""
         number += self.config.num_hidden_layers
         return None if key is None else jax.random.fold_in(key, number)

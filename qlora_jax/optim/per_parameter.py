@@ -29,6 +29,11 @@ def wrapped(inner: Any, wrapper: str) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(inner)
 
 
+def names_of(path: tuple) -> list[str]:
+    """The names on a leaf's path."""
+    return [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+
+
 def by_path(tree: PyTree) -> Iterator[tuple[str, Any]]:
     """(path, leaf) of every leaf."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:

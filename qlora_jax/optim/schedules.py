@@ -9,6 +9,8 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from qlora_jax.optim.per_parameter import names_of
+
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -56,10 +58,7 @@ def decay_mask(params: PyTree) -> PyTree:
     """
 
     def decays(path: tuple, _leaf: object) -> bool:
-        names = [
-            str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))).lower()
-            for key in path
-        ]
+        names = [name.lower() for name in names_of(path)]
         return not any("bias" in name or "norm" in name or name.startswith("ln_") for name in names)
 
     return jax.tree_util.tree_map_with_path(decays, params)

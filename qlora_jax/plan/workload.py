@@ -188,6 +188,8 @@ def model_shapes(work: Workload, mesh: jax.sharding.Mesh | None = None) -> Decod
 
     def build() -> Any:
         model = family.build(config, **options, rngs=nnx.Rngs(0))
+        if isinstance(model, Decoder):
+            model.neftune_noise_alpha = work.train.neftune_noise_alpha
         return add_lora(model, lora, rngs=nnx.Rngs(0), names=names)
 
     model = nnx.eval_shape(build)

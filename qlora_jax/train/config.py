@@ -17,6 +17,7 @@ from qlora_jax.optim import (
     decay_mask,
     eight_bit,
     learning_rate_schedule,
+    loraplus,
     master_weights,
     paged,
 )
@@ -40,6 +41,8 @@ class TrainConfig:
       master_weights: keep a float32 copy of the adapters in the optimizer's state, and update that:
         for adapters of 16 bits, which alone would lose small updates to rounding.
       learning_rate: peak rate. Lion takes about a third to a tenth of AdamW's.
+      loraplus_lr_ratio: rate of adapters' B over that of all else (LoRA+; its paper takes 16 with a
+        lower learning_rate).
       schedule: "constant", "linear" or "cosine" decay after the warmup.
       warmup_steps: updates over which the rate rises from 0.
       micro_batch_size: examples whose activations are held at once.
@@ -48,6 +51,8 @@ class TrainConfig:
       max_grad_norm: clip gradients to this global norm; None does not clip.
       b1, b2: decay of the moments; Lion's authors take 0.9 and 0.99.
       eps: AdamW's.
+      neftune_noise_alpha: noise on the embeddings of training batches (NEFTune; 5 to 15 in its
+        paper), of decoders; None for none.
       weight_decay: decoupled, on all but biases and norms.
       paged: keep the optimizer's state in pinned host memory.
       page_min_size: state arrays with fewer elements stay on the device.
@@ -71,6 +76,7 @@ class TrainConfig:
     optim: str = "adamw"
     master_weights: bool = False
     learning_rate: float = 2e-4
+    loraplus_lr_ratio: float = 1.0
     schedule: str = "constant"
     warmup_steps: int = 0
     micro_batch_size: int = 16
@@ -80,6 +86,7 @@ class TrainConfig:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    neftune_noise_alpha: float | None = None
     paged: bool = True
     page_min_size: int = 100_000
     gradients_on_host: bool = False
@@ -135,6 +142,13 @@ class TrainConfig:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm} must be positive; None does not clip."
             )
+        for name, plain in (
+            ("loraplus_lr_ratio", "1 treats A and B alike"),
+            ("neftune_noise_alpha", "None adds no noise"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 < self._single(name) < math.inf:
+                raise ValueError(f"{name}={value} must be a finite number above 0; {plain}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule={self.schedule!r} is unknown; expected one of {', '.join(SCHEDULES)}."
@@ -202,6 +216,8 @@ class TrainConfig:
             tx = optax.lion(self.learning_rates(), b1=self.b1, b2=self.b2, **decay)
         else:
             tx = optax.adamw(self.learning_rates(), b1=self.b1, b2=self.b2, eps=self.eps, **decay)
+        if self.loraplus_lr_ratio != 1:
+            tx = loraplus(tx, self.loraplus_lr_ratio)
         if self.optim.endswith("_8bit"):
             tx = eight_bit(tx)
         if self.master_weights:

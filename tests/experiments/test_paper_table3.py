@@ -199,6 +199,9 @@ def test_superni_and_finetune_on_a_tiny_t5(tmp_path, capsys):
     assert finetune(["--model", model, "--data", str(rows), "--out", str(run), *flags]) == 0
     adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (16, 64)
+    noisy = ["--set", "train.neftune_noise_alpha=5", "--out", str(tmp_path / "noisy")]
+    assert finetune(["--model", model, "--data", str(rows), *flags, *noisy]) == 2
+    assert "that noise is a decoder's: leave it out" in capsys.readouterr().err
     capsys.readouterr()
 
 

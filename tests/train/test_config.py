@@ -33,6 +33,9 @@ from qlora_jax.train import TrainConfig
         ("eps", 1e-40),
         ("seed", 2**32),
         ("max_grad_norm", 0.0),
+        ("loraplus_lr_ratio", 0.0),
+        ("loraplus_lr_ratio", float("inf")),
+        ("neftune_noise_alpha", -5.0),
         ("schedule", "polynomial"),
         ("optim", "sgd"),
         ("warmup_steps", 1000),
@@ -52,6 +55,7 @@ def test_bad_values_are_named(field, value):
         ("eps", None),
         ("max_grad_norm", "0.3"),
         ("paged", "no"),
+        ("loraplus_lr_ratio", None),
         ("steps", True),
         ("learning_rate", True),
     ],
@@ -82,6 +86,15 @@ def test_optimizer_is_clipped_adamw(paged, max_grad_norm):
     found = jax.jit(tx.update)(grads, tx.init(params), params)[0]
     expected = jax.jit(plain.update)(grads, plain.init(params), params)[0]
     np.testing.assert_allclose(found["lora_A"], expected["lora_A"], rtol=1e-6)
+
+
+def test_loraplus_is_within_the_optimizer():
+    params = {"lora_A": jnp.ones((4, 5)), "lora_B": jnp.ones((5, 4))}
+    grads = jax.tree.map(jnp.ones_like, params)
+    tx = TrainConfig(loraplus_lr_ratio=16.0, max_grad_norm=None).optimizer()
+    updates = jax.jit(tx.update)(grads, tx.init(params), params)[0]
+    np.testing.assert_allclose(updates["lora_A"], -2e-4, rtol=1e-5)
+    np.testing.assert_allclose(updates["lora_B"], -16 * 2e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "lion", "lion_8bit"])

@@ -17,6 +17,7 @@ from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig, fit
 from tests.random_decoder import random_decoder
+from tests.train.toy import Toy, ToyBatches
 
 LORA = LoraConfig(r=4, alpha=8, lora_dropout=0.1)
 
@@ -76,3 +77,32 @@ def test_a_quantized_decoder_is_finetuned_and_its_adapter_saved(tmp_path):
         leaf.sharding.memory_kind == "device"
         for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
     )
+
+
+def test_neftune_is_in_the_training_loss_alone(tmp_path):
+    def losses(folder: str, alpha: float | None, model=None):
+        model = model or _decoder()
+        batches = Batches(_examples(8), batch_size=4, seed=0, buckets=(16,), pad_token_id=0)
+        config = TrainConfig(steps=1, micro_batch_size=4, neftune_noise_alpha=alpha, paged=False)
+        result = fit(
+            model,
+            batches,
+            config,
+            run_folder=tmp_path / folder,
+            eval_batches=[batches.at(0)],
+            console=Console(file=io.StringIO()),
+        )
+        return model, result
+
+    model, noisy = losses("noisy", 5.0)
+    _, plain = losses("plain", None)
+    assert noisy.first_eval.loss == plain.first_eval.loss
+    assert abs(noisy.train_loss - plain.train_loss) > 1e-4
+    # What a model was trained with before does not decide how it is trained now.
+    losses("again", None, model)
+    assert model.neftune_noise_alpha is None
+
+
+def test_neftune_needs_a_decoder(tmp_path):
+    with pytest.raises(ValueError, match="Toy has no such noise, which is a Decoder's"):
+        fit(Toy(), ToyBatches(4), TrainConfig(neftune_noise_alpha=5.0), run_folder=tmp_path)

@@ -135,7 +135,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "adamw, a head trained beside": ({"quant": QuantConfig(), "outside": True}, {}),
     "lion, 16 bits with master weights": (
         {"dtype": jnp.bfloat16},
-        {"optim": "lion", "master_weights": True, "weight_decay": 0.1},
+        {"optim": "lion", "master_weights": True, "weight_decay": 0.1, "loraplus_lr_ratio": 4.0},
     ),
     "adamw, dora, decay, not paged": (
         {"use_dora": True},

@@ -1,0 +1,59 @@
+"""NEFTune: uniform noise on the embeddings, by the length of each text, in training alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.models import DecoderConfig
+from qlora_jax.models.neftune import with_noise
+from tests.random_decoder import random_decoder
+
+CONFIG = DecoderConfig(
+    vocab_size=32,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+)
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 6)), jnp.int32)
+
+
+def test_noise_is_uniform_within_the_bound_of_each_text():
+    """Padded left, padded right, two packed texts, and one text of all tokens."""
+    positions = [[0, 0, 0, 1, 2, 3], [0, 1, 2, 2, 2, 2], [0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+    lengths = np.array([[1, 1, 4, 4, 4, 4], [3, 3, 3, 1, 1, 1], [2, 2, 4, 4, 4, 4], [6] * 6])
+    real = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1] * 6, [1] * 6], bool)
+    width, alpha = 4096, 5.0
+    x = jnp.ones((4, 6, width), jnp.float32)
+    noise = with_noise(x, jnp.asarray(positions, jnp.int32), alpha, jax.random.key(0)) - 1
+    scaled = np.asarray(noise) / (alpha / np.sqrt(lengths * width))[..., None]
+    scaled = scaled[real]
+    assert np.abs(scaled).max() <= 1 + 1e-4
+    # Of 4096 uniform numbers in [-1, 1]: mean 0 ± 0.009, variance 1/3 ± 0.0047; five times that.
+    np.testing.assert_allclose(scaled.mean(axis=-1), 0, atol=0.045)
+    np.testing.assert_allclose(scaled.var(axis=-1), 1 / 3, atol=0.024)
+    assert abs(np.corrcoef(scaled)[~np.eye(len(scaled), dtype=bool)]).max() < 0.1
+
+
+def test_a_decoder_is_noisy_with_a_key_alone():
+    @jax.jit
+    def logits(model, key):
+        return model(IDS, dropout_key=key)
+
+    model = random_decoder(CONFIG)
+    plain = logits(model, None)
+    keys = [jax.random.key(seed) for seed in (0, 1)]
+    np.testing.assert_array_equal(logits(model, keys[0]), plain)
+    model.neftune_noise_alpha = 5.0
+    np.testing.assert_array_equal(logits(model, None), plain)
+    one, again, other = (logits(model, key) for key in (keys[0], keys[0], keys[1]))
+    np.testing.assert_array_equal(one, again)
+    assert min(np.abs(one - plain).max(), np.abs(one - other).max()) > 1e-3
+
+
+def test_16_bits_stay_16_bits():
+    x = jnp.ones((1, 3, 8), jnp.bfloat16)
+    positions = jnp.arange(3, dtype=jnp.int32)[None]
+    assert with_noise(x, positions, 5.0, jax.random.key(0)).dtype == jnp.bfloat16

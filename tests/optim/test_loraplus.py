@@ -1,0 +1,51 @@
+"""LoRA+: B's updates, and no other, are those of a higher rate."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from qlora_jax.optim import decay_mask, eight_bit, loraplus, master_weights, paged
+
+PARAMS = {
+    "layers": {"q_proj": {"lora_A": np.ones((2, 4, 8)), "lora_B": np.full((2, 8, 4), 0.5)}},
+    "q_proj": {"bias": np.ones(8)},
+}
+PARAMS = jax.tree.map(lambda x: x.astype(np.float32), PARAMS)
+
+
+def trained(tx: optax.GradientTransformation, steps: int = 3):
+    params, state = PARAMS, tx.init(PARAMS)
+    update = jax.jit(tx.update)
+    for step in range(steps):
+        rng = np.random.default_rng(step)
+        grads = jax.tree.map(lambda x, rng=rng: rng.normal(size=x.shape).astype(x.dtype), params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_b_learns_by_its_own_rate():
+    decay = {"weight_decay": 0.1, "mask": decay_mask}
+    found = trained(loraplus(optax.adamw(1e-3, **decay), 16.0))
+    slow, fast = (trained(optax.adamw(rate, **decay)) for rate in (1e-3, 16e-3))
+    layer, slow_layer, fast_layer = (tree["layers"]["q_proj"] for tree in (found, slow, fast))
+    np.testing.assert_array_equal(layer["lora_A"], slow_layer["lora_A"])
+    np.testing.assert_array_equal(found["q_proj"]["bias"], slow["q_proj"]["bias"])
+    np.testing.assert_allclose(layer["lora_B"], fast_layer["lora_B"], rtol=1e-6)
+    assert np.abs(layer["lora_B"] - slow_layer["lora_B"]).min() > 1e-3
+
+
+@pytest.mark.parametrize("wrapper", [master_weights, eight_bit, lambda tx: paged(tx, min_size=0)])
+def test_inside_of_other_wrappers(wrapper):
+    alike, apart = (trained(wrapper(loraplus(optax.lion(1e-3), ratio)), 1) for ratio in (1.0, 4.0))
+    before = PARAMS["layers"]["q_proj"]
+    alike, apart = (tree["layers"]["q_proj"] for tree in (alike, apart))
+    np.testing.assert_array_equal(apart["lora_A"], alike["lora_A"])
+    moved, plain = (tree["lora_B"] - before["lora_B"] for tree in (apart, alike))
+    np.testing.assert_allclose(moved, 4 * plain, rtol=1e-4)
+
+
+def test_what_is_no_ratio():
+    with pytest.raises(ValueError, match=r"lr_ratio=0\.0 must be above 0; 1 treats A and B alike"):
+        loraplus(optax.sgd(1.0), 0.0)
