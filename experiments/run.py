@@ -55,7 +55,7 @@ from qlora_jax.processes import are_several, on_first
 from qlora_jax.train import Callback, fit
 from qlora_jax.train.callbacks import elapsed_seconds
 from qlora_jax.train.config import FREE_ON_RESUME
-from qlora_jax.train.progress import peak_device_bytes, peak_host_bytes
+from qlora_jax.train.peak import forget_peak_host_bytes, peak_device_bytes, peak_host_bytes
 
 CONFIG = "config.yaml"
 
@@ -234,6 +234,9 @@ def execute(
         ValueError, OSError, RuntimeError: as `check` and `qlora_jax.train.fit` do.
     """
     began = time.perf_counter()
+    # Of a sweep's cells each is told what it held itself.
+    forget_peak_host_bytes()
+    device_peak_before = peak_device_bytes()
     console = console or Console()
     checked = check(run)
     cuts = told_of_cuts(run.data, checked.train)
@@ -316,6 +319,7 @@ def execute(
     def conclude() -> dict[str, Any]:
         result = _result(model, folder, labels) | {
             **examined,
+            "peak_device_memory_bytes": _device_peak_since(device_peak_before),
             "seconds": round(beside_training + elapsed_seconds(read_metrics(folder / METRICS)), 1),
             "devices": run.devices.count,
             "train_rows": len(checked.train),
@@ -364,6 +368,12 @@ def _described(devices: DevicesConfig) -> str:
     return "1 device" if devices.count == 1 else f"{devices.count} devices ({devices.weights})"
 
 
+def _device_peak_since(before: int | None) -> int | None:
+    """A device's count only rises: None where an earlier run of this process held as much."""
+    peak = peak_device_bytes()
+    return None if peak is None or peak <= (before or 0) else peak
+
+
 def _result(model: nnx.Module, folder: Path, labels: Mapping[str, str]) -> dict[str, Any]:
     """From the metrics on disk, so that a run in several pieces tells the same as one in one."""
     metrics = read_metrics(folder / METRICS)
@@ -383,7 +393,6 @@ def _result(model: nnx.Module, folder: Path, labels: Mapping[str, str]) -> dict[
         "trained_tokens": sum(line["tokens"] for line in steps),
         "tokens_per_second": speeds[-1] if speeds else 0.0,
         "peak_host_memory_bytes": peak_host_bytes(),
-        "peak_device_memory_bytes": peak_device_bytes(),
         "adapter_parameters": sum(leaf.size for leaf in jax.tree.leaves(lora)),
         "base_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(frozen)),
         "versions": {"python": platform.python_version(), "jax": jax.__version__},

@@ -38,7 +38,8 @@ from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.clock import Clock
 from qlora_jax.train.config import TrainConfig
-from qlora_jax.train.progress import ProgressDisplay, peak_device_bytes, peak_host_bytes
+from qlora_jax.train.peak import peak_device_bytes, peak_host_bytes
+from qlora_jax.train.progress import ProgressDisplay
 from qlora_jax.train.run_folder import check_or_write_config, describe_run, locked_run_folder
 from qlora_jax.train.step import StepMetrics, init_state, make_train_step
 from qlora_jax.train.traffic import HostTraffic, host_traffic

@@ -1,10 +1,7 @@
 """What a person sees while a run goes on: a bar on a terminal, plain lines in a log file."""
 
-import resource
-import sys
 from collections.abc import Mapping
 
-import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -79,20 +76,3 @@ class ProgressDisplay:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
-
-
-def peak_host_bytes() -> int:
-    """The most memory this process has held so far, in bytes (resident set)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_device_bytes() -> int | None:
-    """The most memory any local device has held so far; None where the backend does not tell."""
-    peaks = [
-        stats["peak_bytes_in_use"]
-        for device in jax.local_devices()
-        if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
-    ]
-    return max(peaks, default=None)
