@@ -12,13 +12,14 @@ sorted weights lie as a normal sample's would.
 
 At the 5 % level chance alone rejects 5 % of normal units; the paper has 7.5 % for LLaMA 7B. The
 more weights a unit has, the smaller a departure is seen: the share says whether weights are exactly
-normal, and W how nearly. The table has its median; of normal weights that is 0.983 for 64 of them,
+normal, and W how nearly. The table has its median; of normal weights that is 0.982 for 64 of them,
 0.9974 for 576, 0.9996 for 4,096.
 
-p is an approximation (Royston's), accurate to 5,000 weights; scipy warns beyond. Of a longer row a
-random 5,000 are tested, the same ones in every run. A row of one number is counted as not normal.
-Weights are read one matrix at a time, in 16 or 32 bits: a 4-bit folder has but its data type's own
-values, and is refused. LLaMA 7B's 1.36 million units take minutes, so none is left out.
+p is an approximation, Royston's, which rejects too few of long rows (docs/results.md); beyond 5,000
+weights scipy warns of it. Of a longer row a random 5,000 are tested, the same ones in every run. A
+row of one number is counted as not normal. Weights are read one matrix at a time, in 16 or 32 bits:
+a 4-bit folder has but its data type's own values, and is refused. LLaMA 7B's 1.36 million units
+take minutes, so none is left out.
 
 OUT gets normality.json (each matrix), normality.md (by kind of linear layer) and normality.png (by
 depth; needs matplotlib: extra `plots`).
@@ -49,7 +50,7 @@ from qlora_jax.models import family_of
 LEVEL = 0.05
 """A unit is called non-normal where p is below; so is this share of normal ones, by chance."""
 LONGEST = 5000
-"""Weights of one unit that the test's p is accurate for."""
+"""Weights of one unit beyond which scipy holds p for inaccurate."""
 PAPER = 0.075
 """The paper's share of non-normal units in LLaMA 7B."""
 _ROWS = 256
