@@ -2,6 +2,7 @@
 
     python -m experiments.paper.datatypes MODEL --text FILE
     python -m experiments.paper.datatypes /tmp/smollm2 --text wiki.test.raw --max-tokens 32768
+    python -m experiments.paper.datatypes facebook/opt-125m EleutherAI/pythia-410m --text FILE
 
 The linear weights of the model's layers are stored in each data type in turn, everything else in
 32 bits, and the same tokens are scored: so a difference between two lines is what the data type
@@ -13,7 +14,11 @@ Perplexity is weighted by tokens; windows of --window tokens move on by --stride
 default), and every token but the first is scored once (qlora_jax/evaluate/text.py).
 
 OUT gets datatypes.json, datatypes.md and datatypes.png (the plot needs matplotlib: extra `plots`).
-Cases that OUT has already are not computed again.
+Cases that OUT has already are not computed again. Of several models each has these in a folder of
+its own, OUT/NAME, and mean.md has the perplexity of each data type as the mean over the models,
+beside the paper's. It is the plain mean, as the paper's Table 2: tokens of one tokenizer hold more
+text than another's, and the models that do worst count most, so that it ranks data types over the
+same models and says nothing else.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from rich.table import Table
 
 from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
 from experiments.estimate import bits_per_weight
+from experiments.paper.tables import Table as ResultTable
 from experiments.report import write_atomically
 from experiments.rows import decoder_context, find_model
 from qlora_jax.cli.arguments import count
@@ -57,6 +63,8 @@ TYPES: dict[str, tuple[str, bool]] = {
 }
 """The paper's names: quant_type, and whether its constants are quantized too."""
 _FLOATS = {"FP32": "float32", "FP16": "float16"}
+PAPER = {"INT4": 34.34, "FP4-E2M1": 31.07, "FP4-E3M0": 29.48, "NF4+DQ": 27.41}
+"""Table 2: mean perplexity on Pile Common Crawl of OPT, BLOOM, LLaMA and Pythia, 125M to 13B."""
 
 
 class Case(NamedTuple):
@@ -88,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="embedded model, folder or hub name")
+    add("models", nargs="+", metavar="MODEL", help="embedded model, folder or hub name")
     add("--text", type=Path, required=True, metavar="FILE", help="what is read")
     add("--types", nargs="+", default=[*_FLOATS, *TYPES], metavar="TYPE",
         help=f"({' '.join([*_FLOATS, *TYPES])})")  # fmt: skip
@@ -105,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=count, metavar="N", help="score only the first so many")
     add("--batch-size", type=count, default=4, metavar="N", help="windows at once (4)")
     add("--compute-dtype", choices=COMPUTE_DTYPES, default="float32", help="of activations")
-    add("--out", type=Path, metavar="FOLDER", help="(runs/datatypes/MODEL)")
+    add("--out", type=Path, metavar="FOLDER", help="(runs/datatypes/MODEL; runs/datatypes)")
     return parser
 
 
@@ -190,9 +198,40 @@ def measure(
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """Measures every case and writes OUT."""
+    """Measures every case of every model and writes OUT."""
     cases = cases_of(options.types, options.blocksizes)
-    folder = find_model(options.model)
+    names = [Path(model).name for model in options.models]
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise ValueError(f"{times} models are called {name}: each needs a folder of its own.")
+    folders = [find_model(model) for model in options.models]
+    for folder in folders:
+        decoder_context(folder)  # what is no decoder is refused before one is measured
+    root = options.out or Path("runs") / "datatypes"
+    outs = [root / name for name in names]
+    if len(outs) == 1 and options.out is not None:
+        outs = [options.out]
+    results = [
+        measure_model(model, folder, out, cases, options, console)
+        for model, folder, out in zip(options.models, folders, outs, strict=True)
+    ]
+    if len(results) > 1:
+        mean = mean_table(results, names)
+        write_atomically(root / "mean.md", mean.markdown())
+        console.print(mean.rich())
+        console.print(str(root / "mean.md"), highlight=False)
+    return 0
+
+
+def measure_model(
+    model: str,
+    folder: Path,
+    out: Path,
+    cases: Sequence[Case],
+    options: argparse.Namespace,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Measures every case of one model and writes its files; returns a line for each case."""
     window = min(options.window, decoder_context(folder))
     tokenizer = load_tokenizer(folder)
     ids = read_tokens(options.text, tokenizer)
@@ -206,7 +245,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         pad_token_id=tokenizer.pad_token_id,
     )
     about = {
-        "model": options.model,
+        "model": model,
         "text": options.text.name,
         "tokens_sha256": hashlib.sha256(repr(ids).encode()).hexdigest(),
         "window": window,
@@ -214,7 +253,6 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "compute_dtype": options.compute_dtype,
         "embedding_bits": options.embedding_bits,
     }
-    out = options.out or Path("runs") / "datatypes" / Path(options.model).name
     out.mkdir(parents=True, exist_ok=True)
     keep_compiled_programs(out.parent / ".jax-cache")
     known = _known(out / "datatypes.json", about)
@@ -237,9 +275,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         console.print("no plot without matplotlib: pip install 'qlora-jax[plots]'", markup=False)
     else:
-        plot(results, out / "datatypes.png", title=f"{Path(options.model).name}, {about['text']}")
+        plot(results, out / "datatypes.png", title=f"{Path(model).name}, {about['text']}")
     console.print(str(out), highlight=False)
-    return 0
+    return results
 
 
 def _known(path: Path, about: dict[str, Any]) -> dict[Case, dict[str, Any]]:
@@ -293,6 +331,28 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     rows = [_HEAD, ("---",) * len(_HEAD), *_lines(results)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def mean_table(results: Sequence[Sequence[dict[str, Any]]], names: Sequence[str]) -> ResultTable:
+    """Mean perplexity of each case over the models, the paper's beside it.
+
+    Args:
+        results: of each model, its lines of the same cases.
+        names: the models'.
+    """
+    rows = []
+    for lines in zip(*results, strict=True):
+        name, block = lines[0]["type"], lines[0]["blocksize"]
+        mean = sum(line["perplexity"] for line in lines) / len(lines)
+        # The paper's blocks.
+        rows.append((name, block, mean, PAPER.get(name) if block == 64 else None))
+    return ResultTable(
+        "mean",
+        f"Mean perplexity over {', '.join(names)}",
+        ("data type", "block", f"mean of {len(names)} models", "paper"),
+        tuple(rows),
+        digits=2,
+    )
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:

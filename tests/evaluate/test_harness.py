@@ -1,7 +1,9 @@
 """The adapter to lm-evaluation-harness: scores against float64, answers, and a task of its own."""
 
 import abc
+import json
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -256,3 +258,48 @@ def test_a_task_under_the_harness_itself(model, stories, tmp_path):
         for q, choices, answer in pairs
     ]
     assert found["results"]["tiny_choice"]["acc,none"] == np.mean(right)
+
+
+def test_crows_pairs_under_the_harness_itself(model, stories, logits, tmp_path):
+    """The harness's own task on rows of its form: whole sentences, behind no context at all."""
+    lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    tasks = pytest.importorskip("lm_eval.tasks")
+    rows = [
+        ("gender", "Tom liked to run.", "Sue liked to run."),
+        ("age", "The old man sat.", "The young man sat."),
+        ("gender", "My mom was sad.", "My dad was sad."),
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        "".join(
+            json.dumps({"bias_type": bias, "sent_more": more, "sent_less": less}) + "\n"
+            for bias, more, less in rows
+        )
+    )
+    theirs = Path(tasks.__file__).parent / "crows_pairs"
+    for part in ("english", "english_gender"):
+        (tmp_path / f"{part}.yaml").write_text(
+            f"include: {theirs}/crows_pairs_{part}.yaml\ntask: local_{part}\n"
+            f"dataset_path: json\ndataset_name: null\n"
+            f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        )
+    found = lm_eval.simple_evaluate(
+        Harness(model, stories, max_len=64, batch_size=4).lm(),
+        tasks=["local_english", "local_english_gender"],
+        task_manager=tasks.TaskManager(include_path=str(tmp_path)),
+        bootstrap_iters=0,
+    )["results"]
+
+    def log_probability(sentence: str) -> float:
+        ids = stories.encode(sentence)
+        assert ids[0] == stories.bos_token_id
+        return sum(
+            nats(scores, token) for scores, token in zip(logits(ids[:-1]), ids[1:], strict=True)
+        )
+
+    apart = [log_probability(more) - log_probability(less) for _, more, less in rows]
+    for task, chosen in (("local_english", apart), ("local_english_gender", apart[::2])):
+        assert found[task]["likelihood_diff,none"] == pytest.approx(
+            np.mean(np.abs(chosen)), abs=1e-4
+        )
+        assert found[task]["pct_stereotype,none"] == np.mean(np.array(chosen) > 0)

@@ -87,3 +87,59 @@ def test_a_table_over_block_sizes_that_goes_on(tmp_path, capsys, monkeypatch):
     (tmp_path / "datatypes.json").write_text("{")
     assert datatypes.main(command(tmp_path)) == 2
     assert "datatypes.json is not valid JSON" in capsys.readouterr().err
+
+
+def test_several_models_and_their_mean(tmp_path, capsys, monkeypatch):
+    """Each as alone, in a folder of its own; the plain mean of perplexities beside the paper's."""
+
+    def measure(folder, case, batches, compute_dtype, embedding_bits):
+        size = 1 if folder.name == "stdlib-1m" else 4
+        found = {"type": case.name, "blocksize": case.blocksize, "bits": case.bits}
+        return found | {"nll": 1.0, "perplexity": size * case.bits, "tokens": 128}
+
+    monkeypatch.setattr(datatypes, "measure", measure)
+    text = tmp_path / "text.txt"
+    text.write_text("return self.width * self.height\n" * 20)
+    flags = ["--text", str(text), "--types", "FP16", "INT4", "NF4+DQ", "--blocksizes", "64", "128"]
+    models = ["stdlib-1m", "stdlib-4m"]
+    assert datatypes.main([*models, *flags, "--out", str(tmp_path / "all")]) == 0
+    assert "Mean perplexity over stdlib-1m, stdlib-4m" in capsys.readouterr().out
+    assert (tmp_path / "all" / "mean.md").read_text().splitlines()[2:] == [
+        "| FP16 | – | 40.00 | – |",
+        "| INT4 | 64 | 11.25 | 34.34 |",
+        "| INT4 | 128 | 10.62 | – |",
+        "| NF4+DQ | 64 | 10.32 | 27.41 |",
+        "| NF4+DQ | 128 | 10.16 | – |",
+    ]
+    files = {"datatypes.json", "datatypes.md", "datatypes.png"}
+    for model in models:
+        alone, one = tmp_path / f"{model}-alone", tmp_path / "all" / model
+        assert datatypes.main([model, *flags, "--out", str(alone)]) == 0
+        for folder in (alone, one):
+            assert {path.name for path in folder.iterdir()} == files
+        for name in ("datatypes.json", "datatypes.md"):
+            assert (one / name).read_text() == (alone / name).read_text()
+    monkeypatch.chdir(tmp_path)
+    assert datatypes.main([models[0], *flags]) == 0
+    assert datatypes.main([*models, *flags]) == 0
+    runs = tmp_path / "runs" / "datatypes"
+    assert {path.name for path in runs.iterdir()} == {*models, "mean.md"}
+
+
+def test_several_models_are_checked_before_one_is_measured(tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise AssertionError("a model was measured before the next was checked")
+
+    monkeypatch.setattr(datatypes, "measure", fail)
+    text = tmp_path / "text.txt"
+    text.write_text("a text\n" * 20)
+    t5 = tiny_t5(tmp_path / "t5")
+    for other, words in (
+        ("stdlib-2m", "stdlib-2m is neither a folder here nor an embedded model"),
+        (str(t5), "is an encoder–decoder, but a decoder is asked"),
+        ("stdlib-1m", "2 models are called stdlib-1m: each needs a folder of its own"),
+    ):
+        flags = ["--text", str(text), "--out", str(tmp_path / "out")]
+        assert datatypes.main(["stdlib-1m", other, *flags]) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
