@@ -4,19 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.models import DecoderConfig
 from qlora_jax.models.neftune import with_noise
-from tests.random_decoder import random_decoder
+from tests.random_decoder import ONE_LAYER, random_decoder
 
-CONFIG = DecoderConfig(
-    vocab_size=32,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-)
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 6)), jnp.int32)
 
 
@@ -42,7 +32,7 @@ def test_a_decoder_is_noisy_with_a_key_alone():
     def logits(model, key):
         return model(IDS, dropout_key=key)
 
-    model = random_decoder(CONFIG)
+    model = random_decoder(ONE_LAYER)
     plain = logits(model, None)
     keys = [jax.random.key(seed) for seed in (0, 1)]
     np.testing.assert_array_equal(logits(model, keys[0]), plain)

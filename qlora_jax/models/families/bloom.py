@@ -5,21 +5,17 @@ biases. The published files name their tensors as a model without a head does (`
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from qlora_jax.models.config import DecoderConfig, LayerNames
+from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.families import gpt_neox
 from qlora_jax.models.families.config_json import read_decoder, refuse
 from qlora_jax.models.families.tensor_names import decoder_weights
 from qlora_jax.models.family import Family, Slot, number, required
 
-NAMES = LayerNames(
-    attention="self_attention",
-    qkv="query_key_value",
-    o="dense",
-    up="dense_h_to_4h",
-    down="dense_4h_to_h",
-)
+NAMES = replace(gpt_neox.NAMES, attention="self_attention")
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
