@@ -1,5 +1,6 @@
 """The notebooks run from the first cell to the last, and say what their text promises."""
 
+import re
 from pathlib import Path
 
 import nbclient
@@ -26,6 +27,15 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )
+    if path.stem == "inside":
+        bits = dict(re.findall(r"^(nf4|fp4|int4): (\d\.\d+) bits$", text, re.MULTILINE))
+        assert float(bits["nf4"]) > float(bits["fp4"]) > float(bits["int4"]) > 3
+        assert "4.127 bits" in text
+        adapted = re.findall(r"^(\w+_proj) +([\d.]+) +([\d.]+) +([\d.]+)$", text, re.MULTILINE)
+        assert len(adapted) == 7
+        # Four bits are 9 % off on normal weights (quickstart), and of r = 16 no more is used.
+        assert all(0.08 < float(wrong) < 0.1 for _, _, wrong, _ in adapted)
+        assert all(1 < float(directions) < 16 for *_, directions in adapted)
     if path.stem == "quickstart":
         assert "4.127" in text
         line = next(line for line in text.splitlines() if line.endswith("loaded"))
