@@ -9,7 +9,7 @@
 | embedding_norm | no | BLOOM |
 | sliding_window, layer_types | every layer sees everything | Mistral, Phi-3, Gemma, Qwen |
 | qk_norm, attention_scale, soft caps, embedding_scale, norm_offset | none | Gemma, Qwen3 |
-| num_local_experts | 0 | Mixtral |
+| num_local_experts | 0 | Mixtral, Qwen3 |
 """
 
 from dataclasses import dataclass, field
@@ -90,6 +90,7 @@ class DecoderConfig:
             `project_out` lie between it and the layers; None where it is `hidden_size`.
         num_local_experts: MLPs of a layer among which a router chooses; 0 for one MLP and none.
         num_experts_per_tok: how many of them a token passes through.
+        norm_topk_prob: whether the proportions of those add up to 1; else to their share of all.
         names: what the family calls the parts of a layer.
         model_type: the family (`families/`) whose config.json and weight names it is saved by.
         sees: whether it was read as the text part of a model that also sees: its adapters are saved
@@ -132,6 +133,7 @@ class DecoderConfig:
     word_embed_proj_dim: int | None = None
     num_local_experts: int = 0
     num_experts_per_tok: int = 2
+    norm_topk_prob: bool = True
     names: LayerNames = LayerNames()
     model_type: str = "llama"
     sees: bool = False

@@ -130,7 +130,8 @@ class MixtureOfExperts(GathersItself):
         tokens = x.reshape(-1, x.shape[-1])
         scores = jnp.einsum("te,xe->tx", tokens, gate.astype(x.dtype))
         share, expert = jax.lax.top_k(jax.nn.softmax(scores.astype(jnp.float32)), chosen)
-        share /= share.sum(axis=-1, keepdims=True)
+        if self.config.norm_topk_prob:
+            share /= share.sum(axis=-1, keepdims=True)
 
         size = min(-(-expert.size // experts), BLOCK)
         count = (expert.size + experts * (size - 1)) // size

@@ -57,6 +57,12 @@ _EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 _FLAN = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 _QWEN_25 = {"max_position_embeddings": 32768, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6}
 _QWEN_3 = {**_QWEN_25, "max_position_embeddings": 40960, "head_dim": 128}
+_QWEN_3_EXPERTS = {
+    **_QWEN_3,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
 _TIED = {"tie_word_embeddings": True}
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -90,6 +96,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": _decoder("qwen3", (4096, 12288, 36, 32, 8, 151936), **_QWEN_3),
     "qwen3-14b": _decoder("qwen3", (5120, 17408, 40, 40, 8, 151936), **_QWEN_3),
     "qwen3-32b": _decoder("qwen3", (5120, 25600, 64, 64, 8, 151936), **_QWEN_3),
+    "qwen3-30b-a3b": _decoder(
+        "qwen3_moe",
+        (2048, 6144, 48, 32, 4, 151936),
+        **_QWEN_3_EXPERTS,
+        moe_intermediate_size=768,
+    ),
+    "qwen3-235b-a22b": _decoder(
+        "qwen3_moe",
+        (4096, 12288, 94, 64, 4, 151936),
+        **_QWEN_3_EXPERTS,
+        moe_intermediate_size=1536,
+    ),
     "t5-small": _t5((512, 64, 2048, 6, 8)),
     "t5-base": _t5((768, 64, 3072, 12, 12)),
     "t5-large": _t5((1024, 64, 4096, 24, 16)),

@@ -70,6 +70,7 @@ def test_names_and_configs(name):
     "name",
     [
         "mixtral-window",
+        pytest.param("qwen3_moe-shares", marks=pytest.mark.slow),
         pytest.param("gpt_neox-parallel", marks=pytest.mark.slow),
         pytest.param("bloom-even", marks=pytest.mark.slow),
         pytest.param("gemma3_text-scaled", marks=pytest.mark.slow),
@@ -103,7 +104,7 @@ def test_quantized_with_adapters(name):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("name", ["mixtral-window", "opt-350m", "bloom-even"])
+@pytest.mark.parametrize("name", ["mixtral-window", "qwen3_moe-normed", "opt-350m", "bloom-even"])
 def test_a_folder_in_4_bits_loads_byte_for_byte(name, tmp_path):
     save_model(tmp_path / "dense", random_decoder(VARIANTS[name]))
     base = open_checkpoint(tmp_path / "dense")
@@ -382,6 +383,14 @@ _T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, 
         (
             {"model_type": "bloom", "apply_residual_connection_post_layernorm": True},
             "_layernorm True, but only False",
+        ),
+        (
+            {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
+            r"mlp_only_layers \[0\], but only \[\]",
+        ),
+        (
+            {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
+            "decoder_sparse_step 2, but only 1",
         ),
         ({"model_type": "bloom", "num_attention_heads": None}, "no 'num_attention_heads'"),
         ({"model_type": "bloom", "n_embed": 0}, "n_embed 0, but a positive whole number"),

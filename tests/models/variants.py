@@ -14,6 +14,7 @@ _BASE = {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
+_EXPERTS = {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 3}
 _GEMMA = {"sliding_window": 4, "query_pre_attn_scalar": 12}
 _LONGROPE = {
     "rope_type": "longrope",
@@ -32,6 +33,8 @@ _FILES: dict[str, dict[str, Any]] = {
         "max_window_layers": 2,
     },
     "qwen3-biased": {"attention_bias": True, "head_dim": 16},
+    "qwen3_moe-normed": {**_EXPERTS, "norm_topk_prob": True, "attention_bias": True},
+    "qwen3_moe-shares": {**_EXPERTS, "use_sliding_window": True, "sliding_window": 4},
     "gemma2-plain": {**_GEMMA, "tie_word_embeddings": False},
     "gemma3_text-scaled": {
         **_GEMMA,

@@ -12,7 +12,7 @@ from qlora_jax.models.families.mistral import MISTRAL
 from qlora_jax.models.families.mixtral import MIXTRAL
 from qlora_jax.models.families.opt import OPT
 from qlora_jax.models.families.phi3 import PHI3
-from qlora_jax.models.families.qwen import QWEN2, QWEN3
+from qlora_jax.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from qlora_jax.models.families.roberta import ROBERTA
 from qlora_jax.models.families.t5 import T5
 from qlora_jax.models.family import Family
@@ -25,6 +25,7 @@ FAMILIES: dict[str, Family] = {
         MIXTRAL,
         QWEN2,
         QWEN3,
+        QWEN3_MOE,
         GEMMA2,
         GEMMA3,
         GEMMA3_TEXT,

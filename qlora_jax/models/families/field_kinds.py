@@ -27,7 +27,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "max_position_embeddings original_max_position_embeddings type_vocab_size num_labels "
         "d_model d_kv d_ff num_layers num_heads relative_attention_num_buckets "
         "relative_attention_max_distance ffn_dim word_embed_proj_dim sliding_window_pattern "
-        "n_embed n_layer n_head seq_length",
+        "n_embed n_layer n_head seq_length moe_intermediate_size",
     ),
     (
         "a whole number, 0 or more",
@@ -56,7 +56,8 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         is_flag,
         "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_parallel_residual "
         "do_layer_norm_before enable_bias layer_norm_elementwise_affine _remove_final_layer_norm "
-        "scale_decoder_outputs truncate apply_residual_connection_post_layernorm",
+        "scale_decoder_outputs truncate apply_residual_connection_post_layernorm "
+        "norm_topk_prob",
     ),
     (
         "a text",
