@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -131,6 +132,22 @@ def test_of_a_conversation_that_is_cut_the_last_answer_left_is(tmp_path, tiny_mo
     cut = {"format": "messages", "target_max_len": tokens}
     ((prompt, reference),) = asked(tmp_path, tiny_model, [row], **cut)
     assert (prompt[-14:], reference) == ("### Assistant:", "It is seven.")
+
+
+def test_an_answer_ends_where_the_template_ends_turns(tmp_path, tiny_model):
+    """Whose token is not eos: what is written behind it is no part of the answer."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = load_tokenizer(model).with_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(model)
+    row = {"messages": [{"role": role, "content": text} for role, text in TALK]}
+    file = write_rows(tmp_path / "rows.jsonl", [row, row])
+    data = {"source": str(file), "format": "messages-chatml", "validation_rows": 1}
+    exercise = exercise_of(build_run({"data": data, "rouge": {}}, "a test"), model, 512)
+    assert exercise.references == ["That is twelve."]
+    assert tokenizer.token_id("<|im_end|>") in exercise.generation.eos_token_ids
+    (prompt,) = exercise.prompts
+    asked = "<|im_start|>user\nAnd five more?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(prompt, skip_special=False).endswith(asked)
 
 
 def test_fewer_rows_are_of_all_lengths(tmp_path, tiny_model):
