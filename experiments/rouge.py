@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from qlora_jax.generate import GenerationConfig, check_prompts, generate, read_e
 from qlora_jax.processes import on_first
 
 ANSWERS = "answers.jsonl"
+
+# Ids of a prompt, of the answer to it, and of what stands behind that.
+_Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -69,46 +73,54 @@ def exercise_of(run: RunConfig, folder: Path, longest: int | None) -> Exercise |
     count = min(run.rouge.limit or len(rows), len(rows))
     # Rows lie by length: of fewer, every so-manieth.
     asked = [_taken_apart(rows[i * len(rows) // count]) for i in range(count)]
-    if all(len(prompt) == 1 for prompt, _ in asked):  # bos, or what stands in its place
+    if all(len(prompt) == 1 for prompt, *_ in asked):  # bos, or what stands in its place
         raise ValueError(
             f"rouge is set, but the held-out rows of {run.data.source} are answers alone, without "
             f"a prompt (data.format={run.data.format}): leave rouge out."
         )
     tokenizer = load_tokenizer(folder)
-    references = [tokenizer.decode(answer).strip() for _, answer in asked]
+    references = [tokenizer.decode(answer).strip() for _, answer, _ in asked]
     if rouge_l([[text] for text in references], references)["rougeL"] == 0:
         raise ValueError(
             f"rouge is set, but no answer in the held-out rows of {run.data.source} has a word of "
             "Latin letters or digits, which are all that ROUGE-L compares: leave rouge out."
         )
-    assert tokenizer.eos_token_id is not None  # or tokenization had refused the rows
-    ends = {int(answer[-1]) for _, answer in asked if _is_marker(tokenizer, answer[-1])}
-    ends |= {tokenizer.eos_token_id, *read_eos_token_ids(folder)}
+    longest_answer = max(len(answer) for _, answer, _ in asked)
     generation = GenerationConfig(
-        max_new_tokens=run.rouge.max_new_tokens or max(len(answer) for _, answer in asked),
-        eos_token_ids=sorted(ends),
+        max_new_tokens=run.rouge.max_new_tokens or longest_answer,
+        eos_token_ids=_ends(asked, tokenizer, folder),
     )
-    prompts = [prompt.tolist() for prompt, _ in asked]
+    prompts = [prompt.tolist() for prompt, *_ in asked]
     try:
         check_prompts(prompts, generation, model_config(folder))
     except ValueError as error:
-        raise ValueError(f"rouge (max_new_tokens): of the held-out rows, {error}") from error
+        raise ValueError(
+            f"rouge is set, but {error} (rouge.max_new_tokens, data.source_max_len.)"
+        ) from error
     return Exercise(prompts, references, generation, run.rouge.batch_size)
 
 
-def _taken_apart(row: Example | Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Prompt and (last) answer."""
+def _taken_apart(row: Example | Pair) -> _Parts:
     if isinstance(row, Pair):
-        return row.source, row.target
+        return row.source, row.target, row.target[:0]
     stop = int(np.flatnonzero(row.labels != IGNORE)[-1]) + 1
     # The first label is without loss in every row.
     begin = int(np.flatnonzero(row.labels[:stop] == IGNORE)[-1]) + 1
-    return row.input_ids[:begin], row.input_ids[begin:stop]
+    return row.input_ids[:begin], row.input_ids[begin:stop], row.input_ids[stop:]
 
 
-def _is_marker(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether a token is special: a template may end its turns with another one than eos."""
-    return tokenizer.decode([token]) == "" != tokenizer.decode([token], skip_special=False)
+def _ends(asked: Sequence[_Parts], tokenizer: Tokenizer, folder: Path) -> list[int]:
+    """What ends an answer: eos, what the model's folder names, and the special token that a
+    template ends its turns with."""
+    assert tokenizer.eos_token_id is not None  # or tokenization had refused the rows
+    closings = {int(answer[-1]) for _, answer, behind in asked if len(behind)}
+    special = {t for t in closings if tokenizer.decode([t]) == "" != _written(tokenizer, [t])}
+    return sorted({tokenizer.eos_token_id, *read_eos_token_ids(folder), *special})
+
+
+def _written(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of ids with their special tokens."""
+    return tokenizer.decode(ids, skip_special=False)
 
 
 def score(
@@ -130,7 +142,7 @@ def score(
         answers = [tokenizer.decode(generation.tokens).strip() for generation in written]
         pairs = list(zip(exercise.references, answers, strict=True))
         scores = [rouge_l([[reference]], [answer])["rougeL"] for reference, answer in pairs]
-        prompts = (tokenizer.decode(prompt, skip_special=False) for prompt in exercise.prompts)
+        prompts = (_written(tokenizer, prompt) for prompt in exercise.prompts)
         lines = (
             {"prompt": prompt, "reference": reference, "answer": answer, "score": each}
             for prompt, (reference, answer), each in zip(prompts, pairs, scores, strict=True)

@@ -158,9 +158,10 @@ def test_fewer_rows_are_of_all_lengths(tmp_path, tiny_model):
     exercise = exercise_of(build_run(tree, "a test"), tiny_model, 512)
     assert [len(text.split()) for text in exercise.references] == [1, 3, 5, 7]
     # As long as the longest of the answers, with its eos, and ended by that.
-    eos = load_tokenizer(tiny_model).eos_token_id
-    assert exercise.generation.max_new_tokens >= 8
-    assert eos in exercise.generation.eos_token_ids
+    tokenizer = load_tokenizer(tiny_model)
+    longest = len(tokenizer.encode("so " * 7, continues=True, eos=True, bos=False))
+    assert exercise.generation.max_new_tokens == longest
+    assert exercise.generation.eos_token_ids == (tokenizer.eos_token_id,)
 
 
 def test_what_cannot_be_scored_is_refused_before_training(
