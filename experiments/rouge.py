@@ -2,9 +2,10 @@
 
 What is asked is known before anything is computed, from the rows' tokens as training would read
 them, whether their loss is on answers or on all. Of a row that is everything before its answer; of
-a conversation its last answer counts (that is left of it, if it was cut), and all before is the
-prompt. Answers are greedy, and each is compared with the row's own, which `data.target_max_len` may
-have cut. ROUGE-L compares words of Latin letters and digits; a row that has none gets 0.
+a conversation, before its last answer: the last that is left, where the row was cut. A row of which
+no answer is left is not asked. Answers are greedy, and each is compared with the row's own, which
+`data.target_max_len` may have cut. ROUGE-L compares words of Latin letters and digits; a row whose
+answer has none gets 0.
 """
 
 from __future__ import annotations
