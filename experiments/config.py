@@ -1,8 +1,8 @@
 """What a run is, as frozen dataclasses, and how a tree of options becomes one.
 
-A run's configuration has the sections `model`, `data`, `quant`, `lora`, `train`, `devices`, `mmlu`.
-Three of them are the library's own dataclasses. A file names only what differs from the defaults;
-the resolved tree is written beside a run's results and can be given back as a file.
+A run's configuration has the sections `model`, `data`, `quant`, `lora`, `train`, `devices`, `mmlu`
+and `rouge`. Three of them are the library's own dataclasses. A file names only what differs from
+the defaults; the resolved tree is written beside a run's results and can be given back as a file.
 """
 
 from __future__ import annotations
@@ -209,6 +209,27 @@ class MmluConfig:
 
 
 @dataclass(frozen=True)
+class RougeConfig:
+    """How a finished run's answers to the held-out rows are scored (`experiments.rouge`).
+
+    Attributes:
+        limit: only so many of the rows, of all lengths alike; None: all.
+        max_new_tokens: tokens of an answer at most; None: those of the longest answer held out.
+        batch_size: rows at once.
+    """
+
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more.")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run, wholly.
 
@@ -221,6 +242,7 @@ class RunConfig:
             and the batch order.
         devices: how many of them, and what each holds.
         mmlu: the examination; None: none.
+        rouge: what is made of the held-out rows beside their loss; None: nothing.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -230,6 +252,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     mmlu: MmluConfig | None = None
+    rouge: RougeConfig | None = None
 
     def __post_init__(self) -> None:
         if self.train.micro_batch_size % self.devices.count:

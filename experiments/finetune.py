@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             check(run)
             on_first(lambda: stack.enter_context(locked_run_folder(folder)))
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
             return refuse(error)
         except KeyboardInterrupt:
             return interrupted()

@@ -1,16 +1,18 @@
 """A sweep as one HTML page that needs nothing else: no script, no font, no network.
 
 From top to bottom: what was run, the datasets × scales matrix (held-out loss before → after, one
-row per variant), the loss curves in the same arrangement, and every cell with its figures.
+row per variant), those of scores where runs were examined, the loss curves in the same arrangement,
+and every cell with its figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from experiments.charts import Change, Line, change_chart, loss_panel, y_range
-from experiments.report import CellReport, duration, percent
+from experiments.report import CellReport, duration, percent, scores_of, shown_score
 from qlora_jax.cli.arguments import readable
 
 _STYLE = """
@@ -113,7 +115,7 @@ def render(name: str, reports: Sequence[CellReport], *, command: str, about: str
 percentage is the change. In the chart a hollow dot is before, a filled one after; a dataset's cells
 share one scale.</p>
 <div class="scroll">{matrix}</div>
-{_mmlu(datasets, models, grid)}<h2>Loss over steps</h2>
+{_scores(datasets, models, grid)}<h2>Loss over steps</h2>
 <p>Lines with dots are held-out loss, faint ones the smoothed training loss.</p>
 <div class="scroll">{curves}</div>
 <h2>Every cell</h2>
@@ -122,31 +124,45 @@ share one scale.</p>
 """
 
 
-def _mmlu(
+def _scores(
     datasets: Sequence[str], models: Sequence[str], grid: dict[tuple[str, str], list[CellReport]]
 ) -> str:
-    """The matrix of examinations, empty where there was none."""
-    examined = [r for cell in grid.values() for r in cell if r.mmlu is not None and r.result]
-    if not examined:
-        return ""
+    """A matrix of each examination, empty where there was none."""
+    reports = [r for cell in grid.values() for r in cell]
+    return "".join(
+        f"""{_ABOUT[score](next(r.result for r in reports if r.result and score in r.scores))}
+<div class="scroll">{_table(datasets, models, lambda d, m, s=score: _means(grid[d, m], s))}</div>
+"""
+        for score in scores_of(reports)
+    )
 
-    def shown(dataset: str, model: str) -> str:
-        runs = [r for r in grid[dataset, model] if r.mmlu is not None]
-        lines = []
-        for variant in dict.fromkeys(r.cell.variant for r in runs):
-            shares = [r.mmlu for r in runs if r.cell.variant == variant and r.mmlu is not None]
-            lines.append(
-                f'<div class="row"><span class="name">{escape(variant)}</span>'
-                f"<b>{100 * sum(shares) / len(shares):.1f}</b></div>"
-            )
-        return "".join(lines) or "–"
 
-    about = examined[0].result["mmlu"] if examined[0].result else {}
+def _means(reports: Sequence[CellReport], score: str) -> str:
+    runs = [r for r in reports if score in r.scores]
+    lines = []
+    for variant in dict.fromkeys(r.cell.variant for r in runs):
+        found = [r.scores[score] for r in runs if r.cell.variant == variant]
+        lines.append(
+            f'<div class="row"><span class="name">{escape(variant)}</span>'
+            f"<b>{sum(found) / len(found):.1f}</b></div>"
+        )
+    return "".join(lines) or "–"
+
+
+def _about_mmlu(result: Mapping[str, Any]) -> str:
+    about = result["mmlu"]
     return f"""<h2>MMLU, % of questions answered rightly</h2>
 <p>{about["shots"]}-shot, {about["questions"]:,} questions of the {escape(about["split"])} split,
-each counted once; a guess is right in 25 %.</p>
-<div class="scroll">{_table(datasets, models, shown)}</div>
-"""
+each counted once; a guess is right in 25 %.</p>"""
+
+
+def _about_rouge(_: Mapping[str, Any]) -> str:
+    return """<h2>ROUGE-L, % of held-out answers</h2>
+<p>The finished model's greedy answers to the prompts of held-out rows, beside the rows' own: the
+mean F-measure of their longest common subsequences of words, with stemming.</p>"""
+
+
+_ABOUT = {"MMLU": _about_mmlu, "ROUGE-L": _about_rouge}
 
 
 def _color_rules() -> str:
@@ -207,7 +223,8 @@ def _line(report: CellReport, color: dict[str, int]) -> Line:
 def _list(reports: Sequence[CellReport]) -> str:
     axes = [a for a in reports[0].cell.labels if a not in ("dataset", "model", "seed")]
     names = ["dataset", "model", *axes, "seed"]
-    numbers = ["before", "after", "perplexity", "tokens/s", "adapters", "base", "time"]
+    scores = scores_of(reports)
+    numbers = ["before", "after", "perplexity", *scores, "tokens/s", "adapters", "base", "time"]
     head = "".join(f"<th>{escape(n)}</th>" for n in names)
     head += "".join(f'<th class="number">{n}</th>' for n in numbers)
     body = []
@@ -222,6 +239,7 @@ def _list(reports: Sequence[CellReport]) -> str:
             f"{report.before:.4f}",
             f"{report.after:.4f}",
             f"{result['before']['perplexity']:.2f} → {result['after']['perplexity']:.2f}",
+            *(shown_score(report, name) for name in scores),
             f"{result['tokens_per_second']:,.0f}",
             f"{result['adapter_parameters']:,}",
             readable(result["base_bytes"]),

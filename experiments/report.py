@@ -27,6 +27,8 @@ from qlora_jax.data.json_file import read_json_lines
 RESULT = "result.json"
 ERROR = "error.txt"
 METRICS = "metrics.jsonl"
+SCORES = {"MMLU": "MMLU, % right", "ROUGE-L": "ROUGE-L, %"}
+"""What a finished model is examined in, and what its percents are called."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,16 @@ class CellReport:
         return float(self.result["after"]["loss"]) if self.result else float("nan")
 
     @property
-    def mmlu(self) -> float | None:
-        """Share of MMLU's questions answered rightly, where the run was examined."""
-        return self.result["mmlu"]["micro"] if self.result and "mmlu" in self.result else None
+    def scores(self) -> dict[str, float]:
+        """In percent, by their names in `SCORES`; of a run that was not examined, none."""
+        result = self.result or {}
+        shares = {"MMLU": result.get("mmlu", {}).get("micro"), "ROUGE-L": result.get("rouge_l")}
+        return {name: 100 * share for name, share in shares.items() if share is not None}
+
+
+def scores_of(reports: Sequence[CellReport]) -> list[str]:
+    """The names of the scores that any of the cells has."""
+    return [name for name in SCORES if any(name in report.scores for report in reports)]
 
 
 def read_cell(cell: Cell, folder: Path) -> CellReport:
@@ -117,13 +126,18 @@ def percent(change: float) -> str:
     return f"{change:+.1%}".replace("-", "−").replace("%", " %")
 
 
+def shown_score(report: CellReport, name: str) -> str:
+    """A score of a finished cell for a table, "–" where it has none of that name."""
+    return f"{report.scores[name]:.1f}" if name in report.scores else "–"
+
+
 def csv_text(reports: Sequence[CellReport]) -> str:
     """`results.csv`: one line per cell, labels first; a cell without a result has empty figures."""
     labels = list(dict.fromkeys(name for r in reports for name in r.cell.labels))
     figures = [
         "loss_before", "loss_after", "perplexity_before", "perplexity_after", "validation_tokens",
         "steps", "trained_tokens", "tokens_per_second", "seconds", "peak_host_memory_bytes",
-        "adapter_parameters", "base_bytes", "mmlu_micro", "mmlu_macro",
+        "adapter_parameters", "base_bytes", "mmlu_micro", "mmlu_macro", "rouge_l",
     ]  # fmt: skip
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -142,19 +156,25 @@ def csv_text(reports: Sequence[CellReport]) -> str:
             "validation_tokens": result["after"]["tokens"],
             "mmlu_micro": result.get("mmlu", {}).get("micro", ""),
             "mmlu_macro": result.get("mmlu", {}).get("macro", ""),
+            "rouge_l": "",
             **result,
         }
         writer.writerow([*row, report.status, *(known[name] for name in figures), ""])
     return buffer.getvalue()
 
 
-def terminal_matrix(name: str, reports: Sequence[CellReport]) -> Table:
-    """The sweep as a matrix, datasets × models: MMLU where runs were examined, else held-out loss.
+def terminal_matrices(name: str, reports: Sequence[CellReport]) -> list[Table]:
+    """The sweep as matrices, datasets × models: of each score where runs were examined, else of the
+    held-out loss.
 
     Of several seeds the mean; variants one below the other; "–" where nothing is finished.
     """
-    examined = any(r.mmlu is not None for r in reports)
-    what = "MMLU, % right" if examined else "held-out loss after training"
+    scores: list[str | None] = [*scores_of(reports)]
+    return [_matrix(name, reports, score) for score in scores or [None]]
+
+
+def _matrix(name: str, reports: Sequence[CellReport], score: str | None) -> Table:
+    what = SCORES[score] if score else "held-out loss after training"
     table = Table(title=f"{name}: {what}", title_justify="left")
     models = list(dict.fromkeys(r.cell.labels["model"] for r in reports))
     variants = list(dict.fromkeys(r.cell.variant for r in reports))
@@ -166,13 +186,13 @@ def terminal_matrix(name: str, reports: Sequence[CellReport]) -> Table:
     def shown(dataset: str, variant: str, model: str) -> str:
         key = (dataset, variant, model)
         found = [
-            100 * r.mmlu if r.mmlu is not None else r.after
+            r.scores[score] if score else r.after
             for r in reports
             if (r.cell.labels["dataset"], r.cell.variant, r.cell.labels["model"]) == key
             and r.result is not None
-            and (r.mmlu is not None) == examined
+            and (score is None or score in r.scores)
         ]
-        return f"{sum(found) / len(found):.{1 if examined else 3}f}" if found else "–"
+        return f"{sum(found) / len(found):.{1 if score else 3}f}" if found else "–"
 
     for dataset in dict.fromkeys(r.cell.labels["dataset"] for r in reports):
         for variant in variants:
@@ -189,7 +209,8 @@ def terminal_table(name: str, reports: Sequence[CellReport]) -> Table:
     table = Table(title=f"{name}: held-out loss", title_justify="left")
     for label in names:
         table.add_column(label)
-    for label in ("before", "after", "change", "perplexity", "tokens/s", "time"):
+    scores = scores_of(reports)
+    for label in ("before", "after", "change", "perplexity", *scores, "tokens/s", "time"):
         table.add_column(label, justify="right", no_wrap=True)
     previous = None
     for report in reports:
@@ -199,7 +220,7 @@ def terminal_table(name: str, reports: Sequence[CellReport]) -> Table:
         previous = group
         row = [report.cell.labels[label] for label in names]
         if report.result is None:
-            table.add_row(*row, f"[red]{report.status}[/red]", *[""] * 5)
+            table.add_row(*row, f"[red]{report.status}[/red]", *[""] * (5 + len(scores)))
             continue
         result = report.result
         change = report.after / report.before - 1
@@ -209,6 +230,7 @@ def terminal_table(name: str, reports: Sequence[CellReport]) -> Table:
             f"[bold]{report.after:.4f}[/bold]",
             f"[{'green' if change < 0 else 'red'}]{percent(change)}[/]",
             f"{result['before']['perplexity']:.1f} → {result['after']['perplexity']:.1f}",
+            *(shown_score(report, name) for name in scores),
             f"{result['tokens_per_second']:,.0f}",
             duration(result["seconds"]),
         )

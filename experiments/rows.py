@@ -101,21 +101,33 @@ def examples_of(
         ValueError, OSError: what is wrong with the rows, in a sentence.
     """
     tokenizer = load_tokenizer(folder)
+    pad = tokenizer.pad_token_id
     train_rows, validation_rows, form = _split_rows(data, folder)
     if data.max_rows is not None:
         train_rows = _first(train_rows, data.max_rows)
-    name = f"{data.source} (validation)"
     trained = f"{data.source} (training)"
     if isinstance(model_config(folder), EncoderDecoderConfig):
         train_pairs = _pairs(train_rows, form, data, tokenizer, trained)
-        held_out = _pairs(validation_rows, form, data, tokenizer, name)
+        held_out = _pairs(validation_rows, form, data, tokenizer, f"{data.source} (validation)")
         by_source = sorted(held_out, key=lambda pair: len(pair.source))
-        return train_pairs, Pairs(by_source), tokenizer.pad_token_id
+        return train_pairs, Pairs(by_source), pad
     train = _tokenize(train_rows, form, data, tokenizer, longest, trained)
-    validation = _tokenize(validation_rows, form, data, tokenizer, longest, name)
-    # The loss does not depend on the order, the padding does.
-    by_length = sorted(validation, key=lambda example: len(example.input_ids))
-    return train, Examples.of(by_length), tokenizer.pad_token_id
+    return train, _held_out_examples(validation_rows, form, data, tokenizer, longest), pad
+
+
+@functools.lru_cache(maxsize=64)
+def answers_of(data: DataConfig, folder: Path, longest: int | None) -> Examples | Pairs:
+    """The held-out rows that `examples_of` gives, with loss on their answers alone, also where that
+    is taken on all.
+
+    Raises:
+        ValueError, OSError: as `examples_of` does; the rows do not tell what is an answer.
+    """
+    if data.train_on != "all" or isinstance(model_config(folder), EncoderDecoderConfig):
+        return examples_of(data, folder, longest)[1]
+    data = dataclasses.replace(data, train_on="response")
+    _, rows, form = _split_rows(data, folder)
+    return _held_out_examples(rows, form, data, load_tokenizer(folder), longest)
 
 
 def told_of_cuts(data: DataConfig, examples: Examples | Pairs) -> str:
@@ -247,3 +259,12 @@ def _tokenize(
         max_len=longest,
         source=name,
     )
+
+
+def _held_out_examples(
+    rows: Any, form: Format, data: DataConfig, tokenizer: Tokenizer, longest: int | None
+) -> Examples:
+    examples = _tokenize(rows, form, data, tokenizer, longest, f"{data.source} (validation)")
+    # The loss does not depend on the order, the padding does.
+    by_length = sorted(examples, key=lambda example: len(example.input_ids))
+    return Examples.of(by_length)

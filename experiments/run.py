@@ -3,6 +3,7 @@
     config.yaml      the run, resolved; `python -m experiments.finetune --config` takes it back
     metrics.jsonl    every step and evaluation             (qlora_jax.train)
     mmlu.jsonl       the answers of the finished model     (with `mmlu` configured)
+    answers.jsonl    those to the held-out rows' prompts   (with `rouge` configured)
     checkpoints/     what a killed run resumes from        (qlora_jax.train)
     adapter/         the trained adapter in PEFT's format
     result.json      held-out loss before and after, speed, memory; written last, when all is done
@@ -34,6 +35,7 @@ from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
 from experiments.room import check_lengths, check_room, row_lengths, workload
+from experiments.rouge import Exercise, exercise_of, score
 from experiments.rows import context_length, examples_of, find_model, model_config, told_of_cuts
 from experiments.tree import differences, option_names, read_yaml, to_tree, to_yaml
 from qlora_jax.checkpoints import WeightFolder, save_adapter
@@ -64,19 +66,21 @@ _AXIS = "data"
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` found: the model's folder and the rows, tokenized for it."""
+    """What `check` found: the model's folder, the rows, tokenized for it, and what of them the
+    finished model is to answer."""
 
     folder: Path
     train: Examples | Pairs
     validation: Examples | Pairs
     pad_token_id: int
+    exercise: Exercise | None
 
 
 def check(run: RunConfig) -> Checked:
     """Everything a run reads, looked at before anything is computed.
 
     Raises:
-        ValueError, OSError: what is wrong, in a sentence.
+        ValueError, OSError, ModuleNotFoundError: what is wrong, in a sentence.
     """
     check_remat(
         run.model.remat,
@@ -119,7 +123,8 @@ def check(run: RunConfig) -> Checked:
             )
         answer_tokens(load_tokenizer(folder))
         check_questions(run.mmlu)
-    return Checked(folder, train, validation, pad)
+    exercise = exercise_of(run, folder, longest)
+    return Checked(folder, train, validation, pad, exercise)
 
 
 def told_of_idle_names(run: RunConfig, folder: Path) -> str:
@@ -314,6 +319,7 @@ def execute(
     )
     trained = time.perf_counter()
     examined = final(model, tokenizer, run.mmlu, context, folder, console)
+    examined |= score(model, tokenizer, checked.exercise, folder, console)
     beside_training += time.perf_counter() - trained
 
     def conclude() -> dict[str, Any]:

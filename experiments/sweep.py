@@ -59,7 +59,7 @@ from experiments.report import (
     duration,
     read_cell,
     tell_failure,
-    terminal_matrix,
+    terminal_matrices,
     terminal_table,
     write_atomically,
 )
@@ -315,7 +315,8 @@ def main(arguments: list[str] | None = None) -> int:
     reports = write_report(sweep, out, command)
     console.print(terminal_table(sweep.name, reports))
     if len(reports) > 1:
-        console.print(terminal_matrix(sweep.name, reports))
+        for matrix in terminal_matrices(sweep.name, reports):
+            console.print(matrix)
     for report in reports:
         if report.result is None:
             why = f": {report.error}" if report.error else ""

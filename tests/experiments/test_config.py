@@ -97,7 +97,7 @@ def test_what_is_wrong_is_named(tree, words):
 
 def test_every_option_survives_the_round_trip():
     tree = to_tree(RunConfig())
-    sections = {"model", "data", "quant", "lora", "train", "devices", "mmlu"}
+    sections = {"model", "data", "quant", "lora", "train", "devices", "mmlu", "rouge"}
     assert {key.split(".")[0] for key in flat(tree)} == sections
     assert build_run(tree, "defaults") == build_run({}, "nothing")
 

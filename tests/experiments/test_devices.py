@@ -24,6 +24,7 @@ FAST = [
     "lora.target_modules=[q_proj, down_proj]", "lora.lora_dropout=0.1",
     "data.validation_rows=6", "data.max_rows=30", "data.buckets=[128]", "data.source_max_len=96",
     "data.target_max_len=32", "model.compute_dtype=float32", "mmlu.shots=0", "mmlu.split=val",
+    "rouge.limit=5", "rouge.max_new_tokens=6", "rouge.batch_size=4",
 ]  # fmt: skip
 
 
@@ -65,6 +66,10 @@ def numbers(folder):
     return [(line["step"], line.get("loss", line.get("eval_loss"))) for line in lines]
 
 
+def answers(folder):
+    return (folder / "answers.jsonl").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["cut", "whole"])
 def test_losses_answers_and_adapters_are_those_of_one_device(finished, weights):
@@ -76,7 +81,9 @@ def test_losses_answers_and_adapters_are_those_of_one_device(finished, weights):
         # Adam's first steps are the signs of gradients: one near zero may turn with the rounding.
         np.testing.assert_allclose(ours, adapters[1][name], rtol=1e-3, atol=1e-5)
     results = [json.loads((f / "result.json").read_text()) for f in (many, one)]
-    assert results[0]["mmlu"] == results[1]["mmlu"]
+    for score in ("mmlu", "rouge_l"):
+        assert results[0][score] == results[1][score]
+    assert answers(many) == answers(one)
     assert [result["devices"] for result in results] == [4, 1]
 
 
@@ -129,7 +136,9 @@ def test_processes_are_one_run_and_go_on_to_the_same_bits(finished, command, tmp
     for key, ours in load_file(folder / name).items():
         np.testing.assert_allclose(ours, alone[key], rtol=1e-3, atol=1e-5)
     results = [json.loads((f / "result.json").read_text()) for f in (folder, one)]
-    assert results[0]["mmlu"] == results[1]["mmlu"]
+    for score in ("mmlu", "rouge_l"):
+        assert results[0][score] == results[1][score]
+    assert answers(folder) == answers(one)
 
     before = numbers(folder)
     for gone in ("adapter", "checkpoints/3"):

@@ -1,10 +1,22 @@
+import csv
+import io
 import os
 
 import pytest
 
 from experiments.cells import Cell
 from experiments.config import RunConfig
-from experiments.report import METRICS, RESULT, read_cell, write_atomically
+from experiments.page import render
+from experiments.report import (
+    METRICS,
+    RESULT,
+    CellReport,
+    csv_text,
+    read_cell,
+    terminal_matrices,
+    terminal_table,
+    write_atomically,
+)
 
 CELL = Cell({"dataset": "chat", "model": "tiny", "seed": "0"}, RunConfig())
 LINES = '{"step": 0, "eval_loss": 2.5}\n{"step": 1, "loss": 2.0}\n'
@@ -42,3 +54,30 @@ def test_a_finished_cell_with_half_a_line_of_metrics_is_to_be_run_again(torn, tm
     assert report.status == "failed"
     assert "metrics.jsonl, line 3" in report.error
     assert "delete the folder to run it again" in report.error
+
+
+def test_scores_stand_beside_each_other_where_there_are_any():
+    evaluation = {"loss": 2.0, "perplexity": 7.4, "tokens": 9}
+    counts = dict.fromkeys(("steps", "trained_tokens", "tokens_per_second", "seconds"), 1)
+    sizes = dict.fromkeys(("peak_host_memory_bytes", "adapter_parameters", "base_bytes"), 1)
+    plain = {"before": evaluation, "after": evaluation, **counts, **sizes}
+    about = {"shots": 5, "questions": 57, "split": "val"}
+    mmlu = {"mmlu": {"micro": 0.256, "macro": 0.25, **about}}
+    results = [plain | mmlu | {"rouge_l": 0.181}, plain | {"rouge_l": 0.0}, plain | mmlu, plain]
+    reports = [CellReport(CELL, "finished", result) for result in results]
+
+    table = terminal_table("a test", reports)
+    names = [column.header for column in table.columns]
+    assert names[names.index("MMLU") + 1] == "ROUGE-L"
+    cells = [list(column.cells) for column in table.columns if column.header in ("MMLU", "ROUGE-L")]
+    assert cells == [["25.6", "–", "25.6", "–"], ["18.1", "0.0", "–", "–"]]
+    titles = [str(matrix.title) for matrix in terminal_matrices("a test", reports)]
+    assert titles == ["a test: MMLU, % right", "a test: ROUGE-L, %"]
+    (matrix,) = terminal_matrices("a test", reports[3:])
+    assert matrix.title == "a test: held-out loss after training"
+    lines = csv.DictReader(io.StringIO(csv_text(reports)))
+    found = [(line["mmlu_micro"], line["rouge_l"]) for line in lines]
+    assert found == [("0.256", "0.181"), ("", "0.0"), ("0.256", ""), ("", "")]
+    page = render("a test", reports, command="", about="")
+    assert page.index("<h2>MMLU, %") < page.index("<h2>ROUGE-L, %") < page.index("<h2>Loss over")
+    assert "<h2>ROUGE-L" not in render("a test", reports[2:], command="", about="")

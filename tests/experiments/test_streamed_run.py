@@ -17,6 +17,8 @@ TINY = (
     "data.packing=true",
     "data.packed_length=256",
     "lora.r=2",
+    "rouge.limit=2",
+    "rouge.max_new_tokens=8",
 )
 SETTINGS = [word for setting in TINY for word in ("--set", setting)]
 
@@ -39,14 +41,14 @@ def test_a_streamed_run_on_packed_rows_is_the_resident_one(tmp_path, monkeypatch
     # So that a tiny model's codes stream, as a large one's do.
     monkeypatch.setattr(streaming, "MIN_STREAM_BYTES", 256)
 
-    def losses(name, *flags):
+    def results(name, *flags):
         folder = tmp_path / name
         assert main([*flags, *SETTINGS, "--out", str(folder)]) == 0
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         found = [line.get("loss", line.get("eval_loss")) for line in map(json.loads, lines)]
         assert (folder / "adapter" / "adapter_model.safetensors").exists()
-        return found
+        return found, (folder / "answers.jsonl").read_text()
 
-    resident = losses("resident", "--set", "model.remat=full")
-    assert len(resident) >= 3
-    assert losses("streamed", "--stream-weights") == resident
+    resident = results("resident", "--set", "model.remat=full")
+    assert len(resident[0]) >= 3
+    assert results("streamed", "--stream-weights") == resident
