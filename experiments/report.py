@@ -137,7 +137,8 @@ def csv_text(reports: Sequence[CellReport]) -> str:
     figures = [
         "loss_before", "loss_after", "perplexity_before", "perplexity_after", "validation_tokens",
         "steps", "trained_tokens", "tokens_per_second", "seconds", "peak_host_memory_bytes",
-        "adapter_parameters", "base_bytes", "mmlu_micro", "mmlu_macro", "rouge_l",
+        "peak_device_memory_bytes", "adapter_parameters", "base_bytes",
+        "mmlu_micro", "mmlu_macro", "rouge_l",
     ]  # fmt: skip
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -72,7 +72,7 @@ def exercise_of(run: RunConfig, folder: Path, longest: int | None) -> Exercise |
     except ValueError as error:
         raise ValueError(f"rouge is set, which asks for the rows' answers: {error}") from error
     count = min(run.rouge.limit or len(rows), len(rows))
-    # Rows lie by length: of fewer, every so-manieth.
+    # Rows lie by length: of fewer, evenly spaced ones.
     asked = [_taken_apart(rows[i * len(rows) // count]) for i in range(count)]
     if all(len(prompt) == 1 for prompt, *_ in asked):  # bos, or what stands in its place
         raise ValueError(

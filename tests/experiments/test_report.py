@@ -60,6 +60,7 @@ def test_scores_stand_beside_each_other_where_there_are_any():
     evaluation = {"loss": 2.0, "perplexity": 7.4, "tokens": 9}
     counts = dict.fromkeys(("steps", "trained_tokens", "tokens_per_second", "seconds"), 1)
     sizes = dict.fromkeys(("peak_host_memory_bytes", "adapter_parameters", "base_bytes"), 1)
+    sizes["peak_device_memory_bytes"] = None
     plain = {"before": evaluation, "after": evaluation, **counts, **sizes}
     about = {"shots": 5, "questions": 57, "split": "val"}
     mmlu = {"mmlu": {"micro": 0.256, "macro": 0.25, **about}}
