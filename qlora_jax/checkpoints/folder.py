@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from qlora_jax.checkpoints.tensor_file import TensorFile
 from qlora_jax.data.json_file import read_json
 
 SINGLE = "model.safetensors"
@@ -68,6 +68,7 @@ class WeightFolder:
         self._shard_of = self._locate(file)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
+        self._file: TensorFile | None = None
         for shard in dict.fromkeys(self._shard_of.values()):
             self._read_header(shard)
 
@@ -130,10 +131,10 @@ class WeightFolder:
 
     def read(self, name: str) -> np.ndarray:
         """A tensor's numbers, copied out of its file (bfloat16 as `ml_dtypes.bfloat16`)."""
-        # Opened for this one tensor: a mapping kept open would count every page read so far as
-        # resident memory.
-        with safe_open(self._shard_of[name], framework="np") as file:
-            return file.get_tensor(name)
+        shard = self._shard_of[name]
+        if self._file is None or self._file.path != shard:
+            self._file = TensorFile(shard)
+        return self._file.read(name)
 
     def __iter__(self) -> Iterator[str]:
         """Names, shard by shard."""

@@ -251,6 +251,7 @@ def _fill(
     with bar:
         sizes = {name: math.prod(checkpoint.tensors[name].shape) for name in slots}
         task = bar.add_task("loading", total=sum(sizes.values()), tensor="")
+        largest, waiting = max(sizes.values()), 0
         for name, slot in slots.items():
             bar.update(task, tensor=name)
             path = slot.path
@@ -262,6 +263,10 @@ def _fill(
                 filled[path] = _put_vocabulary(filled[path], dense(checkpoint.read(name)))
                 bar.advance(task, sizes[name])
                 continue
+            if waiting + sizes[name] > largest:
+                # Or the reader runs ahead, and tensors pile up in front of the device.
+                jax.block_until_ready(filled)
+                waiting = 0
             # The tensor has no name here: it would outlive its turn and lie beside the next one.
             filled[path] = put(
                 filled[path],
@@ -271,11 +276,10 @@ def _fill(
                     len(slot.stack_index),
                     quant,
                 ),
-                tuple(map(jnp.int32, slot.stack_index)),
+                tuple(map(np.int32, slot.stack_index)),
                 quant,
             )
-            # Without waiting, the reader runs ahead and tensors pile up in front of the device.
-            jax.block_until_ready(filled[path])
+            waiting += sizes[name]
             bar.advance(task, sizes[name])
     for path, value in filled.items():
         node_at(model, path).set_value(value)

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
 
 from qlora_jax.checkpoints.adapter_config import (
     CONFIG,
@@ -45,6 +44,7 @@ from qlora_jax.checkpoints.checkpoint import (
     quantized,
 )
 from qlora_jax.checkpoints.matching import linear_weights, names_in, ties, untied
+from qlora_jax.checkpoints.tensor_file import TensorFile
 from qlora_jax.checkpoints.text_part import text_name
 from qlora_jax.nn import LoraConfig, start_from_weight
 from qlora_jax.nn.targets import ALSO_CALLED
@@ -211,6 +211,7 @@ class AdapterFile:
         config = read_config_json(folder)
         self._lora = config_from_json(config, Path(folder) / CONFIG)
         self._path = Path(folder) / WEIGHTS
+        self._file = TensorFile(self._path)
         self._keys: dict[str, dict[str, str]] = {}
         self.adapted: set[str] = set()
         self.replaced: dict[str, tuple[int, ...]] = {}
@@ -265,14 +266,12 @@ class AdapterFile:
                 "trained on another base model."
             )
         copy = self._keys.setdefault(name, {}).setdefault(part, key)
-        if copy != key and part == "whole":
-            with safe_open(self._path, framework="np") as file:
-                same = np.array_equal(file.get_tensor(copy), file.get_tensor(key))
-            if not same:
-                raise ValueError(
-                    f"{self._path} has trained {copy!r} and {key!r} apart, which are one matrix "
-                    "in the base: use the adapter in PEFT."
-                )
+        apart = copy != key and part == "whole"
+        if apart and not np.array_equal(self._file.read(copy), self._file.read(key)):
+            raise ValueError(
+                f"{self._path} has trained {copy!r} and {key!r} apart, which are one matrix in the "
+                "base: use the adapter in PEFT."
+            )
 
     def _check(self, shapes: dict[str, tuple[int, ...]], base: Checkpoint) -> None:
         for name in self.adapted:
@@ -337,13 +336,11 @@ class AdapterFile:
             weight = np.concatenate([weight, np.broadcast_to(mean, (more, mean.size))])
         if name in self._rows:
             key, ids = self._rows[name]
-            with safe_open(self._path, framework="np") as file:
-                weight[ids] = file.get_tensor(key).astype(np.float32)
+            weight[ids] = self._file.read(key).astype(np.float32)
         return weight
 
     def _read(self, name: str, part: str) -> np.ndarray:
-        with safe_open(self._path, framework="np") as file:
-            return file.get_tensor(self._keys[name][part])
+        return self._file.read(self._keys[name][part])
 
     def replacement(self, name: str) -> np.ndarray:
         """The tensor that takes a base tensor's place."""
