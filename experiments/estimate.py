@@ -37,12 +37,13 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def _linears(config: DecoderConfig) -> dict[str, tuple[int, int, int]]:
     """Path of each linear weight of a layer -> (inputs, outputs, copies: one per expert)."""
     names, experts = config.names, max(config.num_local_experts, 1)
+    mlp = f"layers.{names.mlp}.experts" if config.num_local_experts else f"layers.{names.mlp}"
     counts = {
         f"layers.{names.attention}.{name}": (linear.inputs, linear.outputs, 1)
         for name, linear in config.attention_linears.items()
     }
     counts |= {
-        f"layers.{names.mlp}.{name}": (linear.inputs, linear.outputs, experts)
+        f"{mlp}.{name}": (linear.inputs, linear.outputs, experts)
         for name, linear in config.mlp_linears.items()
     }
     return counts

@@ -350,11 +350,12 @@ class Decoder(nnx.Module):
         """What enters the first layer, in `compute_dtype`."""
         config = self.config
         x = self.embed_tokens(ids).astype(self.compute_dtype)
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        # On what transformers' embedding gives, whose own the scale is, and the norm is not.
         noise_key = self._outer_key(dropout_key, 2)
         if self.neftune_noise_alpha is not None and noise_key is not None:
             x = with_noise(x, positions, self.neftune_noise_alpha, noise_key)
-        if config.embedding_scale != 1.0:
-            x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         if self.project_in is not None:

@@ -5,6 +5,9 @@ then change the layer less than A's: the paper gives B a rate λ times A's, 16 o
 the rate itself.
 """
 
+import math
+import numbers
+
 import jax
 import optax
 from jaxtyping import PyTree
@@ -26,11 +29,16 @@ def loraplus(
         lr_ratio: B's learning rate over A's, above 0.
 
     Raises:
-        TypeError: `inner` is no transformation.
-        ValueError: `lr_ratio` is not above 0.
+        TypeError: `inner` is no transformation, or `lr_ratio` no number.
+        ValueError: `lr_ratio` is not above 0, or infinite.
     """
-    if not lr_ratio > 0:
-        raise ValueError(f"lr_ratio={lr_ratio} must be above 0; 1 treats A and B alike.")
+    # A truth value is a number to Python, and a slip here.
+    if isinstance(lr_ratio, bool) or not isinstance(lr_ratio, numbers.Real):
+        raise TypeError(f"lr_ratio={lr_ratio!r} must be a number, such as 16.")
+    if not 0 < lr_ratio < math.inf:
+        raise ValueError(
+            f"lr_ratio={lr_ratio} must be a finite number above 0; 1 treats A and B alike."
+        )
     inner = wrapped(inner, "loraplus")
     return optax.with_extra_args_support(
         optax.chain(inner, optax.masked(optax.scale(lr_ratio), _is_b))

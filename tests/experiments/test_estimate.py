@@ -33,6 +33,7 @@ from qlora_jax.plan import find_config
 from qlora_jax.plan.workload import training_step
 from qlora_jax.quant import QuantConfig, quantize
 from qlora_jax.train import OPTIMIZERS, TrainConfig
+from tests.models.variants import VARIANTS
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "h200" / "training.json"
 
@@ -64,6 +65,14 @@ def test_parameters_are_those_of_the_model(kind):
     adapters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
     assert frozen == linear_parameters(config) + other_parameters(config)
     assert adapters == adapter_parameters(config, lora)
+
+
+@pytest.mark.parametrize("targets", [("experts.down_proj",), r".*\.experts\.(gate|up)_proj"])
+def test_experts_are_adapted_by_their_own_names(targets):
+    config, lora = VARIANTS["qwen3_moe-normed"], LoraConfig(r=5, target_modules=targets)
+    model = nnx.eval_shape(lambda: Decoder(config, lora=lora, rngs=nnx.Rngs(0)))
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
+    assert adapter_parameters(config, lora) == adapters > 0
 
 
 def test_llamas_have_the_parameters_that_they_are_named_for():

@@ -19,6 +19,7 @@ from qlora_jax.models import (
     unfreeze,
 )
 from qlora_jax.models import decoder as decoder_module
+from qlora_jax.models.neftune import with_noise
 from qlora_jax.nn import FrozenParam, LoraConfig, dense, lora
 from qlora_jax.quant import QuantConfig
 from tests.models.variants import VARIANTS
@@ -188,7 +189,7 @@ def test_dropout_key():
 
 @pytest.mark.parametrize("variant", ["llama-biased", "opt-350m"])
 def test_layers_and_modules_drop_different_inputs(variant, monkeypatch):
-    """No key is used twice: not for two masks, nor for a mask and to be split."""
+    """No key is used twice: not for two masks, nor for a mask, for noise or to be split."""
     used = []
 
     def spied(keys):
@@ -202,15 +203,21 @@ def test_layers_and_modules_drop_different_inputs(variant, monkeypatch):
     def dropout(x, rate, key):
         return lora.dropout(x, rate, spied(key))
 
+    def noise(x, positions, alpha, key):
+        return with_noise(x, positions, alpha, spied(key))
+
     monkeypatch.setattr(decoder_module, "split_key", split_key)
+    monkeypatch.setattr(decoder_module, "with_noise", noise)
     monkeypatch.setattr(dense, "dropout", dropout)
     config = VARIANTS[variant]
     adapters = LoraConfig(r=2, lora_dropout=0.5)
     model = random_decoder(config, lora=adapters, remat="none")
+    model.neftune_noise_alpha = 5.0
     jax.block_until_ready(logits(model, IDS, key=jax.random.key(0)))
     jax.effects_barrier()
     of_layer = len(config.attention_linears) + len(config.mlp_linears)
-    assert len(used) == config.num_hidden_layers * (1 + of_layer) + len(config.outer_linears)
+    outside = len(config.outer_linears) + 1
+    assert len(used) == config.num_hidden_layers * (1 + of_layer) + outside
     assert len(set(used)) == len(used)
 
 

@@ -3,8 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from qlora_jax.models import decoder as decoder_module
 from qlora_jax.models.neftune import with_noise
+from tests.models.variants import VARIANTS
 from tests.random_decoder import ONE_LAYER, random_decoder
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 6)), jnp.int32)
@@ -47,3 +51,33 @@ def test_16_bits_stay_16_bits():
     x = jnp.ones((1, 3, 8), jnp.bfloat16)
     positions = jnp.arange(3, dtype=jnp.int32)[None]
     assert with_noise(x, positions, 5.0, jax.random.key(0)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("variant", ["gemma2-plain", "bloom-even", "opt-350m"])
+def test_what_the_embedding_gives_is_noisy(variant, monkeypatch):
+    """With its scale, before the norm and the projection that follow, as in transformers."""
+    given = []
+
+    def spied(x, positions, alpha, key):
+        given.append(x)
+        return with_noise(x, positions, alpha, key)
+
+    monkeypatch.setattr(decoder_module, "with_noise", spied)
+    model = random_decoder(VARIANTS[variant])
+    model.neftune_noise_alpha = 5.0
+    positions = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), IDS.shape)
+    model._embed(IDS, positions, jax.random.key(0))
+    expected = model.embed_tokens(IDS) * model.config.embedding_scale
+    np.testing.assert_array_equal(given, [expected])
+
+
+def test_devices_draw_their_rows_of_the_same_noise():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    positions = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), (4, 6))
+    x, key = jnp.ones((4, 6, 8), jnp.bfloat16), jax.random.key(0)
+    noisy = jax.jit(lambda x, positions, key: with_noise(x, positions, 5.0, key))
+    one = noisy(x, positions, key)
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    given = (*jax.device_put((x, positions), rows), jax.device_put(key, everywhere))
+    np.testing.assert_array_equal(noisy(*given), one)
+    assert "all-gather" not in noisy.lower(*given).compile().as_text()

@@ -46,6 +46,11 @@ def test_inside_of_other_wrappers(wrapper):
     np.testing.assert_allclose(moved, 4 * plain, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_what_is_no_ratio():
-    with pytest.raises(ValueError, match=r"lr_ratio=0\.0 must be above 0; 1 treats A and B alike"):
-        loraplus(optax.sgd(1.0), 0.0)
+    for ratio in (0.0, -1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"lr_ratio={ratio} must be a finite number above 0"):
+            loraplus(optax.sgd(1.0), ratio)
+    for ratio in ("16", None, True):
+        with pytest.raises(TypeError, match=f"lr_ratio={ratio!r} must be a number, such as 16"):
+            loraplus(optax.sgd(1.0), ratio)

@@ -1,5 +1,6 @@
 """What a process held at most, counted anew for each run."""
 
+import subprocess
 import sys
 
 import numpy as np
@@ -19,3 +20,13 @@ def test_a_peak_is_forgotten():
     assert peak_host_bytes() < after - size // 2
     np.ones(size, np.uint8)
     assert peak_host_bytes() > after - size // 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone counts the parent's")
+def test_what_the_parent_holds_is_not_counted():
+    size = 512 * 2**20
+    held = np.ones(size, np.uint8)
+    code = "from qlora_jax.train.peak import peak_host_bytes; print(peak_host_bytes())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = peak_host_bytes() - int(child.stdout)
+    assert told > size // 2, held.nbytes
