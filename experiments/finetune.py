@@ -16,8 +16,9 @@ held-out rows, else data.validation_rows of them are held out.
 A T5 (an encoder–decoder) reads what a prompt calls source and writes the target; its adapters have
 the paper's alpha of 64 and rank of 16, or 64 from three billion weights on, unless you set others.
 
-Every option is a dotted key: model.*, data.*, quant.*, lora.*, train.*, devices.* (--print-config
-lists them all, with their values). `--set quant=null` keeps the base in 16 bits: plain LoRA.
+Every option is a dotted key: model.*, data.*, quant.*, lora.*, train.*, devices.*, mmlu.*, rouge.*
+(--print-config lists them all, with their values). `--set quant=null` keeps the base in 16 bits:
+plain LoRA. `--set mmlu={}` examines the finished model, `--set rouge={}` scores its answers.
 
 On a machine with several devices, `--set devices.count=8` gives each its rows of every micro-batch;
 with `devices.weights=cut` each also holds only its part of the weights. On several machines, start

@@ -87,6 +87,12 @@ def read_qwen3_moe(config: Mapping[str, Any]) -> DecoderConfig:
     """
     # Dense layers among those with experts.
     refuse(config, decoder_sparse_step=1, mlp_only_layers=[])
+    experts = config.get("num_experts", config.get("num_local_experts", 128))
+    if not experts:
+        raise ValueError(
+            f"config.json has num_experts {experts}, but a 'qwen3_moe' has some: of a dense Qwen 3 "
+            "the model_type is 'qwen3'."
+        )
     bias = bool(config.get("attention_bias", False))
     return _read_all(
         config,
@@ -95,7 +101,7 @@ def read_qwen3_moe(config: Mapping[str, Any]) -> DecoderConfig:
         qk_norm=True,
         qkv_bias=bias,
         o_bias=bias,
-        num_local_experts=config.get("num_experts") or config.get("num_local_experts") or 128,
+        num_local_experts=experts,
         num_experts_per_tok=config.get("num_experts_per_tok") or 8,
         norm_topk_prob=bool(config.get("norm_topk_prob", False)),
     )
