@@ -45,7 +45,7 @@ def score_of(folder: Path) -> float:
     return json.loads((folder / "result.json").read_text())["rouge_l"]
 
 
-@pytest.mark.parametrize("packing", ["false", "true"])
+@pytest.mark.parametrize("packing", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_the_score_is_of_what_the_saved_adapter_answers(packing, tmp_path, capsys):
     rouge = "rouge={limit: 5, max_new_tokens: 16, batch_size: 2}"
     data = ["data.source_max_len=320", "data.buckets=[512]", "data.validation_rows=8"]
@@ -197,6 +197,7 @@ def test_what_cannot_be_scored_is_refused_before_training(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_t5_answers_its_sources(tmp_path):
     folder = tiny_t5(tmp_path / "t5")
     tree = {"model": str(folder), "data": "implement", "rouge": {"limit": 2, "max_new_tokens": 4}}

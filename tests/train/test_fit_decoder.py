@@ -80,8 +80,10 @@ def test_a_quantized_decoder_is_finetuned_and_its_adapter_saved(tmp_path):
 
 
 def test_neftune_is_in_the_training_loss_alone(tmp_path):
-    def losses(folder: str, alpha: float | None, model=None):
-        model = model or _decoder()
+    def losses(folder: str, alpha: float | None, before: float | None):
+        model = _decoder()
+        # What a model was trained with before does not decide how it is trained now.
+        model.neftune_noise_alpha = before
         batches = Batches(_examples(8), batch_size=4, seed=0, buckets=(16,), pad_token_id=0)
         config = TrainConfig(steps=1, micro_batch_size=4, neftune_noise_alpha=alpha, paged=False)
         result = fit(
@@ -92,15 +94,13 @@ def test_neftune_is_in_the_training_loss_alone(tmp_path):
             eval_batches=[batches.at(0)],
             console=Console(file=io.StringIO()),
         )
-        return model, result
+        assert model.neftune_noise_alpha == alpha
+        return result
 
-    model, noisy = losses("noisy", 5.0)
-    _, plain = losses("plain", None)
+    noisy = losses("noisy", 5.0, before=None)
+    plain = losses("plain", None, before=50.0)
     assert noisy.first_eval.loss == plain.first_eval.loss
     assert abs(noisy.train_loss - plain.train_loss) > 1e-4
-    # What a model was trained with before does not decide how it is trained now.
-    losses("again", None, model)
-    assert model.neftune_noise_alpha is None
 
 
 def test_neftune_needs_a_decoder(tmp_path):
