@@ -44,6 +44,7 @@ from qlora_jax.models.decoder_layer import DecoderLayer
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.models.neftune import with_noise
 from qlora_jax.models.norm import norm_for
+from qlora_jax.models.positions import positions_of
 from qlora_jax.models.remat import check_remat
 from qlora_jax.models.rope import rotations
 from qlora_jax.models.spread import scores_of
@@ -172,7 +173,7 @@ class Decoder(nnx.Module):
         """
         mask = None if attention_mask is None else attention_mask.astype(bool)
         if positions is None:
-            positions = _positions(input_ids, mask, segments)
+            positions = positions_of(input_ids, mask, segments)
         self._check_length(input_ids.shape[1])
         return self._forward(input_ids, mask, positions, segments, dropout_key)[0]
 
@@ -204,7 +205,7 @@ class Decoder(nnx.Module):
             )
         self._check_length(cache_length)
         mask = None if attention_mask is None else attention_mask.astype(bool)
-        positions = _positions(input_ids, mask, None)
+        positions = positions_of(input_ids, mask, None)
         x, (key, value) = self._forward(
             input_ids, mask, positions, None, None, cache_length=cache_length
         )
@@ -353,9 +354,7 @@ class Decoder(nnx.Module):
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         # On what transformers' embedding gives, whose own the scale is, and the norm is not.
-        noise_key = self._outer_key(dropout_key, 2)
-        if self.neftune_noise_alpha is not None and noise_key is not None:
-            x = with_noise(x, positions, self.neftune_noise_alpha, noise_key)
+        x = with_noise(x, positions, self.neftune_noise_alpha, self._outer_key(dropout_key, 2))
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         if self.project_in is not None:
@@ -408,17 +407,6 @@ class Decoder(nnx.Module):
         """Which layers have a window, where not all are alike."""
         layers = self.config.sliding_layers
         return None if len(set(layers)) == 1 else jnp.asarray(layers)
-
-
-def _positions(ids: Array, mask: Array | None, segments: Array | None) -> Array:
-    """Positions of the real tokens, counted from 0."""
-    if mask is not None and segments is None:
-        return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
-    index = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-    if segments is None:
-        return index
-    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 def _chosen(flag: Array | None, yes: Any, no: Any) -> Any:

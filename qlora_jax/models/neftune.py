@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from qlora_jax.models.positions import text_lengths
+
 
 def with_noise(
     x: Float[Array, "batch seq embed"],
     positions: Int[Array, "batch seq"],
-    alpha: float,
-    key: Key[Array, ""],
+    alpha: float | None,
+    key: Key[Array, ""] | None,
 ) -> Float[Array, "batch seq embed"]:
     """The embeddings with noise, in their own dtype.
 
@@ -21,17 +23,11 @@ def with_noise(
         x: embedded tokens.
         positions: counted from 0 in each text, so that of packed texts each has its own L; padding
             does not count.
-        alpha: α, 5 to 15 in the paper.
-        key: of the noise.
+        alpha: α, 5 to 15 in the paper; None for no noise.
+        key: of the noise; None for no noise.
     """
-    bound = alpha * jax.lax.rsqrt(_lengths(positions).astype(jnp.float32) * x.shape[-1])
+    if alpha is None or key is None:
+        return x
+    bound = alpha * jax.lax.rsqrt(text_lengths(positions).astype(jnp.float32) * x.shape[-1])
     noise = jax.random.uniform(key, x.shape, x.dtype, -1.0, 1.0)
     return x + noise * bound[..., None].astype(x.dtype)
-
-
-def _lengths(positions: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
-    """How many tokens each token's text has: its last one's position, and one more."""
-    index = jnp.arange(positions.shape[1], dtype=jnp.int32)
-    goes_on = jnp.pad(positions[:, 1:] == positions[:, :-1] + 1, ((0, 0), (0, 1)))
-    last = jax.lax.cummin(jnp.where(goes_on, index.size, index), axis=1, reverse=True)
-    return jnp.take_along_axis(positions, last, axis=1) + 1

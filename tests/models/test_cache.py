@@ -58,7 +58,7 @@ def decode(model: Decoder, tokens: jax.Array, cache) -> tuple:
 @pytest.mark.parametrize(
     ("config", "side"),
     [(config, side) for config in (PLAIN, MIXED, ALIBI) for side in ("left", "right")],
-    ids=lambda given: {id(PLAIN): "plain", id(MIXED): "mixed"}.get(id(given), given),
+    ids=[f"{name}-{side}" for name in ("plain", "mixed", "alibi") for side in ("left", "right")],
 )
 def test_greedy_decoding_equals_full_forward_passes(config, side):
     model = random_decoder(config)
