@@ -57,7 +57,12 @@ from qlora_jax.processes import are_several, on_first
 from qlora_jax.train import Callback, fit
 from qlora_jax.train.callbacks import elapsed_seconds
 from qlora_jax.train.config import FREE_ON_RESUME
-from qlora_jax.train.peak import forget_peak_host_bytes, peak_device_bytes, peak_host_bytes
+from qlora_jax.train.peak import (
+    device_peak_since,
+    forget_peak_host_bytes,
+    peak_device_bytes,
+    peak_host_bytes,
+)
 
 CONFIG = "config.yaml"
 
@@ -325,7 +330,7 @@ def execute(
     def conclude() -> dict[str, Any]:
         result = _result(model, folder, labels) | {
             **examined,
-            "peak_device_memory_bytes": _device_peak_since(device_peak_before),
+            "peak_device_memory_bytes": device_peak_since(device_peak_before),
             "seconds": round(beside_training + elapsed_seconds(read_metrics(folder / METRICS)), 1),
             "devices": run.devices.count,
             "train_rows": len(checked.train),
@@ -372,12 +377,6 @@ def is_finished(run: RunConfig, folder: Path) -> bool:
 
 def _described(devices: DevicesConfig) -> str:
     return "1 device" if devices.count == 1 else f"{devices.count} devices ({devices.weights})"
-
-
-def _device_peak_since(before: int | None) -> int | None:
-    """A device's count only rises: None where an earlier run of this process held as much."""
-    peak = peak_device_bytes()
-    return None if peak is None or peak <= (before or 0) else peak
 
 
 def _result(model: nnx.Module, folder: Path, labels: Mapping[str, str]) -> dict[str, Any]:

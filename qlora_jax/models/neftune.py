@@ -6,6 +6,7 @@ tokens of its text and d the width: a text's noise has a norm of about α / √3
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from qlora_jax.models.positions import text_lengths
@@ -31,3 +32,18 @@ def with_noise(
     bound = alpha * jax.lax.rsqrt(text_lengths(positions).astype(jnp.float32) * x.shape[-1])
     noise = jax.random.uniform(key, x.shape, x.dtype, -1.0, 1.0)
     return x + noise * bound[..., None].astype(x.dtype)
+
+
+def set_noise(model: nnx.Module, alpha: float | None) -> None:
+    """This α, or none, for a model that has such noise.
+
+    Raises:
+        ValueError: it has not, and α is one.
+    """
+    if hasattr(model, "neftune_noise_alpha"):
+        model.neftune_noise_alpha = alpha
+    elif alpha is not None:
+        raise ValueError(
+            f"neftune_noise_alpha is {alpha}, but {type(model).__name__} has no such noise, which "
+            "is a Decoder's: leave it out."
+        )

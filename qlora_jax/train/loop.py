@@ -33,6 +33,7 @@ from qlora_jax.evaluate import (
     split_adapters,
 )
 from qlora_jax.models import check_remat, spread_rows, streaming
+from qlora_jax.models.neftune import set_noise
 from qlora_jax.processes import is_first, on_first
 from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard
 from qlora_jax.train.checkpoint import Checkpoints
@@ -179,17 +180,6 @@ def fit(
     return result
 
 
-def _set_noise(model: nnx.Module, alpha: float | None) -> None:
-    """The config's NEFTune, and no other, for a model that has it."""
-    if hasattr(model, "neftune_noise_alpha"):
-        model.neftune_noise_alpha = alpha
-    elif alpha is not None:
-        raise ValueError(
-            f"neftune_noise_alpha is {alpha}, but {type(model).__name__} has no such noise, which "
-            "is a Decoder's: leave it out."
-        )
-
-
 class _Run:
     """The moving parts of one call of `fit`."""
 
@@ -204,7 +194,7 @@ class _Run:
         probes: Sequence[Probe],
         say: Callable[[str], None],
     ) -> None:
-        _set_noise(model, config.neftune_noise_alpha)
+        set_noise(model, config.neftune_noise_alpha)
         graphdef, lora, self.frozen = split_adapters(model)
         if not jax.tree.leaves(lora):
             raise ValueError(

@@ -41,3 +41,10 @@ def peak_device_bytes() -> int | None:
         if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
     ]
     return max(peaks, default=None)
+
+
+def device_peak_since(before: int | None) -> int | None:
+    """The same, None where it is what it was `before`: it only rises, and an earlier run of this
+    process may have held as much."""
+    peak = peak_device_bytes()
+    return None if peak is None or peak <= (before or 0) else peak

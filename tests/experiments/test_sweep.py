@@ -297,11 +297,3 @@ def test_overwrite_deletes_what_ended_before_it_began(tmp_path):
     (folder / "run.lock").touch()  # of a killed process
     delete_run(folder)
     assert not folder.exists()
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "told"), [(None, None, None), (None, 5, 5), (3, 5, 5), (5, 5, None)]
-)
-def test_a_device_peak_is_of_the_cell_that_reached_it(monkeypatch, before, after, told):
-    monkeypatch.setattr(run, "peak_device_bytes", lambda: after)
-    assert run._device_peak_since(before) == told

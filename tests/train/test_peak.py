@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from qlora_jax.train import peak
 from qlora_jax.train.peak import forget_peak_host_bytes, peak_host_bytes
 
 
@@ -30,3 +31,11 @@ def test_what_the_parent_holds_is_not_counted():
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     told = peak_host_bytes() - int(child.stdout)
     assert told > size // 2, held.nbytes
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"), [(None, None, None), (None, 5, 5), (3, 5, 5), (5, 5, None)]
+)
+def test_a_device_peak_is_of_the_cell_that_reached_it(monkeypatch, before, after, told):
+    monkeypatch.setattr(peak, "peak_device_bytes", lambda: after)
+    assert peak.device_peak_since(before) == told
