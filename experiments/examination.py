@@ -7,7 +7,6 @@ is done the finished model is asked the questions that count (`mmlu.split`).
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from rich.console import Console
 from experiments.config import MmluConfig
 from qlora_jax.data import Tokenizer
 from qlora_jax.evaluate import MmluResult, Question, examine, load_questions
-from qlora_jax.processes import on_first
 from qlora_jax.train import Probe
 
 VALIDATION = "val"
@@ -101,19 +99,16 @@ def final(
     config: MmluConfig | None,
     context: int,
     folder: Path,
+    identity: Mapping[str, Any],
     console: Console | None,
 ) -> dict[str, Any]:
     """The finished model's result for result.json, {} where none is wanted.
 
-    Answers are kept in the run folder, so that a run killed while it is examined goes on.
+    Answers are kept in the run folder, so that a run killed while it is examined goes on, with
+    `identity`, what they depend on beside the questions.
     """
     if config is None or config.split is None:
         return {}
-
-    def digest() -> str:
-        adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-        return hashlib.sha256(adapter).hexdigest()
-
     result = ask(
         model,
         tokenizer,
@@ -121,7 +116,7 @@ def final(
         config.split,
         context,
         answers=folder / ANSWERS,
-        identity={"adapter": on_first(digest)},
+        identity=identity,
         console=console,
     )
     return {"mmlu": {"split": config.split, "shots": config.shots, **result.as_dict()}}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
+from experiments.answering import forget_partial, greedy_answers
 from experiments.config import RunConfig
 from experiments.report import write_atomically
 from experiments.rows import answers_of, model_config
 from qlora_jax.data import IGNORE, Example, Pair, Tokenizer, load_tokenizer
 from qlora_jax.evaluate import rouge_l
-from qlora_jax.generate import GenerationConfig, check_prompts, generate, read_eos_token_ids
+from qlora_jax.generate import GenerationConfig, check_prompts, read_eos_token_ids
 from qlora_jax.processes import on_first
 
 ANSWERS = "answers.jsonl"
@@ -129,18 +130,26 @@ def score(
     tokenizer: Tokenizer,
     exercise: Exercise | None,
     folder: Path,
+    identity: Mapping[str, Any],
     console: Console,
 ) -> dict[str, Any]:
     """The finished model's score for result.json, {} where nothing is asked; its answers go into
-    the run folder."""
+    the run folder. `identity` is what they depend on beside the exercise."""
     if exercise is None:
         return {}
     console.print(f"answering {len(exercise.prompts)} held-out rows", highlight=False)
-    how = exercise.generation
-    written = generate(model, exercise.prompts, how, batch_size=exercise.batch_size)
+    written = greedy_answers(
+        model,
+        exercise.prompts,
+        exercise.generation,
+        batch_size=exercise.batch_size,
+        folder=folder,
+        identity=identity,
+        console=console,
+    )
 
     def conclude() -> float:
-        answers = [tokenizer.decode(generation.tokens).strip() for generation in written]
+        answers = [tokenizer.decode(ids).strip() for ids in written]
         pairs = list(zip(exercise.references, answers, strict=True))
         scores = [rouge_l([[reference]], [answer])["rougeL"] for reference, answer in pairs]
         prompts = (_written(tokenizer, prompt) for prompt in exercise.prompts)
@@ -150,6 +159,7 @@ def score(
         )
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(folder / ANSWERS, text)
+        forget_partial(folder)
         return statistics.fmean(scores)
 
     mean: float = on_first(conclude)

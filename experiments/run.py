@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
+from experiments.answering import adapter_digest
 from experiments.config import DevicesConfig, RunConfig, build_run
 from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
@@ -323,8 +324,9 @@ def execute(
         console=console,
     )
     trained = time.perf_counter()
-    examined = final(model, tokenizer, run.mmlu, context, folder, console)
-    examined |= score(model, tokenizer, checked.exercise, folder, console)
+    adapter = {"adapter": on_first(lambda: adapter_digest(folder / "adapter"))}
+    examined = final(model, tokenizer, run.mmlu, context, folder, adapter, console)
+    examined |= score(model, tokenizer, checked.exercise, folder, adapter, console)
     beside_training += time.perf_counter() - trained
 
     def conclude() -> dict[str, Any]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from experiments.answering import adapter_digest
 from experiments.cli import (
     COMPUTE_DTYPES,
     QUANT_HELP,
@@ -123,8 +123,7 @@ def model_id(
     stored = "none" if quant is None else quant.quant_type
     parts = [options.model, stored, options.compute_dtype, options.format]
     if options.adapter is not None:
-        weights = (options.adapter / "adapter_model.safetensors").read_bytes()
-        parts.insert(1, f"adapter {hashlib.sha256(weights).hexdigest()[:12]}")
+        parts.insert(1, f"adapter {adapter_digest(options.adapter)[:12]}")
     parts += [f"T={config.temperature:g}", f"p={config.top_p:g}", f"{config.max_new_tokens} tokens"]
     return ", ".join([*parts, f"seed {options.seed}"])
 

@@ -13,7 +13,6 @@ result (mmlu.json); the same command again goes on where it was broken off.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from experiments.answering import adapter_digest
 from experiments.cli import (
     COMPUTE_DTYPES,
     QUANT_HELP,
@@ -102,8 +102,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     model, tokenizer = load_pretrained(folder, quant=quant, lora=lora, compute_dtype=dtype)
     if options.adapter is not None:
         load_adapter(options.adapter, model)
-        weights = (options.adapter / "adapter_model.safetensors").read_bytes()
-        identity["adapter"] = hashlib.sha256(weights).hexdigest()
+        identity["adapter"] = adapter_digest(options.adapter)
     out.mkdir(parents=True, exist_ok=True)
     result = ask(
         model,

@@ -33,6 +33,7 @@ from typing import Any
 from flax import nnx
 from rich.console import Console
 
+from experiments.answering import forget_partial, greedy_answers
 from experiments.cli import keep_compiled_programs, run_command
 from experiments.paper.superni_rows import Instance, as_pairs, by_task, load_split
 from experiments.paper.table3 import (
@@ -53,9 +54,9 @@ from experiments.paper.table3 import (
     write_report,
 )
 from qlora_jax.cli.arguments import count
-from qlora_jax.data import PairFormat, Seq2SeqBatches, Tokenizer, load_tokenizer, tokenize_pairs
+from qlora_jax.data import PairFormat, Seq2SeqBatches, load_tokenizer, tokenize_pairs
 from qlora_jax.evaluate import rouge_l, seq2seq_lm_loss
-from qlora_jax.generate import GenerationConfig, generate
+from qlora_jax.generate import GenerationConfig
 from qlora_jax.models import EncoderDecoder, EncoderDecoderConfig, t5_lora
 from qlora_jax.nn import LoraConfig
 from qlora_jax.pretrained import find_folder
@@ -129,16 +130,6 @@ def tiny_t5(folder: Path, seed: int = 0) -> Path:
     return with_tokenizer(folder, lambda: EncoderDecoder(config, rngs=nnx.Rngs(seed)))
 
 
-def answers(
-    model: EncoderDecoder, tokenizer: Tokenizer, sources: Sequence[Any], *, tokens: int, batch: int
-) -> list[str]:
-    """The greedy answer to each source (ids, with their eos), of so many tokens at most."""
-    assert tokenizer.eos_token_id is not None
-    config = GenerationConfig(max_new_tokens=tokens, eos_token_ids=(tokenizer.eos_token_id,))
-    written = generate(model, [source.tolist() for source in sources], config, batch_size=batch)
-    return [tokenizer.decode(generation.tokens).strip() for generation in written]
-
-
 def run_cell(
     cell: Cell,
     folder: Path,
@@ -179,17 +170,22 @@ def run_cell(
         identity={"cell": cell.name, "model": str(base), **limits},
         console=console,
     )
-    predictions = answers(
+    assert tokenizer.eos_token_id is not None
+    written = greedy_answers(
         model,
-        tokenizer,
-        [pair.source for pair in held_out],
-        tokens=options.target_max_len,
-        batch=config.micro_batch_size,
+        [pair.source.tolist() for pair in held_out],
+        GenerationConfig(options.target_max_len, eos_token_ids=(tokenizer.eos_token_id,)),
+        batch_size=config.micro_batch_size,
+        folder=folder,
+        identity={},
+        console=console,
     )
+    predictions = [tokenizer.decode(ids).strip() for ids in written]
     references = [instance.references for instance in rows[1]]
     each = [rouge_l([r], [p])["rougeL"] for r, p in zip(references, predictions, strict=True)]
     score = statistics.fmean(each)
     console.print(f"{cell.name}: RougeL {100 * score:.1f}", highlight=False)
+    forget_partial(folder)
     return {
         "score": score,
         "tasks": by_task(rows[1], each),

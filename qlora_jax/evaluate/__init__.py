@@ -42,6 +42,7 @@ from qlora_jax.evaluate.ratings import (
     read_ratings,
     system_name,
 )
+from qlora_jax.evaluate.record import Record
 from qlora_jax.evaluate.scores import (
     Metric,
     Scores,
@@ -78,6 +79,7 @@ __all__ = [
     "RankAgreement",
     "Rating",
     "Ratings",
+    "Record",
     "Reply",
     "Scores",
     "WinMatrix",

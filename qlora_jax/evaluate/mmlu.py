@@ -15,7 +15,6 @@ given; the same call again asks only what is missing.
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,10 @@ from jaxtyping import Array, Float, Int, PyTree
 from qlora_jax.data import Tokenizer
 from qlora_jax.evaluate.mmlu_questions import GROUPS, LETTERS, SUBJECTS, Question, prompt_of
 from qlora_jax.evaluate.perplexity import split_adapters
+from qlora_jax.evaluate.record import Record
 from qlora_jax.models.spread import spread_rows
 from qlora_jax.models.streaming import options_for
-from qlora_jax.processes import is_first, on_first, whole
+from qlora_jax.processes import whole
 
 _SHORTEST_BUCKET = 64
 
@@ -144,20 +144,21 @@ def examine(
     """
     prompts = _prompts(tokenizer, questions, dev, shots, max_len)
     digest = hashlib.sha256(repr([(p.key, p.ids) for p in prompts]).encode()).hexdigest()
-    record = _Record(answers, {"prompts": digest, **(identity or {})})
+    depends_on = {"prompts": digest, **(identity or {})}
+    record = Record(answers, depends_on, item="question", finding="chosen")
     graphdef, lora, frozen = split_adapters(model)
     letters = answer_tokens(tokenizer)
     answer_scores = _answer_scores(tuple(options_for(model).items()))
-    open_prompts = [p for p in prompts if p.key not in record.chosen]
+    open_prompts = [p for p in prompts if p.key not in record.found]
     for batch in _batches(open_prompts, batch_size):
         rows = _padded(batch, batch_size, max_len, tokenizer.pad_token_id)
         input_ids, last = spread_rows(rows, frozen)
         scores = answer_scores(graphdef, lora, frozen, input_ids, last, tokens=letters)
-        record.add(batch, whole(scores)[: len(batch)])
+        record.add(map(_entry, batch, whole(scores)))
         if progress is not None:
-            progress(len(record.chosen), len(prompts))
+            progress(len(record.found), len(prompts))
     subjects = list(dict.fromkeys(p.question.subject for p in prompts))
-    right = [p.question.subject for p in prompts if record.chosen[p.key] == p.question.answer]
+    right = [p.question.subject for p in prompts if record.found[p.key] == p.question.answer]
     asked = [p.question.subject for p in prompts]
     return MmluResult(
         correct={s: right.count(s) for s in subjects},
@@ -264,56 +265,12 @@ def _padded(
     return input_ids, last
 
 
-class _Record:
-    """The answers so far, in memory and, where a path is given, in a file."""
-
-    def __init__(self, path: str | Path | None, identity: Mapping[str, Any]) -> None:
-        self.path = Path(path) if path is not None and is_first() else None
-        self.chosen: dict[str, str] = on_first(lambda: self._read(identity))
-
-    def _read(self, identity: Mapping[str, Any]) -> dict[str, str]:
-        """What was chosen before, by question; the file is there afterwards, and ends in a line."""
-        chosen: dict[str, str] = {}
-        if self.path is None:
-            return chosen
-        head = json.dumps({"examination": dict(identity)})
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
-        # A process that was killed while writing leaves its last line unfinished, or the first.
-        unfinished = len(lines) == 1 and head.startswith(lines[0])
-        if lines and lines[0] != head and not unfinished:
-            raise ValueError(
-                f"{self.path} holds the answers of another examination (other prompts or another "
-                "model): give another file, or delete it."
-            )
-        kept = lines[1:-1]
-        for number, line in enumerate(kept, 2):
-            try:
-                answer = json.loads(line)
-                chosen[answer["question"]] = answer["chosen"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{self.path}, line {number} holds no answer to a question: delete the line, "
-                    "and it is asked again."
-                ) from error
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in [head, *kept]), encoding="utf-8")
-        partial.replace(self.path)
-        return chosen
-
-    def add(self, batch: Sequence[_Prompt], scores: Float[np.ndarray, "rows choices"]) -> None:
-        """Notes which letter scored highest; the first of equals."""
-        lines = []
-        for prompt, row in zip(batch, scores, strict=True):
-            chosen = LETTERS[int(row.argmax())]
-            self.chosen[prompt.key] = chosen
-            entry = {
-                "question": prompt.key,
-                "chosen": chosen,
-                "answer": prompt.question.answer,
-                "scores": [round(float(score), 4) for score in row],
-                "shots": prompt.shots,
-            }
-            lines.append(json.dumps(entry))
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in lines))
+def _entry(prompt: _Prompt, scores: Float[np.ndarray, " choices"]) -> dict[str, Any]:
+    """A prompt's line in the record: the letter that scored highest, the first of equals."""
+    return {
+        "question": prompt.key,
+        "chosen": LETTERS[int(scores.argmax())],
+        "answer": prompt.question.answer,
+        "scores": [round(float(score), 4) for score in scores],
+        "shots": prompt.shots,
+    }

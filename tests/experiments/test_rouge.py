@@ -14,14 +14,14 @@ import yaml
 from rich.console import Console
 from rouge_score.rouge_scorer import RougeScorer
 
-from experiments import finetune, rouge, run, sweep
+from experiments import answering, finetune, rouge, run, sweep
 from experiments.config import build_run
 from experiments.embedded import MODELS
 from experiments.paper.superni import tiny_t5
 from experiments.rouge import exercise_of
 from qlora_jax.checkpoints import load_adapter, read_adapter_config
 from qlora_jax.data import load_tokenizer
-from qlora_jax.generate import GenerationConfig, generate_text
+from qlora_jax.generate import GenerationConfig, generate, generate_text
 from qlora_jax.pretrained import load_pretrained
 from qlora_jax.quant import QuantConfig
 from tests.experiments.test_bad_input import sentence, write_rows
@@ -73,33 +73,45 @@ def test_the_score_is_of_what_the_saved_adapter_answers(packing, tmp_path, capsy
     assert [answer.text.strip() for answer in again] == [line["answer"] for line in lines]
 
 
-def test_a_run_killed_while_it_answers_gives_the_same(tiny_model, tmp_path, monkeypatch, capsys):
+def test_a_run_killed_while_it_answers_goes_on(tiny_model, tmp_path, monkeypatch, capsys):
     flags = ["--model", str(tiny_model), "--data", "describe", "--out", str(tmp_path)]
-    command = [*flags, *fast("rouge={limit: 2, max_new_tokens: 4}")]
+    asking = "rouge={limit: 5, max_new_tokens: 4, batch_size: 2}"
+    command = [*flags, *fast(asking, "data.validation_rows=5")]
     result, answers, config = (tmp_path / f for f in ("result.json", rouge.ANSWERS, "config.yaml"))
+    partial = tmp_path / answering.PARTIAL
     assert finetune.main(command) == 0
+    assert "answered 5 of 5" in capsys.readouterr().out
     score, written = score_of(tmp_path), answers.read_text()
+    assert not partial.exists()
 
-    def stop(*arguments, **options):
-        raise KeyboardInterrupt
+    asked: list[int] = []
+
+    def stop_in_the_second(model, prompts, *arguments, **options):
+        asked.append(len(prompts))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return generate(model, prompts, *arguments, **options)
 
     result.unlink()
     answers.unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(rouge, "generate", stop)
-        assert finetune.main(command) == 130
+    monkeypatch.setattr(answering, "generate", stop_in_the_second)
+    assert finetune.main(command) == 130
     assert not answers.exists()
     assert not result.exists()
+    # As a kill while a line is written would leave it.
+    partial.write_text(partial.read_text() + '{"prompt": "1", "tok')
     assert finetune.main(command) == 0
+    assert asked == [2, 2, 2, 1]
     assert "resumed after step 3 of 3" in capsys.readouterr().out
     assert (score_of(tmp_path), answers.read_text()) == (score, written)
+    assert not partial.exists()
 
     # As a version without the option would have left it.
     settings = yaml.safe_load(config.read_text())
     del settings["rouge"]
     config.write_text(yaml.safe_dump(settings))
     assert finetune.main(command) == 2
-    assert "rouge.limit: 2, was absent" in capsys.readouterr().err
+    assert "rouge.limit: 5, was absent" in capsys.readouterr().err
     assert finetune.main([*command, "--set", "rouge=null"]) == 0
     assert "finished; --overwrite repeats it" in capsys.readouterr().out
 
@@ -203,7 +215,7 @@ def test_a_t5_answers_its_sources(tmp_path):
     tree = {"model": str(folder), "data": "implement", "rouge": {"limit": 2, "max_new_tokens": 4}}
     exercise = exercise_of(build_run(tree, "a test"), folder, None)
     model, tokenizer = load_pretrained(folder)
-    found = rouge.score(model, tokenizer, exercise, tmp_path, Console(quiet=True))
+    found = rouge.score(model, tokenizer, exercise, tmp_path, {}, Console(quiet=True))
     lines = lines_of(tmp_path)
     assert all(line["prompt"].startswith("def ") for line in lines)
     assert all(line["reference"] and line["answer"] for line in lines)
