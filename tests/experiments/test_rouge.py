@@ -222,6 +222,7 @@ def test_a_t5_answers_its_sources(tmp_path):
     assert found == {"rouge_l": statistics.fmean(line["score"] for line in lines)}
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_it(tiny_model, tmp_path, capsys):
     file, out = tmp_path / "sweep.yaml", tmp_path / "out"
     file.write_text(

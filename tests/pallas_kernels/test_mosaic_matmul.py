@@ -174,7 +174,7 @@ def test_parts_of_a_split_sum_are_stored_in_float32():
 
 
 @given(
-    sizes=st.tuples(st.integers(1, 2000), st.integers(1, 3000)),
+    sizes=st.tuples(st.integers(1, 700), st.integers(1, 1200)),
     rows=st.sampled_from([16, 64, 256]),
     group=st.integers(1, 20),
     split=st.sampled_from([1, 2, 4]),
