@@ -33,6 +33,7 @@ from qlora_jax.checkpoints.adapter_parts import (
     token_modules,
     trained_parts,
 )
+from qlora_jax.checkpoints.packed_experts import expert_cuts
 from qlora_jax.checkpoints.staging import replace_file
 from qlora_jax.checkpoints.text_part import whole_lora, whole_name
 from qlora_jax.data import Tokenizer
@@ -178,7 +179,7 @@ def load_adapter(folder: str | Path, model: Any) -> None:
     """
     _check_model(model)
     adapter = read_adapter(folder)
-    tensors = dict(adapter.tensors)
+    tensors = _tensors(adapter, model)
     advice = "build the model with read_adapter_config(folder)"
     _check_tied(model, adapter)
     if getattr(model.config, "tie_word_embeddings", False):
@@ -245,6 +246,16 @@ def load_adapter(folder: str | Path, model: Any) -> None:
         places = jnp.asarray([order.index(id_) for id_ in ids])
         values = embedding.token_rows.get_value()
         embedding.token_rows.set_value(values.at[places].set(jnp.asarray(found, values.dtype)))
+
+
+def _tensors(adapter: PeftAdapter, model: Any) -> dict[str, np.ndarray]:
+    """An adapter's tensors by name, those of packed experts as each expert's own."""
+    tensors = dict(adapter.tensors)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    cuts = expert_cuts(adapter.folder, shapes, adapter.config, model.config, adapter.version)
+    own = {name: cut.of(tensors[cut.name]) for name, cut in cuts.items()}
+    packed = {cut.name for cut in cuts.values()}
+    return {name: x for name, x in tensors.items() if name not in packed} | own
 
 
 def _check_model(model: Any) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.checkpoints.packed_experts import expert_config
 from qlora_jax.checkpoints.text_part import adapted_inside, text_config
 from qlora_jax.data.json_file import read_json
 from qlora_jax.nn import LoraConfig
@@ -26,7 +27,6 @@ _UNSUPPORTED = (
     "lora_bias",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
     "use_bdlora",
     "use_qalora",
 )
@@ -45,12 +45,13 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
 
 
 def read_config_json(folder: str | Path) -> dict[str, Any]:
-    """The content of a folder's adapter_config.json, its names those of a text model.
+    """The content of a folder's adapter_config.json, its names those of a text model, whose experts
+    are modules.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it holds no JSON object; it chooses layers by an expression, and the tensors
-            beside it are damaged.
+        FileNotFoundError: there is none; it has `target_parameters`, and no tensors are beside it.
+        ValueError: it holds no JSON object; it adapts parameters that are no experts'; it chooses
+            layers by an expression or parameters, and the tensors beside it are damaged.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -65,7 +66,11 @@ def read_config_json(folder: str | Path) -> dict[str, Any]:
     if isinstance(targets, str) and weights.is_file():
         # An expression for paths in a larger model: which of them it means, the tensors tell.
         config["target_modules"] = adapted_inside(weights) or targets
-    return text_config(config)
+    config = text_config(config)
+    if not config.get("target_parameters"):
+        return config
+    _check_kinds(config, path)
+    return expert_config(config, path, weights)
 
 
 def config_from_json(config: Mapping[str, Any], path: Path) -> LoraConfig:
@@ -133,7 +138,11 @@ def _listed_as(value: Any, test: Callable[[Any], bool]) -> bool:
 
 
 def _names(value: Any) -> bool:
-    return value is None or _pattern(value) or _listed_as(value, lambda x: isinstance(x, str))
+    return value is None or _pattern(value) or _listed_as(value, _is_text)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _patterns(value: Any, test: Callable[[Any], bool]) -> bool:
@@ -160,6 +169,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_alpha": ("a number", _real),
     "lora_dropout": ("a number", lambda value: value is None or _real(value)),
     "target_modules": ("a list of names or a regular expression", _names),
+    "target_parameters": ("a list of names", lambda x: not x or _listed_as(x, _is_text)),
     "exclude_modules": ("a list of names or a regular expression", _names),
     "layers_pattern": ("a list of names or one", _names),
     "modules_to_save": ("a list of names", _names),

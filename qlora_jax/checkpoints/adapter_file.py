@@ -45,9 +45,10 @@ class PeftAdapter:
     Attributes:
         folder: where it lies.
         config: what it adapts, and how.
-        tensors: by name, without PEFT's prefix.
+        tensors: by name, without PEFT's prefix; experts packed where the file packs them.
         token_ids: by module, the tokens whose rows it has trained.
         ties: whether a head that is tied to a trained embedding was trained with it.
+        version: of the PEFT that wrote it; None where it does not tell.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class PeftAdapter:
     tensors: Mapping[str, np.ndarray]
     token_ids: Mapping[str, tuple[int, ...]]
     ties: bool
+    version: str | None
 
 
 def read_adapter(folder: str | Path) -> PeftAdapter:
@@ -83,6 +85,7 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
         named,
         token_indices(raw, named),
         bool(raw.get("ensure_weight_tying", False)),
+        raw.get("peft_version"),
     )
 
 

@@ -156,7 +156,8 @@ def _cell(value: Any) -> str:
 
 
 def _adapter(adapter: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+    targets = ("target_modules", "target_parameters")
+    names = ("r", "lora_alpha", "lora_dropout", *targets, "use_rslora", "use_dora")
     return {name: adapter[name] for name in names if adapter.get(name)}
 
 

@@ -12,6 +12,7 @@ An adapter was trained beside *quantized* weights. Three bases can take it, and 
 written like any other model, and one tensor is in memory at a time. docs/merging.md measures.
 """
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,10 @@ from qlora_jax.checkpoints.checkpoint import (
     quantized,
 )
 from qlora_jax.checkpoints.matching import linear_weights, names_in, ties, untied
+from qlora_jax.checkpoints.packed_experts import expert_cuts
 from qlora_jax.checkpoints.tensor_file import TensorFile
 from qlora_jax.checkpoints.text_part import text_name
+from qlora_jax.models import family_of
 from qlora_jax.nn import LoraConfig, start_from_weight
 from qlora_jax.nn.targets import ALSO_CALLED
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
@@ -212,6 +215,8 @@ class AdapterFile:
         self._lora = config_from_json(config, Path(folder) / CONFIG)
         self._path = Path(folder) / WEIGHTS
         self._file = TensorFile(self._path)
+        # Each of an expert's tensors is a part of one of its layer's four.
+        self._packed = functools.lru_cache(maxsize=4)(self._file.read)
         self._keys: dict[str, dict[str, str]] = {}
         self.adapted: set[str] = set()
         self.replaced: dict[str, tuple[int, ...]] = {}
@@ -224,6 +229,7 @@ class AdapterFile:
                 key: tuple(file.get_slice(key).get_shape())
                 for key in file.keys()  # noqa: SIM118
             }
+        shapes = self._with_experts_apart(shapes, base, config.get("peft_version"))
         check_head_rows(folder, shapes, (name.removesuffix(".weight") for name in base.tensors))
         self._tokens = token_indices(config, shapes)
         self._called = names_in(base.config)
@@ -232,6 +238,22 @@ class AdapterFile:
                 self._place(key, shape, base)
         self._check(shapes, base)
         self._grow_vocabulary(base)
+
+    def _with_experts_apart(
+        self, shapes: dict[str, tuple[int, ...]], base: Checkpoint, version: str | None
+    ) -> dict[str, tuple[int, ...]]:
+        """The shapes of tensors by name, those of packed experts as each expert's own."""
+        keys = {key.removeprefix(PREFIX): key for key in shapes}
+        plain = {name: shapes[key] for name, key in keys.items()}
+        model = family_of(base.config).read_config(base.config)
+        cuts = expert_cuts(self._path.parent, plain, self._lora, model, version)
+        self._cuts = {PREFIX + n: cut._replace(name=keys[cut.name]) for n, cut in cuts.items()}
+        packed = {cut.name for cut in self._cuts.values()}
+        own = {
+            key: cut.of(np.broadcast_to(np.float32(0), shapes[cut.name])).shape
+            for key, cut in self._cuts.items()
+        }
+        return {key: shape for key, shape in shapes.items() if key not in packed} | own
 
     def _place(self, key: str, shape: tuple[int, ...], base: Checkpoint) -> None:
         """Finds the base tensor that one of the adapter's belongs to."""
@@ -340,7 +362,9 @@ class AdapterFile:
         return weight
 
     def _read(self, name: str, part: str) -> np.ndarray:
-        return self._file.read(self._keys[name][part])
+        key = self._keys[name][part]
+        cut = self._cuts.get(key)
+        return self._file.read(key) if cut is None else cut.of(self._packed(cut.name))
 
     def replacement(self, name: str) -> np.ndarray:
         """The tensor that takes a base tensor's place."""

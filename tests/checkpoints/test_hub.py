@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from qlora_jax.checkpoints import model_card, push
 from qlora_jax.checkpoints.card import read_facts
+from tests.checkpoints.tiny import change_config
 from tests.test_pretrained import hub_error
 
 
@@ -93,6 +94,14 @@ def test_the_card_of_a_folder_alone(run, tmp_path):
     text = model_card("me/adapter", read_facts(alone))
     assert "## Hyperparameters" not in text
     assert ModelCard(text).data.base_model is None, "a folder of the author's is no hub name"
+
+
+def test_the_card_names_adapted_parameters(run):
+    change_config(
+        run / "adapter", file="adapter_config.json", target_parameters=["experts.down_proj"]
+    )
+    text = model_card("me/adapter", read_facts(run / "adapter"))
+    assert "| target_parameters | experts.down_proj |" in text
 
 
 def test_push_uploads_the_folder_and_a_card(run):

@@ -49,7 +49,7 @@ TARGETS = {
     "t5_v1_1": ("q", "wi_0", "wo"),
 }
 EXPERTS = {"mixtral", "qwen3_moe-normed"}
-"""Whose new adapters PEFT writes as `target_parameters`, which are refused here."""
+"""Whose new adapters PEFT writes as `target_parameters`: `test_packed_experts.py`."""
 
 
 def theirs(folder):
