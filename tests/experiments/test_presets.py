@@ -137,6 +137,7 @@ def test_the_command(tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_tiny_cell_from_end_to_end_without_real_rows(tmp_path, capsys):
     command = [
         "--preset", "paper-table5", "--scale", "tiny", "--rows", str(tmp_path / "none"),

@@ -174,7 +174,7 @@ def test_parts_of_a_split_sum_are_stored_in_float32():
 
 
 @given(
-    sizes=st.tuples(st.integers(1, 700), st.integers(1, 1200)),
+    sizes=st.tuples(st.integers(1, 2000), st.integers(1, 3000)),
     rows=st.sampled_from([16, 64, 256]),
     group=st.integers(1, 20),
     split=st.sampled_from([1, 2, 4]),
@@ -182,8 +182,10 @@ def test_parts_of_a_split_sum_are_stored_in_float32():
 def test_every_sum_is_computed_once(sizes, rows, group, split):
     config = MatmulConfig(rows=rows, group=group, split=split)
     plan = Plan(*sizes, 256, "bfloat16", True, False, config)
-    token, column, part = place(config, plan.tiles, np.arange(plan.work))
-    found = np.stack(np.broadcast_arrays(token, column, part), axis=-1)
+    # As many for every example, of which each length would be compiled.
+    placed = np.broadcast_arrays(*place(config, plan.tiles, np.arange(2**14)))
+    found = np.stack(placed, axis=-1)[: plan.work]
+    assert len(found) == plan.work
     wanted = itertools.product(range(0, plan.m, rows), range(0, plan.n, 64 * COMPUTE), range(split))
     assert sorted(map(tuple, found.tolist())) == sorted(wanted)
 

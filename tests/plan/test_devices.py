@@ -36,6 +36,7 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_each_card_has_its_part():
     alone, whole, cut = (plan(work, "l40") for work in (WORK.of_one_device, WORK, CUT))

@@ -47,7 +47,12 @@ def probe() -> jax.Array:
     return jnp.asarray([LOSSES["probe_ids"]], jnp.int32)
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = {"fp32", "nf4", "nf4-dq"}
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_logits_and_loss_of_each_data_type(case):
     model = load_model(MODEL, quant=CASES[case], lora=None, compute_dtype=jnp.float32)
     expected = LOSSES["loss"][case]["tinystories_share_first_32769"]
