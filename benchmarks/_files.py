@@ -1,7 +1,6 @@
 """Files of results, each put in place whole: a session kills what is late, at any moment.
 
-(`experiments.report` and `qlora_jax.checkpoints` do the same; a kernel's benchmark imports
-neither.)
+(As `qlora_jax.files`, which the benchmark of a kernel does not import.)
 """
 
 from pathlib import Path

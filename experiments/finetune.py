@@ -56,7 +56,7 @@ from experiments.cli import (
 from experiments.config import RunConfig, build_run, named_source
 from experiments.embedded import DATASETS, MODELS
 from experiments.folders import delete_run
-from experiments.report import ERROR, duration, write_atomically
+from experiments.report import ERROR, duration
 from experiments.run import (
     check,
     execute,
@@ -66,6 +66,7 @@ from experiments.run import (
 from experiments.tree import read_yaml, to_yaml, with_setting
 from qlora_jax.cli import in_one_sentence
 from qlora_jax.cli.arguments import readable, seed
+from qlora_jax.files import write_whole
 from qlora_jax.models import STREAMABLE
 from qlora_jax.processes import is_first, on_first
 from qlora_jax.train import Callback
@@ -198,7 +199,7 @@ def _train(run: RunConfig, folder: Path, callbacks: list[Callback], console: Con
         if is_first():
             with contextlib.suppress(OSError):
                 text = f"{in_one_sentence(error)}\n\n{traceback.format_exc()}"
-                write_atomically(folder / ERROR, text)
+                write_whole(folder / ERROR, text)
                 print(f"the traceback is in {folder / ERROR}", file=sys.stderr)
         return status
     except KeyboardInterrupt:

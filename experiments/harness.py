@@ -26,12 +26,12 @@ from experiments.cli import (
     read_quant,
     run_command,
 )
-from experiments.report import write_atomically
 from experiments.rows import decoder_context, find_model
 from qlora_jax.checkpoints import check_adapter, load_adapter
 from qlora_jax.cli.arguments import count
 from qlora_jax.data import load_chat_template
 from qlora_jax.evaluate import Harness
+from qlora_jax.files import write_whole
 from qlora_jax.pretrained import load_pretrained
 
 
@@ -127,7 +127,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "quant": "none" if quant is None else quant.quant_type,
         "results": results,
     }
-    write_atomically(out / "harness.json", json.dumps(told, indent=1, default=str) + "\n")
+    write_whole(out / "harness.json", json.dumps(told, indent=1, default=str) + "\n")
     console.print(str(out / "harness.json"), highlight=False)
     return 0
 

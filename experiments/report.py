@@ -10,7 +10,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from experiments.cells import Cell
 from qlora_jax.data.json_file import read_json_lines
+from qlora_jax.files import write_whole
 
 RESULT = "result.json"
 ERROR = "error.txt"
@@ -96,20 +96,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for _, line in read_json_lines(path)]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Puts a file in place whole or not at all, whoever else writes it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def tell_failure(error: Exception, folder: Path, console: Console) -> None:
     """Says what a run failed of, and writes it into its folder, with the traceback; while the
     error is handled."""
     text = " ".join(str(error).split()) or type(error).__name__
     console.print(f"[red]failed:[/red] {escape(text)}", highlight=False)
     with contextlib.suppress(OSError):  # a full disk
-        write_atomically(folder / ERROR, f"{text}\n\n{traceback.format_exc()}")
+        write_whole(folder / ERROR, f"{text}\n\n{traceback.format_exc()}")
 
 
 def duration(seconds: float) -> str:

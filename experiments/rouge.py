@@ -23,10 +23,10 @@ from rich.console import Console
 
 from experiments.answering import forget_partial, greedy_answers
 from experiments.config import RunConfig
-from experiments.report import write_atomically
 from experiments.rows import answers_of, model_config
 from qlora_jax.data import IGNORE, Example, Pair, Tokenizer, load_tokenizer
 from qlora_jax.evaluate import rouge_l
+from qlora_jax.files import write_whole
 from qlora_jax.generate import GenerationConfig, check_prompts, read_eos_token_ids
 from qlora_jax.processes import on_first
 
@@ -158,7 +158,7 @@ def score(
             for prompt, (reference, answer), each in zip(prompts, pairs, scores, strict=True)
         )
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomically(folder / ANSWERS, text)
+        write_whole(folder / ANSWERS, text)
         forget_partial(folder)
         return statistics.fmean(scores)
 

@@ -34,7 +34,7 @@ from experiments.answering import adapter_digest
 from experiments.config import DevicesConfig, RunConfig, build_run
 from experiments.embedded import MODELS
 from experiments.examination import check_questions, final, probes
-from experiments.report import ERROR, METRICS, RESULT, read_metrics, write_atomically
+from experiments.report import ERROR, METRICS, RESULT, read_metrics
 from experiments.room import check_lengths, check_room, row_lengths, workload
 from experiments.rouge import Exercise, exercise_of, score
 from experiments.rows import context_length, examples_of, find_model, model_config, told_of_cuts
@@ -49,6 +49,7 @@ from qlora_jax.data import (
     load_tokenizer,
 )
 from qlora_jax.evaluate import answer_tokens, loss_for
+from qlora_jax.files import write_whole
 from qlora_jax.models import FAMILIES, EncoderDecoderConfig, check_remat, module_names, t5_lora
 from qlora_jax.nn import FrozenParam
 from qlora_jax.plan import find_config
@@ -215,7 +216,7 @@ class _FirstWords:
                     "is the same to rounding, but not to the bit.",
                     highlight=False,
                 )
-        write_atomically(path, to_yaml(self.run))
+        write_whole(path, to_yaml(self.run))
         (self.folder / ERROR).unlink(missing_ok=True)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -338,7 +339,7 @@ def execute(
             "train_rows": len(checked.train),
             "validation_rows": len(checked.validation),
         }
-        write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
+        write_whole(folder / RESULT, json.dumps(result, indent=1) + "\n")
         return result
 
     return on_first(conclude)

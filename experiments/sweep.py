@@ -61,7 +61,6 @@ from experiments.report import (
     tell_failure,
     terminal_matrices,
     terminal_table,
-    write_atomically,
 )
 from experiments.run import (
     check,
@@ -72,6 +71,7 @@ from experiments.run import (
 from experiments.tree import Tree, from_yaml, read_yaml
 from pallas_kernels.cards import CARDS, find_card
 from qlora_jax.cli.arguments import seed
+from qlora_jax.files import write_whole
 from qlora_jax.train.run_folder import locked_run_folder
 
 
@@ -269,8 +269,8 @@ def write_report(sweep: Sweep, out: Path, command: str) -> list[CellReport]:
         f"{seconds} of training in all, on {jax.devices()[0].device_kind}, jax {jax.__version__}, "
         f"Python {platform.python_version()}."
     )
-    write_atomically(out / "results.csv", csv_text(reports))
-    write_atomically(out / "report.html", render(sweep.name, reports, command=command, about=about))
+    write_whole(out / "results.csv", csv_text(reports))
+    write_whole(out / "report.html", render(sweep.name, reports, command=command, about=about))
     return reports
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.embedded import DATASETS
-from experiments.report import write_atomically
+from qlora_jax.files import write_whole
 
 Row = dict[str, Any]
 # Beyond a tiny sweep's need, and quick to write.
@@ -96,4 +96,4 @@ def write_rows(dataset: str, path: Path) -> None:
     """Writes them as JSON lines, whole or not at all: another sweep may be about to read them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made_rows(dataset))
-    write_atomically(path, text)
+    write_whole(path, text)

@@ -42,12 +42,12 @@ from rich.table import Table
 from experiments.cli import COMPUTE_DTYPES, keep_compiled_programs, run_command
 from experiments.estimate import bits_per_weight
 from experiments.paper.tables import Table as ResultTable
-from experiments.report import write_atomically
 from experiments.rows import decoder_context, find_model
 from qlora_jax.cli.arguments import count
 from qlora_jax.data import Tokenizer, load_rows, load_tokenizer
 from qlora_jax.data.json_file import read_json_if_any
 from qlora_jax.evaluate import perplexity, text_batches
+from qlora_jax.files import write_whole
 from qlora_jax.pretrained import load_pretrained
 from qlora_jax.quant import QuantConfig
 
@@ -217,7 +217,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     ]
     if len(results) > 1:
         mean = mean_table(results, names)
-        write_atomically(root / "mean.md", mean.markdown())
+        write_whole(root / "mean.md", mean.markdown())
         console.print(mean.rich())
         console.print(str(root / "mean.md"), highlight=False)
     return 0
@@ -269,9 +269,9 @@ def measure_model(
             highlight=False,
         )
         text = json.dumps({**about, "results": list(known.values())}, indent=1)
-        write_atomically(out / "datatypes.json", text + "\n")
+        write_whole(out / "datatypes.json", text + "\n")
     console.print(table(results, about))
-    write_atomically(out / "datatypes.md", markdown(results))
+    write_whole(out / "datatypes.md", markdown(results))
     if importlib.util.find_spec("matplotlib") is None:
         console.print("no plot without matplotlib: pip install 'qlora-jax[plots]'", markup=False)
     else:

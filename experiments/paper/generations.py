@@ -36,7 +36,6 @@ from experiments.cli import (
     run_command,
 )
 from experiments.paper.judged import SHARED, questions_of
-from experiments.report import write_atomically
 from experiments.rows import find_model, model_config
 from qlora_jax.checkpoints import check_adapter, load_adapter
 from qlora_jax.cli.arguments import count, seed
@@ -44,6 +43,7 @@ from qlora_jax.data import FORMATS, InstructionFormat, load_chat_template, load_
 from qlora_jax.data.json_file import parse_json_lines
 from qlora_jax.evaluate import JudgedQuestion
 from qlora_jax.evaluate.answers import ASSISTANT_SYSTEM
+from qlora_jax.files import write_whole
 from qlora_jax.generate import (
     PAPER_SAMPLING,
     GenerationConfig,
@@ -146,7 +146,7 @@ def answered(out: Path, model: str) -> set[str]:
             "--out."
         )
     if whole != text:
-        write_atomically(out, whole)
+        write_whole(out, whole)
     return {str(row.get("question_id", row.get("message_id"))) for row in rows}
 
 

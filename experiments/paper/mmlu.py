@@ -32,11 +32,11 @@ from experiments.cli import (
 )
 from experiments.config import MmluConfig
 from experiments.examination import ask, check_questions
-from experiments.report import write_atomically
 from experiments.rows import decoder_context, find_model
 from qlora_jax.checkpoints import check_adapter, load_adapter
 from qlora_jax.cli.arguments import count
 from qlora_jax.evaluate import GROUPS, MmluResult
+from qlora_jax.files import write_whole
 from qlora_jax.pretrained import load_pretrained
 
 
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         console=console,
     )
     told = {**identity, "split": options.split, "shots": options.shots, **result.as_dict()}
-    write_atomically(out / "mmlu.json", json.dumps(told, indent=1) + "\n")
+    write_whole(out / "mmlu.json", json.dumps(told, indent=1) + "\n")
     console.print(table(result, f"{options.model}: MMLU, {options.shots}-shot, {options.split}"))
     if result.shortened or result.cut:
         console.print(

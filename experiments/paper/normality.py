@@ -42,9 +42,9 @@ from scipy.stats import shapiro
 from experiments.cli import run_command
 from experiments.paper.figures import can_draw
 from experiments.paper.tables import Table
-from experiments.report import write_atomically
 from experiments.rows import find_model
 from qlora_jax.checkpoints import Checkpoint, check_shapes, linear_weights, open_checkpoint
+from qlora_jax.files import write_whole
 from qlora_jax.models import family_of
 
 LEVEL = 0.05
@@ -149,9 +149,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
             matrices.append(Matrix(name, kind, layers[name], weight.shape[1], statistics, p_values))
     out.mkdir(parents=True, exist_ok=True)
     told = {"model": options.model, "level": LEVEL, "matrices": [_as_dict(m) for m in matrices]}
-    write_atomically(out / "normality.json", json.dumps(told, indent=1) + "\n")
+    write_whole(out / "normality.json", json.dumps(told, indent=1) + "\n")
     table = table_of(matrices, options.model)
-    write_atomically(out / "normality.md", table.markdown())
+    write_whole(out / "normality.md", table.markdown())
     console.print(table.rich())
     if can_draw():
         plot(matrices, out / "normality.png", title=Path(options.model).name)

@@ -25,11 +25,12 @@ from flax import nnx
 from rich.console import Console
 
 from experiments.embedded import ROOT
-from experiments.report import ERROR, RESULT, tell_failure, write_atomically
+from experiments.report import ERROR, RESULT, tell_failure
 from experiments.tree import flat
 from qlora_jax.checkpoints import Checkpoint, load_model, save_model
 from qlora_jax.cli.arguments import count, seed
 from qlora_jax.data.json_file import read_json
+from qlora_jax.files import write_whole
 from qlora_jax.models import family_of
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
@@ -308,7 +309,7 @@ def run_cells(
             tell_failure(error, folder, console)
         else:
             (folder / ERROR).unlink(missing_ok=True)
-            write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
+            write_whole(folder / RESULT, json.dumps(result, indent=1) + "\n")
             results[cell] = result
         # A model's arrays are in reference cycles (nnx graphs): without this, two are alive.
         gc.collect()
@@ -369,5 +370,5 @@ def write_report(
 ) -> None:
     """Writes `results.json` (every cell) and `table.md`."""
     cells = [{**vars(cell), **result} for cell, result in results.items()]
-    write_atomically(out / "results.json", json.dumps({"title": title, "cells": cells}, indent=1))
-    write_atomically(out / "table.md", f"# {title}\n\n{table}\n{notes}\n")
+    write_whole(out / "results.json", json.dumps({"title": title, "cells": cells}, indent=1))
+    write_whole(out / "table.md", f"# {title}\n\n{table}\n{notes}\n")

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
-from experiments.report import write_atomically
+from qlora_jax.files import write_whole
 
 Cell = str | int | float | None
 
@@ -61,8 +61,8 @@ class Table:
 def write_results(folder: Path, result: dict[str, Any], tables: Sequence[Table]) -> None:
     """`result.json`, one `NAME.csv` per table, and all tables in `tables.md`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
     for table in tables:
-        write_atomically(folder / f"{table.name}.csv", table.csv())
+        write_whole(folder / f"{table.name}.csv", table.csv())
     text = "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in tables)
-    write_atomically(folder / "tables.md", text)
+    write_whole(folder / "tables.md", text)

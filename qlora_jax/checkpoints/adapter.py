@@ -34,9 +34,9 @@ from qlora_jax.checkpoints.adapter_parts import (
     trained_parts,
 )
 from qlora_jax.checkpoints.packed_experts import expert_cuts
-from qlora_jax.checkpoints.staging import replace_file
 from qlora_jax.checkpoints.text_part import whole_lora, whole_name
 from qlora_jax.data import Tokenizer
+from qlora_jax.files import replace_file
 from qlora_jax.models import (
     FAMILIES,
     Decoder,

@@ -21,7 +21,7 @@ from qlora_jax.checkpoints.dense_modules import skip_modules, with_kept_dense
 from qlora_jax.checkpoints.folder import INDEX, SINGLE
 from qlora_jax.checkpoints.matching import is_vocabulary, node_at
 from qlora_jax.checkpoints.safetensors_writer import ShardedWriter, parse_size
-from qlora_jax.checkpoints.staging import new_folder
+from qlora_jax.files import new_folder
 from qlora_jax.models import FAMILIES
 from qlora_jax.nn import TrainedParam
 from qlora_jax.quant import QuantConfig, QuantizedTensor

@@ -17,7 +17,6 @@ from qlora_jax.checkpoints import (
 from qlora_jax.checkpoints.adapter import CONFIG, WEIGHTS
 from qlora_jax.checkpoints.card import CARD, model_card, read_facts
 from qlora_jax.checkpoints.gguf import FILE_TYPES
-from qlora_jax.checkpoints.staging import new_folder, refuse_existing
 from qlora_jax.cli import SUBCOMMANDS
 from qlora_jax.cli.arguments import (
     add_mode,
@@ -29,6 +28,7 @@ from qlora_jax.cli.arguments import (
     quant_config,
     readable,
 )
+from qlora_jax.files import new_folder, refuse_existing
 
 FORMATS = ("safetensors", "gguf", "peft")
 

@@ -20,7 +20,6 @@ from qlora_jax.checkpoints import (
 )
 from qlora_jax.checkpoints.checkpoint import DTYPES
 from qlora_jax.checkpoints.safetensors_writer import parse_size
-from qlora_jax.checkpoints.staging import refuse_existing
 from qlora_jax.cli import SUBCOMMANDS
 from qlora_jax.cli.arguments import (
     SOURCE_HELP,
@@ -33,6 +32,7 @@ from qlora_jax.cli.arguments import (
     readable,
 )
 from qlora_jax.evaluate import drift, token_logits, windows
+from qlora_jax.files import refuse_existing
 from qlora_jax.models import Decoder, family_of
 from qlora_jax.quant import QuantConfig
 

@@ -39,6 +39,7 @@ from qlora_jax.evaluate.ratings import (
     parse_choice,
     parse_scores,
 )
+from qlora_jax.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -323,9 +324,7 @@ def _recover(file: Path, *, drop_missing: bool) -> set[tuple[str, str, str]]:
     kept = [(line, row) for line, row in rows if not (drop_missing and _is_missing(row))]
     text = "".join(f"{line}\n" for line, _ in kept)
     if text != file.read_text(encoding="utf-8"):
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
+        write_whole(file, text)
     return {
         (str(row.get("question_id", row.get("message_id"))), row["answer1_id"], row["answer2_id"])
         for _, row in kept

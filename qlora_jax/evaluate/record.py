@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.files import write_whole
 from qlora_jax.processes import is_first, on_first
 
 
@@ -70,7 +71,5 @@ class Record:
                     f"{self.path}, line {number} holds no answer to a {self.item}: delete the "
                     "line, and it is asked again."
                 ) from error
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in [head, *kept]), encoding="utf-8")
-        partial.replace(self.path)
+        write_whole(self.path, "".join(f"{line}\n" for line in [head, *kept]))
         return found

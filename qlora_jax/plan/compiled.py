@@ -25,6 +25,7 @@ import jaxlib
 import pallas_kernels
 from pallas_kernels.cards import Card
 from pallas_kernels.compile_for import compile_lowered, lower_for, with_memory_kinds
+from qlora_jax.files import write_whole
 from qlora_jax.plan.workload import Program
 
 CACHE_VARIABLE = "QLORA_JAX_CACHE"
@@ -144,11 +145,6 @@ def _read(file: Path) -> ProgramBytes | None:
 
 def _write(file: Path, found: ProgramBytes) -> None:
     """Whole or not at all, since several plans may run at once; a full disk costs only time."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
-        partial.replace(file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        write_whole(file, json.dumps(dataclasses.asdict(found)))

@@ -18,6 +18,8 @@ from typing import IO, Any, Protocol, runtime_checkable
 
 from flax import nnx
 
+from qlora_jax.files import write_whole
+
 
 @runtime_checkable
 class Callback(Protocol):
@@ -67,9 +69,7 @@ class MetricsFile:
         found = read_lines(self.path) if step else []
         kept = [line for line in found if line["step"] <= step]
         self._began = time.perf_counter() - elapsed_seconds(found)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

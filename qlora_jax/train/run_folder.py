@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 
+from qlora_jax.files import write_whole
 from qlora_jax.train.config import FREE_ON_RESUME, TrainConfig
 
 LOCK = "run.lock"
@@ -153,9 +154,7 @@ def check_or_write_config(
     """
     path = folder / "config.json"
     if not (started and path.exists()):
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(description, indent=2) + "\n")
-        partial.replace(path)
+        write_whole(path, json.dumps(description, indent=2) + "\n")
         return
     before = json.loads(path.read_text())
     known = describe_run(TrainConfig(), defaults or {})

@@ -1,6 +1,5 @@
 import csv
 import io
-import os
 
 import pytest
 
@@ -15,27 +14,10 @@ from experiments.report import (
     read_cell,
     terminal_matrices,
     terminal_table,
-    write_atomically,
 )
 
 CELL = Cell({"dataset": "chat", "model": "tiny", "seed": "0"}, RunConfig())
 LINES = '{"step": 0, "eval_loss": 2.5}\n{"step": 1, "loss": 2.0}\n'
-
-
-def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
-    file = tmp_path / "result.json"
-    write_atomically(file, "first")
-
-    def full(*paths):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="No space"):
-            write_atomically(file, "second")
-    assert file.read_text() == "first"
-    write_atomically(file, "second")
-    assert file.read_text() == "second"
 
 
 def test_curves_of_a_finished_cell(tmp_path):

@@ -15,7 +15,7 @@ from qlora_jax.checkpoints.gguf.architecture import (
     to_metadata,
 )
 from qlora_jax.checkpoints.gguf.names import gguf_names, heads_of, is_offset, library
-from qlora_jax.checkpoints.staging import new_file
+from qlora_jax.files import new_file
 from qlora_jax.models import family_of
 
 FILE_TYPES = {

@@ -1,6 +1,7 @@
 """Outputs that appear whole or not at all: written beside their place, then moved there."""
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -53,10 +54,22 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside a file and moves the result into its place, so that no half is ever seen."""
-    partial = path.with_name(path.name + ".partial")
+    """Writes beside a file, whose one writer this process is, and moves the result into its place:
+    what a kill leaves, the next call overwrites."""
+    partial = path.with_name(f"{path.name}.partial")
     write(partial)
     partial.replace(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Puts a text in the place of a file, in UTF-8, whoever else writes it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def refuse_existing(path: str | Path) -> None:
