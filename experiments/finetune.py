@@ -42,6 +42,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.cells import LISTS
+from experiments.checks import check, with_own_adapters
 from experiments.cli import (
     CONFIGS,
     interrupted,
@@ -57,12 +58,7 @@ from experiments.config import RunConfig, build_run, named_source
 from experiments.embedded import DATASETS, MODELS
 from experiments.folders import delete_run
 from experiments.report import ERROR, duration
-from experiments.run import (
-    check,
-    execute,
-    is_finished,
-    with_own_adapters,
-)
+from experiments.run import execute, is_finished
 from experiments.tree import read_yaml, to_yaml, with_setting
 from qlora_jax.cli import in_one_sentence
 from qlora_jax.cli.arguments import readable, seed

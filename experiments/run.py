@@ -9,19 +9,16 @@
     result.json      held-out loss before and after, speed, memory; written last, when all is done
     error.txt        instead, where it failed
 
-Two phases. `check` opens everything that the run needs (the model's headers, every row of the
-dataset) and refuses what is wrong, before any number is computed and any file is written; `execute`
-then trains. Tokenized datasets are kept between runs of one process: a sweep reads each one once.
+`checks.check` comes first, and refuses what is wrong before any file is written. Tokenized datasets
+are kept between runs of one process: a sweep reads each one once.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import platform
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +28,21 @@ from flax import nnx
 from rich.console import Console
 
 from experiments.answering import adapter_digest
+from experiments.checks import AXIS, Checked, check, mesh_of, told_of_idle_names
 from experiments.config import DevicesConfig, RunConfig, build_run
-from experiments.embedded import MODELS
-from experiments.examination import check_questions, final, probes
+from experiments.examination import final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics
-from experiments.room import check_lengths, check_room, row_lengths, workload
-from experiments.rouge import Exercise, exercise_of, score
-from experiments.rows import context_length, examples_of, find_model, model_config, told_of_cuts
+from experiments.room import check_room, row_lengths
+from experiments.rouge import score
+from experiments.rows import context_length, told_of_cuts
 from experiments.tree import differences, option_names, read_yaml, to_tree, to_yaml
-from qlora_jax.checkpoints import WeightFolder, save_adapter
-from qlora_jax.data import (
-    Batches,
-    Examples,
-    PackedBatches,
-    Pairs,
-    Seq2SeqBatches,
-    load_tokenizer,
-)
-from qlora_jax.evaluate import answer_tokens, loss_for
+from qlora_jax.checkpoints import save_adapter
+from qlora_jax.data import Batches, Examples, PackedBatches, Pairs, Seq2SeqBatches, Tokenizer
+from qlora_jax.evaluate import loss_for
 from qlora_jax.files import write_whole
-from qlora_jax.models import FAMILIES, EncoderDecoderConfig, check_remat, module_names, t5_lora
 from qlora_jax.nn import FrozenParam
-from qlora_jax.plan import find_config
-from qlora_jax.plan.workload import model_shapes
 from qlora_jax.pretrained import load_pretrained
-from qlora_jax.processes import are_several, on_first
+from qlora_jax.processes import on_first
 from qlora_jax.train import Callback, fit
 from qlora_jax.train.callbacks import elapsed_seconds
 from qlora_jax.train.config import FREE_ON_RESUME
@@ -67,136 +54,6 @@ from qlora_jax.train.peak import (
 )
 
 CONFIG = "config.yaml"
-
-_AXIS = "data"
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What `check` found: the model's folder, the rows, tokenized for it, and what of them the
-    finished model is to answer."""
-
-    folder: Path
-    train: Examples | Pairs
-    validation: Examples | Pairs
-    pad_token_id: int
-    exercise: Exercise | None
-
-
-def check(run: RunConfig) -> Checked:
-    """Everything a run reads, looked at before anything is computed.
-
-    Raises:
-        ValueError, OSError, ModuleNotFoundError: what is wrong, in a sentence.
-    """
-    check_remat(
-        run.model.remat,
-        stream_weights=run.model.stream_weights,
-        update_in_backward=run.train.update_in_backward,
-    )
-    mesh_of(run.devices)
-    if run.model.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(
-            f"model.attention is 'cudnn', but this machine computes on {jax.default_backend()}: "
-            "leave it out for the best that is here."
-        )
-    half = run.model.attention == "xla" and run.model.compute_dtype == "float16"
-    if half and jax.default_backend() == "cpu":
-        raise ValueError(
-            "model.attention is 'xla', whose product in float16 a CPU has not: leave it out for "
-            "the best that is here."
-        )
-    folder = model_folder(run)
-    longest = run.data.max_len or context_length(folder)
-    train, validation, pad = examples_of(run.data, folder, longest)
-    check_lengths(run.data, train, validation)
-    if run.train.neftune_noise_alpha is not None and isinstance(train, Pairs):
-        raise ValueError(
-            f"train.neftune_noise_alpha is set, but {run.model.source} is an encoder–decoder, and "
-            "that noise is a decoder's: leave it out."
-        )
-    if run.data.packing and isinstance(train, Pairs):
-        raise ValueError(
-            f"data.packing is set, but {run.model.source} is an encoder–decoder, whose pairs are "
-            "not packed: leave it out."
-        )
-    # Adapters that name no layer of this model, and what it cannot do, are refused here.
-    model_shapes(workload(run, find_config(folder), *row_lengths(run.data, train)))
-    if run.mmlu is not None:
-        if isinstance(train, Pairs):
-            raise ValueError(
-                f"mmlu is set, but {run.model.source} is an encoder–decoder, which the examination "
-                "does not ask: leave mmlu out."
-            )
-        answer_tokens(load_tokenizer(folder))
-        check_questions(run.mmlu)
-    exercise = exercise_of(run, folder, longest)
-    return Checked(folder, train, validation, pad, exercise)
-
-
-def told_of_idle_names(run: RunConfig, folder: Path) -> str:
-    """Which names of `lora` mean no module of the model, in a sentence; "" where all do."""
-    config = find_config(folder)
-    names = module_names(FAMILIES[config.model_type].weight_names(config))
-    idle = run.lora.idle(itertools.chain.from_iterable(names.values()))
-    return f"lora names what {run.model.source} does not have: {'; '.join(idle)}" if idle else ""
-
-
-def mesh_of(devices: DevicesConfig) -> jax.sharding.Mesh | None:
-    """The devices that a run is spread over; None for one.
-
-    Raises:
-        ValueError: there are fewer, or others that would have nothing to do.
-    """
-    there = jax.devices()
-    if are_several() and devices.count != len(there):
-        raise ValueError(
-            f"devices.count is {devices.count}, but the {jax.process_count()} processes of this "
-            f"run have {len(there)} ({there[0].device_kind}): set it to that."
-        )
-    if devices.count > len(there):
-        raise ValueError(
-            f"devices.count is {devices.count}, but this machine has {len(there)} "
-            f"({there[0].device_kind}): set it to that or less."
-        )
-    if devices.count == 1:
-        return None
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((devices.count,), (_AXIS,), auto, devices=there[: devices.count])
-
-
-def model_folder(run: RunConfig) -> Path:
-    """The base model's local folder; its config.json and weight headers have been read."""
-    source = run.model.source
-    if source in MODELS and not MODELS[source].is_dir():
-        raise FileNotFoundError(
-            f"the embedded model {source} is missing from {MODELS[source].parent}: make it with "
-            f"python -m experiments.embedded.pretrain {source}."
-        )
-    folder = find_model(source, revision=run.model.revision)
-    context_length(folder)
-    WeightFolder(folder)
-    return folder
-
-
-def with_own_adapters(run: RunConfig, given: Collection[str]) -> RunConfig:
-    """The run with the paper's adapters for its kind of model: a T5's are not a Llama's.
-
-    Args:
-        run: as configured.
-        given: options of `lora` that the user set, which stay.
-
-    Raises:
-        ValueError, OSError: there is no such model, or its config.json is damaged.
-    """
-    if run.model.source in MODELS:
-        return run
-    folder = find_model(run.model.source, revision=run.model.revision, files=("config.json",))
-    config = model_config(folder)
-    if not isinstance(config, EncoderDecoderConfig):
-        return run
-    own = {name: getattr(t5_lora(config), name) for name in ("r", "alpha") if name not in given}
-    return replace(run, lora=replace(run.lora, **own))
 
 
 class _FirstWords:
@@ -257,65 +114,21 @@ def execute(
         console.print(told, highlight=False, markup=False, soft_wrap=True)
     length, target = row_lengths(run.data, checked.train)
     check_room(run, checked.folder, length, target)
-    train = run.train
     # Read by the examination alone, which `check` refused where there is no limit.
     context = context_length(checked.folder) or 0
-    dtype = jnp.dtype(run.model.compute_dtype)
-    param_dtype = jnp.dtype(run.model.param_dtype) if run.model.param_dtype else dtype
-    model, tokenizer = load_pretrained(
-        checked.folder,
-        quant=run.quant,
-        lora=run.lora,
-        compute_dtype=dtype,
-        param_dtype=param_dtype,
-        embedding_bits=run.model.embedding_bits,
-        remat=run.model.remat,
-        stream_weights=run.model.stream_weights,
-        mlp_tile=run.model.mlp_tile,
-        attention=run.model.attention,
-        packed=run.data.packing,
-        longest=length,
-        seed=train.seed,
-        mesh=mesh_of(run.devices),
-        over=_AXIS if run.devices.parts > 1 else None,
-    )
-
-    def batches(examples: Examples | Pairs, **options: Any) -> Batches | Seq2SeqBatches:
-        shared = {
-            "batch_size": train.micro_batch_size,
-            "seed": train.seed,
-            "pad_token_id": checked.pad_token_id,
-            **options,
-        }
-        if isinstance(examples, Pairs):
-            return Seq2SeqBatches(examples, source_buckets=run.data.buckets, **shared)
-        return Batches(examples, buckets=run.data.buckets, **shared)
+    model, tokenizer = _load(run, checked.folder, length)
 
     def save(where: Path, trained: Any) -> None:
         save_adapter(where, trained, run.lora, base_name=str(checked.folder))
 
-    def training_batches() -> Batches | PackedBatches | Seq2SeqBatches:
-        accumulation = train.gradient_accumulation_steps
-        if not run.data.packing or isinstance(checked.train, Pairs):
-            grouped = run.data.group_by_length
-            return batches(checked.train, group_by_length=grouped, accumulation=accumulation)
-        return PackedBatches(
-            checked.train,
-            batch_size=train.micro_batch_size,
-            length=length,
-            seed=train.seed,
-            pad_token_id=checked.pad_token_id,
-            accumulation=accumulation,
-        )
-
     beside_training = time.perf_counter() - began
     fit(
         model,
-        training_batches(),
-        train,
+        _training_batches(run, checked, length),
+        run.train,
         run_folder=folder,
         folder_is_locked=True,
-        eval_batches=batches(checked.validation, shuffle=False),
+        eval_batches=_batches(run, checked, checked.validation, shuffle=False),
         loss_fn=loss_for(model, loss_chunk=run.model.loss_chunk),
         identity=identity(run),
         identity_defaults=identity(RunConfig()),
@@ -343,6 +156,61 @@ def execute(
         return result
 
     return on_first(conclude)
+
+
+def _load(run: RunConfig, folder: Path, length: int) -> tuple[Any, Tokenizer]:
+    """The base model with fresh adapters, and its tokenizer."""
+    dtype = jnp.dtype(run.model.compute_dtype)
+    return load_pretrained(
+        folder,
+        quant=run.quant,
+        lora=run.lora,
+        compute_dtype=dtype,
+        param_dtype=jnp.dtype(run.model.param_dtype) if run.model.param_dtype else dtype,
+        embedding_bits=run.model.embedding_bits,
+        remat=run.model.remat,
+        stream_weights=run.model.stream_weights,
+        mlp_tile=run.model.mlp_tile,
+        attention=run.model.attention,
+        packed=run.data.packing,
+        longest=length,
+        seed=run.train.seed,
+        mesh=mesh_of(run.devices),
+        over=AXIS if run.devices.parts > 1 else None,
+    )
+
+
+def _training_batches(
+    run: RunConfig, checked: Checked, length: int
+) -> Batches | PackedBatches | Seq2SeqBatches:
+    accumulation = run.train.gradient_accumulation_steps
+    if not run.data.packing or isinstance(checked.train, Pairs):
+        grouped = run.data.group_by_length
+        return _batches(
+            run, checked, checked.train, group_by_length=grouped, accumulation=accumulation
+        )
+    return PackedBatches(
+        checked.train,
+        batch_size=run.train.micro_batch_size,
+        length=length,
+        seed=run.train.seed,
+        pad_token_id=checked.pad_token_id,
+        accumulation=accumulation,
+    )
+
+
+def _batches(
+    run: RunConfig, checked: Checked, examples: Examples | Pairs, **options: Any
+) -> Batches | Seq2SeqBatches:
+    shared = {
+        "batch_size": run.train.micro_batch_size,
+        "seed": run.train.seed,
+        "pad_token_id": checked.pad_token_id,
+        **options,
+    }
+    if isinstance(examples, Pairs):
+        return Seq2SeqBatches(examples, source_buckets=run.data.buckets, **shared)
+    return Batches(examples, buckets=run.data.buckets, **shared)
 
 
 def identity(run: RunConfig) -> dict[str, Any]:

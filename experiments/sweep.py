@@ -38,6 +38,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from experiments.cells import Cell, Sweep, build_sweep
+from experiments.checks import check, with_own_adapters
 from experiments.cli import (
     CONFIGS,
     interrupted,
@@ -62,12 +63,7 @@ from experiments.report import (
     terminal_matrices,
     terminal_table,
 )
-from experiments.run import (
-    check,
-    execute,
-    is_finished,
-    with_own_adapters,
-)
+from experiments.run import execute, is_finished
 from experiments.tree import Tree, from_yaml, read_yaml
 from pallas_kernels.cards import CARDS, find_card
 from qlora_jax.cli.arguments import seed
