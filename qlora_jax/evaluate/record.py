@@ -52,7 +52,10 @@ class Record:
         if self.path is None:
             return found
         head = json.dumps({"examination": dict(identity)})
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
+        lines = []
+        if self.path.exists():
+            # What is no UTF-8 makes a line no JSON, which is told below.
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         # A process that was killed while writing leaves its last line unfinished, or the first.
         unfinished = len(lines) == 1 and head.startswith(lines[0])
         if lines and lines[0] != head and not unfinished:
