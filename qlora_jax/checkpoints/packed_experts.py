@@ -73,7 +73,6 @@ def expert_config(config: Mapping[str, Any], path: Path, weights: Path) -> dict[
         weights: the tensors beside it.
 
     Raises:
-        FileNotFoundError: there are no tensors.
         ValueError: a parameter is not the experts', or the tensors' file is damaged.
     """
     targets = tuple(config["target_parameters"])
@@ -83,11 +82,6 @@ def expert_config(config: Mapping[str, Any], path: Path, weights: Path) -> dict[
             f"{path} has target_parameters {list(targets)!r}, but of parameters only the experts' "
             f"are read, 'mlp.experts.gate_up_proj' and 'mlp.experts.down_proj', not {other!r}: "
             "train the adapter without it, or merge it in PEFT (merge_and_unload)."
-        )
-    if not weights.is_file():
-        raise FileNotFoundError(
-            f"{path} has target_parameters {list(targets)!r}, whose layers the tensors tell, but "
-            f"{weights.name} is not beside it: give the folder as PEFT's save_pretrained wrote it."
         )
     adapted = list(_adapted(config, targets, weights))
     fused = ((a.r, a.alpha) for a in adapted if a.inner == _expression("gate_up_proj"))
