@@ -228,7 +228,7 @@ def test_without_its_tensors_the_layers_are_unknown(written: Path) -> None:
 
 def test_a_pattern_that_no_path_can_be_held_against_is_refused(written: Path) -> None:
     change_config(written, file=CONFIG, rank_pattern={"(?i)down_proj": 2})
-    with pytest.raises(ValueError, match="rank_pattern .*, but names with whole numbers"):
+    with pytest.raises(ValueError, match=r"rank_pattern .*, but names with whole numbers"):
         read_adapter_config(written)
 
 
