@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.processes import is_first, on_first
+from qlora_jax.processes import on_first
 
 
 class Record:
@@ -34,17 +34,25 @@ class Record:
         Raises:
             ValueError: the file is of another identity, or a line of it is damaged.
         """
-        self.path = Path(path) if path is not None and is_first() else None
+        self.path = None if path is None else Path(path)
         self.item, self.finding = item, finding
         self.found: dict[str, Any] = on_first(lambda: self._read(identity))
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Notes the findings of a batch."""
+        """Notes the findings of a batch; every process does, and gives the same.
+
+        Raises:
+            OSError: they cannot be written; in the other processes a RuntimeError.
+        """
         lines = list(lines)
         self.found |= {line[self.item]: line[self.finding] for line in lines}
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{json.dumps(line)}\n" for line in lines))
+            on_first(lambda: self._append(lines))
+
+    def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        assert self.path is not None
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{json.dumps(line)}\n" for line in lines))
 
     def _read(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """What was found before; the file is there afterwards, and ends in a whole line."""
