@@ -69,7 +69,7 @@ class Record:
         if lines and lines[0] != head and not unfinished:
             raise ValueError(
                 f"{self.path} holds the answers of another examination (other prompts or another "
-                "model): give another file, or delete it."
+                "model): delete it, and all is asked again, or give another file."
             )
         kept = lines[1:-1]
         for number, text in enumerate(kept, 2):
