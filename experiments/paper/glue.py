@@ -171,7 +171,12 @@ def run_cell(
         config,
         run_folder=folder,
         loss_fn=classifier_loss,
-        identity={"cell": cell.name, "model": str(base), "max_len": options.max_len},
+        identity={
+            "cell": cell.name,
+            "model": str(base),
+            "recipe": asdict(recipe),
+            "max_len": options.max_len,
+        },
         console=out,
     )
     references, predictions = {}, {}

@@ -167,7 +167,12 @@ def run_cell(
         config,
         run_folder=folder,
         loss_fn=seq2seq_lm_loss,
-        identity={"cell": cell.name, "model": str(base), **limits},
+        identity={
+            "cell": cell.name,
+            "model": str(base),
+            "recipe": asdict(recipe),
+            **limits,
+        },
         console=console,
     )
     assert tokenizer.eos_token_id is not None

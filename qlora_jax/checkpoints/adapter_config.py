@@ -67,10 +67,27 @@ def read_config_json(folder: str | Path) -> dict[str, Any]:
         # An expression for paths in a larger model: which of them it means, the tensors tell.
         config["target_modules"] = adapted_inside(weights) or targets
     config = text_config(config)
-    if not config.get("target_parameters"):
+    parameters = config.get("target_parameters")
+    if not parameters:
         return config
     _check_kinds(config, path)
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"{path} has target_parameters {parameters!r}, whose layers the tensors tell, but "
+            f"{WEIGHTS} is not beside it{without_weights(path.parent)}."
+        )
     return expert_config(config, path, weights)
+
+
+def without_weights(folder: Path) -> str:
+    """How to mend an adapter's folder that has none, to end a message."""
+    pickle = folder / "adapter_model.bin"
+    if not pickle.is_file():
+        return ": give the folder that PEFT's save_pretrained wrote"
+    return (
+        f"; {pickle.name} is a pickle and never read here: load it once in PEFT and save it with "
+        "`safe_serialization=True`"
+    )
 
 
 def config_from_json(config: Mapping[str, Any], path: Path) -> LoraConfig:
@@ -148,7 +165,10 @@ def _is_text(value: Any) -> bool:
 def _patterns(value: Any, test: Callable[[Any], bool]) -> bool:
     if value is None:
         return True
-    return isinstance(value, dict) and all(_pattern(k) and test(v) for k, v in value.items())
+    # They become part of an expression, in which no flags may stand.
+    return isinstance(value, dict) and all(
+        _pattern(k) and _pattern(f"({k})") and test(v) for k, v in value.items()
+    )
 
 
 def _loftq(value: Any) -> bool:

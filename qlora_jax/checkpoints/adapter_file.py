@@ -26,6 +26,7 @@ from qlora_jax.checkpoints.adapter_config import (
     WEIGHTS,
     config_from_json,
     read_config_json,
+    without_weights,
 )
 from qlora_jax.checkpoints.checkpoint import DTYPES
 from qlora_jax.checkpoints.folder import open_safetensors
@@ -115,14 +116,7 @@ def open_weights(folder: Path) -> Iterator[Any]:
     """
     path = folder / WEIGHTS
     if not path.is_file():
-        pickle = folder / "adapter_model.bin"
-        hint = (
-            f"; {pickle.name} is a pickle and never read here: load it once in PEFT and save it "
-            "with `safe_serialization=True`"
-            if pickle.is_file()
-            else ": give the folder that PEFT's save_pretrained wrote"
-        )
-        raise FileNotFoundError(f"{folder} has no {WEIGHTS}{hint}.")
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}{without_weights(folder)}.")
     with open_safetensors(path) as file:
         views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         _check_tensors(

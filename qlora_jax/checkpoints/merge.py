@@ -45,7 +45,7 @@ from qlora_jax.checkpoints.checkpoint import (
     quantized,
 )
 from qlora_jax.checkpoints.matching import linear_weights, names_in, ties, untied
-from qlora_jax.checkpoints.packed_experts import expert_cuts
+from qlora_jax.checkpoints.packed_experts import Cut, expert_cuts
 from qlora_jax.checkpoints.tensor_file import TensorFile
 from qlora_jax.checkpoints.text_part import text_name
 from qlora_jax.models import family_of
@@ -218,6 +218,7 @@ class AdapterFile:
         # Each of an expert's tensors is a part of one of its layer's four.
         self._packed = functools.lru_cache(maxsize=4)(self._file.read)
         self._keys: dict[str, dict[str, str]] = {}
+        self._cuts: dict[str, Cut] = {}
         self.adapted: set[str] = set()
         self.replaced: dict[str, tuple[int, ...]] = {}
         self.added: dict[str, TensorInfo] = {}
@@ -242,7 +243,8 @@ class AdapterFile:
     def _with_experts_apart(
         self, shapes: dict[str, tuple[int, ...]], base: Checkpoint, version: str | None
     ) -> dict[str, tuple[int, ...]]:
-        """The shapes of tensors by name, those of packed experts as each expert's own."""
+        """Finds where each expert's tensors lie in packed ones, `_cuts`; gives the shapes of
+        tensors by name, those of packed experts as each expert's own."""
         keys = {key.removeprefix(PREFIX): key for key in shapes}
         plain = {name: shapes[key] for name, key in keys.items()}
         model = family_of(base.config).read_config(base.config)

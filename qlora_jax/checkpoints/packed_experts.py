@@ -31,7 +31,7 @@ from qlora_jax.nn import LoraConfig
 from qlora_jax.nn.targets import by_pattern, named
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-_EXPERTS, _INNER = "mlp.experts", ".base_layer"
+_EXPERTS, _WRAPPED = "mlp.experts", ".base_layer"
 # Parameters in the order in which PEFT wraps them, and the layers that they are made of.
 _LAYERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 # How families call an MLP and its layers; an adapter does not tell which one it is of.
@@ -47,13 +47,13 @@ class _Adapted(NamedTuple):
 
     Attributes:
         root, number: what leads to it, up to its decoder layer's number.
-        inner: a regular expression for what follows.
+        expression: for what follows, a regular one.
         r, alpha: its own.
     """
 
     root: str
     number: str
-    inner: str
+    expression: str
     r: int
     alpha: int | float
 
@@ -73,7 +73,6 @@ def expert_config(config: Mapping[str, Any], path: Path, weights: Path) -> dict[
         weights: the tensors beside it.
 
     Raises:
-        FileNotFoundError: there are no tensors.
         ValueError: a parameter is not the experts', or the tensors' file is damaged.
     """
     targets = tuple(config["target_parameters"])
@@ -84,13 +83,8 @@ def expert_config(config: Mapping[str, Any], path: Path, weights: Path) -> dict[
             f"are read, 'mlp.experts.gate_up_proj' and 'mlp.experts.down_proj', not {other!r}: "
             "train the adapter without it, or merge it in PEFT (merge_and_unload)."
         )
-    if not weights.is_file():
-        raise FileNotFoundError(
-            f"{path} has target_parameters {list(targets)!r}, whose layers the tensors tell, but "
-            f"{weights.name} is not beside it: give the folder as PEFT's save_pretrained wrote it."
-        )
     adapted = list(_adapted(config, targets, weights))
-    fused = ((a.r, a.alpha) for a in adapted if a.inner == _expression("gate_up_proj"))
+    fused = ((a.r, a.alpha) for a in adapted if a.expression == _expression("gate_up_proj"))
     r, alpha = next(fused, (config["r"], config["lora_alpha"]))
     return dict(config) | {
         "target_parameters": None,
@@ -118,19 +112,19 @@ def _adapted(
     with open_safetensors(weights) as file:
         names = [name.removeprefix(PREFIX) for name in file.keys()]  # noqa: SIM118
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    modules = (name.removesuffix(_A).removesuffix(_INNER) for name in names if name.endswith(_A))
+    modules = (name.removesuffix(_A).removesuffix(_WRAPPED) for name in names if name.endswith(_A))
     for module in sorted(set(modules)):
         split = re.match(r"(.*?\.)(\d+)\.(.+)", module)
-        root, number, inner = ("", "", module) if split is None else split.groups()
-        meant = {module: re.escape(inner)}
-        if inner == _EXPERTS:
+        root, number, rest = ("", "", module) if split is None else split.groups()
+        meant = {module: re.escape(rest)}
+        if rest == _EXPERTS:
             packed = {f"{module}.{parameter}": _expression(parameter) for parameter in _LAYERS}
-            meant = {name: inside for name, inside in packed.items() if named(targets, name)}
-        for name, inside in meant.items():
+            meant = {name: layers for name, layers in packed.items() if named(targets, name)}
+        for name, expression in meant.items():
             yield _Adapted(
                 root,
                 number,
-                inside,
+                expression,
                 by_pattern(ranks, name, config["r"]),
                 by_pattern(alphas, name, config["lora_alpha"]),
             )
@@ -147,16 +141,18 @@ def _expression(parameter: str) -> str:
 
 
 def _paths(adapted: Iterable[_Adapted]) -> str:
-    """A regular expression for the whole paths of layers."""
+    """A regular expression for the whole paths of layers: what is in the same decoder layers of the
+    same root stands together."""
     numbers: dict[tuple[str, str], list[str]] = {}
     for a in adapted:
-        numbers.setdefault((a.root, a.inner), []).append(a.number)
-    inner: dict[tuple[str, ...], list[str]] = {}
-    for (root, inside), own in numbers.items():
-        inner.setdefault((root, *sorted(own, key=lambda n: (len(n), n))), []).append(inside)
+        numbers.setdefault((a.root, a.expression), []).append(a.number)
+    together: dict[tuple[str, str], list[str]] = {}
+    for (root, expression), own in numbers.items():
+        ordered = "|".join(sorted(own, key=lambda n: (len(n), n)))
+        together.setdefault((root, ordered), []).append(expression)
     return "|".join(
-        (rf"{re.escape(root)}(?:{'|'.join(own)})\." if root else "") + f"(?:{'|'.join(insides)})"
-        for (root, *own), insides in inner.items()
+        (rf"{re.escape(root)}(?:{ordered})\." if root else "") + f"(?:{'|'.join(expressions)})"
+        for (root, ordered), expressions in together.items()
     )
 
 
@@ -263,8 +259,8 @@ def _packed(
     shapes: Mapping[str, tuple[int, ...]], lora: LoraConfig, model: Any
 ) -> Iterator[_Packed]:
     """What the tensors hold of parameters that the configuration adapts, in the base's names."""
-    ends = (f".{_EXPERTS}{_A}", f".{_EXPERTS}{_INNER}{_A}")
-    stems = {n.removesuffix(_A).removesuffix(_INNER) for n in shapes if n.endswith(ends)}
+    ends = (f".{_EXPERTS}{_A}", f".{_EXPERTS}{_WRAPPED}{_A}")
+    stems = {n.removesuffix(_A).removesuffix(_WRAPPED) for n in shapes if n.endswith(ends)}
     experts = getattr(model, "num_local_experts", None) or 0
     for stem in sorted(stems) if experts else ():
         module = f"{stem.removesuffix(_EXPERTS)}{model.names.mlp}.experts"
@@ -276,7 +272,7 @@ def _packed(
             own = lora.at(f"{module}.0.{next(iter(layers))}")
             if own is not None:
                 adapted.append((own.r, layers))
-        wrappers = [f"{stem}{_INNER}", stem][-len(adapted) :]
+        wrappers = [f"{stem}{_WRAPPED}", stem][-len(adapted) :]
         for wrapper, (r, layers) in zip(wrappers, adapted, strict=False):
             if {wrapper + _A, wrapper + _B} <= shapes.keys():
                 yield _Packed(wrapper + _A, wrapper + _B, module, experts, r, layers)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.files import write_whole
-from qlora_jax.processes import is_first, on_first
+from qlora_jax.processes import on_first
 
 
 class Record:
@@ -35,17 +35,25 @@ class Record:
         Raises:
             ValueError: the file is of another identity, or a line of it is damaged.
         """
-        self.path = Path(path) if path is not None and is_first() else None
+        self.path = None if path is None else Path(path)
         self.item, self.finding = item, finding
         self.found: dict[str, Any] = on_first(lambda: self._read(identity))
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Notes the findings of a batch."""
+        """Notes the findings of a batch; every process does, and gives the same.
+
+        Raises:
+            OSError: they cannot be written; in the other processes a RuntimeError.
+        """
         lines = list(lines)
         self.found |= {line[self.item]: line[self.finding] for line in lines}
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{json.dumps(line)}\n" for line in lines))
+            on_first(lambda: self._append(lines))
+
+    def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        assert self.path is not None
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{json.dumps(line)}\n" for line in lines))
 
     def _read(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """What was found before; the file is there afterwards, and ends in a whole line."""
@@ -53,13 +61,16 @@ class Record:
         if self.path is None:
             return found
         head = json.dumps({"examination": dict(identity)})
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
+        lines = []
+        if self.path.exists():
+            # What is no UTF-8 makes a line no JSON, which is told below.
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         # A process that was killed while writing leaves its last line unfinished, or the first.
         unfinished = len(lines) == 1 and head.startswith(lines[0])
         if lines and lines[0] != head and not unfinished:
             raise ValueError(
                 f"{self.path} holds the answers of another examination (other prompts or another "
-                "model): give another file, or delete it."
+                "model): delete it, and all is asked again, or give another file."
             )
         kept = lines[1:-1]
         for number, text in enumerate(kept, 2):

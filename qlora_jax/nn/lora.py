@@ -137,16 +137,12 @@ class LoraConfig:
 
     def _check_expressions(self) -> None:
         """Refuses what is to be matched with paths but is no regular expression."""
-        expressions = {
-            name: (value,) if isinstance(value := getattr(self, name), str) else ()
-            for name in ("target_modules", "exclude_modules")
-        } | {
-            name: tuple(getattr(self, name) or ())
-            for name in ("rank_pattern", "alpha_pattern", "layers_pattern")
-        }
-        for name, texts in expressions.items():
-            for text in texts:
-                targets.check_expression(name, text)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), str):
+                targets.check_expression(name, value)
+        for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
+            for text in getattr(self, name) or ():
+                targets.check_expression(name, text, part=True)
 
     @property
     def scaling(self) -> float:

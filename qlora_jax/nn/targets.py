@@ -23,10 +23,13 @@ T5's embedding, which computes nothing under its own."""
 _HEADS = frozenset({"lm_head", "embed_out", "classifier", "score", "qa_outputs"})
 
 
-def check_expression(name: str, text: str) -> None:
-    """ValueError where a field's text is no regular expression."""
+def check_expression(name: str, text: str, *, part: bool = False) -> None:
+    """ValueError where a field's text is no regular expression, or cannot be `part` of one (as
+    flags cannot)."""
     try:
         re.compile(text)
+        if part:
+            re.compile(f"({text})")
     except re.error as error:
         raise ValueError(
             f"{name} has {text!r}, which is no regular expression ({error})"

@@ -402,6 +402,7 @@ def test_what_transformers_calls_otherwise_is_saved_under_all_its_names(
         ({"target_modules": "(["}, "target_modules .*, but a list of names or a regular"),
         ({"modules_to_save": [1]}, "modules_to_save .*, but a list of names"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern .*, but names with whole numbers"),
+        ({"rank_pattern": {"(?i)q": 2}}, "rank_pattern .*, but names with whole numbers"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern .*, but names with numbers"),
         ({"layers_to_transform": "0"}, "layers_to_transform '0', but a list of whole"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": "x"}}, "loftq_config"),

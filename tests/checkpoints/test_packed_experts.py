@@ -221,6 +221,15 @@ def test_without_its_tensors_the_layers_are_unknown(written: Path) -> None:
     (written / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=f"the tensors tell, but {WEIGHTS} is not beside"):
         read_adapter_config(written)
+    (written / "adapter_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=f"{WEIGHTS} is not beside it; adapter_model.bin"):
+        read_adapter_config(written)
+
+
+def test_a_pattern_that_no_path_can_be_held_against_is_refused(written: Path) -> None:
+    change_config(written, file=CONFIG, rank_pattern={"(?i)down_proj": 2})
+    with pytest.raises(ValueError, match=r"rank_pattern .*, but names with whole numbers"):
+        read_adapter_config(written)
 
 
 @pytest.mark.parametrize(

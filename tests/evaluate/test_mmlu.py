@@ -141,8 +141,8 @@ def test_an_examination_goes_on_where_it_was_broken_off(stories, tmp_path, monke
         file.write_text(whole[:begun])
         assert examine(model, stories, asked, {}, **options) == result
         assert file.read_text() == whole
-    for odd in ("[]", "{}", "notes"):
-        file.write_text(f"{whole}{odd}\n")
+    for odd in (b"[]", b"{}", b"notes", b"\xff"):
+        file.write_bytes(whole.encode() + odd + b"\n")
         with pytest.raises(ValueError, match=r"answers\.jsonl, line 11 holds no answer"):
             examine(model, stories, asked, {}, **options)
     file.write_text("notes of mine")

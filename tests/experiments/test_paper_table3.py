@@ -114,6 +114,11 @@ def test_glue_resumed_and_reported(glue_folder, tmp_path, capsys):
     assert capsys.readouterr().out.count("finished before") == 2
     assert glue.main([*arguments, "--r", "4"]) == 2
     assert "was made with recipe.lora.r 8, but now it is 4" in capsys.readouterr().err
+    # A cell that was broken off goes on as it began, too.
+    for cell in ("cola-nf4-seed0", "stsb-nf4-seed0"):
+        (out / cell / "result.json").unlink()
+    assert glue.main([*arguments, "--alpha", "4"]) == 1
+    assert capsys.readouterr().out.count("recipe.lora.alpha (was 16, is 4.0)") == 2
 
 
 def superni_rows(tasks: int) -> list[dict]:
@@ -183,6 +188,12 @@ def test_superni_and_finetune_on_a_tiny_t5(tmp_path, capsys):
     assert [cell["method"] for cell in cells] == ["bf16", "nf4"]
     assert all(0 <= cell["score"] <= 1 and len(cell["tasks"]) == 1 for cell in cells)
     assert "| BF16 | 0.0 | 40.1 |" in (out / "table.md").read_text()
+    # A cell that was broken off while it answered does not go on by another recipe.
+    for method in ("bf16", "nf4"):
+        (out / f"tiny-t5-{method}-seed0" / "result.json").unlink()
+    capsys.readouterr()
+    assert superni.main([*arguments, "--alpha", "4"]) == 1
+    assert "recipe.lora.alpha (was 64, is 4.0)" in capsys.readouterr().out
     # The same model through the ordinary command, with the paper's adapters for its size.
     settings = {
         "train.steps": 1,

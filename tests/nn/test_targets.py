@@ -112,6 +112,7 @@ def test_patterns_set_rank_and_alpha_of_some_layers() -> None:
         ({"target_modules": "(q_proj"}, r"target_modules has '\(q_proj', which is no regular"),
         ({"exclude_modules": "("}, "exclude_modules has"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern has"),
+        ({"alpha_pattern": {"(?i)q": 2}}, r"alpha_pattern has '\(\?i\)q'"),
         (
             {"layers_to_transform": (0,), "layers_pattern": ("h", "(")},
             r"layers_pattern has '\('",
