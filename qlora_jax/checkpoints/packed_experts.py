@@ -64,8 +64,8 @@ def expert_config(config: Mapping[str, Any], path: Path, weights: Path) -> dict[
     PEFT chooses parameters by other rules than modules: what leaves modules out, or counts their
     layers, does not count for them, and patterns are held against their packed names. So the
     layers are those that the file has tensors of, each with its rank and alpha. `r` and
-    `lora_alpha` become those of a fused gate and up: PEFT doubles these where it packs again what
-    is saved here.
+    `lora_alpha` become those of a fused gate and up: where PEFT packs again what is saved here, it
+    stacks the factors of the two into one pair, and takes twice `r` and `lora_alpha` for that.
 
     Args:
         config: the file's content, its fields of the right kinds.
