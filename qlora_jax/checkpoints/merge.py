@@ -323,6 +323,14 @@ class AdapterFile:
                     f"{self._path} adapts {name!r} as {[outputs, inputs]}, but in {base.source} it "
                     f"is {list(own)}: the adapter was trained on another base model."
                 )
+        linear = linear_weights(base) & base.tensors.keys()
+        targeted = {name for name in linear if self._lora.targets(name.removesuffix(".weight"))}
+        lacking = sorted(targeted - self.adapted)
+        if lacking:
+            raise ValueError(
+                f"{self._path} lacks the adapter of {lacking[0]!r} (and {len(lacking) - 1} more), "
+                "which its adapter_config.json targets: fetch both again, of one revision."
+            )
         for name, shape in self.replaced.items():
             if name in self.added:
                 continue

@@ -147,6 +147,7 @@ def copied(trained, tmp_path):
 
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda t: t.update({A: np.ones((4, 16), np.float32)}), r"as \[32, 16\], but .* another"),
         (lambda t: t.update({A.replace(".0.", ".7."): t[A]}), "layers.7.*does not have: .*another"),
         (lambda t: t.pop(A), "holds only B of"),
+        (lambda t: (t.pop(A), t.pop(B)), r"lacks the adapter of '.*0\.self_attn\.q_proj.* targets"),
     ],
 )
 def test_adapter_of_another_base_is_refused_before_a_weight_is_read(copied, change, message):

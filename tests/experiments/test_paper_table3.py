@@ -96,29 +96,26 @@ def test_the_mean_of_mnlis_two_sets():
 def test_glue_resumed_and_reported(glue_folder, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = (
-        f"--scale tiny --tasks cola stsb --data {glue_folder} --out {out} --steps 2 "
+        f"--scale tiny --tasks stsb --data {glue_folder} --out {out} --steps 2 "
         "--batch-size 4 --max-len 32 --methods nf4"
     ).split()
-    # The second task has a head of another width than the base's.
+    # The task has a head of another width than the base's.
     assert glue.main(arguments) == 0
     cells = json.loads((out / "results.json").read_text())["cells"]
-    assert [(cell["method"], cell["eval_rows"]["validation"]) for cell in cells] == [
-        ("nf4", 2), ("nf4", 1),
-    ]  # fmt: skip
+    assert [(cell["method"], cell["eval_rows"]["validation"]) for cell in cells] == [("nf4", 1)]
     assert all(-1 <= cell["score"] <= 1 for cell in cells)
     table = (out / "table.md").read_text()
     assert "| QLoRA NF4+DQ |" in table
     assert "the base is random" in table
     capsys.readouterr()
     assert glue.main(arguments) == 0
-    assert capsys.readouterr().out.count("finished before") == 2
+    assert capsys.readouterr().out.count("finished before") == 1
     assert glue.main([*arguments, "--r", "4"]) == 2
     assert "was made with recipe.lora.r 8, but now it is 4" in capsys.readouterr().err
     # A cell that was broken off goes on as it began, too.
-    for cell in ("cola-nf4-seed0", "stsb-nf4-seed0"):
-        (out / cell / "result.json").unlink()
+    (out / "stsb-nf4-seed0" / "result.json").unlink()
     assert glue.main([*arguments, "--alpha", "4"]) == 1
-    assert capsys.readouterr().out.count("recipe.lora.alpha (was 16, is 4.0)") == 2
+    assert "recipe.lora.alpha (was 16, is 4.0)" in capsys.readouterr().out
 
 
 def superni_rows(tasks: int) -> list[dict]:

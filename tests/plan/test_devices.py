@@ -56,6 +56,7 @@ def test_each_card_has_its_part():
     assert cut.device.total < whole.device.total
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_answer_is_kept(monkeypatch):
     """Although an op's partitioning stands in a program by its address."""
