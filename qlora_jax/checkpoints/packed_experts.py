@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_jax.checkpoints.folder import open_safetensors
-from qlora_jax.checkpoints.text_part import PREFIX
+from qlora_jax.checkpoints.text_part import adapted_in
 from qlora_jax.models.config import LayerNames, Linear
 from qlora_jax.models.families.mixtral import NAMES as MIXTRAL_NAMES
 from qlora_jax.nn import LoraConfig
@@ -109,11 +108,8 @@ def _adapted(
     config: Mapping[str, Any], targets: tuple[str, ...], weights: Path
 ) -> Iterator[_Adapted]:
     """What the file has adapters of, with PEFT's ranks and alphas."""
-    with open_safetensors(weights) as file:
-        names = [name.removeprefix(PREFIX) for name in file.keys()]  # noqa: SIM118
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    modules = (name.removesuffix(_A).removesuffix(_WRAPPED) for name in names if name.endswith(_A))
-    for module in sorted(set(modules)):
+    for module in sorted({name.removesuffix(_WRAPPED) for name in adapted_in(weights)}):
         split = re.match(r"(.*?\.)(\d+)\.(.+)", module)
         root, number, rest = ("", "", module) if split is None else split.groups()
         meant = {module: re.escape(rest)}

@@ -40,11 +40,17 @@ def adapted_inside(weights: Path) -> list[str]:
     Raises:
         ValueError: the file is damaged.
     """
+    layers = adapted_in(weights)
+    return layers if any(map(_PART.match, layers)) else []
+
+
+def adapted_in(weights: Path) -> list[str]:
+    """What an adapter's file has factors of, by PEFT's names without its prefix; raises as
+    `adapted_inside`."""
     suffix = ".lora_A.weight"
     with open_safetensors(weights) as file:
         names = [name.removeprefix(PREFIX) for name in file.keys()]  # noqa: SIM118
-    layers = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
-    return layers if any(map(_PART.match, layers)) else []
+    return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def stacked(case):
     return jax.tree.map(lambda *parts: jnp.stack(parts), *weights), weights
 
 
-@settings(max_examples=8)
+@settings(max_examples=12)
 @given(
     case=cases(whole_rows=True),
     rows=st.sampled_from([1, 4, 7, 20]),
