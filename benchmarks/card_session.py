@@ -2,7 +2,8 @@
 
     python -m benchmarks.card_session --out benchmarks/results/h200 --budget 580
     python -m benchmarks.card_session --out benchmarks/results/h200 --budget 580 --only training
-    python -m benchmarks.card_session --out benchmarks/results/h200 --budget 400 --only floor cuts
+    python -m benchmarks.card_session --out benchmarks/results/h200 --budget 580 \
+        --only floor teams cuts
 
 Pieces run in order of importance, each in a process of its own (an allocator's peak never falls
 within one, and torch and JAX would share the card), with a share of the time that is left; one that
@@ -12,9 +13,11 @@ measured stays. `session.json` says what ran, how long, and how it ended.
 The kernels come first, because their correctness check decides whether the rest means anything;
 what they find (`rules.json`) goes before the standing rules where whole models follow.
 
-Three pieces run only by name: `floor`, what it takes to read a weight; `cuts`, the Hopper kernels'
+Four pieces run only by name: `floor`, what it takes to read a weight; `cuts`, the Hopper kernels'
 candidates, into `cuts.json`, to be looked at and copied to `pallas_kernels` before the table is
-measured; and `profile`, hardware counters, which many a borrowed card does not let one read.
+measured; `teams`, those for thousands of rows, into a folder of that name: some have blocks that
+wait for each other, and end the process if they wait in vain; and `profile`, hardware counters,
+which many a borrowed card does not let one read.
 """
 
 import argparse
@@ -56,12 +59,13 @@ def pieces(out: Path, memory_fraction: float) -> list[Piece]:
     profile += ("--op", "matmul", "transposed", "--implementations", "mosaic_gpu", "bf16")
     floor = ("benchmarks.gpu_floor", "--out", str(out / "floor.json"))
     # A cut reaches down to the rows that were measured before, so these rise for each kernel.
-    tuned = ["matmul:1", "transposed:4096"]
-    tuned += [f"matmul:{rows}" for rows in (64, 128, 1024, 4096, 4, 8, 16)]
-    jobs = [f"{job}:mosaic_gpu" for job in tuned]
+    few = [f"matmul:{rows}:mosaic_gpu" for rows in (1, 64, 128, 1024, 4, 8, 16)]
+    many = [f"{op}:{rows}:mosaic_gpu" for rows in (2048, 4096) for op in ("matmul", "transposed")]
+    teams = ("benchmarks.gpu_kernels", "--out", str(out / "teams"))
     return [
         Piece("floor", floor, 0.25, takes_budget=False, by_name=True),
-        Piece("cuts", (*kernels, "--autotune", *jobs), 1.0, by_name=True),
+        Piece("teams", (*teams, "--autotune", *many), 0.5, by_name=True),
+        Piece("cuts", (*kernels, "--autotune", *few), 1.0, by_name=True),
         Piece("profile", profile, 1.0, takes_budget=False, by_name=True),
         Piece("kernels", (*kernels, "--kernel-times"), 0.4),
         Piece("peer", ("benchmarks.gpu_bitsandbytes", "--out", str(out)), 0.15),

@@ -127,7 +127,7 @@ def _tally(body: Sequence[tuple[str, str]], is_loop: bool) -> LoopCount:
     opcodes: collections.Counter[str] = collections.Counter()
     units: dict[str, float] = collections.defaultdict(float)
     vector_loads = 0
-    for opcode, _ in body:
+    for opcode, operands in body:
         opcodes[opcode] += 1
         unit = unit_of(opcode)
         width = 1.0
@@ -137,8 +137,10 @@ def _tally(body: Sequence[tuple[str, str]], is_loop: bool) -> LoopCount:
             vector_loads += unit == "global" and width == 4 and opcode.startswith("LDG")
         units[unit] += width
         if tile := re.match(r"HGMMA\.64x(\d+)x16\b", opcode):
-            # Its right operand: 32 bytes a column, for the four warps together.
-            units["shared"] += int(tile[1]) / 16
+            # Its right operand: 32 bytes a column, for the four warps together. Its left one, 64
+            # rows of as many, if it is in shared memory too: one descriptor says where both are.
+            from_shared = operands.split(",")[1].strip().startswith("gdesc")
+            units["shared"] += (int(tile[1]) + 64 * from_shared) / 16
     return LoopCount(dict(opcodes), dict(units), len(body), is_loop, vector_loads)
 
 
@@ -265,7 +267,8 @@ def mosaic_split(point: Point) -> tuple[int, float]:
         return 1, 1 / _gemv_plan(point).efficiency
     config, (passes, columns) = _matmul_tiles(point)
     work = config.split * passes * columns
-    return passes, -(-work // SMS) / (work / SMS)
+    at_once = SMS // passes * passes if config.team else SMS
+    return passes, -(-work // at_once) / (work / SMS)
 
 
 def _gemv_plan(point: Point) -> gemv_plan.Plan:
@@ -284,12 +287,13 @@ def _matmul_tiles(point: Point) -> tuple[matmul_plan.MatmulConfig, tuple[int, in
 
 
 def cache_bytes(point: Point) -> int:
-    """What a Hopper matmul's blocks fetch of x and of codes, wherever the cache has it from."""
+    """What a Hopper matmul's blocks fetch of x and of codes, or as a team of decoded weights,
+    wherever the cache has it from."""
     config, (passes, columns) = _matmul_tiles(point)
     x = config.rows * BLOCK * 2
-    codes = COMPUTE * BLOCK * BLOCK // 2
+    weights = COMPUTE * BLOCK * BLOCK * 2 // (1 if config.team else 4)
     steps = (point.n if point.op == "transposed" else point.k) // BLOCK
-    return passes * columns * steps * (x + codes)
+    return passes * columns * steps * (x + weights)
 
 
 def tile(config: TritonConfig, point: Point, grid: int) -> tuple[float, int]:

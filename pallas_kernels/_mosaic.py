@@ -65,6 +65,11 @@ def check_mosaic(op: str, rows: int, layout: Layout, dtype: DTypeLike) -> None:
         )
 
 
+def filled_up(matrix: Array, rows: int, columns: int = 1) -> Array:
+    """Zeros at the ends until both sizes are multiples."""
+    return jnp.pad(matrix, ((0, -matrix.shape[0] % rows), (0, -matrix.shape[1] % columns)))
+
+
 def call(kernel: Callable[..., Array], *operands: Array) -> Array:
     """kernel(*operands), for a kernel of `plgpu.kernel`.
 

@@ -12,11 +12,15 @@ from pallas_kernels._mosaic import BLOCK, SHARED_LIMIT, SMS
 COMPUTE = 2
 """Warpgroups that compute; one more feeds them."""
 
+TEAM = range(8, SMS + 1)
+"""Blocks that may decode together: fewer would have too large shares, and all have to run at the
+same time."""
+
 COMPUTING_REGISTERS, FEEDING_REGISTERS = 224, 56
 """Of a thread, by what its warpgroup does; together what a block is launched with, 3 · 168."""
 
-TABLE_ENTRIES, COPIES = 256, 32
-"""Of the look-up table: an entry for each byte, a copy for each lane of a warp."""
+TABLE_ENTRIES = 256
+"""Of the look-up table: one for each byte."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,8 @@ class MatmulConfig:
         wide: a look-up is two float32, not two float16: a fifth fewer instructions a step, look-ups
             take twice the reads of shared memory. Of 256 rows at most 4 stages fit beside them. Not
             measured yet (docs/kernel_limits.md).
+        team: blocks that multiply by the same rows of W decode them together, once for all rows of
+            x, into a room in global memory (`mosaic_team`). Not measured yet.
     """
 
     rows: int = 256
@@ -40,21 +46,36 @@ class MatmulConfig:
     group: int = 16
     split: int = 1
     wide: bool = False
+    team: bool = False
 
     def __post_init__(self) -> None:
         """A ValueError for what would be undefined, or would wait forever, on the card."""
         check_fields(
             self,
             rows=(self.rows % 8 == 0 and 16 <= self.rows <= 256, "a multiple of 8, 16 to 256"),
-            stages=(self.stages >= 3, "3 or more: one multiplied, one decoded, one read"),
+            stages=(
+                self.stages >= 3 and not (self.team and self.stages > 8),
+                "3 or more: one multiplied, one decoded, one read; in teams 8 or less",
+            ),
             group=(self.group >= 1, "1 or more"),
-            split=(self.split >= 1, "1 or more"),
+            split=(self.split >= 1 and not (self.team and self.split > 1), "1 or more, 1 in teams"),
+            wide=(not (self.team and self.wide), "False in teams, whose table is float32 anyway"),
         )
 
     @property
+    def float_pairs(self) -> bool:
+        """Whether the table of pairs is float32; else it is float16."""
+        return self.wide or self.team
+
+    @property
+    def copies(self) -> int:
+        """Of each pair: one for each lane of a warp, or, where decoding is rare, fewer."""
+        return 8 if self.team else 32
+
+    @property
     def pair_bytes(self) -> int:
-        """Of the table of pairs: a copy for each lane."""
-        return TABLE_ENTRIES * COPIES * (8 if self.wide else 4)
+        """Of the table of pairs, with all copies."""
+        return TABLE_ENTRIES * self.copies * (8 if self.float_pairs else 4)
 
     @property
     def table_bytes(self) -> int:
@@ -63,9 +84,10 @@ class MatmulConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Of shared memory in all: tables and, a stage, tiles of x and of codes, and scales."""
-        stage = BLOCK * (2 * self.rows + BLOCK) + 4 * COMPUTE * BLOCK
-        return self.table_bytes + self.stages * stage
+        """Of shared memory in all: tables and, a stage, tiles of x and of codes, and scales, or in
+        teams tiles of x and of W."""
+        weights = 2 * COMPUTE * BLOCK * BLOCK if self.team else BLOCK * (BLOCK + 4 * COMPUTE)
+        return self.table_bytes + self.stages * (2 * BLOCK * self.rows + weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +175,16 @@ def configs_to_try(rows: int, *, transposed: bool = False) -> list[MatmulConfig]
     other = [dataclasses.replace(first, stages=stages) for stages in (4, 5, 6)]
     other += [dataclasses.replace(first, group=group) for group in (8, 32)]
     other += [dataclasses.replace(first, wide=True, stages=4)]
+    if can_team(first, rows):
+        other += [dataclasses.replace(first, team=True, stages=4)]
     if first.rows > 64:
         other += [dataclasses.replace(first, rows=first.rows // 2)]
     return [first, *(config for config in other if config != first and _fits(config))]
+
+
+def can_team(config: MatmulConfig, rows: int) -> bool:
+    """Whether the blocks that share rows of W are as many as make a team (`mosaic_team`)."""
+    return -(-rows // config.rows) in TEAM
 
 
 def check_shared_memory(config: MatmulConfig) -> None:

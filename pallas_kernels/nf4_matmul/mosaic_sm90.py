@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout, LowRank
-from pallas_kernels._mosaic import BLOCK, call, check_mosaic
+from pallas_kernels._mosaic import BLOCK, call, check_mosaic, filled_up
 from pallas_kernels.nf4_matmul.mosaic_lanes import (
     find_weights,
     load_group,
@@ -58,6 +58,7 @@ from pallas_kernels.nf4_matmul.mosaic_ring import (
     ring_kernel,
 )
 from pallas_kernels.nf4_matmul.mosaic_table import fill_table, tables_of
+from pallas_kernels.nf4_matmul.mosaic_team import multiply_in_teams
 from pallas_kernels.nf4_matmul.reference import complete
 from pallas_kernels.simt import arrays
 
@@ -88,6 +89,8 @@ def nf4_matmul_mosaic(
     config = config or choose_config(rows)
     check_shared_memory(config)
     weight = (codes, absmax, nested_absmax, offset)
+    if config.team:
+        return multiply_in_teams(x, *weight, bias, lora, layout=layout, config=config)
     if config.split == 1:
         return _call(x, *weight, bias, lora, layout, config).reshape(*x.shape[:-1], n)
     if k // BLOCK % config.split:
@@ -122,7 +125,7 @@ def _call(
     unused = jnp.zeros((1,), jnp.float32)
     low: tuple[Array, ...] = ()
     if lora is not None:
-        low = (_pad(lora[0].reshape(len(x), -1), 8, BLOCK), _pad(lora[1], 1, BLOCK))
+        low = filled_up(lora[0].reshape(len(x), -1), 8, BLOCK), filled_up(lora[1], 1, BLOCK)
     plan = Plan(
         m=len(x),
         n=n,
@@ -136,7 +139,7 @@ def _call(
     return call(
         _kernel(plan),
         # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
-        _pad(x, 8, 1),
+        filled_up(x, 8),
         *low,
         # A row of this is an even row of W, and the odd one behind it.
         codes.reshape(n // 2, k),
@@ -146,11 +149,6 @@ def _call(
         unused if bias is None else bias.astype(jnp.float32),
         jnp.asarray(tables_of(config, layout.quant_type)),
     )
-
-
-def _pad(matrix: Array, rows: int, columns: int) -> Array:
-    """Zeros at the ends until both sizes are multiples."""
-    return jnp.pad(matrix, ((0, -matrix.shape[0] % rows), (0, -matrix.shape[1] % columns)))
 
 
 def _kernel(plan: Plan):

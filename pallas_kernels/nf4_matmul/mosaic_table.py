@@ -4,7 +4,8 @@ Where bytes come one to a word (from shared memory, that is), the address of a l
 multiply-add, and the table needs no room for anything else between its entries, as the gemv's does
 (`_mosaic_decoder`): each of the 256 pairs 32 times, a copy for each lane in a bank of its own. The
 pairs are float16, which must be made float32 before they are scaled, or with `config.wide` float32.
-Behind them stands the 8-bit dynamic map, once: the feeding warpgroup alone reads it, once a step.
+Teams, which decode seldom, have 8 copies of float32 pairs. Behind them stands the 8-bit dynamic
+map, once: the feeding warpgroup alone reads it, once a step.
 """
 
 import functools
@@ -28,12 +29,12 @@ def _wide_tables(quant_type: str) -> np.ndarray:
 
 def tables_of(config, quant_type):
     """The kernel's argument that `fill_table` copies from: words by byte, see these two."""
-    return _wide_tables(quant_type) if config.wide else lookup_tables(quant_type)
+    return _wide_tables(quant_type) if config.float_pairs else lookup_tables(quant_type)
 
 
 def fill_table(m, config, tables):
     """Write the tables to the start of shared memory, `THREADS` threads at 16 bytes each."""
-    words = 2 if config.wide else 1
+    words = 2 if config.float_pairs else 1
     chunks, row = config.pair_bytes // 16, 8 * words
     for first in range(0, chunks, THREADS):
         at = m.thread + first
@@ -53,21 +54,19 @@ def look_up_ahead(m, config, codes):
     Wide look-ups are left to `weights_of`: what is made of them could not be kept from being made
     at once, between the instructions that start `wgmma`.
     """
-    return list(codes) if config.wide else [_look_up(m, config, code)[0] for code in codes]
+    return list(codes) if config.float_pairs else [_look_up(m, config, code)[0] for code in codes]
 
 
 def weights_of(m, config, found):
     """Of each byte of `look_up_ahead` its two weights in float32, the even column's first."""
-    if not config.wide:
+    if not config.float_pairs:
         return [m.half_pair(pair) for pair in found]
     return [tuple(map(m.as_float, _look_up(m, config, code))) for code in found]
 
 
 def _look_up(m, config, byte):
-    lane = m.thread & 31
-    if config.wide:
-        return m.shared_load((byte << 8) + (lane << 3), 2)
-    return m.shared_load((byte << 7) + (lane << 2))
+    copy, words = m.thread & (config.copies - 1), 2 if config.float_pairs else 1
+    return m.shared_load(byte * (4 * words * config.copies) + copy * (4 * words), words)
 
 
 def look_up_absmax(m, config, byte):

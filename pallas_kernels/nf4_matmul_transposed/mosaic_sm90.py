@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout
-from pallas_kernels._mosaic import BLOCK, SMS, call, check_mosaic
+from pallas_kernels._mosaic import BLOCK, SMS, call, check_mosaic, filled_up
 from pallas_kernels.nf4_matmul.mosaic_lanes import store_sums
 from pallas_kernels.nf4_matmul.mosaic_plan import (
     COMPUTE,
@@ -53,6 +53,7 @@ from pallas_kernels.nf4_matmul.mosaic_table import (
     tables_of,
     weights_of,
 )
+from pallas_kernels.nf4_matmul.mosaic_team import multiply_in_teams
 from pallas_kernels.simt import arrays
 
 TILE_BYTES = BLOCK // 2 * COMPUTE  # of a row of codes, for all computing warpgroups
@@ -165,6 +166,9 @@ def nf4_matmul_transposed_mosaic(
     if config.split != 1:
         raise ValueError(f"config.split is {config.split}; nf4_matmul_transposed takes only 1")
     check_shared_memory(config)
+    if config.team:
+        weight = codes, absmax, nested_absmax, offset
+        return multiply_in_teams(dy, *weight, layout=layout, config=config, transposed=True)
     plan = Plan(
         m=rows,
         n=n,
@@ -173,12 +177,11 @@ def nf4_matmul_transposed_mosaic(
         double_quant=layout.double_quant,
         config=config,
     )
-    # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
-    dy = jnp.pad(dy.reshape(rows, contracted), ((0, -rows % 8), (0, 0)))
     unused = jnp.zeros((1,), jnp.float32)
     dx = call(
         _kernel(plan),
-        dy,
+        # The copy engine's tiles are 8 rows high; rows beyond an array's end read as zeros.
+        filled_up(dy.reshape(rows, contracted), 8),
         codes.reshape(contracted, n // 2),
         absmax,
         unused if nested_absmax is None else nested_absmax,

@@ -69,6 +69,10 @@ class Machine:
         exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
         return exact.astype(np.float32)
 
+    def add_unfused(self, product: np.ndarray, addend: np.ndarray) -> np.ndarray:
+        """product + addend with the product rounded first."""
+        return product + addend
+
     def half_pair(self, word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The two float16 of a word as float32, low half first."""
         halves = word.copy().view(np.float16).reshape(-1, 2).astype(np.float32)
@@ -149,6 +153,17 @@ class Machine:
     ) -> None:
         """Store the low `width` bytes of a word to global memory where `when`."""
         self._scatter(_bytes(buffer), address, [value], width, 0, when)
+
+    def store_words(
+        self,
+        buffer: np.ndarray,
+        address: np.ndarray,
+        values: Sequence[np.ndarray],
+        *,
+        when: np.ndarray,
+    ) -> None:
+        """Store 2 or 4 aligned words to global memory where `when`."""
+        self._scatter(_bytes(buffer), address, values, 4 * len(values), 0, when)
 
     def shared_load(
         self,

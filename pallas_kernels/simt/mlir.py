@@ -48,6 +48,10 @@ def _compare(kind: arith.CmpIPredicate) -> Callable[["Word", "int | Word"], Flag
     return lambda self, other: Flag(arith.cmpi(kind, self.value, _value(other)))
 
 
+POLLS = 1 << 24
+"""How often `await_at_least` looks."""
+
+
 class Word:
     """An unsigned 32-bit integer per thread."""
 
@@ -189,6 +193,10 @@ class Machine:
         """a · b + c, rounded once."""
         return Float(llvm.intr_fma(a.value, b.value, c.value))
 
+    def add_unfused(self, product: Float, addend: Float) -> Float:
+        """product + addend with the product rounded first."""
+        return Float(*_asm("add.rn.f32 $0, $1, $2;", [_f32()], [product.value, addend.value]))
+
     def half_pair(self, word: Word) -> tuple[Float, Float]:
         """The two float16 of a word as float32, low half first.
 
@@ -277,6 +285,14 @@ class Machine:
         }[width]
         _asm(text, [], [self._at(buffer, address), value.value, when.value])
 
+    def store_words(
+        self, buffer: ir.Value, address: Word, values: Sequence[Word], *, when: Flag
+    ) -> None:
+        """Store 2 or 4 aligned words to global memory where `when`."""
+        names = ", ".join(f"${i + 1}" for i in range(len(values)))
+        text = f"@${len(values) + 1} st.global.v{len(values)}.b32 [$0], {{{names}}};"
+        _asm(text, [], [self._at(buffer, address), *(v.value for v in values), when.value])
+
     def shared_load(
         self,
         address: Word,
@@ -357,6 +373,39 @@ class Machine:
     def barrier(self) -> None:
         """Shared memory written by the block before is read by it after."""
         gpu.barrier()
+
+    # What follows is between blocks of threads, of which the emulation has one.
+
+    def warpgroup_barrier(self) -> None:
+        """The warpgroup's threads wait for each other."""
+        mgpu_utils.warpgroup_barrier()
+
+    def copies_see_memory(self) -> None:
+        """Order what this thread has stored to global memory, or learnt that others have, before
+        what the copy engine reads of it."""
+        _asm("fence.proxy.async.global;", [], [])
+
+    def await_at_least(self, buffer: ir.Value, address: Word, value: Word) -> None:
+        """Wait until a word of global memory is as large, and see what was stored before it was.
+
+        It ends with a trap after `POLLS` looks, some ten seconds: an error is better than a program
+        that hangs.
+        """
+        text = f"""{{
+            .reg .pred there;
+            .reg .b32 seen, looks;
+            mov.b32 looks, 0;
+        look:
+            ld.acquire.gpu.global.b32 seen, [$0];
+            setp.ge.u32 there, seen, $1;
+            @there bra done;
+            add.u32 looks, looks, 1;
+            setp.lt.u32 there, looks, {POLLS};
+            @there bra look;
+            trap;
+        done:
+        }}"""
+        _asm(text, [], [self._at(buffer, address), value.value])
 
     def mma(
         self, c: Sequence[Float], a: Sequence[Word], b: Sequence[Word], dtype: str

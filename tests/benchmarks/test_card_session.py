@@ -64,7 +64,7 @@ def test_an_unknown_piece_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         card_session.main(["--out", str(tmp_path), "--only", "kernel"])
     assert (
-        "--only names kernel; there are floor, cuts, profile, kernels, peer"
+        "--only names kernel; there are floor, teams, cuts, profile, kernels, peer"
         in capsys.readouterr().err
     )
 

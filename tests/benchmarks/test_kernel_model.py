@@ -1,10 +1,12 @@
 """benchmarks/kernel_model.py: counting SASS, and a model of a kernel compiled here."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks import kernel_model
 from benchmarks._points import Point
-from pallas_kernels import compile_for
+from pallas_kernels import MatmulConfig, compile_for
 from pallas_kernels.cards import CARDS
 
 SASS = """
@@ -52,6 +54,12 @@ def test_the_hot_loop_is_counted_and_nothing_else():
     expected = {"global": 4, "shared": 2 + 8, "integer": 1, "float": 2, "tensor": 1, "control": 1}
     assert loop.units == expected
     assert loop.vector_loads == 1
+
+
+def test_a_left_operand_in_shared_memory_is_read_there():
+    """64 rows of 32 bytes more; the descriptor stands where the registers did."""
+    loop = kernel_model.count_hot_loop(SASS.replace("R24, R24, gdesc[UR8]", "R24, gdesc[UR8]"))
+    assert loop.units["shared"] == 2 + 8 + 4
 
 
 def test_without_a_loop_everything_before_exit_counts():
@@ -127,6 +135,17 @@ def test_what_a_hopper_matmul_fetches():
     point = Point("matmul", "mosaic_gpu", 4096, "x", 4096, 4096)
     assert kernel_model.cache_bytes(point) == 512 * 64 * (32768 + 4096)
     assert kernel_model.mosaic_split(point) == (16, pytest.approx(4 / (512 / 132)))
+
+
+def test_what_a_team_fetches():
+    """Weights in two bytes; 11 teams of 12 blocks fill the card. 6 of 20 leave a part of it idle,
+    and have 22 tiles for four turns."""
+    config = MatmulConfig(stages=4, team=True)
+    point = Point("matmul", "mosaic_gpu", 12 * 256, "x", 22 * 128, 4096, config=config)
+    assert kernel_model.cache_bytes(point) == 2 * 132 * 64 * (32768 + 16384)
+    assert kernel_model.mosaic_split(point) == (12, 1.0)
+    point = dataclasses.replace(point, rows=20 * 256)
+    assert kernel_model.mosaic_split(point) == (20, pytest.approx(4 / (20 * 22 / 132)))
 
 
 @pytest.mark.skipif(

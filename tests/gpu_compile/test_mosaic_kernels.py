@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.kernel_model import count_hot_loop
 from pallas_kernels import GemvConfig, nf4_matmul
 from pallas_kernels import compile_for as harness
 from pallas_kernels._arguments import Layout
+from pallas_kernels._mosaic import SMS
 from pallas_kernels.cards import CARDS
 from pallas_kernels.nf4_gemv.mosaic_plan import Plan, choose_config
+from pallas_kernels.nf4_matmul import mosaic_team
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 from tests.gpu_compile.test_kernels import SHAPES, packed, products_beside_kernels
 
@@ -208,6 +211,47 @@ def test_hopper_matmuls_with_wide_look_ups(op):
     _, kernels = compiled_for_h200(op, *SHAPES["7b-gate"], 4096, config)
     (code,) = (kernel for kernel in kernels if "mosaic_gpu" in kernel.name)
     assert "cvt.f32.f16" not in code.ptx
+
+
+@pytest.mark.parametrize(
+    ("shape_name", "op", "rows", "rank"),
+    [
+        ("7b-qkvo", "matmul", 4096, 64),
+        ("7b-gate", "transposed", 4096, 0),
+        *(
+            pytest.param(name, op, rows, 0, marks=pytest.mark.slow)
+            for op in ("matmul", "transposed")
+            for name, rows in (("7b-gate", 2048), ("70b-down", 4096), ("70b-down", 16384))
+        ),
+    ],
+)
+def test_hopper_teams(shape_name, op, rows, rank):
+    """Four groups a team are all that is ever decoded; who multiplies does nothing else."""
+    (n, k), config = SHAPES[shape_name], MatmulConfig(stages=4, team=True)
+    shapes = [(rows, n if op == "transposed" else k)]
+    shapes += [(rows, rank), (n, rank)] if rank else []
+    x, *low = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    kernel, layout = kernel_of(op), Layout((n, k), "nf4", 64, double_quant=True)
+
+    def run(x, low, *weight):
+        more = () if op == "transposed" else (None, low or None)
+        return kernel(x, *weight, *more, layout=layout, config=config)
+
+    compiled, kernels = harness.inspect_kernels(
+        CARDS["h200"], run, x, tuple(low), *packed(n, k), sass=True
+    )
+    check_kernels(kernels, op)
+    (code,) = (kernel for kernel in kernels if "mosaic_gpu" in kernel.name)
+    loop = count_hot_loop(code.sass)
+    assert loop.opcodes["HGMMA.64x256x16.F32.BF16"] == 4
+    assert loop.instructions < 60
+    # Stored, ordered before copies, counted; a count seen, ordered before copies.
+    steps = re.findall(r"STG\.E\.128|FENCE\.VIEW\.ASYNC\.G|REDG|LDG\.E\.STRONG\.GPU", code.sass)
+    found = [step for step, _ in itertools.groupby(steps)]
+    stored, fence = "STG.E.128", "FENCE.VIEW.ASYNC.G"
+    assert found[:5] == [stored, fence, "REDG", "LDG.E.STRONG.GPU", fence]
+    rooms = SMS // (rows // 256) * mosaic_team.ROOM * 2**18
+    assert compiled.memory_analysis().temp_size_in_bytes < rooms + 2 * n * rank + 2**16
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,9 @@ def test_an_adapter_is_a_pair():
         (MatmulConfig, "rows", 100),
         (MatmulConfig, "stages", 2),  # a warpgroup would wait for a slot that it holds itself
         (MatmulConfig, "split", 0),
+        (functools.partial(MatmulConfig, team=True), "stages", 9),  # a group would be overwritten
+        (functools.partial(MatmulConfig, team=True), "split", 2),
+        (functools.partial(MatmulConfig, team=True), "wide", True),
         (functools.partial(TritonConfig, 16, 16), "block_k", 48),
         (functools.partial(TritonConfig, 16, 16, 64), "num_warps", 3),  # Triton aborts the process
         (functools.partial(TritonConfig, 16, 16, 64), "decoder", "tabel"),

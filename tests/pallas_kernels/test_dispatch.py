@@ -303,6 +303,15 @@ def test_of_few_rows_the_forward_kernel_may_split_its_sum():
     assert {c.split for c in back} == {1}
 
 
+def test_of_thousands_of_rows_a_team_may_decode():
+    for op in ("nf4_matmul", "nf4_matmul_transposed"):
+        teams = {
+            rows: [c.team for c in configs_to_try(op, rows, 4096, 4096, "mosaic_gpu")].count(True)
+            for rows in (1792, 1793, 4096, 33792, 33793)
+        }
+        assert teams == {1792: 0, 1793: 1, 4096: 1, 33792: 1, 33793: 0}
+
+
 def test_a_config_of_another_kernel_is_refused():
     case = make_case(0, 8, 128)
     with pytest.raises(ValueError, match="GemvConfig, and nf4_gemv runs 'triton' here, which"):

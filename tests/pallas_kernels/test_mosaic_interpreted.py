@@ -5,13 +5,16 @@ The interpreter has a block's threads, barriers and copies, but neither inline i
 does), and the product is NumPy's. Weights are small integers: every sum is exact.
 
 A slot of the ring may be filled only when both computing warpgroups have read what was there:
-`Reads` counts that at every copy of x's tiles.
+`Reads` counts that at every copy of x's tiles. Blocks that work as a team run side by side here as
+a cluster, and `Team` is their semaphores: it counts what they copy from their room, which may be
+overwritten only after that.
 """
 
 import collections
 import functools
 import importlib
 import inspect
+import threading
 import time
 
 import jax
@@ -19,7 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.nf4_matmul import mosaic_team
 from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan
 from pallas_kernels.nf4_matmul.mosaic_ring import SCALE_WORDS
 from pallas_kernels.simt import arrays
@@ -48,7 +53,8 @@ class StandIns:
         arguments = [a.ref if isinstance(a, arrays.Tile) else a for a in arguments]
         (name,) = {name for name in program.__code__.co_names if hasattr(self, name)}
         found = inspect.getclosurevars(program).nonlocals
-        return getattr(self, name)(*arguments, *([found["i"]] if "i" in found else []))
+        static = [found[name] for name in ("i", "piece") if name in found]
+        return getattr(self, name)(*arguments, *static)
 
     def fill_table(self, tables):
         pass
@@ -251,4 +257,191 @@ def test_dx(interpreted, contracted, options):
     # Threads 0 to 63 have the rows in a tile's first 64 columns, the others in its last.
     scale = scale_of(column // 128, row // 64, row % 64 + 64 * (column % 128 // 64))
     want = np.asarray(dy, np.float32) @ (unpacked(np, np.asarray(codes)) * scale).astype(np.float32)
+    np.testing.assert_array_equal(got, np.asarray(jnp.asarray(want, jnp.bfloat16), np.float32))
+
+
+# -- teams -------------------------------------------------------------------------------------
+
+
+class TeamStandIns(StandIns):
+    """Of the team kernel's lane programs. Nothing changes places; weights are `weight_at`'s."""
+
+    def load_share(self, member, column, group, codes, absmax, nested):
+        return jnp.zeros((128 * 4,), jnp.uint32)
+
+    def scales_of_share(self, raw, mean):
+        return jnp.zeros((128 * 4,), jnp.uint32)
+
+    def store_piece(self, raw, scales, member, column, group, place, room, piece):
+        """With the last piece all of the member's share, an even part of the place's rows."""
+        if piece < mosaic_team.PIECES - 1:
+            return
+        high, wide = self.plan.room_shape
+        part = high // self.plan.members
+        row, col = member * part + jnp.arange(part)[:, None], jnp.arange(wide)
+        first = group * mosaic_team.GROUP * 64
+        where = (column + col, first + row) if self.plan.transposed else (column + row, first + col)
+        room[pl.ds(place * high + member * part, part), :] = weight_at(*where).astype(room.dtype)
+
+    def publish(self):
+        pass
+
+    def await_members(self, counted, team, value):
+        semaphore_call("wait")(team, value)
+
+
+def weight_at(output, contracted):
+    """A weight of a column of the result."""
+    return (3 * output + 5 * contracted) % 7 - 3
+
+
+class Team:
+    """The semaphores of a grid, and how many tiles each block has copied from its team's room."""
+
+    def __init__(self, plan):
+        self.plan, self.changed = plan, threading.Condition()
+        self.counts, self.copied = collections.Counter(), collections.Counter()
+        self.published = collections.Counter()
+
+    def tiles_through(self, number):
+        """Tiles of W that a block copies in all of its groups up to the `number`-th."""
+        tiles, rest = divmod(number + 1, self.plan.groups)
+        steps = tiles * self.plan.steps + min(rest * mosaic_team.GROUP, self.plan.steps)
+        return COMPUTE * steps
+
+    def signal(self, block, team, value):
+        number, first = self.published[block], team * self.plan.members
+        self.published[block] += 1
+        for member in range(first, first + self.plan.members):
+            gone = number - mosaic_team.ROOM
+            assert gone < 0 or self.copied[member] >= self.tiles_through(gone)
+        with self.changed:
+            self.counts[team] += value
+            self.changed.notify_all()
+        if block == first:
+            time.sleep(0.1)  # a member that is late
+
+    def wait(self, block, team, value):
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.counts[team] >= value, timeout=120)
+
+
+class Semaphores:
+    """One is known by its number."""
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, number):
+        return number
+
+
+def semaphore_call(name):
+    """A call of `Team`'s method of this name, as the interpreter meets it."""
+
+    def call(team, value, **_):
+        def emit(context, team, value):
+            raise AssertionError("never lowered")
+
+        emit.__name__ = name
+        splat = plgpu.Layout.WG_SPLAT
+        plgpu.inline_mgpu(arg_types=(splat, splat))(emit)(team, jnp.int32(value))
+
+    return call
+
+
+def called_back(interpreter, token, function, *arguments):
+    """`function(block, *arguments)` of integers, in the order of the token."""
+    from jax._src import callback
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    def call(token, thread, *arguments):
+        function(thread, *map(int, arguments))
+        return token
+
+    return callback.io_callback(
+        gpu_callbacks.fail_on_exception(call),
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
+        *(token, interpreter.thread, *arguments),
+    )
+
+
+@pytest.fixture
+def team_interpreted(monkeypatch):
+    """(plan, operands) -> the team kernel's result, its blocks side by side."""
+    from jax._src.pallas.mosaic_gpu.interpret import jaxpr_interpret, params
+
+    interpreter = jaxpr_interpret.JaxprInterpreter
+    copy = interpreter._interpret_copy_gmem_to_smem_p
+    multiply = interpreter._interpret_wgmma_ref_p
+    whole = mosaic_team.plgpu.kernel
+
+    def as_cluster(body, *, grid, grid_names, **options):
+        return whole(body, cluster=grid, cluster_names=grid_names, **options)
+
+    def run(plan, *operands):
+        reads, team = Reads(), Team(plan)
+
+        def meet(self, eqn, token, get_invals):
+            act = getattr(team, eqn.params["mgpu_fn"].__name__)
+
+            def met(thread, *arguments):
+                act(int(thread.block_id), *arguments)
+
+            return called_back(self, token, met, *get_invals()[:2]), []
+
+        def fill(self, eqn, token, get_invals):
+            values, trees = get_invals(), eqn.params
+            before = 3 + trees["src_transforms_treedef"].num_leaves
+
+            def of_x(thread, slot):
+                reads.check_fill(thread, slot)
+
+            def of_room(thread):
+                team.copied[int(thread.block_id)] += 1
+
+            source = eqn.invars[0].aval.shape
+            if source == (plan.teams * mosaic_team.ROOM * plan.room_shape[0], plan.room_shape[1]):
+                token = called_back(self, token, of_room)
+            elif source[0] == plan.m:
+                token = called_back(self, token, of_x, values[before])
+            return copy(self, eqn, token, get_invals)
+
+        def product(self, eqn, token, get_invals):
+            token, out = multiply(self, eqn, token, get_invals)
+            slot = get_invals()[-1] if eqn.params["b_transforms_tree"] else 0
+            return called_back(self, token, reads.note_read, slot), out
+
+        monkeypatch.setattr(interpreter, "_interpret_inline_mgpu_p", meet)
+        monkeypatch.setattr(interpreter, "_interpret_copy_gmem_to_smem_p", fill)
+        monkeypatch.setattr(interpreter, "_interpret_wgmma_ref_p", product)
+        monkeypatch.setattr(arrays, "run", TeamStandIns(plan).run)
+        monkeypatch.setattr(mosaic_team.plgpu, "kernel", as_cluster)
+        monkeypatch.setattr(plgpu, "semaphore_signal", semaphore_call("signal"))
+        monkeypatch.setattr(pl, "get_global", lambda what: Semaphores())
+        with params.force_gpu_interpret_mode():
+            return np.asarray(mosaic_team._kernel(plan)(*operands)[0], np.float32)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("transposed", "steps", "rank", "stages"),
+    [(False, 20, 0, 4), (False, 36, 64, 3), (True, 20, 0, 4)],
+)
+def test_a_team(team_interpreted, monkeypatch, transposed, steps, rank, stages):
+    monkeypatch.setattr(mosaic_team, "SMS", 4)
+    rng = np.random.default_rng(steps)
+    m, n, k = 128, 384, 64 * steps
+    config = MatmulConfig(rows=64, stages=stages, team=True)
+    plan = mosaic_team.Plan(m, n, k, transposed, "bfloat16", True, False, config, rank)
+    assert (plan.members, plan.teams, plan.columns) == (2, 2, 3)
+    x = small(rng, m, k)
+    low = (small(rng, m, rank), small(rng, n, rank)) if rank else ()
+    got = team_interpreted(plan, x, *low, *[UNUSED] * 6)
+    weight = weight_at(np.arange(n)[:, None], np.arange(k))
+    want = np.asarray(x, np.float32) @ weight.T.astype(np.float32)
+    if low:
+        want += np.asarray(low[0], np.float32) @ np.asarray(low[1], np.float32).T
     np.testing.assert_array_equal(got, np.asarray(jnp.asarray(want, jnp.bfloat16), np.float32))
