@@ -33,7 +33,7 @@ from qlora_jax.checkpoints.adapter_parts import (
     token_modules,
     trained_parts,
 )
-from qlora_jax.checkpoints.packed_experts import expert_cuts
+from qlora_jax.checkpoints.packed_experts import expert_cuts, plainly_scaled
 from qlora_jax.checkpoints.text_part import whole_lora, whole_name
 from qlora_jax.data import Tokenizer
 from qlora_jax.files import replace_file
@@ -89,6 +89,7 @@ def save_adapter(
     _check_same(model, lora_config, "lora_config", advice)
     _check_whole(model, lora_config, "lora_config", advice)
     tensors = _trained_tensors(model, lora_config)
+    lora_config = plainly_scaled(lora_config, adapted_modules(model, lora_config))
     heads = _heads(model, lora_config)
     if heads:
         modules = (*(lora_config.modules_to_save or ()), *sorted(heads))

@@ -18,6 +18,7 @@ those names, `expert_cuts` finds their factors in the packed ones.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,6 +151,21 @@ def _paths(adapted: Iterable[_Adapted]) -> str:
         (rf"{re.escape(root)}(?:{ordered})\." if root else "") + f"(?:{'|'.join(expressions)})"
         for (root, ordered), expressions in together.items()
     )
+
+
+def plainly_scaled(lora: LoraConfig, modules: Iterable[str]) -> LoraConfig:
+    """The same scales without rsLoRA, if some of the adapted modules are experts'.
+
+    PEFT stacks the factors of gate and up into one pair and takes twice their rank and alpha, which
+    leaves α / r as it is, and of α / √r makes √2 times as much (0.21.2).
+    """
+    modules = list(modules)
+    if not lora.use_rslora or not any(".experts." in module for module in modules):
+        return lora
+    alphas = {module: own.scaling * own.r for module in modules if (own := lora.at(module))}
+    usual = lora.scaling * lora.r
+    other = {re.escape(module): alpha for module, alpha in alphas.items() if alpha != usual}
+    return replace(lora, alpha=usual, alpha_pattern=other, use_rslora=False)
 
 
 class Cut(NamedTuple):

@@ -23,6 +23,8 @@ from qlora_jax.checkpoints import (
 )
 from qlora_jax.checkpoints.adapter_file import CONFIG, WEIGHTS
 from qlora_jax.checkpoints.adapter_parts import adapted_layers
+from qlora_jax.checkpoints.packed_experts import plainly_scaled
+from qlora_jax.nn import LoraConfig
 from tests.checkpoints.tiny import change_config, write_model
 from tests.models.variants import VARIANTS
 
@@ -152,6 +154,23 @@ def test_one_parameter_alone_with_rslora(name: str, parameter: str, tmp_path: Pa
         packed.add(layer, parameter, 2, 6 / 2**0.5)
     packed.write(tmp_path, target_parameters=[parameter], target_modules=[], use_rslora=True, r=2)
     packed.is_read(tmp_path)
+
+
+def test_rslora_of_experts_is_written_as_larger_alphas() -> None:
+    """Every module keeps its scale; without experts nothing changes."""
+    ranks, alphas = {"q_proj": 3}, {"1.w1": 5}
+    lora = LoraConfig(r=8, alpha=6, use_rslora=True, rank_pattern=ranks, alpha_pattern=alphas)
+    ends = ("self_attn.q_proj", "block_sparse_moe.experts.0.w1", "block_sparse_moe.experts.1.w1")
+    modules = [f"model.layers.0.{end}" for end in ends]
+    plain = plainly_scaled(lora, modules)
+    assert not plain.use_rslora
+    for module in modules:
+        own, before = plain.at(module), lora.at(module)
+        assert own is not None
+        assert before is not None
+        assert own.r == before.r
+        assert own.scaling == pytest.approx(before.scaling, rel=1e-15)
+    assert plainly_scaled(lora, modules[:1]) == lora
 
 
 @pytest.mark.parametrize("name", FAMILIES)
