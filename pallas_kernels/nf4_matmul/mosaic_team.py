@@ -20,7 +20,8 @@ of group s − 3, from which on it has copied more steps than the ring has stage
 steps, but a row's last one, and two short ones never follow each other, since a row has 16 steps or
 more. So these are 9 steps or more: 8 of group s − 1, or all of s − 2, and one of the other.)
 
-All blocks have to run at the same time: there are at most as many as multiprocessors, one to each.
+All blocks have to run at the same time: there are at most as many as multiprocessors, one to each,
+and no kernel at the side that waits as well may hold one (docs/kernel_limits.md).
 
 The transposed product, dxᵀ = Wᵀ · dyᵀ, is the same with W's other side up: a team has 128 columns
 of W, a group 1024 of its rows, and `wgmma` reads its tiles of W transposed.
