@@ -4,6 +4,7 @@ import pytest
 from experiments.embedded import ROOT
 from qlora_jax.data import (
     IGNORE,
+    Batches,
     ClassificationBatches,
     Labelled,
     load_tokenizer,
@@ -40,6 +41,7 @@ def test_texts_are_framed_as_roberta_reads_them(tokenizer):
         ([9, 3], 8, [5, 3]),
         ([9, 8], 10, [5, 5]),
         ([8, 9], 11, [5, 6]),
+        ([8, 8], 11, [5, 6]),
         ([9], 4, [4]),
     ],
 )
@@ -70,3 +72,17 @@ def test_labels_stay_with_their_texts(kind):
                 found[float(label)] = ids[mask].tolist()
                 assert (ids[~mask] == 1).all()
     assert found == {float(i): [i + 3] * (i + 1) for i in range(5)}
+
+
+def test_which_texts_a_step_sees_is_decided_as_in_batches():
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(3, 90, n).astype(np.int32) for n in rng.integers(1, 16, 11)]
+    options = {"batch_size": 2, "seed": 3, "pad_token_id": 1, "drop_last": True}
+    options |= {"accumulation": 2, "group_by_length": True, "buckets": (8, 16)}
+    batches = ClassificationBatches([Labelled(i, len(i)) for i in ids], **options)
+    plain = Batches([(i, i) for i in ids], **options)
+    assert batches.steps_per_epoch == plain.steps_per_epoch == 2
+    for step in range(4):
+        batch = batches.at(step)
+        np.testing.assert_array_equal(batch.input_ids, plain.at(step).input_ids)
+        np.testing.assert_array_equal(batch.labels, batch.attention_mask.sum(axis=-1))

@@ -26,6 +26,11 @@ def test_rows_hold_every_example_once_and_are_nearly_full(lengths):
     assert len(rows) < 2 or min(filled) + sorted(filled)[1] > 16
 
 
+def test_the_longest_come_first():
+    # Shortest first, the two short ones would share a row and the others have one each.
+    assert pack([2, 2, 8, 8], 10) == [[2, 1], [3, 0]]
+
+
 def examples(count: int = 9, seed: int = 0):
     rng = np.random.default_rng(seed)
     made = []
@@ -64,6 +69,19 @@ def test_an_epoch_holds_every_example_in_a_segment_of_its_own():
     wanted = [(ids.tolist(), [-100, *labels[1:].tolist()]) for ids, labels in made]
     assert sorted(found) == sorted(wanted)
     assert batches.filled == sum(len(ids) for ids, _ in made) / (16 * len(batches.rows))
+
+
+def test_which_rows_a_step_sees_is_decided_as_in_batches():
+    made = examples(11)
+    options = {"batch_size": 2, "seed": 3, "pad_token_id": 31, "drop_last": True}
+    packed = PackedBatches(made, length=16, **options)
+    rows = [np.concatenate([made[index][0] for index in row]) for row in packed.rows]
+    plain = Batches([(row, row) for row in rows], buckets=(16,), **options)
+    assert 2 * packed.steps_per_epoch == 2 * plain.steps_per_epoch == len(rows) - 1
+    for step in range(2 * plain.steps_per_epoch):
+        np.testing.assert_array_equal(packed.at(step).input_ids, plain.at(step).input_ids)
+    # The examples themselves are left as they were.
+    jax.tree.map(np.testing.assert_array_equal, made, examples(11))
 
 
 @pytest.mark.parametrize("attention", ["xla", "chunked"])

@@ -5,6 +5,7 @@ from experiments.embedded import ROOT
 from qlora_jax.data import (
     FORMATS,
     IGNORE,
+    Batches,
     Pair,
     PairFormat,
     Seq2SeqBatches,
@@ -47,6 +48,15 @@ def test_a_cut_source_keeps_its_eos_and_a_cut_target_does_not(tokenizer):
         sum(len(pair.target) > 2 for pair in all_whole),
         0,
     )
+    # One token less than a text has, its eos included, cuts it; as many do not.
+    for length in (len(pair.source) for pair in all_whole):
+        for limit in (length - 1, length):
+            report = tokenize_pairs(ROWS, FORM, tokenizer, source_max_len=limit).report
+            assert report.cut_sources == sum(len(pair.source) > limit for pair in all_whole)
+    for length in (len(pair.target) for pair in all_whole):
+        for limit in (length - 1, length):
+            report = tokenize_pairs(ROWS, FORM, tokenizer, target_max_len=limit).report
+            assert report.cut_targets == sum(len(pair.target) > limit for pair in all_whole)
     whole, cut = all_whole[1], all_cut[1]
     eos = tokenizer.eos_token_id
     assert cut.source.tolist() == [*whole.source[:5].tolist(), eos]
@@ -99,7 +109,8 @@ def test_every_pair_once_an_epoch_and_reachable_by_step():
         batch = batches.at(step)
         assert batch.input_ids.shape[:2] == batch.labels.shape[:2] == (2, 2)
         assert batch.input_ids.shape[2] in (16, 32)
-        assert batch.labels.shape[2] in (8, 16)
+        longest = (batch.labels != IGNORE).sum(axis=-1).max()
+        assert batch.labels.shape[2] == (8 if longest <= 8 else 16)
         again = batches.at(step + batches.steps_per_epoch)
         assert again.labels.shape[:2] == (2, 2)
         for ids, mask, labels in zip(
@@ -112,6 +123,17 @@ def test_every_pair_once_an_epoch_and_reachable_by_step():
                 seen.append((tuple(ids[mask]), tuple(labels[judged])))
     assert sorted(seen) == sorted((tuple(p.source), tuple(p.target)) for p in examples)
     assert batches.at(0).trained_tokens == (batches.at(0).labels != IGNORE).sum()
+
+
+def test_which_sources_a_step_sees_is_decided_as_in_batches():
+    examples = pairs(11)
+    options = {"batch_size": 2, "seed": 3, "pad_token_id": 1, "drop_last": True}
+    options |= {"accumulation": 2, "group_by_length": True}
+    batches = Seq2SeqBatches(examples, source_buckets=(16, 32), **options)
+    plain = Batches([(p.source, p.source) for p in examples], buckets=(16, 32), **options)
+    assert batches.steps_per_epoch == plain.steps_per_epoch == 2
+    for step in range(4):
+        np.testing.assert_array_equal(batches.at(step).input_ids, plain.at(step).input_ids)
 
 
 def test_in_order_for_evaluation_and_targets_too_long():

@@ -1,5 +1,6 @@
 """Prompt formats against real rows, against prompts that others wrote down, and as properties."""
 
+import dataclasses
 import json
 import re
 
@@ -88,6 +89,7 @@ def test_guanaco_text_is_kept_to_the_character_and_assistant_turns_are_trained()
         assert joined(segments) == row["guanaco_text"]
         answers = trained(segments)
         assert answers[-1] == " " + row["output"]
+        assert all(answer == answer.rstrip() for answer in answers[:-1])
         assert len(answers) == row["guanaco_text"].count("### Assistant:")
         assert not any("### Human:" in answer for answer in answers)
         turns += len(answers)
@@ -135,6 +137,18 @@ def test_chatml_by_hand():
 def test_sharegpt_names_mean_the_same():
     row = {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
     assert joined(FORMATS["messages"].segments(row)) == "### Human: Hi ### Assistant: Ho"
+
+
+def test_a_system_text_stands_bare_in_guanaco_style():
+    """As in the prompts that the paper's models were judged on."""
+    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    written = "Be brief. ### Human: Hi ### Assistant: Ho"
+    assert joined(FORMATS["messages"].segments({"messages": messages})) == written
+    # One that is given is for conversations that have none.
+    for system, turns in (("Be brief.", messages[1:]), ("Be long.", messages)):
+        form = dataclasses.replace(FORMATS["messages"], system=system)
+        assert joined(form.segments({"messages": turns})) == written
 
 
 def test_hh_rlhf_conversations():

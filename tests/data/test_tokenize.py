@@ -61,7 +61,7 @@ def test_alpaca_rows_round_trip(which, alpaca, request):
     )
 
 
-def test_train_on_all_trains_on_all_but_the_first(stories, alpaca):
+def test_train_on_all_trains_on_all_but_the_first(stories, smollm2, alpaca):
     response = tokenize_rows(alpaca[:20], FORMATS["alpaca"], stories)
     everything = tokenize_rows(alpaca[:20], FORMATS["alpaca"], stories, train_on="all")
     for left, right in zip(response, everything, strict=True):
@@ -69,6 +69,20 @@ def test_train_on_all_trains_on_all_but_the_first(stories, alpaca):
         assert right.labels[0] == IGNORE
         assert (right.labels[1:] == right.input_ids[1:]).all()
     assert everything.trained_tokens == everything.tokens - 20
+    # Where no bos begins a text, the first token is the text's own.
+    (bare,) = tokenize_rows([{"text": "a b"}], FORMATS["text"], smollm2)
+    assert bare.labels.tolist() == [IGNORE, *bare.input_ids[1:].tolist()]
+
+
+def test_what_is_as_long_as_allowed_is_not_told_as_cut(stories, alpaca):
+    form = FORMATS["alpaca"]
+    (whole,) = tokenize_rows(alpaca[:1], form, stories)
+    prompt = len(stories.encode(form.source(alpaca[0])))
+    answer = len(whole.input_ids) - prompt
+    for less in (0, 1):
+        limits = {"source_max_len": prompt - less, "target_max_len": answer - less}
+        report = tokenize_rows(alpaca[:1], form, stories, **limits).report
+        assert (report.cut_sources, report.cut_targets) == (less, less)
 
 
 @settings(max_examples=60)

@@ -2,15 +2,17 @@
 
 import io
 import json
+from dataclasses import replace
 
 import datasets
+import pytest
 from rich.console import Console
 
 from experiments import run as runs
-from experiments.config import build_run
-from experiments.rows import _held_out, examples_of, told_of_cuts
+from experiments.config import DataConfig, build_run
+from experiments.rows import _format, _held_out, examples_of, told_of_cuts
 from experiments.tree import to_tree
-from qlora_jax.data import Examples, Pairs
+from qlora_jax.data import FORMATS, Examples, Pairs
 
 
 def test_rows_that_are_cut_are_told(tiny_model, tmp_path, monkeypatch):
@@ -71,6 +73,16 @@ def test_columns_of_a_dataset_are_named_for_the_format(tiny_model, tmp_path):
     expected, _, _ = examples_of(build_run({"data": data}, "here").data, tiny_model, None)
     for examples in (train, held_out):
         assert [list(e.labels) for e in examples] == [list(e.labels) for e in expected]
+
+
+def test_a_system_prompt_is_for_conversations_alone(tiny_model):
+    for name in ("messages", "messages-chatml"):
+        data = DataConfig(format=name, system_prompt="Be brief.")
+        assert _format(data, tiny_model, []) == replace(FORMATS[name], system="Be brief.")
+    for name in ("alpaca", "auto"):
+        data = DataConfig(format=name, system_prompt="Be brief.")
+        with pytest.raises(ValueError, match="the format 'alpaca' knows no system turns"):
+            _format(data, tiny_model, ["instruction", "output"])
 
 
 def test_rows_are_held_against_an_embedded_dataset(tiny_model, tmp_path):
