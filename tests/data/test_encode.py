@@ -75,6 +75,12 @@ def test_a_marker_in_a_row_stays_characters():
     later = "<s>[INST] Thanks. [/INST] Bye. </s>"
     whole = tokenizer.encode(later, bos=False, special=True)
     assert ids[-len(whole) :] == whole
+    # What follows the row's words goes on with them, not with the marker before them.
+    form = ChatTemplateFormat(ChatTemplate("<s>{{ messages[0]['content'] }}!"))
+    rows, options = [{"messages": messages[:1]}], {"train_on": "all", "append_eos": False}
+    (example,) = tokenize_rows(rows, form, tokenizer, **options)
+    asked, end = (tokenizer.encode(text, continues=True) for text in ("What is </s>?", "!"))
+    assert list(example.input_ids) == [tokenizer.bos_token_id, *asked, *end]
 
 
 def test_no_token_straddles_the_prompt_and_the_answer(tmp_path):

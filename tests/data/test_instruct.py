@@ -116,6 +116,29 @@ def test_flan_v2_in_the_schema_of_the_hub(tmp_path):
     assert "".join(segment.text for segment in form.segments(rows[0])) == "Why? So."
 
 
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        (
+            {"instruction": "Add.", "input": "1 2", "output": ["3", "three"]},
+            {"input": "Add.\n1 2", "output": "3"},
+        ),
+        (
+            {"instruction": "Say it.", "input": "", "output": "So."},
+            {"input": "Say it.", "output": "So."},
+        ),
+        (
+            {"question": "1 + 2?", "answer": "3", "rationale": "One more than 2."},
+            {"input": "1 + 2?", "output": "One more than 2. So the answer is 3."},
+        ),
+    ],
+    ids=["several answers", "no input", "chain of thought"],
+)
+def test_flan_v2_as_others_flattened_it(row, example, tmp_path):
+    loaded = load_instruct("flan-v2", write(tmp_path / "a.jsonl", [row]), cache_dir=tmp_path)
+    assert loaded.rows == [example]
+
+
 def test_the_hub_is_asked_for_what_the_table_says(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     asked = []
@@ -130,6 +153,8 @@ def test_the_hub_is_asked_for_what_the_table_says(monkeypatch, tmp_path):
     # The whole of it must be the whole of it.
     with pytest.raises(ValueError, match="laion/OIG gave 1 examples, but 210289 were released"):
         load_instruct("chip2")
+    with pytest.raises(ValueError, match="but 210289 were released"):
+        load_instruct("chip2", split="train")
     assert len(load_instruct("chip2", check_count=False).rows) == 1
     assert len(load_instruct("chip2", data_files="part.jsonl").rows) == 1
     assert asked[-1] == ("laion/OIG", None, "part.jsonl", None)

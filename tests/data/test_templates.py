@@ -159,6 +159,11 @@ def test_hh_rlhf_conversations():
         assert not any("\n\nHuman:" in answer for answer in trained(segments))
 
 
+def test_what_stands_before_the_first_marker_is_no_answer():
+    row = {"text": "A chat. ### Human: Hi ### Assistant: Ho"}
+    assert trained(FORMATS["guanaco"].segments(row)) == [" Ho"]
+
+
 TURN = st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text(max_size=20))
 
 
