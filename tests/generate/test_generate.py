@@ -35,6 +35,10 @@ def test_greedy_equals_a_plain_loop(batch_size):
     found = generate(MODEL, PROMPTS, GREEDY, batch_size=batch_size)
     assert [g.tokens for g in found] == [greedy(prompt, 10) for prompt in PROMPTS]
     assert {g.finish for g in found} == {"length"}
+    # In one batch all have room for the longest.
+    unlike = [PROMPTS[0], PROMPTS[4]]
+    found = generate(MODEL, unlike, GREEDY, batch_size=batch_size)
+    assert [g.tokens for g in found] == [greedy(prompt, 10) for prompt in unlike]
 
 
 @pytest.mark.parametrize(("prompt", "new"), [(18, 14), (18, 15), (3, 30)])
@@ -57,7 +61,7 @@ def test_padding_makes_no_text_a_long_one(prompt, new):
     assert list(found.tokens) == expected.tolist()
 
 
-def test_a_row_ends_with_its_end_token_and_the_others_go_on():
+def test_a_row_ends_with_its_end_token_and_the_others_go_on(monkeypatch):
     prompts = PROMPTS[:4]
     plain = [greedy(prompt, 10) for prompt in prompts]
     eos = (plain[0][3], plain[1][6])
@@ -67,15 +71,29 @@ def test_a_row_ends_with_its_end_token_and_the_others_go_on():
     assert "stop" in {g.finish for g in found}
     for generation in found:
         assert generation.finish == ("stop" if generation.tokens[-1] in eos else "length")
+    # Where there are no others, nothing goes on.
+    steps = []
+
+    def watched(*arguments, **options):
+        written = advance(*arguments, **options)
+        steps.append(int(written.step))
+        return written
+
+    monkeypatch.setattr(importlib.import_module("qlora_jax.generate.generate"), "advance", watched)
+    generate(MODEL, prompts[:1], config, batch_size=4)
+    assert steps == [4]
 
 
 def test_no_end_token_comes_too_early():
-    plain = greedy(PROMPTS[1], 10)
-    config = GenerationConfig(max_new_tokens=10, min_new_tokens=6, eos_token_ids=(plain[2],))
-    found = generate(MODEL, PROMPTS[:4], config, batch_size=4)[1]
-    assert found.tokens[:2] == plain[:2]
-    assert len(found.tokens) >= 6
-    assert plain[2] not in found.tokens[:6]
+    first, second = (greedy(prompt, 10) for prompt in PROMPTS[:2])
+    # One is to end with its fourth token, the other with its third, which is too early.
+    eos = (first[3], second[2])
+    config = GenerationConfig(max_new_tokens=10, min_new_tokens=3, eos_token_ids=eos)
+    ended, went_on = generate(MODEL, PROMPTS[:4], config, batch_size=4)[:2]
+    assert ended.tokens == first[:4]
+    assert went_on.tokens[:2] == second[:2]
+    assert len(went_on.tokens) > 3
+    assert not {*went_on.tokens[:3]} & {*eos}
 
 
 def test_rows_that_fill_a_batch_up_write_nothing(monkeypatch):
