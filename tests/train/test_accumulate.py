@@ -36,20 +36,23 @@ def test_only_large_sums_rest_on_the_host():
     kinds = set()
 
     def gradient(micro, index):
-        return (micro.sum(), jnp.int32(micro.size)), {"a": micro[:, None] * jnp.ones(8), "b": micro}
+        a = (micro[:, None] * jnp.ones(8)).astype(jnp.bfloat16)
+        return (micro.sum(), jnp.int32(micro.size)), {"a": a, "b": micro}
 
     def spaces(batch):
-        like = {"a": jnp.zeros((4, 8)), "b": jnp.zeros(4)}
+        like = {"a": jnp.zeros((4, 8), jnp.bfloat16), "b": jnp.zeros(4)}
         return accumulated(gradient, batch, like, host_from=32)
 
     jaxpr = jax.make_jaxpr(spaces)(jnp.ones((3, 4)))
     (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     for var in scan.outvars:
-        kinds.add((var.aval.shape, var.aval.memory_space))
-    assert ((4, 8), jax.memory.Space.Host) in kinds
-    assert ((4,), jax.memory.Space.Device) in kinds
+        kinds.add((var.aval.shape, str(var.aval.dtype), var.aval.memory_space))
+    # In 32 bits, though the parameter and its gradient have 16.
+    assert ((4, 8), "float32", jax.memory.Space.Host) in kinds
+    assert ((4,), "float32", jax.memory.Space.Device) in kinds
     total, tokens, mean = spaces(jnp.arange(12.0).reshape(3, 4))
     assert (float(total), int(tokens)) == (66.0, 12)
+    assert mean["a"].dtype == jnp.bfloat16
     np.testing.assert_allclose(mean["b"], np.arange(12.0).reshape(3, 4).sum(0) / 12)
 
 

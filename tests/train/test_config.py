@@ -71,21 +71,48 @@ def test_defaults_are_the_papers():
     assert (config.max_grad_norm, config.batch_size) == (0.3, 16)
 
 
-@pytest.mark.parametrize("paged", [True, False])
-@pytest.mark.parametrize("max_grad_norm", [0.3, None])
-def test_optimizer_is_clipped_adamw(paged, max_grad_norm):
+@pytest.mark.parametrize(
+    ("optim", "paged", "max_grad_norm"),
+    [
+        ("adamw", True, 0.3),
+        ("adamw", True, None),
+        ("adamw", False, 0.3),
+        ("adamw", False, None),
+        ("lion", True, 0.3),
+    ],
+)
+def test_optimizer_is_clipped_optax_by_the_fields(optim, paged, max_grad_norm):
+    betas = {"b1": 0.8, "b2": 0.95}
+    own = {"eps": 1e-2} if optim == "adamw" else {}
     config = TrainConfig(
-        steps=9, weight_decay=0.1, paged=paged, page_min_size=0, max_grad_norm=max_grad_norm
+        steps=9,
+        schedule="linear",
+        warmup_steps=2,
+        optim=optim,
+        weight_decay=0.1,
+        paged=paged,
+        page_min_size=0,
+        max_grad_norm=max_grad_norm,
+        **betas,
+        **own,
     )
-    plain = optax.adamw(2e-4, b2=0.999, weight_decay=0.1)
+    rates = jnp.array([0, 1e-4, 2e-4, 2e-4 * 6 / 7])
+    # What decays is all but the bias.
+    decay = {"weight_decay": 0.1, "mask": {"lora_A": True, "bias": False}}
+    plain = getattr(optax, optim)(lambda step: rates[step], **betas, **own, **decay)
     if max_grad_norm:
         plain = optax.chain(optax.clip_by_global_norm(max_grad_norm), plain)
-    params = {"lora_A": jnp.linspace(-1, 1, 20).reshape(4, 5)}
-    grads = jax.tree.map(lambda p: p * 3, params)
-    tx = config.optimizer()
-    found = jax.jit(tx.update)(grads, tx.init(params), params)[0]
-    expected = jax.jit(plain.update)(grads, plain.init(params), params)[0]
-    np.testing.assert_allclose(found["lora_A"], expected["lora_A"], rtol=1e-6)
+    params = {"lora_A": jnp.linspace(-1, 1, 20).reshape(4, 5), "bias": jnp.linspace(1, 2, 5)}
+    both = []
+    for tx in (config.optimizer(), plain):
+        state, update, updates = tx.init(params), jax.jit(tx.update), []
+        for step in range(4):
+            grads = jax.tree.map(lambda p, step=step: jnp.cos(5.0 * step + p), params)
+            found, state = update(grads, state, params)
+            updates.append(found)
+        both.append(jax.tree.leaves(updates))
+    for found, expected in zip(*both, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_loraplus_is_within_the_optimizer():
