@@ -64,3 +64,39 @@ def test_scores_stand_beside_each_other_where_there_are_any():
     page = render("a test", reports, command="", about="")
     assert page.index("<h2>MMLU, %") < page.index("<h2>ROUGE-L, %") < page.index("<h2>Loss over")
     assert "<h2>ROUGE-L" not in render("a test", reports[2:], command="", about="")
+
+
+def test_what_was_before_and_after_and_the_mean_over_seeds():
+    def report(seed: int, after: float, **more) -> CellReport:
+        names = ("steps", "trained_tokens", "tokens_per_second", "seconds", "base_bytes")
+        names += ("peak_host_memory_bytes", "peak_device_memory_bytes", "adapter_parameters")
+        result = {
+            **{name: 100 + i for i, name in enumerate(names)},
+            "before": {"loss": 4.0, "perplexity": 54.6, "tokens": 9},
+            "after": {"loss": after, "perplexity": 7.4, "tokens": 9},
+            **more,
+        }
+        cell = Cell({**CELL.labels, "seed": str(seed)}, RunConfig())
+        return CellReport(cell, "finished", result)
+
+    mmlu = {"mmlu": {"micro": 0.26, "macro": 0.25}}
+    reports = [report(0, 2.0, **mmlu), report(1, 3.0), CellReport(CELL, "not run")]
+    first, second, missing = csv.DictReader(io.StringIO(csv_text(reports)))
+    assert (first["loss_before"], first["loss_after"]) == ("4.0", "2.0")
+    assert (first["perplexity_before"], first["perplexity_after"]) == ("54.6", "7.4")
+    assert (first["mmlu_micro"], first["mmlu_macro"]) == ("0.26", "0.25")
+    assert (first["steps"], first["adapter_parameters"], first["base_bytes"]) == (
+        "100",
+        "107",
+        "104",
+    )
+    assert (second["loss_after"], missing["loss_after"]) == ("3.0", "")
+    table = terminal_table("a test", reports)
+    shown = {column.header: list(column.cells) for column in table.columns}
+    assert shown["before"][:2] == ["4.0000", "4.0000"]
+    assert shown["after"][:2] == ["[bold]2.0000[/bold]", "[bold]3.0000[/bold]"]
+    assert shown["change"][:2] == ["[green]−50.0 %[/]", "[green]−25.0 %[/]"]
+    assert shown["perplexity"][:2] == ["54.6 → 7.4", "54.6 → 7.4"]
+    assert shown["time"][:2] == ["1 min 43 s", "1 min 43 s"]
+    (matrix,) = terminal_matrices("a test", [report(0, 2.0), report(1, 3.0), reports[-1]])
+    assert [list(column.cells) for column in matrix.columns] == [["chat"], ["2.500"]]

@@ -2,13 +2,14 @@
 
 import dataclasses
 import importlib
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.generate import GenerationConfig, generate
+from qlora_jax.generate import GenerationConfig, check_prompts, generate
 from qlora_jax.generate.decode import advance, start
 from qlora_jax.models.rope import RopeConfig
 from tests.generate.fake import Recurrent
@@ -71,15 +72,27 @@ def test_a_row_ends_with_its_end_token_and_the_others_go_on(monkeypatch):
     assert "stop" in {g.finish for g in found}
     for generation in found:
         assert generation.finish == ("stop" if generation.tokens[-1] in eos else "length")
+    # So, too, where somebody watches, to whom a row is shown until it ends.
+    seen = []
+    watched = generate(
+        MODEL,
+        prompts,
+        config,
+        batch_size=4,
+        on_tokens=lambda i, tokens: seen.append((i, len(tokens))),
+        every=2,
+    )
+    assert watched == found
+    assert [count for i, count in seen if i == 0] == [1, 3, 4]
     # Where there are no others, nothing goes on.
     steps = []
 
-    def watched(*arguments, **options):
+    def counted(*arguments, **options):
         written = advance(*arguments, **options)
         steps.append(int(written.step))
         return written
 
-    monkeypatch.setattr(importlib.import_module("qlora_jax.generate.generate"), "advance", watched)
+    monkeypatch.setattr(importlib.import_module("qlora_jax.generate.generate"), "advance", counted)
     generate(MODEL, prompts[:1], config, batch_size=4)
     assert steps == [4]
 
@@ -182,6 +195,17 @@ def test_no_prompts_no_generations():
 def test_bad_input_is_refused(prompts, config, options, message):
     with pytest.raises(ValueError, match=message):
         generate(MODEL, prompts, config, **options)
+
+
+def test_prompt_and_answer_may_fill_the_positions_of_the_model():
+    shape = types.SimpleNamespace(max_position_embeddings=16)
+    for room, new in ((10, 6), (1, 15)):
+        config = GenerationConfig(max_new_tokens=new)
+        check_prompts([[1] * room], config, shape)
+        with pytest.raises(ValueError, match=f"prompt 1 has {room + 1} tokens, .* 16 positions"):
+            check_prompts([[1], [1] * (room + 1)], config, shape)
+    with pytest.raises(ValueError, match="=16 leaves no room for a prompt in the model's 16 pos"):
+        check_prompts([], GenerationConfig(max_new_tokens=16), shape)
 
 
 @pytest.mark.parametrize("token", [-1, ONE_LAYER.vocab_size])

@@ -109,10 +109,13 @@ def test_draws_follow_the_distribution(config):
         jnp.broadcast_to(row, (draws, len(row))), jax.random.split(jax.random.key(3), draws), config
     )
     expected = softmax(np.asarray(shaped_logits(row[None], config))[0])
-    if config.top_k is None:
-        scaled = LOGITS[0] / np.float32(config.temperature)
-        members = nucleus(scaled, config.top_p) if config.top_p < 1 else set(range(len(row)))
-        assert set(np.flatnonzero(expected)) == members
+    scaled = LOGITS[0] / np.float32(config.temperature)
+    if config.top_k is not None:
+        scaled[np.argsort(-scaled)[config.top_k :]] = -np.inf
+    # The nucleus is one of the k largest: of all tokens it would hold two more.
+    left = set(np.flatnonzero(np.isfinite(scaled)))
+    members = nucleus(scaled, config.top_p) if config.top_p < 1 else left
+    assert set(np.flatnonzero(expected)) == members
     found = np.bincount(tokens, minlength=len(row)) / draws
     # Five standard deviations of a share.
     np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.25 / draws))

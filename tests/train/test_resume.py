@@ -88,6 +88,9 @@ def test_a_finished_run_is_not_trained_again(tmp_path, reference):
     model, result = train(tmp_path, **held_out)
     assert result.train_loss is None
     assert result.last_eval == first.last_eval
+    # What was before the first update only the call tells that made it.
+    assert first.first_eval is not None
+    assert result.first_eval is None
     assert (tmp_path / "metrics.jsonl").read_text() == before
     for a, b in zip(adapters(model), reference, strict=True):
         np.testing.assert_array_equal(a, b)
