@@ -90,12 +90,11 @@ def generate_text(
     )
     answers = []
     for index, generation in enumerate(written):
-        text = decode(generation.tokens)
-        answer = cut_at(text, config.stop)
+        answer = cut_at(decode(generation.tokens), config.stop)
         if on_text is not None and len(answer) > len(shown[index]):
             on_text(index, answer[len(shown[index]) :])
-        finish = "stop" if len(answer) < len(text) else generation.finish
-        answers.append(Answer(answer, len(generation.tokens), finish))
+        # "stop" also where a stop text was found: `look` has ended the row there.
+        answers.append(Answer(answer, len(generation.tokens), generation.finish))
     return answers
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.data import ChatTemplate, load_tokenizer
-from qlora_jax.generate import GenerationConfig, chat, generate_text
+from qlora_jax.generate import GenerationConfig, chat, generate_text, newest_turns
 from qlora_jax.generate.config import read_eos_token_ids
 from qlora_jax.generate.text import cut_at, settled
 from tests.generate.fake import Recurrent
@@ -50,6 +50,10 @@ def test_an_answer_is_cut_before_its_stop_text():
     assert first.finish == "stop"
     assert first.tokens < 12
     assert second.text == cut_at(plain[1], [stop])
+    # One that is complete with the last token there is room for stops it, too.
+    config = dataclasses.replace(GREEDY, stop=plain[0])
+    (whole,) = generate_text(MODEL, Ascii(), ["ab"], config, batch_size=2)
+    assert whole == ("", 12, "stop")
 
 
 def test_prompt_and_answer_read_on():
@@ -142,10 +146,16 @@ def test_a_chat_is_asked_through_its_template():
         "{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}"
         "{% if add_generation_prompt %}a{% endif %}"
     )
-    pieces = []
+    pieces, asked = [], []
+
+    class Noting(Ascii):
+        def encode(self, text, **options):
+            asked.append((text, options))
+            return super().encode(text, **options)
+
     answer = chat(
         MODEL,
-        Ascii(),
+        Noting(),
         [{"role": "user", "content": "hi"}],
         template,
         GREEDY,
@@ -155,6 +165,21 @@ def test_a_chat_is_asked_through_its_template():
     first = int(jnp.argmax(MODEL.logits_after(prompt)))
     assert "".join(pieces).strip() == answer
     assert "".join(pieces)[0] == chr(first)
+    # The template has written bos itself where the model wants it, and its markers are read.
+    assert asked == [("uhi;a", {"bos": False, "special": True})]
+
+
+def test_the_oldest_turns_make_room_and_no_others():
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}!")
+    roles = ["system", "user", "assistant", "user", "assistant", "user"]
+    messages = [
+        {"role": role, "content": 3 * name} for role, name in zip(roles, "sabcde", strict=True)
+    ]
+    for room, begins, tokens in ((None, 1, 19), (19, 1, 19), (18, 3, 13), (13, 3, 13), (12, 5, 7)):
+        kept = [messages[0], *messages[begins:]]
+        assert newest_turns(Ascii(), messages, template, room) == (kept, tokens)
+    # The last turn stays, whatever it takes.
+    assert newest_turns(Ascii(), messages, template, 1) == ([messages[0], messages[5]], 7)
 
 
 def test_end_tokens_of_a_folder(tmp_path):

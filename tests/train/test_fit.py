@@ -193,7 +193,9 @@ def test_speed_is_of_steps_alone(tmp_path, monkeypatch):
 
     class Slow(ToyBatches):
         def at(self, step):
-            return takes(1.0, super().at(step))
+            batch = super().at(step)
+            batch.attention_mask[:, 1:] = False
+            return takes(1.0, batch)
 
         def one_epoch(self):
             return takes(1e3, iter([super().at(1000)]))
@@ -210,8 +212,9 @@ def test_speed_is_of_steps_alone(tmp_path, monkeypatch):
         probes=[Probe(3, lambda model, step: takes(1e4, {}))],
         callbacks=[Saving()],
     )
-    # 32 tokens a step of a second; what is collated ahead may fall into the one before.
-    assert 16 <= result.tokens_per_second <= 64
+    # 4 tokens that are no padding a step of a second; what is collated ahead may fall into the one
+    # before.
+    assert 2 <= result.tokens_per_second <= 8
     # Two steps of two lengths, both of which compile.
     config = dataclasses.replace(CONFIG, steps=2)
     assert _fit(tmp_path / "new", config=config)[1].tokens_per_second is None
