@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.generate import GenerationConfig, check_prompts, generate
+from qlora_jax.generate import PAPER_SAMPLING, GenerationConfig, check_prompts, generate
 from qlora_jax.generate.decode import advance, start
 from qlora_jax.models.rope import RopeConfig
 from tests.generate.fake import Recurrent
@@ -214,6 +214,12 @@ def test_a_token_that_the_model_has_no_row_for_is_refused(token):
     words = rf"prompt 1 has the token {token}, .* vocabulary has {ONE_LAYER.vocab_size}"
     with pytest.raises(ValueError, match=words):
         generate(random_decoder(ONE_LAYER), [[49], [3, token]], GREEDY)
+
+
+def test_the_papers_sampling():
+    sampling = PAPER_SAMPLING
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.9, None)
+    assert sampling.max_new_tokens == 512
 
 
 def test_one_stop_text_or_a_list_of_them_is_a_tuple():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.data import ChatTemplate, load_tokenizer
-from qlora_jax.generate import GenerationConfig, chat, generate_text, newest_turns
+from qlora_jax.generate import Generation, GenerationConfig, chat, generate_text, newest_turns
 from qlora_jax.generate.config import read_eos_token_ids
 from qlora_jax.generate.text import cut_at, settled
 from tests.generate.fake import Recurrent
@@ -56,7 +56,7 @@ def test_an_answer_is_cut_before_its_stop_text():
     assert whole == ("", 12, "stop")
 
 
-def test_prompt_and_answer_read_on():
+def test_prompt_and_answer_read_on(monkeypatch):
     """A SentencePiece model drops the space in front of a text, but this is the middle of one."""
     tokenizer = load_tokenizer(shared_path("data/tokenizers/llama2/tokenizer.model"))
     story = "Once upon a time there was"
@@ -91,6 +91,9 @@ def test_prompt_and_answer_read_on():
     for prompt in ("Once", "Once upon", "Once upon a"):
         assert prompt + answer(prompt) == "Once upon a time there"
     assert answer("Once", special=True) == "upon a time there"
+    # An encoder's prompt is another text than what the decoder writes.
+    monkeypatch.setattr("qlora_jax.generate.text.reads_source", lambda model: True)
+    assert answer("Once") == "upon a time there"
 
 
 def test_the_tokenizers_end_token_ends_answers():
@@ -99,6 +102,18 @@ def test_the_tokenizers_end_token_ends_answers():
     answer = generate_text(MODEL, ended, ["ab"], GREEDY, batch_size=2)[0]
     assert answer.finish == "stop"
     assert answer.text == plain[: plain.index(plain[3])]
+
+
+def test_an_end_token_may_have_the_id_0(monkeypatch):
+    told = []
+
+    def written(model, prompts, config, **options):
+        told.append(config.eos_token_ids)
+        return [Generation((), "stop")]
+
+    monkeypatch.setattr("qlora_jax.generate.text.generate", written)
+    generate_text(MODEL, Ascii(eos_token_id=0), ["ab"], GREEDY)
+    assert told == [(0,)]
 
 
 @pytest.mark.parametrize("stopping", [False, True])

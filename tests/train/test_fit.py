@@ -223,6 +223,10 @@ def test_speed_is_of_steps_alone(tmp_path, monkeypatch):
 def test_batches_of_another_shape_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"shape \[3, 8\].*need \[1, 4, ...\]"):
         _fit(tmp_path, batches=ToyBatches(3))
+    # One micro-batch where an update needs two.
+    config = dataclasses.replace(CONFIG, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"shape \[4, 8\].*need \[2, 4, ...\]"):
+        _fit(tmp_path, config=config, batches=ToyBatches(4))
 
 
 def test_a_model_without_adapters_is_refused(tmp_path):

@@ -1,14 +1,16 @@
 """Answers, a judge, ratings and tables, end to end on a tiny model; Tables 1 and 6 as commands."""
 
+import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.paper import elo, generations, judge, mmlu, vicuna
 from experiments.paper.generations import STYLES
 from qlora_jax.cli import main as quantize
-from qlora_jax.evaluate import read_answers, read_questions
+from qlora_jax.evaluate import Elo, Rating, make_matches, read_answers, read_questions
 from tests.evaluate.released import released
 from tests.evaluate.stand_in import stand_in
 
@@ -125,6 +127,58 @@ def test_a_question_is_put_in_the_style_asked_for(questions, tmp_path):
     # The OA questions bring the whole conversation.
     conversation = question._replace(row={"prompt": "### Human: Hi ### Assistant:"})
     assert generations.prompt_writer("guanaco", tmp_path)(conversation).startswith("### Human: Hi")
+
+
+def test_the_tables_hold_what_elo_found(tmp_path, monkeypatch):
+    def row(question, first, second, score):
+        return {
+            "question_id": question,
+            "answer1_id": first,
+            "answer2_id": second,
+            "metadata": {"system1": first, "system2": second},
+            "score": score,
+        }
+
+    rows = [row(1, "a", "b", 1), row(1, "b", "a", 3), row(1, "a", "c", 1), row(2, "c", "b", -1)]
+    (tmp_path / "ratings").mkdir()
+    file = tmp_path / "ratings" / "own-reviewer.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = []
+
+    def played(matches, **options):
+        asked.append((len(matches.result), options))
+        ratings = np.float32([[1000, 1000, 990], [1010, 1040, 960]])
+        return Elo(matches.systems, ratings)
+
+    monkeypatch.setattr(elo, "elo", played)
+    monkeypatch.setattr(elo, "can_draw", lambda: False)
+    out = tmp_path / "out"
+    flags = ["--orders", "2", "--length", "2", "--k", "16", "--seed", "5"]
+    assert elo.main(["--ratings", str(file.parent), "--out", str(out), *flags]) == 0
+    options = {"orders": 2, "length": 2, "k": 16.0, "seed": 5}
+    # Of three readable judgements, two are of one question.
+    assert asked == [(3, options), (2, options)]
+    told = json.loads((out / "result.json").read_text())["own"]
+    assert (told["judgements"], told["unreadable"]) == (3, {file.name: 1})
+    assert told["order_agreement"]["pairs"] == 1
+    best = told["elo"]["judgement"]["b"]
+    assert (best["mean"], best["standard_error"]) == pytest.approx((1020, 20))
+    assert best["interval_95"] == pytest.approx([1001, 1039])
+    # The best first, by the mean over orders.
+    with (out / "elo-own.csv").open(newline="") as table:
+        lines = list(csv.DictReader(table))
+    assert [line["system"] for line in lines] == ["b", "a", "c"]
+    assert float(lines[0]["per judgement"]) == float(lines[0]["per question"]) == 1020
+    rated = [Rating("1", first, second, (1, 0)) for first, second in ("ab", "bc")]
+    table = elo.elo_table("own", "", {"b": 1030}, {"judgement": played(make_matches(rated))})
+    assert table.rows[0][:2] == ("b", 1030)
+    assert table.rows[0][2:] == (1020.0, pytest.approx(1.96 * 20), "1001 to 1039", "-10.0")
+    assert table.rows[1][1::4] == (None, None)
+    # Percent of the points that a row took from a column; a draw is half.
+    assert (out / "wins-own.csv").read_text().splitlines() == [
+        "system,b,a,c", "b,nan,25.0,nan", "a,75.0,nan,100.0", "c,nan,0.0,nan"
+    ]  # fmt: skip
+    assert "| b | – | 25 | – |" in (out / "tables.md").read_text()
 
 
 def test_tables_1_and_6_on_the_released_ratings(tmp_path, capsys):
