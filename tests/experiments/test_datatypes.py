@@ -3,10 +3,15 @@
 import json
 import re
 
+import jax.numpy as jnp
 import pytest
 
+from experiments.embedded import ROOT
 from experiments.paper import datatypes
 from experiments.paper.superni import tiny_t5
+from qlora_jax.data import load_tokenizer
+from qlora_jax.evaluate import Evaluation
+from qlora_jax.quant import QuantConfig
 from tests.shared import shared_path
 
 
@@ -76,6 +81,8 @@ def test_a_table_over_block_sizes_that_goes_on(tmp_path, capsys, monkeypatch):
         (["--blocksizes", "48"], "blocksize is 48"),
         (["--window", "64", "--stride", "65"], "stride=65"),
         (["--types", "NF4", "FP16", "NF4"], "NF4 is asked for 2 times"),
+        ([*flags, "--compute-dtype", "bfloat16"], "results of another compute_dtype: choose"),
+        ([*flags, "--embedding-bits", "8"], "results of another embedding_bits: choose"),
         ([], "results of another tokens_sha256, window, stride"),
     ):
         assert datatypes.main(command(tmp_path, *wrong)) == 2
@@ -83,6 +90,51 @@ def test_a_table_over_block_sizes_that_goes_on(tmp_path, capsys, monkeypatch):
     (tmp_path / "datatypes.json").write_text("{")
     assert datatypes.main(command(tmp_path)) == 2
     assert "datatypes.json is not valid JSON" in capsys.readouterr().err
+
+
+def test_each_case_is_stored_by_its_type(tmp_path, monkeypatch):
+    told = []
+
+    def load(folder, **options):
+        told.append(options)
+        return object(), None
+
+    monkeypatch.setattr(datatypes, "load_pretrained", load)
+    monkeypatch.setattr(datatypes, "perplexity", lambda *_: Evaluation(1.0, 2.7, 9))
+    monkeypatch.setattr(datatypes.gc, "collect", lambda: None)
+    for case in datatypes.cases_of(["FP32", "FP16", *datatypes.TYPES], [32]):
+        datatypes.measure(tmp_path, case, [], jnp.float32, 8)
+    alike = {"lora": None, "compute_dtype": jnp.float32, "embedding_bits": 8, "remat": "none"}
+    alike["progress"] = False
+    stored = [(None, jnp.float32), (None, jnp.float16)]
+    for name in ("int8", "int4", "fp4", "fp4_e3m0", "nf4"):
+        stored.append((QuantConfig(name, blocksize=32, double_quant=False), jnp.float32))
+    stored.append((QuantConfig("nf4", blocksize=32, double_quant=True), jnp.float32))
+    assert told == [{"quant": quant, "param_dtype": dtype, **alike} for quant, dtype in stored]
+
+
+def test_losses_stand_beside_that_of_16_bits_or_of_32(tmp_path):
+    def above(*losses):
+        lines = [
+            {"type": name, "blocksize": None, "bits": 16.0, "nll": nll, "perplexity": 2.0}
+            for name, nll in losses
+        ]
+        return [line.split(" | ")[4] for line in datatypes.markdown(lines).splitlines()[2:]]
+
+    assert above(("FP32", 1.0), ("FP16", 1.1), ("NF4", 1.3)) == ["-0.1000", "+0.0000", "+0.2000"]
+    assert above(("FP32", 1.0), ("NF4", 1.3)) == ["+0.0000", "+0.3000"]
+    assert above(("NF4", 1.3)) == [""]
+
+
+def test_texts_of_a_file_begin_as_texts_do_and_rows_are_one(tmp_path):
+    tokenizer = load_tokenizer(ROOT / "tokenizer")
+    file, rows = tmp_path / "texts.txt", tmp_path / "rows.jsonl"
+    file.write_text("One.\n<|endoftext|>\nTwo.<|endoftext|>")
+    rows.write_text('{"text": "One."}\n{"text": "Two."}\n')
+    assert datatypes.read_tokens(file, tokenizer) == [
+        *tokenizer.encode("One."), *tokenizer.encode("Two.")
+    ]  # fmt: skip
+    assert datatypes.read_tokens(rows, tokenizer) == tokenizer.encode("One.\n\nTwo.")
 
 
 def test_several_models_and_their_mean(tmp_path, capsys, monkeypatch):

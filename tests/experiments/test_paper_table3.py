@@ -1,16 +1,23 @@
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from experiments.embedded import MODELS
 from experiments.finetune import main as finetune
-from experiments.paper import glue, superni
+from experiments.paper import glue, superni, table3
 from experiments.paper.glue_tasks import TASKS, load_split
 from experiments.paper.superni_rows import Instance, by_task, prompt
 from experiments.paper.superni_rows import load_split as load_superni
-from experiments.paper.table3 import METHODS, PUBLISHED, SIZES, fill_in, read_recipe
-from qlora_jax.data import load_tokenizer
+from experiments.paper.table3 import METHODS, PUBLISHED, SIZES, Cell, fill_in, read_recipe
+from qlora_jax.data import ClassificationBatches, Labelled, load_tokenizer
+from qlora_jax.train import TrainConfig
 from tests.shared import shared_path
 
 COLA = 'src\t1\t\tThe list is long.\nsrc\t0\t*\tList the is "long.\n'
@@ -126,6 +133,68 @@ def test_glue_resumed_and_reported(rows, glue_folder, tmp_path, capsys):
     assert capsys.readouterr().out.count("recipe.lora.alpha (was 16, is 4.0)") == len(rows)
 
 
+def test_a_recipe_decides_how_a_cell_trains(monkeypatch):
+    changed = {"batch_size": 8, "accumulation": 2, "epochs": 1.5, "max_grad_norm": 0.7}
+    recipe = replace(glue.RECIPE, **changed, warmup=0.25, compute_dtype="float32")
+    expected = TrainConfig(
+        steps=12,  # 62 · 1.5 / 8 is nearer to it than to 11
+        learning_rate=2e-4,
+        schedule="linear",
+        warmup_steps=3,
+        micro_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.7,
+        seed=3,
+        save_every=500,
+        log_every=2,
+    )
+    assert recipe.train_config(METHODS["nf4"], rows=62, seed=3) == expected
+    whole = recipe.train_config(METHODS["bf16"], rows=62, seed=3)
+    assert whole == replace(expected, learning_rate=1e-5)
+    told = []
+    monkeypatch.setattr(table3, "load_model", lambda base, **options: told.append(options))
+    for method in METHODS.values():
+        recipe.load(Path("base"), method, 3, more=1)
+    shared = {"compute_dtype": jnp.float32, "seed": 3, "more": 1}
+    adapters = {"lora": recipe.lora, "trainable_base": False, **shared}
+    assert told == [
+        {"quant": None, "lora": None, "trainable_base": True, **shared},
+        *({"quant": METHODS[name].quant, **adapters} for name in ("lora", "int8", "fp4", "nf4")),
+    ]
+    assert [method.quant and method.quant.quant_type for method in METHODS.values()] == [
+        None, None, "int8", "fp4", "nf4"
+    ]  # fmt: skip
+
+
+def test_tables_hold_means_over_seeds_and_over_all_tasks():
+    scores = {("cola", "nf4", 0): 0.5, ("cola", "nf4", 1): 0.7, ("rte", "nf4", 0): 0.9}
+    results = {Cell(*cell): {"score": score} for cell, score in scores.items()}
+    assert "| QLoRA NF4+DQ | 60.0 | 90.0 | 75.0 | – |\n" in glue.table(results, ["cola", "rte"])
+    # Of some tasks there is no mean.
+    partial = glue.table(results, ["cola", "rte", "sst2"])
+    assert "| QLoRA NF4+DQ | 60.0 | 90.0 | – | – | – |\n" in partial
+    results = {Cell("t5", "bf16", seed): {"score": score} for seed, score in ((0, 0.2), (1, 0.3))}
+    assert "| BF16 | 25.0 | 40.1 | 42.1 | 48.0 | 54.3 | 62.0 |\n" in superni.table(results, ["t5"])
+    asked = [Instance(task, "", (), "", ("a",)) for task in "bab"]
+    assert by_task(asked, [0.5, 1.0, 0.75]) == {"a": 1.0, "b": 0.625}
+    # What goes into the mean.
+    assert {name: task.score for name, task in TASKS.items() if task.score != "accuracy"} == {
+        "cola": "matthews", "stsb": "pearson"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_predictions_are_of_each_row_in_order(outputs):
+    class Scores(nnx.Module):
+        def __call__(self, ids, mask):
+            return jax.nn.one_hot(ids[:, 0] % 3, outputs) * ids[:, :1]
+
+    examples = [Labelled(np.full(1, n, np.int32), 0) for n in (3, 7, 4, 8, 5)]
+    batches = ClassificationBatches(examples, batch_size=2, pad_token_id=1, shuffle=False)
+    found = glue.predict(Scores(), batches).tolist()
+    assert found == ([3, 0, 0, 0, 0] if outputs == 1 else [0, 1, 1, 2, 2])
+
+
 def superni_rows(tasks: int) -> list[dict]:
     return [
         {"topic": f"task{t}", "instruction": "Repeat.", "input": f"{t} {i}", "output": ["a", "b"]}
@@ -147,12 +216,15 @@ def test_superni_prompts_and_tasks(tmp_path):
     assert (len(train), len(test)) == (9, 6)
     assert not {i.task for i in train} & {i.task for i in test}
     assert test[0].references == ("a", "b")
+    # The same tasks, however the rows lie.
+    flat.write_text("\n".join(map(json.dumps, superni_rows(5)[::-1])))
+    _, again = load_superni(flat, per_task=3, held_out_tasks=2)
+    assert {i.task for i in again} == {i.task for i in test}
     with pytest.raises(ValueError, match="has 5 tasks, but 5 are to be held out"):
         load_superni(flat, per_task=3, held_out_tasks=5)
     flat.write_text(json.dumps({"instruction": "x", "input": "y", "output": "z"}))
     with pytest.raises(ValueError, match="has the columns instruction, input, output, but topic"):
         load_superni(flat, per_task=3, held_out_tasks=0)
-    assert by_task(train[:2], [0.5, 1.0])
     whole = {"task": "t", "instruction": "x", "input": "y", "output": "z"}
     for odd in ({"output": []}, {"output": 5}, {"output": ["a", None]}, {"input": 5}, {"task": 5}):
         flat.write_text(json.dumps(whole | odd))

@@ -117,6 +117,20 @@ def test_a_run_goes_on_after_fields_were_added(tmp_path):
         check_or_write_config(tmp_path, other, started=True)
 
 
+def test_only_how_a_run_is_watched_may_change(tmp_path):
+    """And when in a step it updates, to the same numbers but for rounding."""
+    free = {"eval_every", "save_every", "keep_checkpoints", "log_every", "update_in_backward"}
+    begun = describe_run(TrainConfig(), {})
+    check_or_write_config(tmp_path, begun, started=False)
+    for name in begun["train"]:
+        other = {**begun, "train": {**begun["train"], name: "another"}}
+        if name in free:
+            check_or_write_config(tmp_path, other, started=True)
+            continue
+        with pytest.raises(ValueError, match=rf"these fields differ: {name} \(was "):
+            check_or_write_config(tmp_path, other, started=True)
+
+
 def test_a_field_that_there_was_not_yet_is_one_that_is_not_set(tmp_path):
     before = {"train": {"steps": 2}, "run": {"model": {"source": "a"}}}
     check_or_write_config(tmp_path, before, started=False)
