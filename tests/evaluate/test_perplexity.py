@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from qlora_jax.evaluate import perplexity
+from qlora_jax.evaluate import evaluate, perplexity
+from qlora_jax.evaluate.perplexity import perplexity_of
 from tests.train.toy import Toy, ToyBatches, toy_loss
 
 
@@ -30,6 +31,13 @@ def test_every_token_counts_the_same():
     assert found.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-6)
 
 
+def test_sums_of_batches_are_added_in_64_bits():
+    """In 32, a sum of 2^24 nats does not notice one more."""
+    sums = np.float32([2**24, 1, 1])
+    found = evaluate(lambda lora, frozen, batch: (batch, np.int32(1)), {}, {}, sums)
+    assert (found.loss, found.tokens) == ((2**24 + 2) / 3, 3)
+
+
 def test_evaluation_drops_nothing_out():
     batches = [ToyBatches(4).at(0)]
     assert perplexity(Toy(dropout=0.5), batches, loss_fn=toy_loss) == perplexity(
@@ -51,3 +59,4 @@ def test_a_hopeless_model_has_infinite_perplexity():
 
     found = perplexity(Toy(), [ToyBatches(4).at(0)], loss_fn=loss)
     assert found.perplexity == math.inf
+    assert perplexity_of(699.0) == math.exp(699)

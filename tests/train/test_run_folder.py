@@ -136,6 +136,9 @@ def test_a_field_that_there_was_not_yet_is_one_that_is_not_set(tmp_path):
     check_or_write_config(tmp_path, before, started=False)
     grown = {"train": {"steps": 2, "new": None}, "run": {"model": {"source": "a", "bits": None}}}
     check_or_write_config(tmp_path, grown, started=True)
+    # One that there is no more is one that is not set any more.
+    with pytest.raises(ValueError, match=r"differ: model\.source \(was 'a', is None\)\."):
+        check_or_write_config(tmp_path, {**before, "run": {"model": {}}}, started=True)
     grown["run"]["model"]["chunk"] = 512
     known = {"model": {"chunk": 512, "source": "b"}}
     check_or_write_config(tmp_path, grown, started=True, defaults=known)
