@@ -21,7 +21,7 @@ from experiments.paper.superni import tiny_t5
 from experiments.rouge import exercise_of
 from qlora_jax.checkpoints import load_adapter, read_adapter_config
 from qlora_jax.data import load_tokenizer
-from qlora_jax.generate import GenerationConfig, generate, generate_text
+from qlora_jax.generate import Generation, GenerationConfig, generate, generate_text
 from qlora_jax.pretrained import load_pretrained
 from qlora_jax.quant import QuantConfig
 from tests.experiments.test_bad_input import sentence, write_rows
@@ -114,6 +114,25 @@ def test_a_run_killed_while_it_answers_goes_on(tiny_model, tmp_path, monkeypatch
     assert "rouge.limit: 5, was absent" in capsys.readouterr().err
     assert finetune.main([*command, "--set", "rouge=null"]) == 0
     assert "finished; --overwrite repeats it" in capsys.readouterr().out
+
+
+def test_kept_answers_are_those_of_the_same_question_way_and_model(tmp_path, monkeypatch):
+    def answered(model, prompts, how, *, batch_size):
+        return [Generation((len(prompt),), "stop") for prompt in prompts]
+
+    monkeypatch.setattr(answering, "generate", answered)
+
+    def answers(prompts=((1, 2), (3,), (4, 5, 6)), new=4, adapter="a"):
+        how = GenerationConfig(max_new_tokens=new)
+        rest = {"folder": tmp_path, "identity": {"adapter": adapter}}
+        console = Console(quiet=True)
+        return answering.greedy_answers(None, prompts, how, batch_size=2, console=console, **rest)
+
+    assert answers() == [[2], [1], [3]]
+    for other in ({"prompts": ((1, 2),)}, {"new": 5}, {"adapter": "b"}):
+        with pytest.raises(ValueError, match="holds the answers of another examination"):
+            answers(**other)
+    assert answers() == [[2], [1], [3]]
 
 
 def asked(tmp_path, tiny_model, rows, **data):

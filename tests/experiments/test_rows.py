@@ -94,7 +94,7 @@ def test_rows_are_held_against_an_embedded_dataset(tiny_model, tmp_path):
     train, held_out, _ = examples_of(run.data, tiny_model, None)
     described = build_run({"data": {"source": "describe", "validation_rows": 5}}, "here").data
     _, expected, _ = examples_of(described, tiny_model, None)
-    assert len(train) == 1
+    assert (len(train), len(held_out)) == (1, 5)
     assert [list(e.labels) for e in held_out] == [list(e.labels) for e in expected]
     # Of like length side by side, or a batch would be mostly padding.
     lengths = held_out.lengths.tolist()

@@ -1,14 +1,21 @@
-"""What of a run's options reaches its model, its loss and its batches; none is computed here."""
+"""What of a run's options reaches its model, its batches and its examinations, and what its result
+is read from; nothing is trained here."""
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import examination
 from experiments import run as runs
 from experiments.checks import Checked, mesh_of
-from experiments.config import build_run
+from experiments.config import MmluConfig, build_run
+from experiments.report import METRICS
 from qlora_jax.data import Batches, Examples, PackedBatches, Pair, Pairs, Seq2SeqBatches
+from qlora_jax.evaluate import MmluResult
+from tests.train.toy import Toy, adapters
 
 
 def test_every_option_of_the_model_reaches_it(tmp_path, monkeypatch):
@@ -88,3 +95,60 @@ def test_batches_are_made_by_the_options(kind, packing, tmp_path):
     read = np.concatenate([batch.input_ids for batch in held_out.one_epoch()])
     for row, (ids, _) in zip(read, checked.validation, strict=False):
         np.testing.assert_array_equal(row[: len(ids)], ids)
+
+
+def test_a_result_is_of_the_whole_run(tmp_path):
+    def evaluation(loss: float) -> dict[str, float]:
+        return {"eval_loss": loss, "eval_perplexity": 10 * loss, "eval_tokens": 9}
+
+    lines = [
+        {"step": 0, **evaluation(4.0)},
+        {"step": 1, "loss": 3.5, "tokens": 5},
+        {"step": 2, "loss": 3.0, "tokens": 7, "tokens_per_second": 10.0},
+        {"step": 2, **evaluation(3.0)},
+        {"step": 3, "loss": 2.5, "tokens": 11, "tokens_per_second": 20.0},
+        {"step": 3, "mmlu_val_micro": 0.25},
+        {"step": 3, **evaluation(2.0)},
+    ]
+    (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = Toy()
+    result = runs._result(model, tmp_path, {"seed": "1"})
+    assert result["before"] == {"loss": 4.0, "perplexity": 40.0, "tokens": 9}
+    assert result["after"] == {"loss": 2.0, "perplexity": 20.0, "tokens": 9}
+    assert (result["steps"], result["trained_tokens"], result["tokens_per_second"]) == (3, 23, 20.0)
+    assert result["adapter_parameters"] == sum(leaf.size for leaf in adapters(model))
+    # Codes, absmax, and of these the absmax and the offset.
+    assert result["base_bytes"] == 24 * 64 // 2 + 24 + 4 + 4
+    assert result["labels"] == {"seed": "1"}
+
+
+def test_what_a_resumed_run_is_compared_by():
+    run = build_run({"quant": None, "train": {"steps": 7}, "devices": {"count": 2}}, "here")
+    found = runs.identity(run)
+    assert list(found) == ["model", "data", "quant", "lora"]
+    assert (found["quant"], found["lora"]["r"]) == (None, 64)
+
+
+def test_a_probe_asks_validation_questions_and_the_finished_model_those_that_count(
+    tmp_path, monkeypatch
+):
+    asked = []
+
+    def examine(model, tokenizer, questions, dev, **options):
+        asked.append((questions, dev, options["shots"], options["max_len"], options["answers"]))
+        return MmluResult({"virology": 1}, {"virology": 4})
+
+    monkeypatch.setattr(examination, "questions_of", lambda *given: given)
+    monkeypatch.setattr(examination, "examine", examine)
+    config = MmluConfig(source="here", split="test", every=5, shots=3, limit=2)
+    (probe,) = examination.probes(config, "tokenizer", 512)
+    assert probe.every == 5
+    assert probe.examine("model", 5) == {"mmlu_val_micro": 0.25, "mmlu_val_macro": 0.25}
+    rest = ("model", "tokenizer", config, 4096, tmp_path, {}, None)
+    assert examination.final(*rest)["mmlu"]["split"] == "test"
+    # Solved questions are all there are; no prompt is longer than the paper's.
+    dev = ("here", "dev", None)
+    assert asked == [
+        (("here", "val", 2), dev, 3, 512, None),
+        (("here", "test", 2), dev, 3, 2048, tmp_path / "mmlu.jsonl"),
+    ]
