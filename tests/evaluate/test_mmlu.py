@@ -97,7 +97,7 @@ def test_a_model_of_known_scores_by_hand(stories, tmp_path):
     asked = {
         "virology": [ask("virology", "C"), ask("virology", "B"), ask("virology", "C")],
         "astronomy": [ask("astronomy", "C")] * 5,
-        "sociology": [ask("sociology", "A"), ask("sociology", "D")],
+        "sociology": [ask("sociology", "A"), ask("sociology", "B")],
     }
     # Every prompt ends in ":", so every answer is C.
     model = parrot(stories, {":": "C"})
@@ -135,6 +135,9 @@ def test_an_examination_goes_on_where_it_was_broken_off(stories, tmp_path, monke
     assert len(file.read_text().splitlines()) == 1 + 9
     with pytest.raises(ValueError, match="the answers of another examination"):
         examine(model, stories, asked, {}, identity={"adapter": "b"}, **options)
+    others = {"virology": [question._replace(text="What?") for question in asked["virology"]]}
+    with pytest.raises(ValueError, match="the answers of another examination"):
+        examine(model, stories, others, {}, **options)
     # Killed before its first line was whole: nothing is lost.
     whole = file.read_text()
     for begun in (0, 9):
@@ -167,10 +170,22 @@ def test_shots_are_left_out_until_a_prompt_fits(llama):
     assert llama.decode(cut.ids).endswith("Answer:")
 
 
+def test_shortened_and_cut_questions_are_counted(stories):
+    short, long = ask("virology", "C"), ask("virology", "C", "Which? " * 30)
+    alone, shown = (len(stories.encode(prompt_of(short, [short] * n))) for n in (0, 1))
+    model = parrot(stories, {":": "C"})
+    # One fits without a solved question, neither does.
+    for max_len, counts in ((shown - 1, (2, 1)), (alone - 1, (2, 2))):
+        asked, dev = {"virology": [short, long]}, {"virology": [short]}
+        result = examine(model, stories, asked, dev, shots=1, max_len=max_len)
+        assert (result.shortened, result.cut, result.micro) == (*counts, 1.0)
+
+
 def test_few_programs_for_all_lengths():
     buckets = {mmlu.bucket_of(n, 2048) for n in range(1, 2049)}
     assert buckets == {64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048}
     assert all(n <= mmlu.bucket_of(n, 2048) < 2 * max(n, 64) for n in range(1, 2049))
+    assert all(mmlu.bucket_of(n, 2048) == n for n in buckets)
     assert mmlu.bucket_of(900, 1000) == 1000
 
 
@@ -208,6 +223,18 @@ def test_the_hubs_copy(tmp_path, monkeypatch):
         *"ABCD"
     ]
     assert rows({"choices": abcd, "answer": "D"})[0].answer == "D"
+    told = []
+
+    def held(*given, **options):
+        told.append((given, options))
+        return Dataset.from_list([{"subject": "virology", "question": "Which?"} | row])
+
+    row = {"choices": abcd, "answer": 0}
+    monkeypatch.setattr(mmlu_questions, "load_rows", held)
+    for split in ("dev", "val", "test"):
+        load_questions("cais/mmlu", split)
+    there = ("dev", "validation", "test")
+    assert told == [(("cais/mmlu", split), {"name": "all"}) for split in there]
     for odd in (
         {"choices": abcd, "answer": -1},
         {"choices": abcd, "answer": 4},

@@ -11,6 +11,7 @@ from experiments.report import (
     RESULT,
     CellReport,
     csv_text,
+    duration,
     read_cell,
     terminal_matrices,
     terminal_table,
@@ -100,3 +101,9 @@ def test_what_was_before_and_after_and_the_mean_over_seeds():
     assert shown["time"][:2] == ["1 min 43 s", "1 min 43 s"]
     (matrix,) = terminal_matrices("a test", [report(0, 2.0), report(1, 3.0), reports[-1]])
     assert [list(column.cells) for column in matrix.columns] == [["chat"], ["2.500"]]
+
+
+def test_durations_are_rounded():
+    shown = {4.26: "4.3 s", 59.4: "59.4 s", 59.6: "1 min 00 s", 119.6: "2 min 00 s"}
+    shown |= {3599.6: "1 h 00 min", 7380: "2 h 03 min"}
+    assert {seconds: duration(seconds) for seconds in shown} == shown
