@@ -31,7 +31,7 @@ from experiments.cli import (
     run_command,
 )
 from experiments.config import MmluConfig
-from experiments.examination import ask, check_questions
+from experiments.examination import LONGEST, ask, check_questions
 from experiments.rows import decoder_context, find_model
 from qlora_jax.checkpoints import check_adapter, load_adapter
 from qlora_jax.cli.arguments import count
@@ -119,7 +119,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     console.print(table(result, f"{options.model}: MMLU, {options.shots}-shot, {options.split}"))
     if result.shortened or result.cut:
         console.print(
-            f"{result.shortened} questions were shown with fewer shots to fit {context} tokens, "
+            f"{result.shortened} questions were shown with fewer shots to fit "
+            f"{min(context, LONGEST)} tokens, "
             f"{result.cut} of them lost their beginning.",
             highlight=False,
         )

@@ -10,7 +10,7 @@ import pytest
 from experiments.paper import elo, generations, judge, mmlu, vicuna
 from experiments.paper.generations import STYLES
 from qlora_jax.cli import main as quantize
-from qlora_jax.evaluate import Elo, Rating, make_matches, read_answers, read_questions
+from qlora_jax.evaluate import Elo, MmluResult, Rating, make_matches, read_answers, read_questions
 from tests.evaluate.released import released
 from tests.evaluate.stand_in import stand_in
 
@@ -302,3 +302,16 @@ def test_a_model_that_is_not_there_is_told_before_questions_are_fetched(monkeypa
     monkeypatch.setattr(mmlu, "check_questions", lambda _: pytest.fail("fetched"))
     assert mmlu.main(["stdlib-2m"]) == 2
     assert "the nearest of these is stdlib-" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("context", "length"), [(512, 512), (8192, 2048)])
+def test_mmlu_tells_how_long_a_prompt_may_be(context, length, tmp_path, monkeypatch, capsys):
+    """Which is no more than the paper's, however much a model reads."""
+    result = MmluResult({"virology": 1}, {"virology": 4}, shortened=3, cut=1)
+    for name, found in (("decoder_context", context), ("check_questions", None), ("ask", result)):
+        monkeypatch.setattr(mmlu, name, lambda *_, found=found, **__: found)
+    monkeypatch.setattr(mmlu, "load_pretrained", lambda *_, **__: (None, None))
+    monkeypatch.setattr(mmlu, "keep_compiled_programs", lambda folder: None)
+    assert mmlu.main(["stdlib-1m", "--out", str(tmp_path)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"3 questions were shown with fewer shots to fit {length} tokens, 1 of" in printed
