@@ -46,11 +46,13 @@ def test_orders_as_two_judges():
         Rating("2", "a", "b", (1, 0)), Rating("2", "b", "a", (1, 0)),
         Rating("3", "a", "b", (0.5, 0.5)), Rating("3", "b", "a", (0.5, 0.5)),
         Rating("4", "a", "b", (0, 1)),
+        Rating("5", "a", "b", (0, 1)), Rating("5", "b", "a", (1, 0)),
     ]  # fmt: skip
     ratings = [r._replace(points=tuple(map(float, r.points))) for r in ratings]
     kappa, pairs = order_agreement(ratings)
-    assert pairs == 3
-    assert kappa == pytest.approx(fleiss_kappa(np.array([[2, 0, 0], [1, 1, 0], [0, 0, 2]])))
+    assert pairs == 4
+    counts = np.array([[2, 0, 0], [1, 1, 0], [0, 0, 2], [0, 2, 0]])
+    assert kappa == pytest.approx(fleiss_kappa(counts))
 
 
 def test_bad_input_is_refused():

@@ -152,7 +152,10 @@ def test_cells_are_the_product_of_all_lists():
             "datasets": {"describe": {}, "mine": {"source": "x.json", "target_max_len": 9}},
             "seeds": [0, 1, 2],
             "axes": {"lora.r": [8, 16], "method": {"QLoRA": {}, "LoRA": {"quant": None}}},
-            "rules": [{"when": {"model": "b"}, "set": {"train": {"steps": 7}}}],
+            "rules": [
+                {"when": {"model": "b"}, "set": {"train": {"steps": 7}}},
+                {"when": {"model": "b", "seed": [0, 1]}, "set": {"train.weight_decay": 0.5}},
+            ],
             "train": {"steps": 5},
         },
         "a test",
@@ -167,6 +170,11 @@ def test_cells_are_the_product_of_all_lists():
     assert (cell.run.lora.r, cell.run.lora.alpha) == (16, 4)
     assert (cell.run.train.steps, cell.run.train.seed) == (7, 2)
     assert cell.variant == "lora.r=16, LoRA"
+    # Of several conditions all have to hold.
+    decayed = {
+        (c.labels["model"], c.labels["seed"]) for c in sweep.cells if c.run.train.weight_decay
+    }
+    assert decayed == {("b", "0"), ("b", "1")}
     assert next(c for c in sweep.cells if c.labels["model"] == "stdlib-1m").run.train.steps == 5
 
 

@@ -12,7 +12,7 @@ from experiments import run as runs
 from experiments.config import DataConfig, build_run
 from experiments.rows import _format, _held_out, examples_of, told_of_cuts
 from experiments.tree import to_tree
-from qlora_jax.data import FORMATS, Examples, Pairs
+from qlora_jax.data import FORMATS, Examples, Pairs, load_tokenizer, tokenize_rows
 
 
 def test_rows_that_are_cut_are_told(tiny_model, tmp_path, monkeypatch):
@@ -73,6 +73,21 @@ def test_columns_of_a_dataset_are_named_for_the_format(tiny_model, tmp_path):
     expected, _, _ = examples_of(build_run({"data": data}, "here").data, tiny_model, None)
     for examples in (train, held_out):
         assert [list(e.labels) for e in examples] == [list(e.labels) for e in expected]
+
+
+def test_what_is_trained_on_held_out_and_refused(tiny_model, tmp_path):
+    talk = [("user", "a b"), ("assistant", "c"), ("user", "d"), ("assistant", "e f g")]
+    row = {"messages": [{"role": role, "content": words} for role, words in talk]}
+    file = tmp_path / "talk.jsonl"
+    file.write_text((json.dumps(row) + "\n") * 4)
+    data = DataConfig(source=str(file), format="messages", validation_rows=1)
+    tokenizer = load_tokenizer(tiny_model)
+    for train_on in ("response", "last", "all"):
+        expected = tokenize_rows([row], FORMATS["messages"], tokenizer, train_on=train_on)
+        for part in examples_of(replace(data, train_on=train_on), tiny_model, None)[:2]:
+            assert list(part[0].labels) == list(expected[0].labels)
+    with pytest.raises(ValueError, match="has 4 rows, but 4 are to be held out: lower"):
+        examples_of(replace(data, validation_rows=4), tiny_model, None)
 
 
 def test_a_system_prompt_is_for_conversations_alone(tiny_model):
