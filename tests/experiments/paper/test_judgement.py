@@ -10,7 +10,15 @@ import pytest
 from experiments.paper import elo, generations, judge, mmlu, vicuna
 from experiments.paper.generations import STYLES
 from qlora_jax.cli import main as quantize
-from qlora_jax.evaluate import Elo, MmluResult, Rating, make_matches, read_answers, read_questions
+from qlora_jax.evaluate import (
+    Elo,
+    MmluResult,
+    Percent,
+    Rating,
+    make_matches,
+    read_answers,
+    read_questions,
+)
 from tests.evaluate.released import released
 from tests.evaluate.stand_in import stand_in
 
@@ -192,6 +200,13 @@ def test_tables_1_and_6_on_the_released_ratings(tmp_path, capsys):
     assert len(told["percent"]) == 36
     for name in ("tables.md", "percent-of-chatgpt.csv", "percent-of-chatgpt.png"):
         assert (tmp_path / "vicuna" / name).stat().st_size > 1000
+
+
+def test_percents_stand_beside_the_papers_of_the_same_order():
+    found = {"7b-guanaco": Percent(84.5, 90.5, 87.5, 2.5, 160), "mine": Percent(1, 2, 3, 4, 5)}
+    guanaco, mine = vicuna.percent_table(found, "ChatGPT").rows
+    assert guanaco == ("Guanaco-7B", 84.1, 84.5, 89.8, 90.5, 87.0, 87.5, 2.5, 160)
+    assert mine == ("mine", None, 1, None, 2, None, 3, 4, 5)
 
 
 def test_percents_of_another_system_do_not_stand_beside_the_papers(tmp_path, capsys):
