@@ -1,3 +1,4 @@
+import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 from experiments.embedded import MODELS
 from experiments.finetune import main as finetune
@@ -17,6 +19,7 @@ from experiments.paper.superni_rows import Instance, by_task, prompt
 from experiments.paper.superni_rows import load_split as load_superni
 from experiments.paper.table3 import METHODS, PUBLISHED, SIZES, Cell, fill_in, read_recipe
 from qlora_jax.data import ClassificationBatches, Labelled, load_tokenizer
+from qlora_jax.models import EncoderDecoderConfig
 from qlora_jax.train import TrainConfig
 from tests.shared import shared_path
 
@@ -164,6 +167,35 @@ def test_a_recipe_decides_how_a_cell_trains(monkeypatch):
     assert [method.quant and method.quant.quant_type for method in METHODS.values()] == [
         None, None, "int8", "fp4", "nf4"
     ]  # fmt: skip
+
+
+def test_a_large_t5_has_the_papers_larger_rank(monkeypatch):
+    sizes = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32, "num_layers": 24}
+    config = EncoderDecoderConfig(vocab_size=32128, num_decoder_layers=24, **sizes)
+    monkeypatch.setattr(superni, "read_base", lambda folder, build: config)
+    for given, rank in ((None, 64), (8, 16)):
+        found = superni._ranked(superni.RECIPE, Path("t5-3b"), argparse.Namespace(r=given))
+        assert found == replace(superni.RECIPE, lora=replace(superni.RECIPE.lora, r=rank))
+
+
+def test_a_finished_cell_is_one_of_the_same_settings(tmp_path):
+    cell, made = Cell("cola", "nf4", 0), {"rows": 3, "recipe": {"r": 4}}
+
+    def cells(settings):
+        def run(cell, folder):
+            return {"score": 0.5}
+
+        return table3.run_cells([cell], tmp_path, lambda _: settings, run, Console(quiet=True))
+
+    assert cells(made)[cell]["score"] == 0.5
+    assert cells(made)[cell]["settings"] == made
+    for other, words in (
+        ({"rows": 3, "recipe": {"r": 8}}, "recipe.r 4, but now it is 8"),
+        ({**made, "model": "new"}, "model None, but now it is 'new'"),
+        ({"recipe": {"r": 4}}, "rows 3, but now it is None"),
+    ):
+        with pytest.raises(ValueError, match=f"was made with {words}: set it back"):
+            cells(other)
 
 
 def test_tables_hold_means_over_seeds_and_over_all_tasks():

@@ -67,6 +67,13 @@ def test_an_array_of_the_threshold_is_coded_and_of_one_less_is_not():
     assert kind(size + 1) is not SignedState
 
 
+def test_a_single_number_is_not_coded():
+    inner = optax.inject_hyperparams(optax.lion)(learning_rate=1e-3)
+    state = jax.eval_shape(eight_bit(inner, min_size=0).init, PARAMS)
+    assert state.hyperparams["learning_rate"].dtype == jnp.float32
+    assert type(state.inner_state[0].mu["small"]) is SignedState
+
+
 def test_updates_see_the_moments_before_they_are_rounded():
     """The first update starts from zero moments, which 8 bits hold exactly."""
     wide, _ = _run(optax.adamw(1e-3), steps=1)

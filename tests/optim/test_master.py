@@ -38,7 +38,8 @@ def _run(tx, params, steps=20):
 def test_the_master_copy_learns_what_float32_learns(dtype):
     narrow = jax.tree.map(lambda p: p.astype(dtype), WIDE)
     start = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
-    tx = optax.adamw(1e-4)
+    # What decays is the master copy, not its rounding.
+    tx = optax.adamw(1e-4, weight_decay=1.0)
     # The same gradients, rounded to the same 16 bits.
     rounded = optax.chain(
         optax.stateless(

@@ -91,7 +91,9 @@ def test_paged_equals_unpaged_for_any_shapes_and_threshold(shapes, min_size, see
 
 def test_state_rests_on_the_host_and_counters_and_small_leaves_on_the_device():
     params = {"large": jnp.ones((64, 64)), "small": jnp.ones(9)}
-    tx = optax.chain(optax.clip_by_global_norm(0.3), paged(optax.adamw(1e-3), min_size=1000))
+    # As many elements as the threshold are not fewer.
+    adam = paged(optax.adamw(1e-3), min_size=64 * 64)
+    tx = optax.chain(optax.clip_by_global_norm(0.3), adam)
     state = tx.init(params)
     for _ in range(2):
         adam = state[1][0]
@@ -159,6 +161,18 @@ def test_a_transformation_that_mixes_parameters_is_refused_with_where_paged_goes
     with pytest.raises(ValueError, match=f"mixes parameters.*{hint}"):
         tx.update(params, tx.init(params), params)
     _assert_same_bits(_run(wrap(paged(adam, min_size=0)), params), _run(wrap(adam), params))
+
+
+def test_an_update_that_looks_at_other_parameters_values_is_refused():
+    params = _params([(3, 3), (4,)])
+
+    def update(updates, params):
+        largest = jnp.stack([p.max() for p in jax.tree.leaves(params)]).max()
+        return jax.tree.map(lambda u: u * largest, updates)
+
+    tx = paged(optax.stateless(update))
+    with pytest.raises(ValueError, match="mixes parameters"):
+        tx.update(params, tx.init(params), params)
 
 
 def test_a_state_that_is_not_one_part_per_parameter_is_refused():

@@ -46,11 +46,13 @@ def test_biases_and_norms_do_not_decay():
         "q_proj": {"lora_A": 1.0, "lora_B": 1.0, "bias": 1.0},
         "input_layernorm": {"weight": 1.0},
         "ln_1": {"scale": 1.0},
+        "LayerNorm": {"weight": 1.0},
         "encoder": {"relative_attention_bias": {"weight": 1.0}},
     }
     assert decay_mask(params) == {
         "q_proj": {"lora_A": True, "lora_B": True, "bias": False},
         "input_layernorm": {"weight": False},
         "ln_1": {"scale": False},
+        "LayerNorm": {"weight": False},
         "encoder": {"relative_attention_bias": {"weight": False}},
     }

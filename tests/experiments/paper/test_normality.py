@@ -72,6 +72,14 @@ def test_of_long_rows_a_random_part_is_tested(rng):
         assert non_normal(odd) == 300
 
 
+def test_a_line_has_the_median_and_the_share_of_all_units():
+    w, p = np.array([0.9, 0.95, 0.999]), np.array([0.01, 0.2, 0.3])
+    few = normality.Matrix("a", "kind", 0, 64, w[:1], p[:1])
+    many = normality.Matrix("b", "kind", 1, 6000, np.tile(w, 3), np.tile(p, 3))
+    line = ("kind", "10", "64, 6,000", "64, 5,000", "0.9500", "40.0%", "+35.0")
+    assert normality._line("kind", [few, many]) == line
+
+
 def test_the_command_on_an_embedded_model(tmp_path, capsys):
     assert normality.main(["stdlib-1m", "--out", str(tmp_path / "out")]) == 0
     told = json.loads((tmp_path / "out" / "normality.json").read_text())
