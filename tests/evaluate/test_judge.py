@@ -75,6 +75,15 @@ def test_every_pair_is_judged_in_both_orders(tmp_path):
     assert all(row.keys() == released | {"text", "score"} for row in rows(tmp_path))
 
 
+def test_a_question_is_judged_by_what_matters_in_its_category(tmp_path):
+    pair = PAIRS[0]._replace(question=QUESTIONS[0]._replace(category="math"))
+    with stand_in(lambda _: "(8, 6)") as server:
+        judge([pair], endpoint(server), tmp_path, form="scores")
+    texts = (answer.text for answer in pair.answers)
+    asked = judge_messages("scores", pair.question.text, *texts, "math")
+    assert [request["messages"] for request in server.requests] == [asked]
+
+
 def test_marks_out_of_ten(tmp_path):
     pairs = pairings(QUESTIONS, ANSWERS, reference="dog")
     with stand_in(lambda _: "8 6.5\nGood.") as server:
@@ -136,6 +145,7 @@ def test_what_stays_without_a_verdict_is_recorded_as_missing(tmp_path, trouble, 
         assert (first.judged, first.missing) == (5, 1)
         missing = next(row for row in rows(tmp_path) if row["score"] == -1)
         assert reason in missing["metadata"]["missing"]
+        assert (missing["metadata"]["attempts"], first.spent.calls) == (3, 3 + 5)
         found = read_ratings(tmp_path.iterdir())
         assert len(found.ratings) == 5
         assert sum(found.unreadable.values()) == 1
@@ -177,7 +187,8 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
     ("budget", "most"),
     [
         (Budget(calls=2), 2),
-        (Budget(tokens=300), 3),
+        # Of two times 100 and 20.
+        (Budget(tokens=240), 2),
         (Budget(cost=0.001, prompt_price=3.0, completion_price=15.0), 2),
     ],
 )
