@@ -133,6 +133,7 @@ def test_scores_of_a_text(text, scores):
         ("I choose option 3, as both assistants are equivalent.", 3),
         ("Both are equally good.", 3),
         ("Assistant 1: 5/5\nAssistant 2: 4/5", None),
+        ("My verdict: 2/10", None),
         ("error", None),
         ("", None),
     ],
