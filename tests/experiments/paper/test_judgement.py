@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from qlora_jax.evaluate import (
     read_answers,
     read_questions,
 )
+from qlora_jax.generate import Answer
 from tests.evaluate.released import released
 from tests.evaluate.stand_in import stand_in
 
@@ -106,6 +108,49 @@ def test_from_questions_to_tables(tiny_model, questions, tmp_path, capsys):
     assert warm["reference_first"] == pytest.approx(100 * 6 / 9)
     assert warm["system_first"] == pytest.approx(100 * 9 / 6)
     assert warm["mean"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("style", "stop", "reading"),
+    [
+        ("guanaco", ("### Human",), {"special": False, "bos": None}),
+        # A template writes bos itself, and its turns end with a token.
+        ("chat", (), {"special": True, "bos": False}),
+    ],
+)
+def test_answers_are_the_adapters_and_as_asked(
+    style, stop, reading, tiny_model, questions, tmp_path, monkeypatch
+):
+    done = []
+
+    def load(folder, **options):
+        done.append(options["lora"])
+        return "model", "tokenizer"
+
+    def write(model, tokenizer, prompts, config, *, key, batch_size, **given):
+        drawn = (config.temperature, config.top_p, jax.random.key_data(key).tolist())
+        done.append((model, len(prompts), *drawn, config.stop, given))
+        return [Answer(" text ", 1, "stop")] * len(prompts)
+
+    for name, fake in (
+        ("prompt_writer", lambda style, folder: lambda question: question.text),
+        ("check_adapter", lambda folder: "lora"),
+        ("adapter_digest", lambda folder: "d" * 64),
+        ("load_pretrained", load),
+        ("load_adapter", lambda *given: done.append(given)),
+        ("generate_text", write),
+        ("keep_compiled_programs", lambda folder: None),
+    ):
+        monkeypatch.setattr(generations, name, fake)
+    adapter, out = tmp_path / "adapter", tmp_path / "answers.jsonl"
+    flags = ["--adapter", str(adapter), "--seed", "5", "--top-p", "0.8", "--limit", "1"]
+    assert answer(tiny_model, questions, out, "--format", style, *flags) == 0
+    written = ("model", 1, 0.7, 0.8, [0, 5], stop, reading)
+    assert done == ["lora", (adapter, "model"), written]
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert f"{tiny_model}, adapter {'d' * 12}, nf4, float32, {style}, " in row["model_id"]
+    assert row["model_id"].endswith(", T=0.7, p=0.8, 6 tokens, seed 5")
+    assert row["generation_truncated"] == "text"
 
 
 def test_a_kill_while_a_half_line_is_taken_off_costs_no_answer(tmp_path, monkeypatch):
@@ -325,8 +370,15 @@ def test_mmlu_tells_how_long_a_prompt_may_be(context, length, tmp_path, monkeypa
     result = MmluResult({"virology": 1}, {"virology": 4}, shortened=3, cut=1)
     for name, found in (("decoder_context", context), ("check_questions", None), ("ask", result)):
         monkeypatch.setattr(mmlu, name, lambda *_, found=found, **__: found)
-    monkeypatch.setattr(mmlu, "load_pretrained", lambda *_, **__: (None, None))
+    monkeypatch.setattr(mmlu, "load_pretrained", lambda *_, lora, **__: (lora, None))
     monkeypatch.setattr(mmlu, "keep_compiled_programs", lambda folder: None)
-    assert mmlu.main(["stdlib-1m", "--out", str(tmp_path)]) == 0
+    loaded = []
+    monkeypatch.setattr(mmlu, "check_adapter", lambda folder: "lora")
+    monkeypatch.setattr(mmlu, "load_adapter", lambda *given: loaded.append(given))
+    monkeypatch.setattr(mmlu, "adapter_digest", lambda folder: "d" * 64)
+    flags = ["--adapter", "trained", "--out", str(tmp_path)]
+    assert mmlu.main(["stdlib-1m", *flags]) == 0
+    assert loaded == [(Path("trained"), "lora")]
+    assert json.loads((tmp_path / "mmlu.json").read_text())["adapter"] == "d" * 64
     printed = " ".join(capsys.readouterr().out.split())
     assert f"3 questions were shown with fewer shots to fit {length} tokens, 1 of" in printed
