@@ -55,11 +55,12 @@ def add_lora(
     Raises:
         ValueError: no layer has such a name (the message lists the ones there are), or one has
             adapters already, which would be lost; a start from the weight is asked for but not
-            given; a module to save is quantized, or is only a part of a stack.
+            given; a module to save is quantized, or is only a part of a stack. No layer has got an
+            adapter then, so that the call may be mended and made again.
     """
     called = {} if names is None else names
     seen: list[str] = []
-    found = False
+    chosen: list[tuple[QuantDense, list[LoraConfig | None], list[Factors | None] | None]] = []
 
     def freeze(path: str, linear: nnx.Linear | nnx.LinearGeneral) -> nnx.Module:
         if lora.targets(path):
@@ -67,34 +68,34 @@ def add_lora(
         seen.append(path)
         return linear
 
-    def adapt(path: str, layer: QuantDense) -> nnx.Module:
-        nonlocal found
+    def choose(path: str, layer: QuantDense) -> nnx.Module:
         own = _names_of(path, layer, called)
         seen.extend(own)
         configs = [lora.at(name) for name in own]
-        if not any(configs):
-            return layer
-        found = True
-        start = None
-        if lora.init_lora_weights in ("loftq", "pissa"):
-            start = [
-                _start(name, config, lora, starts)
-                for name, config in zip(own, configs, strict=True)
-            ]
-        layer.adapt(configs, rngs, rngs if names is None else None, start)
-        if place is not None:
-            place(layer)
+        if any(configs):
+            start = None
+            if lora.init_lora_weights in ("loftq", "pissa"):
+                start = [
+                    _start(name, config, lora, starts)
+                    for name, config in zip(own, configs, strict=True)
+                ]
+            chosen.append((layer, configs, start))
         return layer
 
     _refuse_adapted(module, lora, called)
     replace_layers(module, LINEAR, freeze)
-    replace_layers(module, QuantDense, adapt)
-    if not found:
+    replace_layers(module, QuantDense, choose)
+    if not chosen:
         raise ValueError(
             f"{lora.told_targets}, which names no linear layer of "
             f"{type(module).__name__}; it has {listed(seen)}"
         )
+    # Before any layer has an adapter: a module that is refused may be given again.
     _train_whole(module, lora, called)
+    for layer, configs, start in chosen:
+        layer.adapt(configs, rngs, rngs if names is None else None, start)
+        if place is not None:
+            place(layer)
     return module
 
 
@@ -136,6 +137,7 @@ def _train_whole(module: nnx.Module, lora: LoraConfig, called: Names) -> None:
     if lora.modules_to_save is None and lora.bias == "none":
         return
     modules: list[str] = []
+    found: list[tuple[nnx.Module, str, TrainedParam]] = []
     saved = False
     for path, node in _modules(module, "", set()):
         own = called.get(path, [path])
@@ -153,24 +155,25 @@ def _train_whole(module: nnx.Module, lora: LoraConfig, called: Names) -> None:
             frozen = isinstance(variable, FrozenParam) or type(variable) is nnx.Param
             if not frozen or name in ("row_squares", "lora_scaling"):
                 continue
-            if whole:
-                saved = True
-                setattr(node, name, _trained(variable, f"{path}.{name}"))
-            elif name == "bias" and _bias_trained(node, lora, path, own):
-                setattr(node, name, _trained(variable, f"{path}.{name}"))
+            if whole or (name == "bias" and _bias_trained(node, lora, path, own)):
+                saved = saved or whole
+                found.append((node, name, _trained(variable, f"{path}.{name}")))
     if lora.modules_to_save and not saved:
         raise ValueError(
             f"modules_to_save is {lora.modules_to_save!r}, which names no module of "
             f"{type(module).__name__}; it has {listed(modules)}"
         )
+    for node, name, variable in found:
+        setattr(node, name, variable)
 
 
 def _bias_trained(node: nnx.Module, lora: LoraConfig, path: str, own: Sequence[str]) -> bool:
     if lora.bias != "lora_only":
         return lora.bias == "all"
-    if not isinstance(node, QuantDense) or node.lora is None:
+    adapted = [lora.at(name) is not None for name in own]
+    if not isinstance(node, QuantDense) or not any(adapted):
         return False
-    if not all(lora.at(name) for name in own):
+    if not all(adapted):
         raise ValueError(
             f"bias is 'lora_only', but only some layers of the stack {path} are adapted: adapt all "
             "of them, or use bias='none' or 'all'"

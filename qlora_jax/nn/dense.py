@@ -178,26 +178,24 @@ class QuantDense(nnx.Module):
             return
         r, stack, dtype = max(lora.r for lora in adapted), self.stack_shape, adapted[0].dtype
         uniform = len(adapted) == len(loras) and len({(x.r, x.scaling) for x in adapted}) == 1
-        self.lora = adapted[0] if uniform else replace(adapted[0], r=r)
+        own = adapted[0] if uniform else replace(adapted[0], r=r)
 
         if start is None:
             ranks = tuple(0 if lora is None else lora.r for lora in loras)
-            a = _drawn(
-                rngs.params(), ranks, stack, self.in_features, dtype, self.lora.init_lora_weights
-            )
+            a = _drawn(rngs.params(), ranks, stack, self.in_features, dtype, own.init_lora_weights)
             b = jnp.zeros((*stack, self.out_features, r), dtype)
         else:
             own_a, own_b = ([None if x is None else x[i] for x in start] for i in (0, 1))
             a = _stacked(own_a, stack, (r, self.in_features), dtype)
             b = _stacked(own_b, stack, (self.out_features, r), dtype)
-        self.lora_A, self.lora_B = nnx.LoRAParam(a), nnx.LoRAParam(b)
+        self.lora, self.lora_A, self.lora_B = own, nnx.LoRAParam(a), nnx.LoRAParam(b)
         if not uniform:
             scales = [0 if lora is None else lora.scaling for lora in loras]
             self.lora_scaling = FrozenParam(jnp.asarray(scales, jnp.float32).reshape(stack))
-        if self.lora.use_dora:
+        if own.use_dora:
             self.row_squares = FrozenParam(row_squares(self.kernel.get_value()))
             self.reset_magnitude()
-        if self.lora.lora_dropout and not stack:
+        if own.lora_dropout and not stack:
             self.dropout_rngs = nnx.data(dropout_rngs)
 
     def reset_magnitude(self) -> None:

@@ -162,3 +162,21 @@ def test_what_cannot_be_trained_is_refused(options: dict, words: str) -> None:
     # Without values, too: that is how a plan builds a model.
     with pytest.raises(ValueError, match=words):
         nnx.eval_shape(lambda: adapted(lora))
+
+
+@pytest.mark.parametrize(
+    ("options", "rngs"),
+    [
+        ({"modules_to_save": ("hed",)}, nnx.Rngs(1)),
+        ({"target_modules": ("head",), "modules_to_save": ("q_proj",)}, nnx.Rngs(1)),
+        ({}, nnx.Rngs(dropout=1)),
+    ],
+    ids=["no_module", "quantized", "no_params_stream"],
+)
+def test_a_call_that_was_refused_may_be_mended_and_made_again(options: dict, rngs) -> None:
+    model, mended = Stack(), ql.LoraConfig(r=2, target_modules=("q_proj", "head"))
+    refused = ql.LoraConfig(**{"r": 2, "target_modules": ("q_proj", "head")} | options)
+    with pytest.raises((ValueError, AttributeError)):
+        ql.add_lora(model, refused, rngs=rngs, names=NAMES)
+    ql.add_lora(model, mended, rngs=nnx.Rngs(1), names=NAMES)
+    assert nnx.graphdef(model) == nnx.graphdef(adapted(mended))
