@@ -314,7 +314,9 @@ class _Run:
         """The numbers of one examination, logged."""
         self.report()
         model = nnx.merge(self.graphdef, self.state.lora, self.frozen)
-        self.log(step, probe.examine(model, step))
+        found = probe.examine(model, step)
+        # A number may be an array's, which no file of JSON takes.
+        self.log(step, {name: np.asarray(value).item() for name, value in found.items()})
         self.clock.pause()
 
     def held_out(self, batches: EpochBatches | Sequence[Any]) -> Evaluation:

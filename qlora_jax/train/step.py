@@ -125,8 +125,13 @@ def make_train_step(
     def summed_loss(
         lora: PyTree, frozen: PyTree, batch: Any, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        total, count = loss_fn(nnx.merge(graphdef, lora, frozen), batch, key)
-        return total.astype(jnp.float32), count.astype(jnp.int32)
+        found = loss_fn(nnx.merge(graphdef, lora, frozen), batch, key)
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            raise TypeError(
+                f"loss_fn returned {found!r}, but (sum of losses, their count) is needed, of which "
+                "a step takes the mean over its micro-batches: of a mean over a batch, (mean * n, n)"
+            )
+        return jnp.asarray(found[0], jnp.float32), jnp.asarray(found[1], jnp.int32)
 
     gradient_of_sum = jax.value_and_grad(summed_loss, has_aux=True)
 

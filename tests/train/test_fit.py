@@ -105,7 +105,7 @@ def test_probes_see_the_model_as_it_trains(tmp_path):
 
     def examine(model, step):
         seen.append((step, adapters(model)))
-        return {"mmlu_micro": step / 100}
+        return {"mmlu_micro": step / 100, "rows": jnp.int32(step), "of_numpy": np.float32(0.5)}
 
     model, _, text = _fit(tmp_path, probes=[Probe(5, examine)])
     assert [step for step, _ in seen] == [5, 10, 12]
@@ -117,6 +117,7 @@ def test_probes_see_the_model_as_it_trains(tmp_path):
     lines = read_lines(tmp_path / "metrics.jsonl")
     found = [(line["step"], line["mmlu_micro"]) for line in lines if "mmlu_micro" in line]
     assert found == [(5, 0.05), (10, 0.1), (12, 0.12)]
+    assert [(line["rows"], line["of_numpy"]) for line in lines if "rows" in line][0] == (5, 0.5)
     assert "step 10: mmlu_micro 0.1" in text
 
 

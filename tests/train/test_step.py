@@ -61,6 +61,26 @@ def test_loss_and_gradient_are_those_of_the_mean_over_trained_tokens():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
+def test_a_count_may_be_pythons_own():
+    batch = ToyBatch(*(leaf[:, :, :1] for leaf in ToyBatches(1, 4).at(3)))
+    graphdef, lora, frozen = _split(Toy())
+
+    def counted(model, batch, key):
+        return toy_loss(model, batch, key)[0], len(batch.labels)
+
+    tx = optax.sgd(1.0)
+    _, found = make_train_step(graphdef, tx, counted)(init_state(lora, tx, seed=0), frozen, batch)
+    assert int(found.tokens) == 4
+
+
+def test_a_loss_without_its_count_is_refused():
+    graphdef, lora, frozen = _split(Toy())
+    tx = optax.sgd(1.0)
+    step = make_train_step(graphdef, tx, lambda *given: toy_loss(*given)[0])
+    with pytest.raises(TypeError, match=r"\(sum of losses, their count\) is needed.*mean \* n"):
+        step(init_state(lora, tx, seed=0), frozen, ToyBatches(1, 4).at(3))
+
+
 def test_a_step_without_trained_tokens_changes_nothing():
     batch = ToyBatches(2, 4).at(0)
     batch = batch._replace(labels=np.full_like(batch.labels, -100))
