@@ -37,13 +37,13 @@ def add_lora(
     and biases become `TrainedParam`.
 
     An `nnx.Linear` or `nnx.LinearGeneral` that is named is first frozen, unquantized. Dropout draws
-    from `rngs` in training mode (`module.train()`); stacks, and modules with `names`, take explicit
-    keys alone.
+    from a stream of each layer's own, seeded from `rngs`, in training mode (`module.train()`);
+    stacks, and modules with `names`, take explicit keys alone.
 
     Args:
         module: changed in place.
         lora: what to adapt, and how.
-        rngs: draws A, and dropout's keys.
+        rngs: draws A, and the seeds of dropout.
         names: tree path of a module → what `lora` is to call it: one name, or one for each layer of
             a stack; None calls every module by its tree path.
         starts: by name, A and B to start from (`start_from_weight`).

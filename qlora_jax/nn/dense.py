@@ -88,9 +88,9 @@ class QuantDense(nnx.Module):
             kernel_init: (key, (out, in), dtype) -> the weight, or a `QuantizedTensor` of it.
             bias_init: (key, (out,), dtype) -> the bias.
             rngs: draws the weight and A from its `params` stream.
-            dropout_rngs: where LoRA dropout draws a key when a call brings none and the layer is
-                in training mode (`module.train()`); with None, only an explicit `dropout_key`
-                drops anything.
+            dropout_rngs: seeds, from its `dropout` stream, the layer's own stream of keys for LoRA
+                dropout, which serves calls that bring none in training mode (`module.train()`);
+                with None, only an explicit `dropout_key` drops anything.
 
         Raises:
             ValueError: a layer without inputs or outputs.
@@ -179,6 +179,10 @@ class QuantDense(nnx.Module):
         r, stack, dtype = max(lora.r for lora in adapted), self.stack_shape, adapted[0].dtype
         uniform = len(adapted) == len(loras) and len({(x.r, x.scaling) for x in adapted}) == 1
         own = adapted[0] if uniform else replace(adapted[0], r=r)
+        if own.lora_dropout and not stack and dropout_rngs is not None:
+            # A stream of its own, as nnx.Dropout's: flax stacks and splits it with the layer, where
+            # one that is shared with its caller is given back to that whole.
+            self.dropout_rngs = nnx.data(nnx.Rngs(dropout=dropout_rngs.dropout()))
 
         if start is None:
             ranks = tuple(0 if lora is None else lora.r for lora in loras)
@@ -195,8 +199,6 @@ class QuantDense(nnx.Module):
         if own.use_dora:
             self.row_squares = FrozenParam(row_squares(self.kernel.get_value()))
             self.reset_magnitude()
-        if own.lora_dropout and not stack:
-            self.dropout_rngs = nnx.data(dropout_rngs)
 
     def reset_magnitude(self) -> None:
         """DoRA's start, in place: m is the length of each row of W + s·B·A as it is now."""

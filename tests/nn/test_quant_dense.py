@@ -104,6 +104,30 @@ def test_dropout_from_a_stream_follows_train_eval_and_view() -> None:
     np.testing.assert_array_equal(layer(x), layer(x))
 
 
+def test_layers_stacked_by_flax_drop_under_scan_each_by_its_own_stream() -> None:
+    dropped = ql.LoraConfig(r=4, lora_dropout=0.5)
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def make(rngs: nnx.Rngs) -> ql.QuantDense:
+        return ql.QuantDense(
+            32, 32, lora=dropped, compute_dtype=jnp.float32, rngs=rngs, dropout_rngs=rngs
+        )
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def run(x: jax.Array, layer: ql.QuantDense) -> jax.Array:
+        return layer(x)
+
+    stack, x = make(nnx.Rngs(params=0, dropout=1)), jnp.ones((2, 32))
+    stack.lora_B[...] = jnp.ones_like(stack.lora_B[...])
+    stack.train()
+    assert (run(x, stack) != run(x, stack)).any()
+    keys = jax.random.key_data(stack.dropout_rngs.dropout.key[...])
+    assert len(np.unique(keys, axis=0)) == 3
+    stack.eval()
+    np.testing.assert_array_equal(run(x, stack), run(x, stack))
+
+
 def test_from_weight_takes_a_quantized_tensor_as_it_is() -> None:
     tensor = ql.quantize(jax.random.normal(jax.random.key(0), (48, 64)))
     layer = ql.QuantDense.from_weight(tensor, lora=None, rngs=nnx.Rngs(0))
