@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int32, Key, UInt32
+from jaxtyping import Array, ArrayLike, Bool, Int, Int32, Key, UInt32
 
 from qlora_jax.generate.config import GenerationConfig
 from qlora_jax.generate.decode import Generative, Written, advance, start
@@ -47,7 +47,7 @@ class Generation(NamedTuple):
 
 def generate(
     model: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Any] | Int[ArrayLike, "prompt token"],
     config: GenerationConfig = GenerationConfig(),
     *,
     key: Key[Array, ""] | None = None,
@@ -59,7 +59,8 @@ def generate(
 
     Args:
         model: a `Decoder`, an `EncoderDecoder`, or any NNX module with their protocol.
-        prompts: token ids, each at least one; special tokens are the caller's.
+        prompts: token ids, each at least one, in sequences or arrays; special tokens are the
+            caller's.
         config: how long, how random, where to stop. Its `stop` texts need a tokenizer:
             `generate_text`.
         key: of the samples; may be left out where `config` is greedy.
@@ -68,10 +69,11 @@ def generate(
         every: how many tokens per row lie between two calls of `on_tokens`.
 
     Raises:
-        ValueError: an empty prompt, a token that the model has no row for, sampling without a key,
+        ValueError: an empty prompt, one of no token ids, a token that the model has no row for, sampling without a key,
             stop texts, or a prompt that leaves no room for `max_new_tokens` in the model's
             positions.
     """
+    prompts = [_ids(index, prompt) for index, prompt in enumerate(prompts)]
     _check(model, prompts, config, key, batch_size, every)
     graphdef, state = nnx.split(model)
     keys = _prompt_keys(prompts, jax.random.key(0) if key is None else key)
@@ -98,6 +100,17 @@ def generate(
             written = _write_watched(go_on, written, rows, on_tokens, config, every)
         finished.update(zip(rows, _read(written), strict=False))
     return [finished[i] for i in range(len(prompts))]
+
+
+def _ids(index: int, prompt: Any) -> list[int]:
+    """A prompt's tokens as numbers of Python, whatever they came in."""
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(
+            f"prompt {index} is {prompt!r}, but a prompt is a sequence of token ids: give one alone "
+            "as [ids], and texts to generate_text."
+        )
+    return ids.tolist()
 
 
 def _write_watched(

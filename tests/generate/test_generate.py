@@ -134,6 +134,15 @@ def test_samples_do_not_depend_on_neighbours_order_or_batch_size():
     assert other != together
 
 
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_prompts_may_be_arrays(array):
+    rows, key = [[5, 6], [7, 8]], jax.random.key(0)
+    expected = generate(MODEL, rows, SAMPLED, key=key, batch_size=4)
+    assert generate(MODEL, array(rows), SAMPLED, key=key, batch_size=4) == expected
+    several = [array(row) for row in rows]
+    assert generate(MODEL, several, SAMPLED, key=key, batch_size=4) == expected
+
+
 def test_a_prompt_that_comes_twice_gets_two_samples():
     first, second = generate(MODEL, [[5, 6]] * 2, SAMPLED, key=jax.random.key(0), batch_size=4)
     assert first != second
@@ -187,6 +196,9 @@ def test_no_prompts_no_generations():
     ("prompts", "config", "options", "message"),
     [
         ([[]], GenerationConfig(), {}, "prompt 0 is empty"),
+        ([1, 2], GenerationConfig(), {}, r"prompt 0 is 1, .* give one alone as \[ids\]"),
+        (["The sea"], GenerationConfig(), {}, "prompt 0 is 'The sea', .* texts to generate_text"),
+        ([[0.5]], GenerationConfig(), {}, "prompt 0 is .* a sequence of token ids"),
         ([[1]], SAMPLED, {}, "give key="),
         ([[1]], GenerationConfig(stop=("x",)), {}, "call generate_text"),
         ([[1]], GenerationConfig(), {"batch_size": 0}, "must be 1 or more"),
