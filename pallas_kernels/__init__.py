@@ -7,6 +7,7 @@ them into tensors with gradients.
 from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels._mesh import mesh_of_rows
 from pallas_kernels._sharding_types import (
+    axes_of,
     in_auto_axes,
     product_spec,
     rows_as_cut,
@@ -45,6 +46,7 @@ __all__ = [
     "LowRank",
     "MatmulConfig",
     "TritonConfig",
+    "axes_of",
     "configs_to_try",
     "find_card",
     "in_auto_axes",

@@ -13,22 +13,23 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 
 def in_auto_axes(
-    function: Callable[..., Array],
+    function: Callable[..., Any],
     *arrays: Any,
-    result: Callable[..., PartitionSpec | NamedSharding],
-) -> Array:
+    result: Callable[..., Any],
+) -> Any:
     """function(*arrays), inside which XLA decides how arrays are cut, whatever the mesh's axes are.
 
     Args:
         function: of arrays.
         *arrays: pytrees of them.
-        result: of the arrays' types, how what `function` returns is cut. Asked only where an array
-            lies on a mesh with Explicit axes.
+        result: of the arrays' types, how what `function` returns is cut: a PartitionSpec or
+            NamedSharding, or a tree of them. Asked only where an array lies on a mesh with Explicit
+            axes.
     """
     types = jax.tree.map(jax.typeof, arrays)
     for mesh in (leaf.sharding.mesh for leaf in jax.tree.leaves(types)):

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Bool, Int, Int32, Key, UInt32
+from jaxtyping import Array, Bool, Int, Int32, Key, UInt32
 
 from qlora_jax.generate.config import GenerationConfig
 from qlora_jax.generate.decode import Generative, Written, advance, start
@@ -47,7 +47,7 @@ class Generation(NamedTuple):
 
 def generate(
     model: Any,
-    prompts: Sequence[Any] | Int[ArrayLike, "prompt token"],
+    prompts: Sequence[Any] | Int[Array, "prompt token"] | Int[np.ndarray, "prompt token"],
     config: GenerationConfig = GenerationConfig(),
     *,
     key: Key[Array, ""] | None = None,
@@ -69,9 +69,9 @@ def generate(
         every: how many tokens per row lie between two calls of `on_tokens`.
 
     Raises:
-        ValueError: an empty prompt, one of no token ids, a token that the model has no row for, sampling without a key,
-            stop texts, or a prompt that leaves no room for `max_new_tokens` in the model's
-            positions.
+        ValueError: an empty prompt, one of no token ids, a token that the model has no row for,
+            sampling without a key, stop texts, or a prompt that leaves no room for
+            `max_new_tokens` in the model's positions.
     """
     prompts = [_ids(index, prompt) for index, prompt in enumerate(prompts)]
     _check(model, prompts, config, key, batch_size, every)
@@ -107,8 +107,8 @@ def _ids(index: int, prompt: Any) -> list[int]:
     ids = np.asarray(prompt)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(
-            f"prompt {index} is {prompt!r}, but a prompt is a sequence of token ids: give one alone "
-            "as [ids], and texts to generate_text."
+            f"prompt {index} is {prompt!r}, but a prompt is a sequence of token ids: give one "
+            "alone as [ids], and texts to generate_text."
         )
     return ids.tolist()
 

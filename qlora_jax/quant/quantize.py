@@ -1,11 +1,14 @@
 """`quantize`: an array in, a `QuantizedTensor` out."""
 
+import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
+from pallas_kernels import axes_of, in_auto_axes, spec_entries
 from qlora_jax.quant.blockwise import encode, pack_nibbles, quantize_absmax, quantize_blocks
 from qlora_jax.quant.config import QuantConfig
 from qlora_jax.quant.tensor import QuantizedTensor, codes_shape
@@ -22,7 +25,8 @@ def quantize(
         config: data type, blocksize and double quantization.
 
     Returns:
-        The quantized tensor; `dtype` and `shape` are the weight's.
+        The quantized tensor; `dtype` and `shape` are the weight's. Of a weight on a mesh with
+        Explicit axes, codes and absmax are cut as its rows are, where that cuts no block.
 
     Raises:
         TypeError: the weight is not one of these dtypes, or `config` is none.
@@ -40,10 +44,9 @@ def quantize(
             f"weight has shape {jnp.shape(weight)}; quantize takes an array of at least one element"
         )
     weight = jnp.asarray(weight)
-    codes, *constants = _quantize(weight, config)
-    # Outside the jitted part, or XLA draws this reshape into the loop over blocks, and XLA:CPU no
-    # longer vectorises it (a fifth of the speed, benchmarks/cpu_quantize.py).
-    codes = codes.reshape(codes_shape(weight.shape, config.quant_type))
+    codes, *constants = in_auto_axes(
+        partial(_packed, config=config), weight, result=partial(_cut, config=config)
+    )
     return QuantizedTensor(
         codes,
         *constants,
@@ -52,6 +55,24 @@ def quantize(
         quant_type=config.quant_type,
         blocksize=config.blocksize,
     )
+
+
+def _packed(weight: Float[Array, "*shape"], config: QuantConfig) -> tuple[Array, ...]:
+    """The leaves of the quantized tensor."""
+    codes, *constants = _quantize(weight, config)
+    # Outside the jitted part, or XLA draws this reshape into the loop over blocks, and XLA:CPU no
+    # longer vectorises it (a fifth of the speed, benchmarks/cpu_quantize.py).
+    return codes.reshape(codes_shape(weight.shape, config.quant_type)), *constants
+
+
+def _cut(weight: Any, config: QuantConfig) -> tuple[jax.P, ...]:
+    """How the leaves are cut, from the type of the weight."""
+    rows = spec_entries(weight)[0]
+    part = weight.size // math.prod(weight.sharding.mesh.shape[axis] for axis in axes_of(rows))
+    matrix = weight.ndim > 1 and len(codes_shape(weight.shape, config.quant_type)) > 1
+    codes = jax.P(rows) if matrix else jax.P()
+    absmax = codes if part % config.blocksize == 0 else jax.P()
+    return codes, absmax, *[jax.P()] * (2 * config.double_quant)
 
 
 @partial(jax.jit, static_argnames="config")

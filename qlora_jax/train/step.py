@@ -129,7 +129,7 @@ def make_train_step(
         if not isinstance(found, (tuple, list)) or len(found) != 2:
             raise TypeError(
                 f"loss_fn returned {found!r}, but (sum of losses, their count) is needed, of which "
-                "a step takes the mean over its micro-batches: of a mean over a batch, (mean * n, n)"
+                "a step takes the mean over its micro-batches: of a batch's mean, (mean * n, n)"
             )
         return jnp.asarray(found[0], jnp.float32), jnp.asarray(found[1], jnp.int32)
 

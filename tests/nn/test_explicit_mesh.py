@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.nn import LoraConfig, QuantDense
-from qlora_jax.quant import QuantConfig
+from qlora_jax.nn import LoraConfig, QuantDense, quantize_module
+from qlora_jax.quant import QuantConfig, quantize
 
 MESH = jax.make_mesh(
     (2, 2), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2, devices=jax.devices()[:4]
@@ -98,3 +98,45 @@ def test_a_layer_outside_of_jit_cuts_its_result_as_its_input():
     y = nnx.merge(graphdef, placed(state, whole))(rows)
     assert jax.typeof(y).sharding.spec == SPEC("data", None)
     np.testing.assert_array_equal(y, layer(x))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "spec", "codes", "absmax"),
+    [
+        ((256, 128), SPEC("model"), SPEC("model", None), SPEC("model")),
+        (
+            (256, 128),
+            SPEC(("data", "model")),
+            SPEC(("data", "model"), None),
+            SPEC(("data", "model")),
+        ),
+        ((256, 128), SPEC(None, "model"), SPEC(None, None), SPEC(None)),
+        ((256, 128), SPEC("data", "model"), SPEC("data", None), SPEC("data")),
+        ((6, 32), SPEC("data"), SPEC("data", None), SPEC(None)),  # a block has rows of both
+        ((4, 33), SPEC("data"), SPEC(None), SPEC(None)),  # flat codes
+        ((4096,), SPEC("data"), SPEC(None), SPEC(None)),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_weight_is_quantized_to_the_same_bits_and_stays_cut_by_its_rows(
+    shape, spec, codes, absmax, double_quant, wrap
+):
+    weight = jax.random.normal(jax.random.key(0), shape)
+    config = QuantConfig(double_quant=double_quant)
+    there = jax.device_put(weight, jax.sharding.NamedSharding(MESH, spec))
+    found = wrap(lambda weight: quantize(weight, config))(there)
+    assert (found.codes.sharding.spec, found.absmax.sharding.spec) == (codes, absmax)
+    jax.tree.map(np.testing.assert_array_equal, found, quantize(weight, config))
+
+
+def test_a_module_that_was_made_cut_is_quantized():
+    with jax.set_mesh(MESH):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+        model = nnx.Sequential(nnx.Linear(EMBED, HIDDEN, kernel_init=init, rngs=nnx.Rngs(0)))
+        x = jax.device_put(jnp.ones((8, EMBED)), SPEC("data"))
+        dense = model(x)
+        y = quantize_module(model, QuantConfig("int8"))(x)
+    assert model.layers[0].kernel.get_value().codes.sharding.spec == SPEC("model", None)
+    assert jax.typeof(y).sharding.spec == SPEC("data", "model")
+    np.testing.assert_allclose(y, dense, rtol=0, atol=0.05)
