@@ -66,7 +66,11 @@ def quantize_module(
         return linear
 
     if not replace_layers(module, LINEAR, note):
-        raise ValueError(f"{type(module).__name__} holds no nnx.Linear; nothing to quantize")
+        raise ValueError(
+            f"{type(module).__name__} holds no nnx.Linear; nothing to quantize: of a layer itself, "
+            "QuantDense.from_weight makes a frozen one; what is a QuantDense already (quantized, "
+            "adapted, or of load_pretrained) stays as it is"
+        )
     # One name is a sequence of names, too: its letters.
     skipped = {skip} if isinstance(skip, str) else set(skip)
     strange = skipped - {name for path in linears for name in (path, path.rpartition(".")[2])}

@@ -60,6 +60,15 @@ def paged(
       paired with a result on the device ends the process ("memory kind does not match", or
       "Aborted"; jax 0.10 to 0.12).
 
+      State on the host is bound to its device, and then so is all that a step returns. Bind what
+      goes into the first step, too, or the second compiles the program again:
+      `tree = jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))`.
+
+      What chooses between the state before an update and after it (`optax.MultiSteps`,
+      `optax.apply_if_finite`) gives the same numbers, but on a card it chooses on the host, or
+      brings all of the state in at once. Sum gradients over micro-batches inside of the step
+      instead, as `train.make_train_step` does.
+
     Raises:
       TypeError: `inner` is no transformation.
       ValueError: at `init` or `update`, if `inner` mixes parameters.

@@ -123,6 +123,10 @@ def test_errors_name_what_there_is() -> None:
         ql.add_lora(model, ql.LoraConfig(target_modules="query"), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"no nnx\.Linear"):
         ql.quantize_module(nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"^Linear holds .* QuantDense\.from_weight makes"):
+        ql.quantize_module(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"a QuantDense already \(quantized, adapted"):
+        ql.quantize_module(ql.quantize_module(Model(nnx.Rngs(0))))
 
 
 class _Both(NamedTuple):

@@ -105,6 +105,26 @@ def test_state_rests_on_the_host_and_counters_and_small_leaves_on_the_device():
         assert all(p.sharding.memory_kind == "device" for p in jax.tree.leaves(params))
 
 
+def test_a_step_whose_arrays_are_bound_compiles_once():
+    params = {"large": jnp.ones((64, 64)), "small": jnp.ones(9)}
+    tx = paged(optax.adamw(1e-3), min_size=1000)
+    start = (params, tx.init(params))
+
+    def compiles(start):
+        @jax.jit
+        def step(params, state):
+            updates, state = tx.update(params, state, params)
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(3):
+            start = step(*start)
+        return step._cache_size()
+
+    assert compiles(start) == 2  # what the docstring of `paged` warns of
+    bound = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, start))
+    assert compiles(bound) == 1
+
+
 def test_paged_state_of_an_nnx_model():
     class Model(nnx.Module):
         def __init__(self, rngs):
