@@ -195,8 +195,8 @@ def _refuse_mixing(
         if {owner_in[i] for i in inputs} - {None, owner}:
             raise ValueError(
                 "paged updates one parameter at a time, but the given transformation mixes "
-                "parameters, as clipping by the global norm and optax.MultiSteps do; put paged "
-                "inside of it, around the part that keeps the moments: "
-                "optax.chain(optax.clip_by_global_norm(0.3), paged(optax.adamw(2e-4))), "
-                "optax.MultiSteps(paged(optax.adamw(2e-4)), 4)."
+                "parameters, as clipping by the global norm and optax.MultiSteps do: put paged "
+                "around the part that keeps the moments alone, as "
+                "optax.chain(optax.clip_by_global_norm(0.3), paged(optax.adamw(2e-4))), and sum "
+                "the gradients of several batches inside of the step, as make_train_step does."
             )

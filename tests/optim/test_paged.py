@@ -169,7 +169,7 @@ def test_no_parameters():
         ),
         (
             lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
-            r"optax.MultiSteps\(paged\(",
+            "sum the gradients of several batches inside of the step",
         ),
     ],
     ids=["clip_by_global_norm", "MultiSteps"],
