@@ -19,6 +19,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from experiments.answering import adapter_digest
+from experiments.answering import PARTIAL, adapter_digest
 from experiments.checks import AXIS, Checked, check, mesh_of, told_of_idle_names
 from experiments.config import DevicesConfig, RunConfig, build_run
+from experiments.examination import ANSWERS as MMLU
 from experiments.examination import final, probes
 from experiments.report import ERROR, METRICS, RESULT, read_metrics
 from experiments.room import check_room, row_lengths
@@ -45,7 +47,7 @@ from qlora_jax.pretrained import load_pretrained
 from qlora_jax.processes import on_first
 from qlora_jax.train import Callback, fit
 from qlora_jax.train.callbacks import elapsed_seconds
-from qlora_jax.train.config import FREE_ON_RESUME
+from qlora_jax.train.config import FREE_ON_RESUME, goes_further
 from qlora_jax.train.peak import (
     device_peak_since,
     forget_peak_host_bytes,
@@ -57,7 +59,8 @@ CONFIG = "config.yaml"
 
 
 class _FirstWords:
-    """Writes config.yaml once the folder is known to be this run's; forgets an earlier failure."""
+    """Writes config.yaml once the folder is known to be this run's; forgets an earlier failure, and
+    what a finished run was found to be that is given more steps."""
 
     def __init__(self, run: RunConfig, folder: Path, console: Console) -> None:
         self.run, self.folder, self.console = run, folder, console
@@ -73,8 +76,11 @@ class _FirstWords:
                     "is the same to rounding, but not to the bit.",
                     highlight=False,
                 )
+        # What a model with fewer steps was found to be; first the result, which says "finished".
+        examined = (RESULT, MMLU, PARTIAL) if step < self.run.train.steps else ()
+        for name in (*examined, ERROR):
+            (self.folder / name).unlink(missing_ok=True)
         write_whole(path, to_yaml(self.run))
-        (self.folder / ERROR).unlink(missing_ok=True)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Nothing to do."""
@@ -221,7 +227,7 @@ def identity(run: RunConfig) -> dict[str, Any]:
 
 
 def is_finished(run: RunConfig, folder: Path) -> bool:
-    """Whether a run folder holds this run, finished.
+    """Whether a run folder holds this run, finished; one that has fewer steps is not.
 
     Raises:
         ValueError: it holds another run; the message says what differs.
@@ -237,13 +243,16 @@ def is_finished(run: RunConfig, folder: Path) -> bool:
         ) from error
     free = {f"train.{name}" for name in FREE_ON_RESUME}
     free |= {f"devices.{name}" for name in option_names(DevicesConfig)}
+    further = goes_further(asdict(saved.train), asdict(run.train))
+    if further:
+        free.add("train.steps")
     other = [text for text in differences(run, saved) if text.split(":")[0] not in free]
     if other:
         raise ValueError(
             f"{folder} holds a run with other options ({'; '.join(other)}): choose another --out, "
             "set them back, or give --overwrite to delete it."
         )
-    return (folder / RESULT).is_file()
+    return (folder / RESULT).is_file() and not further
 
 
 def _described(devices: DevicesConfig) -> str:

@@ -7,6 +7,8 @@ of 2e-4, Adam with b2 = 0.999, gradients clipped to a global norm of 0.3, 16 exa
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import optax
@@ -31,12 +33,20 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+def goes_further(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether a run that was begun with the fields `before` may go on to more steps: its learning
+    rate must not depend on how many there are."""
+    constant = before.get("schedule") == after.get("schedule") == "constant"
+    return constant and after["steps"] > before.get("steps", math.inf)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run's hyperparameters. A step is one optimizer update.
 
     Attributes:
-      steps: optimizer updates in the whole run.
+      steps: optimizer updates in the whole run. With a constant schedule a run, finished or not,
+        may be given more.
       optim: "adamw" or "lion"; with "_8bit", its moments rest as 8-bit codes.
       master_weights: keep a float32 copy of the adapters in the optimizer's state, and update that:
         for adapters of 16 bits, which alone would lose small updates to rounding.

@@ -156,7 +156,12 @@ def fit(
         described = describe_run(config, identity or {})
         on_first(
             lambda: check_or_write_config(
-                folder, described, started=started, defaults=identity_defaults
+                folder,
+                described,
+                started=started,
+                defaults=identity_defaults,
+                # An optimizer of the caller's may have a schedule of its own.
+                may_go_further=tx is None,
             )
         )
         console = (console or Console()) if is_first() else Console(quiet=True)

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from qlora_jax.files import write_whole
-from qlora_jax.train.config import FREE_ON_RESUME, TrainConfig
+from qlora_jax.train.config import FREE_ON_RESUME, TrainConfig, goes_further
 
 LOCK = "run.lock"
 
@@ -140,6 +140,7 @@ def check_or_write_config(
     *,
     started: bool,
     defaults: Mapping[str, Any] | None = None,
+    may_go_further: bool = True,
 ) -> None:
     """Write config.json; or, for a run that has `started`, make sure that it is the same run.
 
@@ -147,7 +148,8 @@ def check_or_write_config(
     without adapters) left nothing to resume, and does not bind the folder to its configuration.
 
     A field that there was not yet when the run began did what is its default now, of those that the
-    caller names `defaults`, or None.
+    caller names `defaults`, or None. More steps, where there may be more (`may_go_further` and
+    `goes_further`), are written.
 
     Raises:
       ValueError: naming every field that differs, with both values.
@@ -158,19 +160,24 @@ def check_or_write_config(
         return
     before = json.loads(path.read_text())
     known = describe_run(TrainConfig(), defaults or {})
+    further = may_go_further and goes_further(before.get("train", {}), description["train"])
+    free = FREE_ON_RESUME | ({"steps"} if further else set())
     differing = [
         f"{name} (was {old}, is {new})"
         for section in ("train", "run")
         for name, old, new in _differences(
             before.get(section, {}), description[section], known[section]
         )
-        if not (section == "train" and name in FREE_ON_RESUME)
+        if not (section == "train" and name in free)
     ]
     if differing:
         raise ValueError(
             f"{folder} holds a run with another configuration; these fields differ: "
             f"{', '.join(differing)}. Set them back to resume it, or choose another run folder."
         )
+    if further:
+        before["train"]["steps"] = description["train"]["steps"]
+        write_whole(path, json.dumps(before, indent=2) + "\n")
 
 
 def _differences(

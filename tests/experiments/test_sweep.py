@@ -134,6 +134,31 @@ def test_a_failing_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path, c
     assert not (failed / "error.txt").exists()
 
 
+def test_a_finished_run_goes_on_to_more_steps(tiny_model, tmp_path, capsys):
+    out = tmp_path / "run"
+
+    def command(steps: int, *more: str) -> list[str]:
+        flags = ["--model", str(tiny_model), "--data", "describe", "--out", str(out)]
+        return [*flags, *fast(f"train.steps={steps}", *more)]
+
+    assert finetune.main(command(2)) == 0
+    for name in ("mmlu.jsonl", "answers.partial.jsonl"):
+        (out / name).write_text("of the model with two steps")
+    assert finetune.main(command(4, "train.schedule=linear")) == 2
+    told = capsys.readouterr().err
+    assert "train.steps: 4, was 2" in told
+    assert "train.schedule: linear, was constant" in told
+    assert finetune.main(command(4)) == 0
+    assert "resumed after step 2 of 4" in capsys.readouterr().out
+    assert json.loads((out / "result.json").read_text())["steps"] == 4
+    assert yaml.safe_load((out / "config.yaml").read_text())["train"]["steps"] == 4
+    assert not {*out.glob("mmlu.jsonl"), *out.glob("answers.partial.jsonl")}
+    assert finetune.main(command(4)) == 0
+    assert "finished; --overwrite repeats it" in capsys.readouterr().out
+    assert finetune.main(command(2)) == 2
+    assert "train.steps: 2, was 4" in capsys.readouterr().err
+
+
 def test_a_run_broken_off_ends_with_the_same_adapter(tiny_model, tmp_path, monkeypatch, capsys):
     def command(folder: Path) -> list[str]:
         flags = ["--model", str(tiny_model), "--data", "describe", "--out", str(folder)]

@@ -96,6 +96,26 @@ def test_a_finished_run_is_not_trained_again(tmp_path, reference):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_finished_run_with_more_steps_goes_on_to_the_same_bits(tmp_path):
+    held_out = {"eval_batches": [ToyBatches(4).at(1000)]}
+
+    def run(folder, steps):
+        config = dataclasses.replace(CONFIG, schedule="constant", steps=steps)
+        return train(tmp_path / folder, config=config, **held_out)
+
+    whole, _ = run("whole", 9)
+    run("longer", 6)
+    model, result = run("longer", 9)
+    assert result.step == 9
+    for a, b in zip(adapters(model), adapters(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+    lines = _numbers(tmp_path / "longer")
+    # What was looked at when it ended stays on record.
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 6, 9]
+    rest = [line for line in lines if line["step"] != 6 or "loss" in line]
+    assert rest == _numbers(tmp_path / "whole")
+
+
 def test_another_configuration_is_refused_naming_the_fields(tmp_path):
     def run(config, **identity):
         model = Toy(dropout=0.1)

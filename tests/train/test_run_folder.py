@@ -123,12 +123,32 @@ def test_only_how_a_run_is_watched_may_change(tmp_path):
     begun = describe_run(TrainConfig(), {})
     check_or_write_config(tmp_path, begun, started=False)
     for name in begun["train"]:
-        other = {**begun, "train": {**begun["train"], name: "another"}}
+        other = {**begun, "train": {**begun["train"], name: 1 if name == "steps" else "another"}}
         if name in free:
             check_or_write_config(tmp_path, other, started=True)
             continue
         with pytest.raises(ValueError, match=rf"these fields differ: {name} \(was "):
             check_or_write_config(tmp_path, other, started=True)
+
+
+def test_a_run_may_get_more_steps_where_its_learning_rate_does_not_depend_on_them(tmp_path):
+    def described(steps, **fields):
+        return describe_run(TrainConfig(steps, **fields), {})
+
+    check_or_write_config(tmp_path, described(4), started=False)
+    check_or_write_config(tmp_path, described(6), started=True)
+    with pytest.raises(ValueError, match=r"differ: steps \(was 6, is 8\)"):
+        check_or_write_config(tmp_path, described(8), started=True, may_go_further=False)
+    # Killed since, it is one of six steps.
+    with pytest.raises(ValueError, match=r"differ: steps \(was 6, is 4\)"):
+        check_or_write_config(tmp_path, described(4), started=True)
+    with pytest.raises(ValueError, match=r"differ: steps \(was 6, is 8\), schedule"):
+        check_or_write_config(tmp_path, described(8, schedule="linear"), started=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    check_or_write_config(other, described(4, schedule="cosine"), started=False)
+    with pytest.raises(ValueError, match=r"differ: steps \(was 4, is 6\)"):
+        check_or_write_config(other, described(6, schedule="cosine"), started=True)
 
 
 def test_a_field_that_there_was_not_yet_is_one_that_is_not_set(tmp_path):

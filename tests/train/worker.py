@@ -51,12 +51,12 @@ class Killer:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(run_folder: Path, callbacks=(), **options) -> tuple[Toy, FitResult]:
+def train(run_folder: Path, callbacks=(), config=CONFIG, **options) -> tuple[Toy, FitResult]:
     model = Toy(dropout=0.1)
     result = fit(
         model,
         ToyBatches(2, 4),
-        CONFIG,
+        config,
         run_folder=run_folder,
         loss_fn=toy_loss,
         callbacks=callbacks,
