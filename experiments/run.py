@@ -58,7 +58,7 @@ from qlora_jax.train.peak import (
 CONFIG = "config.yaml"
 
 
-class _FirstWords:
+class _FirstWords(Callback):
     """Writes config.yaml once the folder is known to be this run's; forgets an earlier failure, and
     what a finished run was found to be that is given more steps."""
 
@@ -81,15 +81,6 @@ class _FirstWords:
         for name in (*examined, ERROR):
             (self.folder / name).unlink(missing_ok=True)
         write_whole(path, to_yaml(self.run))
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing to do."""
-
-    def flush(self) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to do."""
 
 
 def execute(

@@ -23,7 +23,7 @@ class GenerationConfig:
         temperature: 0 takes the most likely token each time (greedy).
         top_k: draw among the k most likely; None for all.
         top_p: draw among the most likely that together reach this probability; 1 for all.
-        eos_token_ids: a row ends with the first of these; none of them: it runs to its length.
+        eos_token_ids: ids, or one, of which the first ends a row; none: it runs to its length.
         stop: texts, or one, that end an answer, which is cut before the first one.
     """
 
@@ -32,14 +32,15 @@ class GenerationConfig:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
-    eos_token_ids: Sequence[int] = ()
+    eos_token_ids: Sequence[int] | int = ()
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """ValueError for a value that no distribution or length can have."""
         # One text is a sequence of texts, too: its letters.
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        for name, value in (("stop", stop), ("eos_token_ids", self.eos_token_ids)):
+        ends = (self.eos_token_ids,) if isinstance(self.eos_token_ids, int) else self.eos_token_ids
+        for name, value in (("stop", stop), ("eos_token_ids", ends)):
             object.__setattr__(self, name, tuple(value))
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be 1 or more.")

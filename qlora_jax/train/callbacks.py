@@ -23,7 +23,7 @@ from qlora_jax.files import write_whole
 
 @runtime_checkable
 class Callback(Protocol):
-    """What `fit` tells the outside."""
+    """What `fit` tells the outside; a class that inherits it may leave methods out."""
 
     def start(self, step: int) -> None:
         """The run begins after `step` finished updates (0, or where it resumes)."""

@@ -234,8 +234,9 @@ def test_the_papers_sampling():
     assert sampling.max_new_tokens == 512
 
 
-def test_one_stop_text_or_a_list_of_them_is_a_tuple():
+def test_one_end_or_a_list_of_them_is_a_tuple():
     assert GenerationConfig(stop="###").stop == ("###",)
+    assert GenerationConfig(eos_token_ids=0).eos_token_ids == (0,)
     several = GenerationConfig(stop=["a", "b"], eos_token_ids=[1, 2])
     assert (several.stop, several.eos_token_ids) == (("a", "b"), (1, 2))
     assert hash(several) == hash(GenerationConfig(stop=("a", "b"), eos_token_ids=(1, 2)))
