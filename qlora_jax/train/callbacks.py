@@ -27,15 +27,19 @@ class Callback(Protocol):
 
     def start(self, step: int) -> None:
         """The run begins after `step` finished updates (0, or where it resumes)."""
+        return
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one step."""
+        return
 
     def flush(self) -> None:
         """A checkpoint is about to be written: what was logged must be safe."""
+        return
 
     def close(self) -> None:
         """The run ends, well or not."""
+        return
 
 
 @dataclass(frozen=True)
