@@ -350,11 +350,15 @@ def _kernel(plan: Plan):
                 lambda m, o: load_offset(m, plan, o), table, [offset], arrays.words_type(4)
             )
 
-            def load(column, group):
+            def whereabouts(number):
+                """The first column of y and the group of the row, of the team's `number`-th."""
+                return column_of(lax.div(number, plan.groups)), lax.rem(number, plan.groups)
+
+            def load(number):
                 return arrays.run(
                     lambda m, i, c, g, w, a, e: load_share(m, plan, i, c, g, w, a, e),
                     table,
-                    [member, column, group, codes, absmax, nested],
+                    [member, *whereabouts(number), codes, absmax, nested],
                     arrays.words_type(_RAW * plan.share),
                 )
 
@@ -366,11 +370,11 @@ def _kernel(plan: Plan):
                     arrays.words_type(4),
                 )
 
-            def store(piece, raw, scales, column, group, number):
+            def store(piece, raw, scales, number):
                 arrays.run(
                     lambda m, r, s, i, c, g, p, o: store_piece(m, plan, piece, r, s, i, c, g, p, o),
                     table,
-                    [raw, scales, member, column, group, place_of(number), room],
+                    [raw, scales, member, *whereabouts(number), place_of(number), room],
                 )
 
             def copy_tile(source, row, step, tile, slot):
@@ -387,17 +391,15 @@ def _kernel(plan: Plan):
                     lambda m, c, t, v: await_members(m, c, t, v), table, [counted, team, value]
                 )
 
-            raw = load(column_of(0), jnp.int32(0))
+            zero, one = jnp.int32(0), jnp.int32(1)
+            raw = load(zero)
             scales = scale(raw)
             for piece in range(PIECES):
-                store(piece, raw, scales, column_of(0), jnp.int32(0), jnp.int32(0))
+                store(piece, raw, scales, zero)
             count_in()
 
-            def one_group(number, carry):
+            def one_group(number, raw):
                 index, group = lax.div(number, plan.groups), lax.rem(number, plan.groups)
-                last = group == plan.groups - 1
-                next_column = column_of(jnp.where(last, index + 1, index))
-                next_group = jnp.where(last, 0, group + 1)
                 first = group * GROUP
                 here = jnp.minimum(GROUP, plan.steps - first)
 
@@ -423,18 +425,20 @@ def _kernel(plan: Plan):
                     of_tile = jnp.where(group == 0, plan.low_steps, 0)
                     lax.fori_loop(0, of_tile, fill_low, None)
                 await_all(number)
-                raw = load(next_column, next_group)
                 scales = None
                 for i in range(FIRST_HALF):
                     pl.when(i < here)(functools.partial(fill, i))
                     if i == 0:
                         scales = scale(raw)
                     elif i <= PIECES:
-                        store(i - 1, raw, scales, next_column, next_group, number + 1)
+                        store(i - 1, raw, scales, number + 1)
                 count_in()
-                return lax.fori_loop(FIRST_HALF, here, fill, carry)
+                # Under way until the next turn.
+                raw = load(number + 2)
+                lax.fori_loop(FIRST_HALF, here, fill, None)
+                return raw
 
-            lax.fori_loop(0, count * plan.groups, one_group, None)
+            lax.fori_loop(0, count * plan.groups, one_group, load(one))
 
         @pl.when(wg < COMPUTE)
         def _compute():
@@ -466,7 +470,8 @@ def _kernel(plan: Plan):
 
                 sums = pl.run_scoped(accumulate, plgpu.ACC((BLOCK, cfg.rows), jnp.float32))
                 arrays.run(
-                    lambda m, s, r, t, b, o: store_sums(m, plan, s, r, t, b, o),
+                    # Else 256 addresses would be kept from tile to tile, which have the same rows.
+                    lambda m, s, r, t, b, o: store_sums(m, plan, s, r, m.anew(t), b, o),
                     table,
                     [sums, column_of(index) + wg * BLOCK, token, bias, out],
                 )

@@ -107,6 +107,10 @@ class Machine:
             out[:, i] = np.where(which & 8, np.where(byte & 0x80, 0xFF, 0), byte)
         return out.view(np.uint32)[:, 0]
 
+    def anew(self, word: np.ndarray) -> np.ndarray:
+        """The same word."""
+        return word
+
     # -- memory ---------------------------------------------------------------------------------
 
     def part(self, buffer: np.ndarray, number: np.ndarray, nbytes: int) -> np.ndarray:

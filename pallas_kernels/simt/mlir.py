@@ -227,6 +227,10 @@ class Machine:
             *_asm("prmt.b32 $0, $1, $2, $3;", [_i32()], [a.value, b.value, _value(selector)])
         )
 
+    def anew(self, word: Word) -> Word:
+        """The same word, to the compiler another each time: what follows from it is not kept."""
+        return Word(*_asm("mov.b32 $0, $1;", [_i32()], [word.value], has_side_effects=True))
+
     # -- memory ---------------------------------------------------------------------------------
 
     def buffer(self, memref: ir.Value) -> ir.Value:
@@ -404,6 +408,7 @@ class Machine:
             @there bra look;
             trap;
         done:
+            bar.warp.sync 0xffffffff;
         }}"""
         _asm(text, [], [self._at(buffer, address), value.value])
 

@@ -218,9 +218,9 @@ def test_hopper_matmuls_with_wide_look_ups(op):
     [
         ("7b-qkvo", "matmul", 4096, 64),
         ("7b-gate", "transposed", 4096, 0),
-        # Two blocks of 64 weights a thread; the longest rows; two teams.
+        # Two blocks of 64 weights a thread, also for rows that are no eights; long rows; two teams.
         pytest.param("7b-gate", "matmul", 2048, 0, marks=pytest.mark.slow),
-        pytest.param("7b-gate", "transposed", 2048, 0, marks=pytest.mark.slow),
+        pytest.param("7b-gate", "transposed", 2100, 0, marks=pytest.mark.slow),
         pytest.param("70b-down", "transposed", 4096, 0, marks=pytest.mark.slow),
         pytest.param("70b-down", "matmul", 16384, 0, marks=pytest.mark.slow),
     ],
@@ -250,8 +250,9 @@ def test_hopper_teams(shape_name, op, rows, rank):
     found = [step for step, _ in itertools.groupby(steps)]
     stored, fence = "STG.E.128", "FENCE.VIEW.ASYNC.G"
     assert found[:5] == [stored, fence, "REDG", "LDG.E.STRONG.GPU", fence]
-    rooms = SMS // (rows // 256) * mosaic_team.ROOM * 2**18
-    assert compiled.memory_analysis().temp_size_in_bytes < rooms + 2 * n * rank + 2**16
+    copies = 2 * n * rank + (2 * (rows + 4) * shapes[0][1] if rows % 8 else 0)
+    rooms = SMS // -(-rows // 256) * mosaic_team.ROOM * 2**18
+    assert compiled.memory_analysis().temp_size_in_bytes < rooms + copies + 2**16
 
 
 @pytest.mark.parametrize(
