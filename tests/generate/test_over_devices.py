@@ -37,7 +37,14 @@ def model():
     return random_decoder(CONFIG, quant=QuantConfig(), lora=LoraConfig(r=4))
 
 
-@pytest.mark.parametrize(("over", "config"), [(None, GREEDY), ("data", GREEDY), ("data", SAMPLED)])
+@pytest.mark.parametrize(
+    ("over", "config"),
+    [
+        (None, GREEDY),
+        ("data", GREEDY),
+        pytest.param("data", SAMPLED, marks=pytest.mark.slow),
+    ],
+)
 def test_caches_and_vocabulary_stay_where_they_lie(over, config):
     """Each device has the cache of its own rows; a cut vocabulary is read by columns."""
     spread_model = model()
@@ -60,7 +67,9 @@ def test_caches_and_vocabulary_stay_where_they_lie(over, config):
     assert max(sizes) < BATCH * 256 * LENGTH
 
 
+@pytest.mark.slow
 def test_the_same_tokens_as_on_one_device():
+    """Beside `test_devices`: with adapters, whole and cut weights."""
     prompts = [list(range(5, 5 + length)) for length in (3, 9, 4, 7)]
     alone = generate(model(), prompts, GREEDY, batch_size=4)
     for over in (None, "data"):

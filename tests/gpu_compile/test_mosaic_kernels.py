@@ -221,7 +221,6 @@ def test_hopper_matmuls_with_wide_look_ups(op):
         # Two blocks of 64 weights a thread, also for rows that are no eights; long rows; two teams.
         pytest.param("7b-gate", "matmul", 2048, 0, marks=pytest.mark.slow),
         pytest.param("7b-gate", "transposed", 2100, 0, marks=pytest.mark.slow),
-        pytest.param("70b-down", "transposed", 4096, 0, marks=pytest.mark.slow),
         pytest.param("70b-down", "matmul", 16384, 0, marks=pytest.mark.slow),
     ],
 )

@@ -70,7 +70,14 @@ def in_slices(program: Callable[[Decoder], Any]) -> Callable[[Decoder], Any]:
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize(("program", "quant"), [(decoding, NF4), (decoding, None), (training, NF4)])
+@pytest.mark.parametrize(
+    ("program", "quant"),
+    [
+        (decoding, NF4),
+        (decoding, None),
+        pytest.param(training, NF4, marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_to_the_bit_as_in_slices(program, quant):
     model = decoder(quant)
     got, expected = (jax.jit(run)(model) for run in (program, in_slices(program)))

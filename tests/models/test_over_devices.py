@@ -116,10 +116,10 @@ def of_loss(model: Any) -> tuple[Any, tuple[Any, Any, Any]]:
 @pytest.mark.parametrize(
     "build",
     [
-        streamed,
         experts,
         dense,
         alibi,
+        pytest.param(streamed, marks=pytest.mark.slow),
         pytest.param(dora, marks=pytest.mark.slow),
         pytest.param(encoder_decoder, marks=pytest.mark.slow),
     ],

@@ -109,6 +109,7 @@ def test_activations_stay_with_their_rows(model, quant):
     assert not [text for text, op in sent if op == "all-gather" and "u8[8," in text]
 
 
+@pytest.mark.slow
 def test_on_the_devices_here():
     """Simulated ones; what rests is as large as on any other."""
     here = plan(CUT)
@@ -120,6 +121,7 @@ def test_on_the_devices_here():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_cutting_is_advised_where_whole_weights_do_not_fit():
     made = plan(WORK, "l40")
     tight = plan(WORK, "l40", memory=int((made.device.total - made.device.base // 2) / 0.95))

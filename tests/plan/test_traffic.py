@@ -91,6 +91,7 @@ def test_streamed_weights_come_in_twice_and_one_layer_more():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_the_compiled_program_copies_as_much():
     step = step_of(micro_batches=MICRO, stream_weights=True, remat="offload")
     found = host_traffic(step.program.fn, *step.placed)

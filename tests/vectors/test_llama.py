@@ -101,7 +101,7 @@ def adapter_for_grads(tmp_path_factory):
         # 5.2e-3, 6.2e-5 and 3.2e-3 seen: other nested codes, see above.
         ("hf", "fp32", 8e-3, 2e-4, 6e-3),
         # 0.034, 1.7e-3 and 1.9e-2 seen; PEFT's own bf16 gradients are 8e-3 away from its fp32 ones.
-        ("bnb4", "bf16", 0.05, 3e-3, 3e-2),
+        pytest.param("bnb4", "bf16", 0.05, 3e-3, 3e-2, marks=pytest.mark.slow),
     ],
 )
 def test_lora_logits_loss_and_gradients(adapter_for_grads, base, dtype, tolerance, loss, gradient):
@@ -128,7 +128,9 @@ def test_lora_logits_loss_and_gradients(adapter_for_grads, base, dtype, toleranc
         # 9.7e-5 and 9e-5 seen: other nested codes.
         ("hf", "fp32.torch_adamw", jnp.float32, 0.0, 3e-4),
         # 3.5e-3 and 9e-4 seen: the reference's own bf16 and autocast curves differ by 3.3e-3.
-        ("bnb4", "bf16.torch_adamw", jnp.bfloat16, 0.0, 8e-3),
+        pytest.param(
+            *("bnb4", "bf16.torch_adamw", jnp.bfloat16, 0.0, 8e-3), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_twenty_steps(base, reference, dtype, weight_decay, tolerance):

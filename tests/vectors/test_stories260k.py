@@ -47,7 +47,7 @@ def probe() -> jax.Array:
     return jnp.asarray([LOSSES["probe_ids"]], jnp.int32)
 
 
-FAST = {"fp32", "nf4", "nf4-dq"}
+FAST = {"fp32", "nf4-dq"}
 
 
 @pytest.mark.parametrize(
