@@ -27,7 +27,6 @@ The transposed product, dxᵀ = Wᵀ · dyᵀ, is the same with W's other side u
 of W, a group 1024 of its rows, and `wgmma` reads its tiles of W transposed.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -40,29 +39,26 @@ from jaxtyping import Array
 
 from pallas_kernels._arguments import Layout, LowRank
 from pallas_kernels._mosaic import BLOCK, SMS, call, filled_up
-from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 from pallas_kernels.nf4_matmul.mosaic_lanes import store_sums
 from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, TEAM, MatmulConfig
 from pallas_kernels.nf4_matmul.mosaic_ring import free_slot, load_offset
-from pallas_kernels.nf4_matmul.mosaic_table import (
-    fill_table,
-    look_up_absmax,
-    tables_of,
-    weights_of,
+from pallas_kernels.nf4_matmul.mosaic_table import fill_table, tables_of
+from pallas_kernels.nf4_matmul.mosaic_team_lanes import (
+    GROUP,
+    PIECES,
+    RAW,
+    ROOM,
+    Plan,
+    await_members,
+    load_share,
+    publish,
+    scales_of_share,
+    store_piece,
 )
 from pallas_kernels.simt import arrays
 
-GROUP = 16
-"""Steps of 64 that a team decodes at a time."""
-
-ROOM = 4
-"""Groups in a team's room."""
-
 FIRST_HALF = GROUP // 2
 """Steps of a group during which the next one is decoded."""
-
-PIECES = 4
-"""Parts of a block of 64 weights, decoded a step apart, so that copies never wait for long."""
 
 ARRIVALS = 1 + COMPUTE
 """What makes a slot of the ring full: a tile of x, and one of W for each computing warpgroup."""
@@ -70,183 +66,10 @@ ARRIVALS = 1 + COMPUTE
 COMPUTING_REGISTERS, FEEDING_REGISTERS = 200, 104
 """Of a thread, by what its warpgroup does; together what a block is launched with, 3 · 168."""
 
-_RAW = 12
-"""Words of a block as it is loaded: codes, its absmax and the nested one's, two that fill up."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All sizes of one kernel: x [m, contracted], the result [m, n].
-
-    Attributes:
-        transposed: whether the weight is [contracted, n], not [n, contracted].
-    """
-
-    m: int
-    n: int
-    contracted: int
-    transposed: bool
-    dtype: str
-    double_quant: bool
-    has_bias: bool
-    config: MatmulConfig
-    rank: int = 0
-    """Of the adapter, a multiple of 64; 0 for none."""
-
-    @property
-    def steps(self) -> int:
-        """Blocks of 64 along the contracted axis."""
-        return self.contracted // BLOCK
-
-    @property
-    def low_steps(self) -> int:
-        """Blocks of 64 along the adapter's rank."""
-        return self.rank // BLOCK
-
-    @property
-    def all_steps(self) -> int:
-        """Of a tile: the adapter's, then the weight's."""
-        return self.low_steps + self.steps
-
-    @property
-    def groups(self) -> int:
-        """Of steps; the last may be shorter."""
-        return -(-self.steps // GROUP)
-
-    @property
-    def columns(self) -> int:
-        """Tiles along n."""
-        return -(-self.n // (BLOCK * COMPUTE))
-
-    @property
-    def members(self) -> int:
-        """Blocks of a team: tiles along m."""
-        return -(-self.m // self.config.rows)
-
-    @property
-    def teams(self) -> int:
-        """As many as run at the same time, if there is work for all."""
-        return min(SMS // self.members, self.columns)
-
-    @property
-    def grid(self) -> int:
-        """Blocks of threads."""
-        return self.teams * self.members
-
-    @property
-    def share(self) -> int:
-        """Blocks of 64 weights that a thread decodes of each group, 1 or 2."""
-        return -(-GROUP // self.members)
-
-    @property
-    def room_shape(self) -> tuple[int, int]:
-        """Of one group, decoded: rows of W in the order of `wgmma`'s, or its rows as they are."""
-        shape = (BLOCK * COMPUTE, BLOCK * GROUP)
-        return shape[::-1] if self.transposed else shape
-
-
-# -- what a thread of the feeding warpgroup does ---------------------------------------------------
-
-
-def load_share(m, plan, member, column, group, codes, absmax, nested):
-    """The thread's blocks of 64 weights of a group as they lie there, `_RAW` words each.
-
-    A warp's blocks lie one behind the other in memory, 32 bytes of codes each.
-    """
-    words = []
-    for i in range(plan.share):
-        block = _weights_of_share(m, plan, member, column, group, i)[0]
-        words += m.load(codes, block * 32, 4) + m.load(codes, block * 32, 4, offset=16)
-        if plan.double_quant:
-            words += [m.load_byte(absmax, block)]
-            words += m.load(nested, block // NESTED_BLOCKSIZE * 4)
-        else:
-            words += [*m.load(absmax, block * 4), m.word(0)]
-        words += [m.word(0)] * 2
-    return words
-
-
-def scales_of_share(m, plan, raw, offset):
-    """The scales of the thread's blocks, of what `load_share` has loaded; four words."""
-    scales = []
-    for i in range(plan.share):
-        absmax, nested = raw[_RAW * i + 8 : _RAW * i + 10]
-        scale = m.as_float(absmax)
-        if plan.double_quant:
-            value = look_up_absmax(m, plan.config, absmax)
-            scale = m.add_unfused(value * m.as_float(nested), m.as_float(offset[0]))
-        scales.append(m.as_word(scale))
-    return scales + [m.word(0)] * (4 - plan.share)
-
-
-def store_piece(m, plan, piece, raw, scales, member, column, group, place, room):
-    """Decode 16 weights of each of the thread's blocks and store them at the group's `place`.
-
-    They become what the reference makes of them: table and scale are float32, rounded once.
-    """
-    for i in range(plan.share):
-        _, at, inside = _weights_of_share(m, plan, member, column, group, i)
-        at = at + place * (2 * BLOCK * COMPUTE * BLOCK * GROUP) + piece * 32
-        words = raw[_RAW * i + 2 * piece : _RAW * i + 2 * piece + 2]
-        pairs = weights_of(m, plan.config, [w >> 8 * b & 0xFF for w in words for b in range(4)])
-        scale = m.as_float(scales[i])
-        pairs = [(even * scale, odd * scale) for even, odd in pairs]
-        if plan.transposed:
-            even, odd = zip(*pairs, strict=True)
-            flat = [*even, *odd]
-            pairs = list(zip(flat[::2], flat[1::2], strict=True))
-        packed = [m.pack(low, high, plan.dtype) for low, high in pairs]
-        for half in (0, 1):
-            m.store_words(room, at + 16 * half, packed[4 * half : 4 * half + 4], when=inside)
-
-
-def publish(m):
-    """What the warpgroup has stored can be copied, by whoever learns of it."""
-    m.copies_see_memory()
-    m.warpgroup_barrier()
-
-
-def await_members(m, counted, team, value):
-    """Wait until the team has been counted so often; what was stored before can be copied."""
-    m.await_at_least(counted, team * 4, value)
-    m.warpgroup_barrier()
-    m.copies_see_memory()
-
-
-def _weights_of_share(m, plan, member, column, group, i):
-    """The i-th block of 64 weights of the thread's share: its number in the weight, its first byte
-    in the group's place, and whether there is one.
-
-    Of 16 rows of a tile of yᵀ, row g is W's row 2g and row g + 8 is 2g + 1 (`mosaic_lanes`). So
-    rows of the place are exchanged, or for dx a row's columns, which `store_piece` does.
-    """
-    number = (member * plan.share + i) * 128 + (m.thread & 127)
-    inside = number < BLOCK * COMPUTE * GROUP
-    if plan.transposed:
-        row, half = number // COMPUTE, number % COMPUTE
-        w_row, wide = group * (GROUP * BLOCK) + row, plan.n // BLOCK
-        inside = inside & (w_row < plan.contracted)
-        block = m.minimum(w_row, plan.contracted - 1) * wide
-        block = block + m.minimum(column // BLOCK + half, wide - 1)
-        return block, number * (2 * BLOCK), inside
-    row, step = number // GROUP, number % GROUP
-    w_row, w_step = column + row, group * GROUP + step
-    inside = inside & (w_step < plan.steps)
-    block = m.minimum(w_row, plan.n - 1) * plan.steps + m.minimum(w_step, plan.steps - 1)
-    return block, (_exchanged(row) * GROUP + step) * (2 * BLOCK), inside
-
-
-def _exchanged(row):
-    """Where a row of W stands among the rows of `wgmma`'s tiles."""
-    return row // 16 * 16 + row % 2 * 8 + row // 2 % 8
-
 
 def _with_rows_exchanged(b: Array) -> Array:
-    """[n, rank], a row of it where `_exchanged` puts W's."""
+    """[n, rank], a row of it where `exchanged` puts W's."""
     return b.reshape(len(b) // 16, 8, 2, -1).swapaxes(1, 2).reshape(b.shape)
-
-
-# -- the kernel ------------------------------------------------------------------------------------
 
 
 def multiply_in_teams(
@@ -262,10 +85,21 @@ def multiply_in_teams(
     config: MatmulConfig,
     transposed: bool = False,
 ) -> Array:
-    """x · Wᵀ + bias + xa · bᵀ as `nf4_matmul` takes them, or transposed x · W alone.
+    """x · Wᵀ + bias + xa · bᵀ, or transposed x · W alone.
+
+    Args:
+        x: [..., k], or transposed [..., n], in bfloat16 or float16.
+        codes, absmax, nested_absmax, offset, bias, lora: as `nf4_matmul` takes them.
+        layout: of W [n, k].
+        config: with `team`.
+        transposed: whether to multiply by W, not by Wᵀ; without bias and adapter.
+
+    Returns:
+        [..., n], or transposed [..., k], in x's dtype.
 
     Raises:
-        ValueError: too few or too many rows of x, or too few columns.
+        ValueError: too few or too many rows of x, or too few columns; a device with fewer
+            multiprocessors than blocks.
     """
     contracted, batch = x.shape[-1], x.shape[:-1]
     x = x.reshape(-1, contracted)
@@ -359,7 +193,7 @@ def _kernel(plan: Plan):
                     lambda m, i, c, g, w, a, e: load_share(m, plan, i, c, g, w, a, e),
                     table,
                     [member, *whereabouts(number), codes, absmax, nested],
-                    arrays.words_type(_RAW * plan.share),
+                    arrays.words_type(RAW * plan.share),
                 )
 
             def scale(raw):

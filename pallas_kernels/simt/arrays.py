@@ -22,6 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.simt import mlir
+from pallas_kernels.simt.values import Float, Word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def run(
     arguments = [a.ref if isinstance(a, Tile) else a for a in arguments]
 
     def emit(_: Any, shared_ref: Any, *values: Any) -> Any:
-        machine = mlir.Machine(mlir.Word(machine_zero()).value, shared_ref)
+        machine = mlir.Machine(Word(machine_zero()).value, shared_ref)
         made = program(machine, *(_unwrap(machine, v) for v in values))
         return None if result is None else _wrap(made, result)
 
@@ -97,17 +98,17 @@ def _unwrap(machine: mlir.Machine, value: Any) -> Any:
     registers = list(value.registers.flat)
     if isinstance(registers[0].type, ir.VectorType):
         floats = str(registers[0].type.element_type) == "f32"
-        wrap = mlir.Float if floats else mlir.Word
+        wrap = Float if floats else Word
         size = registers[0].type.shape[0]
         values = [wrap(_element(r, i)) for r in registers for i in range(size)]
         if not floats:
             return values
         pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
         return [pairs[i : i + 2] for i in range(0, len(pairs), 2)]
-    return mlir.Word(registers[0])
+    return Word(registers[0])
 
 
-def _wrap(words: Sequence[mlir.Word], result: plgpu.ShapeDtypeStruct) -> Any:
+def _wrap(words: Sequence[Word], result: plgpu.ShapeDtypeStruct) -> Any:
     layout = result.layout.to_mgpu()
     integer = jnp.issubdtype(result.dtype, jnp.integer)
     kind = mgpu_utils.dtype_to_ir_type(result.dtype)

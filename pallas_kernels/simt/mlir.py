@@ -13,133 +13,21 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
-
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _i64() -> ir.Type:
-    return ir.IntegerType.get_signless(64)
-
-
-def _f32() -> ir.Type:
-    return ir.F32Type.get()
-
-
-def _const(value: int | float, type_: ir.Type) -> ir.Value:
-    if isinstance(value, float):
-        return arith.constant(type_, ir.FloatAttr.get(type_, value))
-    if value >= 1 << 31:
-        value -= 1 << 32
-    return arith.constant(type_, ir.IntegerAttr.get(type_, value))
-
-
-class Flag:
-    """One bit per thread."""
-
-    def __init__(self, value: ir.Value):
-        self.value = value
-
-    def __and__(self, other: "Flag") -> "Flag":
-        return Flag(arith.andi(self.value, other.value))
-
-
-def _compare(kind: arith.CmpIPredicate) -> Callable[["Word", "int | Word"], Flag]:
-    return lambda self, other: Flag(arith.cmpi(kind, self.value, _value(other)))
-
+from pallas_kernels.simt.values import (
+    Flag,
+    Float,
+    Word,
+    asm,
+    const,
+    f32,
+    i32,
+    i64,
+    value_of,
+    wrap,
+)
 
 POLLS = 1 << 24
 """How often `await_at_least` looks."""
-
-
-class Word:
-    """An unsigned 32-bit integer per thread."""
-
-    def __init__(self, value: ir.Value):
-        self.value = value
-
-    def __add__(self, other: "int | Word") -> "Word":
-        return Word(arith.addi(self.value, _value(other)))
-
-    def __sub__(self, other: "int | Word") -> "Word":
-        return Word(arith.subi(self.value, _value(other)))
-
-    def __rsub__(self, other: int) -> "Word":
-        return Word(arith.subi(_value(other), self.value))
-
-    def __mul__(self, other: "int | Word") -> "Word":
-        return Word(arith.muli(self.value, _value(other)))
-
-    def __floordiv__(self, other: "int | Word") -> "Word":
-        return Word(arith.divui(self.value, _value(other)))
-
-    def __mod__(self, other: "int | Word") -> "Word":
-        return Word(arith.remui(self.value, _value(other)))
-
-    def __and__(self, other: "int | Word") -> "Word":
-        return Word(arith.andi(self.value, _value(other)))
-
-    def __or__(self, other: "int | Word") -> "Word":
-        return Word(arith.ori(self.value, _value(other)))
-
-    def __xor__(self, other: "int | Word") -> "Word":
-        return Word(arith.xori(self.value, _value(other)))
-
-    def __lshift__(self, other: "int | Word") -> "Word":
-        return Word(arith.shli(self.value, _value(other)))
-
-    def __rshift__(self, other: "int | Word") -> "Word":
-        return Word(arith.shrui(self.value, _value(other)))
-
-    __radd__, __rmul__ = __add__, __mul__
-    __lt__ = _compare(arith.CmpIPredicate.ult)
-    __ge__ = _compare(arith.CmpIPredicate.uge)
-    __eq__ = _compare(arith.CmpIPredicate.eq)  # type: ignore[assignment]
-    __hash__ = None  # type: ignore[assignment]
-
-
-class Float:
-    """A float32 per thread."""
-
-    def __init__(self, value: ir.Value):
-        self.value = value
-
-    def __add__(self, other: "Float") -> "Float":
-        return Float(arith.addf(self.value, other.value))
-
-    def __mul__(self, other: "Float") -> "Float":
-        return Float(arith.mulf(self.value, other.value))
-
-
-def _value(operand: "int | Word") -> ir.Value:
-    return operand.value if isinstance(operand, Word) else _const(operand, _i32())
-
-
-def _wrap(value: ir.Value) -> Word | Float:
-    return Float(value) if value.type == _f32() else Word(value)
-
-
-def _asm(text: str, outputs: Sequence[ir.Type], inputs: Sequence[ir.Value], **flags: bool) -> list:
-    """Inline PTX; `$0 …` are the outputs, then the inputs."""
-
-    def letter(t):
-        return {"i32": "r", "f32": "f", "i1": "b", "i64": "l"}.get(str(t), "l")
-
-    out = "=&" if flags.get("early_clobber") else "="
-    constraints = [f"{out}{letter(t)}" for t in outputs] + [letter(v.type) for v in inputs]
-    result = ir.Type.parse("!llvm.void")
-    if outputs:
-        result = outputs[0] if len(outputs) == 1 else llvm.StructType.get_literal(list(outputs))
-    made = llvm.inline_asm(
-        result,
-        list(inputs),
-        text,
-        ",".join(constraints),
-        has_side_effects=flags.get("has_side_effects", not outputs),
-    )
-    if len(outputs) < 2:
-        return [made] if outputs else []
-    return [llvm.extractvalue(t, made, [i]) for i, t in enumerate(outputs)]
 
 
 class Machine:
@@ -159,35 +47,35 @@ class Machine:
 
     def word(self, value: int) -> Word:
         """A constant word."""
-        return Word(_const(value, _i32()))
+        return Word(const(value, i32()))
 
     def number(self, value: float) -> Float:
         """A constant float32."""
-        return Float(_const(float(value), _f32()))
+        return Float(const(float(value), f32()))
 
     def minimum(self, a: Word, b: int | Word) -> Word:
         """Unsigned minimum."""
-        return Word(arith.minui(a.value, _value(b)))
+        return Word(arith.minui(a.value, value_of(b)))
 
     def maximum(self, a: Word, b: int | Word) -> Word:
         """Unsigned maximum."""
-        return Word(arith.maxui(a.value, _value(b)))
+        return Word(arith.maxui(a.value, value_of(b)))
 
     def maximum_u16x2(self, a: Word, b: Word) -> Word:
         """Unsigned maximum of each 16-bit half."""
-        return Word(*_asm("max.u16x2 $0, $1, $2;", [_i32()], [a.value, b.value]))
+        return Word(*asm("max.u16x2 $0, $1, $2;", [i32()], [a.value, b.value]))
 
     def where(self, flag: Flag, a: Any, b: Any) -> Any:
         """a where the flag is set, else b."""
-        return _wrap(arith.select(flag.value, a.value, b.value))
+        return wrap(arith.select(flag.value, a.value, b.value))
 
     def as_float(self, word: Word) -> Float:
         """The float32 with these bits."""
-        return Float(arith.bitcast(_f32(), word.value))
+        return Float(arith.bitcast(f32(), word.value))
 
     def as_word(self, number: Float) -> Word:
         """The bits of a float32."""
-        return Word(arith.bitcast(_i32(), number.value))
+        return Word(arith.bitcast(i32(), number.value))
 
     def fma(self, a: Float, b: Float, c: Float) -> Float:
         """a · b + c, rounded once."""
@@ -195,7 +83,7 @@ class Machine:
 
     def add_unfused(self, product: Float, addend: Float) -> Float:
         """product + addend with the product rounded first."""
-        return Float(*_asm("add.rn.f32 $0, $1, $2;", [_f32()], [product.value, addend.value]))
+        return Float(*asm("add.rn.f32 $0, $1, $2;", [f32()], [product.value, addend.value]))
 
     def half_pair(self, word: Word) -> tuple[Float, Float]:
         """The two float16 of a word as float32, low half first.
@@ -203,14 +91,14 @@ class Machine:
         It stays behind the waits that it follows: a look-up may be under way meanwhile.
         """
         text = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
-        low, high = _asm(text, [_f32()] * 2, [word.value], has_side_effects=True)
+        low, high = asm(text, [f32()] * 2, [word.value], has_side_effects=True)
         return Float(low), Float(high)
 
     def pack(self, low: Float, high: Float, dtype: str) -> Word:
         """Two float32 rounded to `dtype` ("bfloat16" or "float16") in one word."""
         kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
         text = f"cvt.rn.{kind}.f32 $0, $1, $2;"
-        return Word(*_asm(text, [_i32()], [high.value, low.value]))
+        return Word(*asm(text, [i32()], [high.value, low.value]))
 
     def float_bits(self, number: Float, dtype: str) -> Word:
         """A float32 rounded to `dtype` ("bfloat16", "float16", "float32"), as the low bits."""
@@ -224,12 +112,12 @@ class Machine:
         Where bit 4i + 3 of the selector is set, it is that byte's sign bit, eight times.
         """
         return Word(
-            *_asm("prmt.b32 $0, $1, $2, $3;", [_i32()], [a.value, b.value, _value(selector)])
+            *asm("prmt.b32 $0, $1, $2, $3;", [i32()], [a.value, b.value, value_of(selector)])
         )
 
     def anew(self, word: Word) -> Word:
         """The same word, to the compiler another each time: what follows from it is not kept."""
-        return Word(*_asm("mov.b32 $0, $1;", [_i32()], [word.value], has_side_effects=True))
+        return Word(*asm("mov.b32 $0, $1;", [i32()], [word.value], has_side_effects=True))
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -239,8 +127,8 @@ class Machine:
 
     def part(self, buffer: ir.Value, number: Word, nbytes: int) -> ir.Value:
         """The number-th `nbytes` of a buffer, which may be longer than words count."""
-        each = arith.constant(_i64(), ir.IntegerAttr.get(_i64(), nbytes))
-        start = arith.muli(arith.extui(_i64(), number.value), each)
+        each = arith.constant(i64(), ir.IntegerAttr.get(i64(), nbytes))
+        start = arith.muli(arith.extui(i64(), number.value), each)
         return mgpu_utils.getelementptr(buffer, [start], _byte())
 
     def load(
@@ -265,19 +153,19 @@ class Machine:
         inputs = [self._at(buffer, address)]
         if when is not None:
             text, inputs = f"@${words + 1} {text}", [*inputs, when.value]
-        return [Word(v) for v in _asm(text, [_i32()] * words, inputs, has_side_effects=True)]
+        return [Word(v) for v in asm(text, [i32()] * words, inputs, has_side_effects=True)]
 
     def prefetch(self, buffer: ir.Value, address: Word, nbytes: Word, *, when: Flag) -> None:
         """Ask for bytes of global memory, all at multiples of 16, into the second-level cache."""
         text = "@$2 cp.async.bulk.prefetch.L2.global [$0], $1;"
-        _asm(text, [], [self._at(buffer, address), nbytes.value, when.value])
+        asm(text, [], [self._at(buffer, address), nbytes.value, when.value])
 
     def load_byte(self, buffer: ir.Value, address: Word, *, when: Flag | None = None) -> Word:
         """One byte of global memory as a word."""
         text, inputs = "ld.global.u8 $0, [$1];", [self._at(buffer, address)]
         if when is not None:
             text, inputs = f"@$2 {text}", [*inputs, when.value]
-        return Word(*_asm(text, [_i32()], inputs, has_side_effects=True))
+        return Word(*asm(text, [i32()], inputs, has_side_effects=True))
 
     def store(
         self, buffer: ir.Value, address: Word, value: Word, width: int, *, when: Flag
@@ -287,7 +175,7 @@ class Machine:
             4: "@$2 st.global.b32 [$0], $1;",
             2: "{ .reg .b16 h, u; mov.b32 {h, u}, $1; @$2 st.global.b16 [$0], h; }",
         }[width]
-        _asm(text, [], [self._at(buffer, address), value.value, when.value])
+        asm(text, [], [self._at(buffer, address), value.value, when.value])
 
     def store_words(
         self, buffer: ir.Value, address: Word, values: Sequence[Word], *, when: Flag
@@ -295,7 +183,7 @@ class Machine:
         """Store 2 or 4 aligned words to global memory where `when`."""
         names = ", ".join(f"${i + 1}" for i in range(len(values)))
         text = f"@${len(values) + 1} st.global.v{len(values)}.b32 [$0], {{{names}}};"
-        _asm(text, [], [self._at(buffer, address), *(v.value for v in values), when.value])
+        asm(text, [], [self._at(buffer, address), *(v.value for v in values), when.value])
 
     def shared_load(
         self,
@@ -314,14 +202,14 @@ class Machine:
             return self._shared_load_when(address, words, offset, when, region)
         pointer = self._shared_at(address, offset, region)
         if words == 1:
-            return [Word(llvm.load(_i32(), pointer, alignment=4))]
-        vector = llvm.load(ir.VectorType.get((words,), _i32()), pointer, alignment=4 * words)
-        return [Word(llvm.extractelement(vector, _const(i, _i32()))) for i in range(words)]
+            return [Word(llvm.load(i32(), pointer, alignment=4))]
+        vector = llvm.load(ir.VectorType.get((words,), i32()), pointer, alignment=4 * words)
+        return [Word(llvm.extractelement(vector, const(i, i32()))) for i in range(words)]
 
     def _shared_load_when(
         self, address: Word, words: int, offset: int, when: Flag, region: ir.Value | None
     ) -> list[Word]:
-        start = llvm.ptrtoint(_i32(), self._shared_at(address, 0, region))
+        start = llvm.ptrtoint(i32(), self._shared_at(address, 0, region))
         vector = {1: "", 2: ".v2", 4: ".v4"}[words]
         names = ", ".join(f"${i}" for i in range(words))
         zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(words))
@@ -330,14 +218,14 @@ class Machine:
         # It reads memory, so it must stay where it is; its outputs are written before its inputs
         # are read.
         flags = {"has_side_effects": True, "early_clobber": True}
-        return [Word(v) for v in _asm(text, [_i32()] * words, [start, when.value], **flags)]
+        return [Word(v) for v in asm(text, [i32()] * words, [start, when.value], **flags)]
 
     def shared_load_byte(
         self, address: Word, *, offset: int = 0, region: ir.Value | None = None
     ) -> Word:
         """One byte of shared memory as a word."""
         byte = llvm.load(_byte(), self._shared_at(address, offset, region), alignment=1)
-        return Word(arith.extui(_i32(), byte))
+        return Word(arith.extui(i32(), byte))
 
     def shared_store(
         self,
@@ -353,15 +241,15 @@ class Machine:
         names = ", ".join(f"${i + 1}" for i in range(len(values)))
         names = f"{{{names}}}" if len(values) > 1 else names
         text = f"st.shared{vector}.b32 [$0+{offset}], {names};"
-        start = llvm.ptrtoint(_i32(), self._shared_at(address, 0, region))
+        start = llvm.ptrtoint(i32(), self._shared_at(address, 0, region))
         inputs = [start, *(v.value for v in values)]
         if when is not None:
             text, inputs = f"@${len(inputs)} {text}", [*inputs, when.value]
-        _asm(text, [], inputs)
+        asm(text, [], inputs)
 
     def _at(self, buffer: ir.Value, address: Word) -> ir.Value:
-        wide = arith.extui(_i64(), address.value)
-        return llvm.ptrtoint(_i64(), mgpu_utils.getelementptr(buffer, [wide], _byte()))
+        wide = arith.extui(i64(), address.value)
+        return llvm.ptrtoint(i64(), mgpu_utils.getelementptr(buffer, [wide], _byte()))
 
     def _shared_at(self, address: Word, offset: int, region: ir.Value | None) -> ir.Value:
         base = self._shared if region is None else region
@@ -387,7 +275,7 @@ class Machine:
     def copies_see_memory(self) -> None:
         """Order what this thread has stored to global memory, or learnt that others have, before
         what the copy engine reads of it."""
-        _asm("fence.proxy.async.global;", [], [])
+        asm("fence.proxy.async.global;", [], [])
 
     def await_at_least(self, buffer: ir.Value, address: Word, value: Word) -> None:
         """Wait until a word of global memory is as large, and see what was stored before it was.
@@ -410,7 +298,7 @@ class Machine:
         done:
             bar.warp.sync 0xffffffff;
         }}"""
-        _asm(text, [], [self._at(buffer, address), value.value])
+        asm(text, [], [self._at(buffer, address), value.value])
 
     def mma(
         self, c: Sequence[Float], a: Sequence[Word], b: Sequence[Word], dtype: str
@@ -422,7 +310,7 @@ class Machine:
             "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
         )
         inputs = [v.value for v in (*a, *b, *c)]
-        return [Float(v) for v in _asm(text, [_f32()] * 4, inputs, has_side_effects=True)]
+        return [Float(v) for v in asm(text, [f32()] * 4, inputs, has_side_effects=True)]
 
     def loop(
         self,
@@ -432,14 +320,14 @@ class Machine:
     ) -> list:
         """carry = body(i, carry) for i in range(count); `count` is the same for the whole block."""
         index = ir.IndexType.get()
-        stop = arith.index_cast(index, _value(count))
+        stop = arith.index_cast(index, value_of(count))
         zero, one = (arith.constant(index, ir.IntegerAttr.get(index, i)) for i in (0, 1))
         loop = scf.ForOp(zero, stop, one, [v.value for v in carry])
         with ir.InsertionPoint(loop.body):
-            i = Word(arith.index_cast(_i32(), loop.induction_variable))
-            made = body(i, [_wrap(v) for v in loop.inner_iter_args])
+            i = Word(arith.index_cast(i32(), loop.induction_variable))
+            made = body(i, [wrap(v) for v in loop.inner_iter_args])
             scf.yield_([v.value for v in made])
-        return [_wrap(v) for v in loop.results]
+        return [wrap(v) for v in loop.results]
 
 
 def _byte() -> ir.Type:

@@ -24,7 +24,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.nf4_matmul import mosaic_team
+from pallas_kernels.nf4_matmul import mosaic_team, mosaic_team_lanes
 from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan
 from pallas_kernels.nf4_matmul.mosaic_ring import SCALE_WORDS
 from pallas_kernels.simt import arrays
@@ -431,7 +431,7 @@ def team_interpreted(monkeypatch):
     [(False, 20, 0, 4), (False, 36, 64, 3), (True, 20, 0, 4)],
 )
 def test_a_team(team_interpreted, monkeypatch, transposed, steps, rank, stages):
-    monkeypatch.setattr(mosaic_team, "SMS", 4)
+    monkeypatch.setattr(mosaic_team_lanes, "SMS", 4)
     rng = np.random.default_rng(steps)
     m, n, k = 128, 384, 64 * steps
     config = MatmulConfig(rows=64, stages=stages, team=True)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Layout, MatmulConfig, nf4_dequantize
-from pallas_kernels.nf4_matmul import mosaic_team
+from pallas_kernels.nf4_matmul import mosaic_team, mosaic_team_lanes
 from pallas_kernels.nf4_matmul.mosaic_ring import load_offset
-from pallas_kernels.nf4_matmul.mosaic_team import GROUP, PIECES, ROOM, Plan
+from pallas_kernels.nf4_matmul.mosaic_team_lanes import GROUP, PIECES, ROOM, Plan
 from tests.pallas_kernels.test_mosaic_gemv import problem
 from tests.pallas_kernels.test_mosaic_matmul import machine_of
 
@@ -62,12 +62,12 @@ def test_a_team_decodes_a_group_once(transposed, members, n, contracted, dtype, 
             room = np.full((ROOM * high, wide), 0xFFFF, np.uint16)
             for member in range(members):
                 at = [machine.word(i) for i in (member, column, group)]
-                raw = mosaic_team.load_share(machine, plan, *at, codes, absmax, nested)
-                scales = mosaic_team.scales_of_share(machine, plan, raw, mean)
+                raw = mosaic_team_lanes.load_share(machine, plan, *at, codes, absmax, nested)
+                scales = mosaic_team_lanes.scales_of_share(machine, plan, raw, mean)
                 assert (len(raw) % 4, len(scales)) == (0, 4)
                 for piece in range(PIECES):
                     where = (*at, machine.word(2), room)
-                    mosaic_team.store_piece(machine, plan, piece, raw, scales, *where)
+                    mosaic_team_lanes.store_piece(machine, plan, piece, raw, scales, *where)
             places = room.reshape(ROOM, high, wide)
             assert (places[[0, 1, 3]] == 0xFFFF).all()
             inside = min(GROUP, plan.steps - group * GROUP) * 64
@@ -80,7 +80,7 @@ def test_a_team_decodes_a_group_once(transposed, members, n, contracted, dtype, 
 
 def test_an_adapters_rows_stand_as_the_weights_do():
     b = np.arange(48 * 2).reshape(48, 2)
-    place = mosaic_team._exchanged(np.arange(48))
+    place = mosaic_team_lanes.exchanged(np.arange(48))
     assert place[[0, 1, 2, 15, 16]].tolist() == [0, 8, 1, 15, 16]
     np.testing.assert_array_equal(mosaic_team._with_rows_exchanged(jnp.asarray(b))[place], b)
 
