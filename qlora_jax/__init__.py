@@ -14,7 +14,14 @@ from typing import Any
 
 from qlora_jax.checkpoints import load_adapter, read_adapter_config, save_adapter
 from qlora_jax.models import add_tokens, resize_token_embeddings, train_tokens
-from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense, add_lora, quantize_module
+from qlora_jax.nn import (
+    FrozenParam,
+    LoraConfig,
+    QuantDense,
+    add_lora,
+    merge_lora,
+    quantize_module,
+)
 from qlora_jax.optim import paged
 from qlora_jax.pretrained import load_pretrained
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize, quantized_matmul
@@ -29,6 +36,7 @@ __all__ = [
     "add_tokens",
     "load_adapter",
     "load_pretrained",
+    "merge_lora",
     "paged",
     "quantize",
     "quantize_module",

@@ -69,7 +69,8 @@ def test_python_of_the_pages_on_adapters_and_merging_runs(
     exec(code.replace("folder-or-hub-name", "base"), names)
     assert "<|im_end|>" in Path("adapter", "tokenizer.json").read_text()
     assert isinstance(names["my_model"].head.kernel, nnx.LoRAParam)
-    exec(python_of("docs/merging.md"), {})
+    exec(python_of("docs/merging.md"), names)
+    assert not [x for _, x in nnx.iter_modules(names["model"]) if getattr(x, "lora", None)]
     merged, base = (open_checkpoint(folder).tensors for folder in ("merged", "base"))
     assert merged.keys() == base.keys()
     rows = "model.embed_tokens.weight"

@@ -7,6 +7,7 @@ from qlora_jax.nn.dense_general import QuantDenseGeneral
 from qlora_jax.nn.linen import linen_quant_dense
 from qlora_jax.nn.loftq import start_from_weight
 from qlora_jax.nn.lora import LoraConfig
+from qlora_jax.nn.merge import merge_lora
 from qlora_jax.nn.settle import settle_adapters
 from qlora_jax.nn.variables import FrozenParam, TrainedParam
 
@@ -18,6 +19,7 @@ __all__ = [
     "TrainedParam",
     "add_lora",
     "linen_quant_dense",
+    "merge_lora",
     "quantize_module",
     "settle_adapters",
     "start_from_weight",

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from pallas_kernels import LowRank, in_auto_axes, product_spec, reads_layers, rows_as_cut
 from qlora_jax.nn.dora import adapted_squares, magnification, magnify, row_squares
@@ -56,6 +56,7 @@ class QuantDense(nnx.Module):
         lora_scaling: `FrozenParam` scalar where the layers of one stack are scaled differently (0
             for a layer without an adapter); else None, and `lora.scaling` holds.
         lora: the adapters' configuration, or None.
+        adapters: whether a call adds them; `nnx.view(model, adapters=False)` is the base alone.
     """
 
     def __init__(
@@ -100,15 +101,18 @@ class QuantDense(nnx.Module):
                 f"in_features is {in_features} and out_features {out_features}; a layer has at "
                 "least one of each"
             )
-        weight = kernel_init(rngs.params(), (out_features, in_features), param_dtype)
+        # A Variable takes what nnx.with_partitioning's initializers return, and cuts it so.
+        kernel = FrozenParam(kernel_init(rngs.params(), (out_features, in_features), param_dtype))
+        weight = kernel.get_value()
         if quant is not None and not isinstance(weight, QuantizedTensor):
-            weight = quantize(weight, quant)
+            kernel = FrozenParam(quantize(weight, quant))
         self.in_features, self.out_features = in_features, out_features
-        self.kernel = FrozenParam(weight)
+        self.kernel = kernel
         bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
         self.bias = nnx.data(None if bias is None else FrozenParam(bias))
         self.compute_dtype = compute_dtype
         self.implementation = implementation
+        self.adapters = True
         self.adapt([lora], rngs, dropout_rngs)
 
     @classmethod
@@ -206,14 +210,14 @@ class QuantDense(nnx.Module):
         lengths = self.each(lambda layer: jnp.sqrt(layer._adapted_squares()))
         self.lora_magnitude_vector = nnx.LoRAParam(lengths.astype(self.lora.dtype))
 
-    def each(self, function: Callable[["QuantDense"], jax.Array]) -> jax.Array:
+    def each(self, function: Callable[["QuantDense"], PyTree]) -> PyTree:
         """The function of the layer, or [*stack, …] of each layer in a stack, one at a time."""
         graphdef, state = nnx.split(self)
 
-        def of_state(state: Any) -> jax.Array:
+        def of_state(state: Any) -> PyTree:
             return function(nnx.merge(graphdef, state))
 
-        each: Callable[..., jax.Array] = of_state
+        each: Callable[..., PyTree] = of_state
         for _ in self.stack_shape:
             each = partial(jax.lax.map, each)
         return in_auto_axes(each, state, result=lambda _: jax.P())
@@ -290,7 +294,7 @@ class QuantDense(nnx.Module):
     ) -> Float[Array, "*batch out"]:
         x = x.astype(self.compute_dtype)
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
-        if self.lora is None or self.lora_A is None or self.lora_B is None:
+        if not self.adapters or self.lora is None or self.lora_A is None or self.lora_B is None:
             return self._product(x, bias)
         dropped = dropout(x, self.lora.lora_dropout, dropout_key)
         hidden = lora_hidden(dropped, self.lora_A[...], self.scale)
@@ -300,14 +304,17 @@ class QuantDense(nnx.Module):
         y = magnify(self._product(x, lora=lora), self.magnification())
         return y if bias is None else y + bias
 
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view(model, deterministic=True)` asks of its modules.
+    def set_view(self, deterministic: bool | None = None, adapters: bool | None = None) -> None:
+        """What `nnx.view(model, deterministic=True, adapters=False)` asks of its modules.
 
         Args:
             deterministic: if True, disables LoRA dropout from `dropout_rngs`.
+            adapters: if False, calls leave the adapters out, and give what the base does.
         """
         if deterministic is not None:
             self.deterministic = deterministic
+        if adapters is not None:
+            self.adapters = adapters
 
     @property
     def scale(self) -> float | jax.Array:

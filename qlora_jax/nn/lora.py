@@ -95,9 +95,9 @@ class LoraConfig:
             if value is not None and not isinstance(value, str):
                 put(name, tuple(value))
         for rank in (self.r, *self.rank_pattern.values()):
-            if not isinstance(rank, Integral) or rank < 1:
+            if not isinstance(rank, Integral) or not 1 <= rank < 2**31:
                 raise ValueError(
-                    f"r is {rank!r}; the rank of an adapter is a whole number, at least 1"
+                    f"r is {rank!r}; the rank of an adapter is a whole number from 1 to 2³¹ - 1"
                 )
         from_weight = self.init_lora_weights in ("loftq", "pissa")
         for alpha in (self.alpha, *self.alpha_pattern.values()):

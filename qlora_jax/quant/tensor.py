@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels import Layout, layer_of, nf4_dequantize
@@ -153,6 +154,27 @@ class QuantizedTensor:
         for _ in self.stack_shape:
             function = jax.vmap(function)
         return function(tuple(getattr(self, n) for n in _LEAVES))
+
+    def __getitem__(self, index: Any) -> "QuantizedTensor":
+        """A stack is indexed as an array of tensors would be; `t[...]` is any t itself.
+
+        Raises:
+            IndexError: the index reaches into a tensor, or beyond the stack.
+        """
+        if index is Ellipsis:
+            return self
+        stack = self.stack_shape
+        count = math.prod(stack)
+        try:
+            chosen = np.arange(count).reshape(stack)[index]
+        except IndexError as error:
+            raise IndexError(
+                f"{self} is indexed with {index}, but only the axes of its stack, {list(stack)}, "
+                "can be: for weights, dequantize first"
+            ) from error
+        return jax.tree.map(
+            lambda leaf: leaf.reshape(count, *leaf.shape[len(stack) :])[chosen], self
+        )
 
     def at_layer(self, layer: Int[Array, ""]) -> "QuantizedLayer":
         """One tensor of a stack of layers, left where it lies."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.nn import LoraConfig, QuantDense, quantize_module
+from qlora_jax.nn import LoraConfig, QuantDense, merge_lora, quantize_module
 from qlora_jax.quant import QuantConfig, quantize
 
 MESH = jax.make_mesh(
@@ -140,3 +140,25 @@ def test_a_module_that_was_made_cut_is_quantized():
     assert model.layers[0].kernel.get_value().codes.sharding.spec == SPEC("model", None)
     assert jax.typeof(y).sharding.spec == SPEC("data", "model")
     np.testing.assert_allclose(y, dense, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(("quant", "rows"), [(QuantConfig(), None), (None, "data")])
+def test_a_layer_is_made_cut(quant, rows):
+    """Codes are cut as the rows of the weight; a dense weight as it is named."""
+    named = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("model", rows))
+    options = {"quant": quant, "lora": LoraConfig(r=8), "rngs": nnx.Rngs(0)}
+    with jax.set_mesh(MESH):
+        layer = QuantDense(EMBED, HIDDEN, kernel_init=named, **options)
+        y = layer(jax.device_put(jnp.ones((8, EMBED)), SPEC("data")))
+    weight = jax.tree.leaves(layer.kernel.get_value())[0]
+    assert weight.sharding.spec == SPEC("model", rows)
+    assert jax.typeof(y).sharding.spec == SPEC("data", "model")
+
+
+def test_adapters_are_merged_to_the_same_bits():
+    model = Mlp(QuantConfig(), use_dora=True)
+    graphdef, state = nnx.split(model)
+    there = nnx.merge(graphdef, placed(state, by_rows))
+    merge_lora(there, QuantConfig())
+    merge_lora(model, QuantConfig())
+    jax.tree.map(np.testing.assert_array_equal, there.up.kernel[...], model.up.kernel[...])

@@ -104,6 +104,18 @@ def test_dropout_from_a_stream_follows_train_eval_and_view() -> None:
     np.testing.assert_array_equal(layer(x), layer(x))
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_view_without_adapters_is_the_base_and_shares_its_arrays(use_dora: bool) -> None:
+    layer, x = layer_and_x(use_bias=True, lora=replace(SMALL, use_dora=use_dora))
+    adapted = layer(x)
+    base = nnx.view(layer, adapters=False)
+    np.testing.assert_array_equal(base(x), base._product(x))
+    assert base.kernel[...].codes is layer.kernel[...].codes
+    np.testing.assert_array_equal(layer(x), adapted)
+    np.testing.assert_array_equal(nnx.view(base, adapters=True)(x), adapted)
+    assert (base(x) != adapted).any()
+
+
 def test_layers_stacked_by_flax_drop_under_scan_each_by_its_own_stream() -> None:
     dropped = ql.LoraConfig(r=4, lora_dropout=0.5)
 
@@ -180,7 +192,8 @@ def test_linen_drops_by_the_key_of_a_call_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"r": 0}, "at least 1"), ({"lora_dropout": 1.0}, r"\[0, 1\)")]
+    ("options", "words"),
+    [({"r": 0}, "from 1 to"), ({"r": 10**40}, "from 1 to"), ({"lora_dropout": 1.0}, r"\[0, 1\)")],
 )
 def test_bad_lora_config(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):

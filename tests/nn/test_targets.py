@@ -94,7 +94,7 @@ def test_patterns_set_rank_and_alpha_of_some_layers() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rank_pattern": {"q_proj": 0}}, "at least 1"),
+        ({"rank_pattern": {"q_proj": 0}}, "from 1 to"),
         ({"r": 4.5}, "r is 4.5; the rank of an adapter is a whole number"),
         ({"rank_pattern": {"q_proj": "8"}}, "r is '8'"),
         ({"alpha": "16"}, "alpha is '16'; give a finite number"),

@@ -132,7 +132,7 @@ def peft_adapter(base, folder, **options):
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if name not in EXPERTS])
 def test_pefts_here(name: str, vectors, tmp_path) -> None:
-    """Trained there, used here."""
+    """Trained there, used here, and left out again."""
     folder = vectors(name)
     targets = TARGETS[name] if isinstance(TARGETS[name], str) else list(TARGETS[name])
     base = theirs(folder)
@@ -141,6 +141,10 @@ def test_pefts_here(name: str, vectors, tmp_path) -> None:
     model = ours(folder, read_adapter_config(tmp_path))
     load_adapter(tmp_path, model)
     same(our_logits(model), their_logits(trained), before)
+    with trained.disable_adapter():
+        off = their_logits(trained)
+    view = our_logits(nnx.view(model, adapters=False))
+    np.testing.assert_allclose(view, off, rtol=0, atol=1e-5 * np.ptp(off))
 
 
 KINDS = {
@@ -193,6 +197,8 @@ def test_kinds_both_ways(kind: str, vectors, tmp_path) -> None:
     save_adapter(tmp_path / "ours", model, lora, str(folder))
     read = peft.PeftModel.from_pretrained(theirs(folder), tmp_path / "ours")
     same(our_logits(model), their_logits(read), before)
+    merged = their_logits(read.merge_and_unload())
+    same(our_logits(ql.merge_lora(model)), merged, before)
 
 
 def test_a_head_that_transformers_5_calls_otherwise(vectors, tmp_path) -> None:

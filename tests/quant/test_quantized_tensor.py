@@ -67,6 +67,20 @@ def test_stack_by_vmap_is_sliced_by_scan() -> None:
         np.testing.assert_array_equal(layer, ql.quantize(weight).dequantize())
 
 
+def test_a_stack_is_indexed_by_its_own_axes() -> None:
+    weights = normal(2, 3, 8, 64)
+    stack = jax.vmap(jax.vmap(ql.quantize))(weights)
+    assert stack[...] is stack
+    whole = np.asarray(stack.dequantize())
+    for index in (1, -1, (0, 2), np.s_[0, ::2], [1, 0]):
+        np.testing.assert_array_equal(stack[index].dequantize(), whole[index])
+    np.testing.assert_array_equal(stack[..., 0].dequantize(), whole[:, 0])
+    assert len(list(stack)) == 2
+    for tensor, index in ((stack, 2), (stack, (0, 0, 0)), (stack[0, 0], 0)):
+        with pytest.raises(IndexError, match=r"only the axes of its stack, .* dequantize first"):
+            tensor[index]
+
+
 def test_rows_are_sharded_over_a_mesh() -> None:
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     tensor, x = ql.quantize(normal(64, 128)), normal(4, 128, seed=1)
