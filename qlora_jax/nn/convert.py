@@ -17,7 +17,7 @@ from flax import nnx
 
 from qlora_jax.nn.dense import QuantDense
 from qlora_jax.nn.dense_general import QuantDenseGeneral
-from qlora_jax.quant import QuantConfig
+from qlora_jax.quant import QuantConfig, QuantizedTensor
 
 LINEAR = (nnx.Linear, nnx.LinearGeneral)
 """The layers that a `QuantDense` takes the place of."""
@@ -56,16 +56,11 @@ def quantize_module(
     Raises:
         ValueError: there is no linear layer to replace, or one computes something else (it is of
             a subclass that has a `__call__` of its own, as `nnx.LoRALinear`, or has a `dot_general`
-            or `precision` of its own); a name in `skip` is no linear layer's. The module is as it
-            was.
+            or `precision` of its own); a layer has adapters already, on a weight that is not
+            quantized; a name in `skip` is no linear layer's. The module is as it was.
     """
-    linears: dict[str, Any] = {}
-
-    def note(path: str, linear: nnx.Module) -> nnx.Module:
-        linears[path] = linear
-        return linear
-
-    if not replace_layers(module, LINEAR, note):
+    linears = _layers(module, LINEAR)
+    if not linears:
         raise ValueError(
             f"{type(module).__name__} holds no nnx.Linear; nothing to quantize: of a layer itself, "
             "QuantDense.from_weight makes a frozen one; what is a QuantDense already (quantized, "
@@ -73,14 +68,25 @@ def quantize_module(
         )
     # One name is a sequence of names, too: its letters.
     skipped = {skip} if isinstance(skip, str) else set(skip)
-    strange = skipped - {name for path in linears for name in (path, path.rpartition(".")[2])}
+    dense = {
+        path
+        for path, layer in _layers(module, QuantDense).items()
+        if layer.lora is not None and not isinstance(layer.kernel.get_value(), QuantizedTensor)
+    }
+    known = {name for path in (*linears, *dense) for name in (path, path.rpartition(".")[2])}
+    strange = skipped - known
     if strange:
         raise ValueError(
             f"skip names {sorted(strange)[0]!r}, which is no nnx.Linear of "
             f"{type(module).__name__}; it has {listed(linears)}"
         )
 
-    left = {path for path in linears if skipped & {path, path.rpartition(".")[2]}}
+    left = {path for path in (*linears, *dense) if skipped & {path, path.rpartition(".")[2]}}
+    if config is not None and dense - left:
+        raise ValueError(
+            f"{min(dense - left)} has adapters on a weight that is not quantized: call "
+            "quantize_module before add_lora, or name it in skip"
+        )
     for path, linear in linears.items():
         if path not in left:
             _refuse_other_products(path, linear)
@@ -92,6 +98,18 @@ def quantize_module(
 
     replace_layers(module, LINEAR, convert)
     return module
+
+
+def _layers(module: nnx.Module, kind: type | tuple[type, ...]) -> dict[str, Any]:
+    """The layers of a type inside a module, by their paths."""
+    layers: dict[str, Any] = {}
+
+    def note(path: str, layer: nnx.Module) -> nnx.Module:
+        layers[path] = layer
+        return layer
+
+    replace_layers(module, kind, note)
+    return layers
 
 
 def frozen_dense(

@@ -114,6 +114,18 @@ def test_add_lora_freezes_a_plain_linear() -> None:
     assert kernel.get_value().shape == (32, 32)
 
 
+def test_adapters_on_a_weight_that_was_to_be_quantized_are_refused() -> None:
+    """Its codes would be others than the weight that they adapt; nothing is converted."""
+    model = Model(nnx.Rngs(0))
+    ql.add_lora(model, ql.LoraConfig(r=4, target_modules=("query",)), rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"^blocks\.0\.query has adapters .* before add_lora"):
+        ql.quantize_module(model, skip=("blocks.1.query",))
+    assert isinstance(model.blocks[0].value, nnx.Linear)
+    ql.quantize_module(model, skip=("query",))
+    assert isinstance(model.blocks[0].value.kernel[...], ql.QuantizedTensor)
+    assert isinstance(model.blocks[0].query.kernel[...], jax.Array)
+
+
 def test_errors_name_what_there_is() -> None:
     model = ql.quantize_module(Model(nnx.Rngs(0)), skip=("value",))
     for there in ("query", "value"):
