@@ -176,6 +176,10 @@ class QuantizedTensor:
             lambda leaf: leaf.reshape(count, *leaf.shape[len(stack) :])[chosen], self
         )
 
+    def __array__(self, *_args: Any, **_options: Any) -> Any:
+        """Refuses to be an array, as which NumPy would otherwise wrap the object itself."""
+        raise TypeError(f"{self} holds codes: take the numbers of its dequantize()")
+
     def at_layer(self, layer: Int[Array, ""]) -> "QuantizedLayer":
         """One tensor of a stack of layers, left where it lies."""
         leaves = (getattr(self, n) for n in _LEAVES)

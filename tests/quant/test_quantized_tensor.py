@@ -81,6 +81,12 @@ def test_a_stack_is_indexed_by_its_own_axes() -> None:
             tensor[index]
 
 
+@pytest.mark.parametrize("convert", [np.asarray, np.square, jnp.asarray])
+def test_codes_are_not_taken_for_numbers(convert) -> None:
+    with pytest.raises(TypeError, match=r"holds codes: take .* dequantize\(\)"):
+        convert(ql.quantize(normal(3, 64)))
+
+
 def test_rows_are_sharded_over_a_mesh() -> None:
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     tensor, x = ql.quantize(normal(64, 128)), normal(4, 128, seed=1)
