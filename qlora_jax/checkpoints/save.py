@@ -105,8 +105,8 @@ def model_checkpoint(model: Any) -> Checkpoint:
     adapters = nnx.All(nnx.LoRAParam, nnx.Not(TrainedParam))
     if jax.tree.leaves(nnx.state(model, adapters)):
         raise ValueError(
-            "The model has adapters, which a model's own files cannot hold: save them with "
-            "save_adapter, merge them with `merged`, or build the model with lora=None."
+            "The model has adapters, which a model's own files cannot hold: save them "
+            "(ql.save_adapter), or merge them (ql.merge_lora(model))."
         )
     family = FAMILIES[model.config.model_type]
     slots = family.weight_names(model.config)

@@ -9,11 +9,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import (
+    dequantized,
     linear_weights,
     load_adapter,
     load_model,
     merge,
     merged,
+    model_checkpoint,
     open_checkpoint,
     quantized,
     save_adapter,
@@ -22,7 +24,7 @@ from qlora_jax.checkpoints import (
 )
 from qlora_jax.checkpoints.adapter_file import WEIGHTS
 from qlora_jax.models import resize_token_embeddings, train_tokens
-from qlora_jax.nn import LoraConfig
+from qlora_jax.nn import LoraConfig, merge_lora
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 from tests.checkpoints.tiny import CONFIG, IDS, change_config, write_model
 from tests.models.variants import VARIANTS
@@ -49,6 +51,19 @@ def test_dequantized_merge_is_the_unmerged_model(trained):
     assert checkpoint.quant is None
     dense = load_model(checkpoint, quant=None, **F32)
     np.testing.assert_allclose(dense(IDS), model(IDS), rtol=0, atol=2e-6)
+
+
+def test_a_model_merged_in_memory_is_written_as_the_merged_checkpoint(trained, tmp_path):
+    base, adapter, model = trained
+    expected = merge(open_checkpoint(base), adapter, "dequantized")
+    model = nnx.clone(model)
+    with pytest.raises(ValueError, match=r"merge them \(ql\.merge_lora\(model\)\)"):
+        save_model(tmp_path / "out", model)
+    # Layers without an adapter are packed still, and written so: all dense here.
+    model = merge_lora(model)
+    read = dequantized(model_checkpoint(model)).read
+    for name in expected.tensors:
+        np.testing.assert_allclose(read(name), expected.read(name), rtol=0, atol=1e-6)
 
 
 def test_original_merge_against_float64(trained):
