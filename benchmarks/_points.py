@@ -39,6 +39,9 @@ FUSING = ("triton", "mosaic_gpu")
 BASELINES = ("bf16", "bf16-xla")
 """The 16-bit peers, `jnp.dot` on a bf16 weight: through cuBLAS, and as XLA's autotuner prefers."""
 
+DENSE = (*BASELINES, "torch-bf16")
+"""Every 16-bit product that is measured: torch's in a process of its own (`gpu_bitsandbytes`)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Point:

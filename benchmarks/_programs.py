@@ -2,11 +2,15 @@
 
 A single call of a kernel that takes 3 µs cannot be timed: the host takes longer to launch it. So
 one jitted program holds many calls, each on *its own copy* of the weight, and the copies together
-are several times the card's L2 cache: every call reads its weight from device memory, as a model's
-next layer does. Each call waits for the one before it. Calls come in rounds; a round's activations
-depend, through a number too small to change them, on every result of the round before, so the
-compiler can neither drop a call nor merge equal ones nor move one out. The cost of that dependency
-is one tiny kernel per round.
+are several times the card's L2 cache (`Program.times_cache`; of XLA's own programs, which take long
+to compile, less of the smallest weights): every call reads its weight from device memory, as a
+model's next layer does. Each call waits for the one before it. Calls come in rounds; a round's
+activations depend, through a number too small to change them, on every result of the round before,
+so the compiler can neither drop a call nor merge equal ones nor move one out. The cost of that
+dependency is one tiny kernel per round.
+
+What a program returns to be checked is the first and the last result of its last round: the last
+follows directly on another call of the same kernel, as none does in a program of one.
 """
 
 import concurrent.futures
@@ -30,6 +34,9 @@ from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
 TOLERANCE = 1e-2
 """Largest relative error of a bf16 result: its own rounding is 2e-3."""
 
+Ends = tuple[jax.Array, jax.Array]
+"""The first and the last result of a round."""
+
 MAX_CALLS = 96
 """Calls in one program: enough to hide a launch, few enough to compile in a moment."""
 
@@ -49,6 +56,10 @@ class Program:
         """Calls of the op per timed repeat."""
         return self.copies * self.rounds * self.launches
 
+    def times_cache(self, l2: int) -> float:
+        """How often the weights of all copies would fill a second-level cache of so many bytes."""
+        return self.copies * self.point.weight_bytes / l2
+
 
 def size_program(
     point: Point, l2: int, bandwidth: float, flops: float, max_calls: int = MAX_CALLS
@@ -56,7 +67,7 @@ def size_program(
     """Choose copies, rounds and launches from the card's ceilings (bytes, bytes/s, FLOP/s)."""
     seconds = max(point.bytes / bandwidth, point.flops / flops) + 2e-6
     # XLA compiles its own fusions once per call, a custom kernel once in all.
-    most = 12 if point.implementation == "xla" else 48
+    most = 24 if point.implementation == "xla" else 48
     copies = min(max(2, math.ceil(4 * l2 / point.weight_bytes)), most)
     # A program that runs for milliseconds needs no rounds.
     rounds = min(max(1, math.ceil(4e-4 / (copies * seconds))), max(1, max_calls // copies))
@@ -162,14 +173,15 @@ def op_function(point: Point, interpret: bool | None = None) -> Callable[..., ja
 
 def build(
     program: Program, op: Callable[..., jax.Array] | None = None
-) -> Callable[[jax.Array, list[tuple[jax.Array, ...]]], tuple[jax.Array, jax.Array, jax.Array]]:
-    """The function to jit: (x, weights) -> (the last round's x, its first result, a checksum)."""
+) -> Callable[[jax.Array, list[tuple[jax.Array, ...]]], tuple[jax.Array, Ends, jax.Array]]:
+    """The function to jit: (x, weights) -> (the last round's x, its first and last result, a
+    checksum)."""
     # The inner jit is traced and lowered once, however many calls follow.
     call = jax.jit(op or op_function(program.point))
 
     def run(
         x: jax.Array, weights: list[tuple[jax.Array, ...]]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Ends, jax.Array]:
         nudge = jnp.float32(0)
         for index in range(program.rounds):
             if index:
@@ -183,7 +195,7 @@ def build(
                 x, result = jax.lax.optimization_barrier((x, call(x, *weight)))
                 results.append(result)
             nudge = sum((r[0, 0].astype(jnp.float32) for r in results), nudge)
-        return x, results[0], nudge
+        return x, (results[0], results[-1]), nudge
 
     return run
 
@@ -245,6 +257,23 @@ def timing(
     quarter = len(times) // 4
     spread = (times[-1 - quarter] - times[quarter]) / median
     return {"seconds": median, "fastest": times[0], "spread": spread, "calls": program.calls}
+
+
+def poison(program: Program) -> None:
+    """Fill the memory that the results will take with NaN, so that what is not written shows."""
+    point = program.point
+    width = point.k if point.op == "transposed" else point.n
+    rows = point.n if point.op == "dequantize" else point.rows
+    width = point.k if point.op == "dequantize" else width
+    jax.block_until_ready(jnp.full((program.copies + 2, rows, width), jnp.nan, jnp.bfloat16))
+
+
+def worst_error(
+    check: Callable[..., jax.Array], x: jax.Array, weights: list[tuple[jax.Array, ...]], ends: Ends
+) -> float:
+    """The larger `whole_error` of a program's first and last result; NaN where one is."""
+    pairs = zip((weights[0], weights[-1]), ends, strict=True)
+    return float(np.max([check(x, weight, out) for weight, out in pairs]))
 
 
 def host_error(

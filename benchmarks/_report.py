@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from benchmarks._files import put
-from benchmarks._points import BASELINES
+from benchmarks._points import DENSE
 from benchmarks._programs import Program
 
 
@@ -98,7 +98,8 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
     names = list(runs[0]["ceilings"])
     ceilings = {name: max(run["ceilings"].get(name, 0) for run in runs) for name in names}
     metas = [run["meta"] for run in runs]
-    meta = {key: value for meta in metas for key, value in meta.items()} | {"runs": metas}
+    told = [run for meta in metas for run in meta.get("runs", [meta])]
+    meta = {key: value for meta in metas for key, value in meta.items()} | {"runs": told}
     return {"meta": meta, "ceilings": ceilings, "points": list(points.values())}
 
 
@@ -132,14 +133,17 @@ def write_markdown(results: dict[str, Any], path: Path) -> None:
         f"# {meta['device']}: kernels",
         "",
         f"jax {meta['jax']}, Python {meta['python']}, driver {meta['driver']}, {meta['date']}. "
-        + "Microseconds per call (times as fast as the faster bf16 product; share of the ceiling "
-        + "that binds). Weights cold, median of repeats; written by benchmarks/gpu_kernels.py.",
+        + "Microseconds per call (times as fast as the fastest bf16 product, JAX's or torch's; "
+        + "share of the ceiling that binds). Weights cold, median of repeats; written by "
+        + "benchmarks/gpu_kernels.py.",
     ]
     if ceilings:
+        read = ceilings.get("read_bytes_per_s")
         text += [
             "",
-            f"Ceilings of this run: copy {ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
-            f"bf16 product {ceilings['bf16_flops'] / 1e12:.0f} TFLOP/s.",
+            f"Ceilings of this run: copy {ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s"
+            + (f", read {read / 1e9:.0f} GB/s" if read else " (which what only reads may exceed)")
+            + f", bf16 product {ceilings['bf16_flops'] / 1e12:.0f} TFLOP/s.",
         ]
     measured = _measured(results)
     for op, rows in dict.fromkeys((p["op"], p["rows"]) for p in measured):
@@ -168,18 +172,21 @@ def _cell(
 ) -> str:
     if point is None:
         return "–"
-    floor = max(
-        point["bytes"] / ceilings["copy_bytes_per_s"], point["flop"] / ceilings["bf16_flops"]
-    )
+    floor = max(point["bytes"] / bandwidth(ceilings), point["flop"] / ceilings["bf16_flops"])
     cell = f"{point['seconds'] * 1e6:.1f}"
     notes = []
-    base = [line[name]["seconds"] for name in BASELINES if name in line]
-    if base and point["implementation"] not in BASELINES:
+    base = [line[name]["seconds"] for name in DENSE if name in line]
+    if base and point["implementation"] not in DENSE:
         notes.append(f"{min(base) / point['seconds']:.2f}×")
     notes.append(f"{floor / point['seconds']:.0%}")
     if point["status"] == "wrong":
         notes.append("**wrong**")
     return f"{cell} ({', '.join(notes)})"
+
+
+def bandwidth(ceilings: dict[str, float]) -> float:
+    """Bytes/s of the faster of what reads and what copies; older files have the copy alone."""
+    return max(ceilings["copy_bytes_per_s"], ceilings.get("read_bytes_per_s", 0))
 
 
 def write_roofline(results: dict[str, Any], path: Path) -> bool:
@@ -196,13 +203,13 @@ def write_roofline(results: dict[str, Any], path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     ceilings = results["ceilings"]
-    bandwidth, peak = ceilings["copy_bytes_per_s"], ceilings["bf16_flops"]
+    fastest, peak = bandwidth(ceilings), ceilings["bf16_flops"]
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     intensity = [p["flop"] / p["bytes"] for p in measured]
-    ends = [min(intensity) / 2, max(*intensity, peak / bandwidth) * 2]
+    ends = [min(intensity) / 2, max(*intensity, peak / fastest) * 2]
     axes.plot(
-        [ends[0], peak / bandwidth, ends[1]],
-        [ends[0] * bandwidth / 1e12, peak / 1e12, peak / 1e12],
+        [ends[0], peak / fastest, ends[1]],
+        [ends[0] * fastest / 1e12, peak / 1e12, peak / 1e12],
         color="black",
         linewidth=1,
         label="measured ceilings",

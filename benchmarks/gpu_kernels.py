@@ -4,8 +4,9 @@
 
 For every op × implementation × rows × Llama linear shape: correctness first (fresh random inputs;
 every element against the XLA path, samples against float64 on the host; memory poisoned with NaN),
-then the time per call, and beside it two ceilings measured in the same run: the bandwidth of a
-large copy and the rate of a large bf16 product. The 16-bit baseline runs in the same programs.
+then the time per call, and beside it ceilings measured in the same run: the bandwidth of a large
+copy and of a large sum, and the rate of a large bf16 product. The 16-bit baseline runs in the same
+programs.
 
 Results are written after every point, so a session that ends early keeps what it has:
 `kernels.json`, and at the end `kernels.md`, `roofline.png` and `rules.json` (what the dispatch
@@ -45,9 +46,11 @@ from benchmarks._programs import (
     host_error,
     make_input,
     make_weights,
+    poison,
     prepare,
     size_program,
     timing,
+    worst_error,
 )
 from pallas_kernels.cards import CARDS, find_card
 
@@ -223,19 +226,20 @@ class Run:
         point = program.point
         weights, x = make_weights(program, self.seed), make_input(point, self.seed + 1)
         poison(program)
-        last_x, out, _ = jax.block_until_ready(compiled(x, weights))
+        last_x, ends, _ = jax.block_until_ready(compiled(x, weights))
         entry: dict[str, Any] = {"status": "ok"}
         if point.implementation not in BASELINES:
-            whole = float(check.result()(last_x, weights[0], out))
-            host = host_error(point, last_x, weights[0], out, self.seed)
+            whole = worst_error(check.result(), last_x, weights, ends)
+            host = host_error(point, last_x, weights[-1], ends[-1], self.seed)
             entry |= {"error_vs_xla": whole, "error_vs_float64": host}
             if not (whole < TOLERANCE and host < TOLERANCE):
                 entry["status"] = "wrong"
-        del last_x, out
+        del last_x, ends
         entry |= timing(compiled, program, x, weights, self.options.repeats)
         entry |= {"bytes": point.bytes, "flop": point.flops}
         entry["bytes_per_s"] = point.bytes / entry["seconds"]
         entry["flop_per_s"] = point.flops / entry["seconds"]
+        entry["times_cache"] = round(program.times_cache(self.l2), 2)
         if self.options.kernel_times:
             entry |= _report.kernel_times(lambda: compiled(x, weights), program)
         return entry
@@ -262,15 +266,6 @@ def _work(point: Point) -> tuple[str, int, int, int]:
     return point.op, point.rows, point.n, point.k
 
 
-def poison(program: Program) -> None:
-    """Fill the memory that the results will take with NaN, so that what is not written shows."""
-    point = program.point
-    width = point.k if point.op == "transposed" else point.n
-    rows = point.n if point.op == "dequantize" else point.rows
-    width = point.k if point.op == "dequantize" else width
-    jax.block_until_ready(jnp.full((program.copies + 2, rows, width), jnp.nan, jnp.bfloat16))
-
-
 def cache_bytes(kind: str, *, toy: bool) -> int:
     """The second-level cache of a kind of device; of one that CARDS does not know, a large one."""
     if toy:
@@ -280,10 +275,13 @@ def cache_bytes(kind: str, *, toy: bool) -> int:
 
 
 def ceilings(toy: bool) -> dict[str, float]:
-    """What this card can do at best: bytes/s of a large copy (read + written), bf16 FLOP/s."""
+    """What this card can do at best: bytes/s of a large copy (read + written), and of a large sum
+    (read alone), bf16 FLOP/s."""
     size, width = (2**16, 256) if toy else (2**29, 8192)
     source = jax.random.bits(jax.random.key(0), (size,), jnp.uint32)
     copy = jax.jit(lambda a: a ^ jnp.uint32(1))
+    # A multiprocessor's worth of sums and more.
+    total = jax.jit(lambda a: jnp.sum(a.reshape(2**10, -1), axis=1))
     a, b = (jax.random.normal(jax.random.key(i), (width, width), jnp.bfloat16) for i in (1, 2))
     product = jax.jit(lambda a, b: a @ b)
 
@@ -300,6 +298,7 @@ def ceilings(toy: bool) -> dict[str, float]:
 
     return {
         "copy_bytes_per_s": 2 * source.nbytes / best(copy, source),
+        "read_bytes_per_s": source.nbytes / best(total, source),
         "bf16_flops": 2 * width**3 / best(product, a, b),
     }
 

@@ -74,7 +74,8 @@ def _choice(
 ) -> Choice:
     """What a rule says of this weight: the config is the rule's, unless its shape was measured."""
     measured = (cut.config for cut in cuts() if cut.covers(rule, card, rows, layout.shape))
-    config = next(measured, _narrowed(rule.config, dtype))
+    able = (config for config in measured if matmul_plan.takes_rows(config, rows))
+    config = next(able, _narrowed(rule.config, dtype))
     return Choice(rule.implementation, config, reason, rule.fuse_lora)
 
 

@@ -187,6 +187,13 @@ def can_team(config: MatmulConfig, rows: int) -> bool:
     return -(-rows // config.rows) in TEAM
 
 
+def takes_rows(config: Any, rows: int) -> bool:
+    """Whether a kernel's config can multiply so many rows of x: any but that of teams, as a cut
+    measured for more rows may be."""
+    in_teams = isinstance(config, MatmulConfig) and config.team
+    return not in_teams or can_team(config, rows)
+
+
 def check_shared_memory(config: MatmulConfig) -> None:
     """A ValueError where a block would need more shared memory than there is."""
     if not _fits(config):

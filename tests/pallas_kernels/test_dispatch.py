@@ -14,6 +14,7 @@ from pallas_kernels import (
     CARDS,
     GemvConfig,
     Layout,
+    MatmulConfig,
     TritonConfig,
     configs_to_try,
     dispatch,
@@ -274,6 +275,15 @@ def test_a_measured_cut_goes_before_the_rules_config(monkeypatch):
         assert chosen("nf4_gemv", rows, size, kind) == dataclasses.replace(
             chosen("nf4_gemv", rows, size, kind), implementation="mosaic_gpu", config=None
         )
+
+
+def test_a_cut_for_a_team_is_none_for_too_few_rows(monkeypatch):
+    """It was measured with 4096 rows, and holds from where fewer were measured."""
+    shape, team = (4096, 4096), MatmulConfig(team=True, stages=4)
+    line = Cut("nf4_matmul", "h200", 1025, 4096, "mosaic_gpu", shape, team)
+    monkeypatch.setattr(dispatch, "cuts", lambda: (line,))
+    configs = [chosen("nf4_matmul", rows, shape).config for rows in (1024, 1792, 1793, 4096, 4097)]
+    assert configs == [None, None, team, team, None]
 
 
 def test_cuts_name_what_exists():
