@@ -332,7 +332,7 @@ def _take_apart(
             KernelCode(
                 name=name,
                 ptx=header + entry,
-                smem=max(launch.smem, _declared_smem(header + entry)),
+                smem=launch.smem + _declared_smem(header + entry),
                 grid=launch.grid,
                 threads=launch.threads,
                 registers=registers,
@@ -349,7 +349,8 @@ def _declared_threads(entry: str) -> int:
 
 
 def _declared_smem(ptx: str) -> int:
-    """Bytes of statically declared shared memory: XLA's fusions declare theirs, Triton does not."""
+    """Bytes of shared memory that the code declares: XLA's fusions all of theirs, Triton's kernels
+    what inline PTX adds (`_triton_decoder`) to that which they are launched with."""
     return sum(int(n) for n in re.findall(r"\.shared[^;\[]*\.b8 [\w.$]+\[(\d+)\]", ptx))
 
 
