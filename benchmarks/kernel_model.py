@@ -36,7 +36,7 @@ from pallas_kernels import compile_for, dispatch
 from pallas_kernels._arguments import Layout
 from pallas_kernels._mosaic import BLOCK, SMS
 from pallas_kernels._table import config_type
-from pallas_kernels._triton import TritonConfig
+from pallas_kernels._triton_config import TritonConfig
 from pallas_kernels.cards import CARDS, Card
 from pallas_kernels.nf4_gemv import mosaic_plan as gemv_plan
 from pallas_kernels.nf4_gemv.api import MAX_ROWS

@@ -15,7 +15,7 @@ from pallas_kernels._sharding_types import (
     vary_alike,
 )
 from pallas_kernels._stack import layer_of
-from pallas_kernels._triton import TritonConfig
+from pallas_kernels._triton_config import TritonConfig
 from pallas_kernels.cards import CARDS, Card, find_card
 from pallas_kernels.codebooks import (
     BLOCKSIZES,

@@ -46,7 +46,7 @@ from pallas_kernels._sharding_types import (
     spec_entries,
 )
 from pallas_kernels._stack import layer_of
-from pallas_kernels._triton import stack_is_addressable
+from pallas_kernels._triton_config import stack_is_addressable
 from pallas_kernels.codebooks import NESTED_BLOCKSIZE
 
 Op = Literal["forward", "transposed", "dequantize"]

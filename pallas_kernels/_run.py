@@ -1,7 +1,8 @@
 """From an op's checked arguments to its result: an implementation is chosen and run, on one device
 or several."""
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax.typing import DTypeLike
@@ -10,12 +11,29 @@ from jaxtyping import Array
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import Layout, is_symbolic, rows_of
 from pallas_kernels._mesh import Call, Op, Parts, over_devices
-from pallas_kernels._triton import stack_is_addressable
+from pallas_kernels._triton_config import stack_is_addressable
 from pallas_kernels.nf4_matmul.reference import add_low_rank
 
-Kernels = Mapping[str, Callable[..., Array]]
-"""An op's implementations by name. They take its arrays and `layout`, all but "xla" `config`, and
-"triton" `interpret`; those of `nf4_dequantize` take `dtype`, too."""
+_FILES = {
+    "xla": ("reference", "xla"),
+    "triton": ("triton", "triton"),
+    "mosaic_gpu": ("mosaic_sm90", "mosaic"),
+    "jax_triton": ("jax_triton", "jax_triton"),
+}
+"""implementation -> its file in an op's folder, and how its function's name ends there."""
+
+
+def kernel_of(op: str, implementation: str) -> Callable[..., Array]:
+    """An op's kernel: takes its arrays and `layout`, all but "xla" `config`, and "triton"
+    `interpret`; those of `nf4_dequantize` take `dtype`, too.
+
+    Imported where it is needed: no implementation needs what another one loads (Mosaic, Pallas'
+    Triton lowering, the extra [triton]).
+    """
+    file, ending = _FILES[implementation]
+    module = importlib.import_module(f"pallas_kernels.{op}.{file}")
+    kernel: Callable[..., Array] = getattr(module, f"{op}_{ending}")
+    return kernel
 
 
 class Asked(NamedTuple):
@@ -29,7 +47,6 @@ class Asked(NamedTuple):
 
 def run(
     function: Callable[..., Array],
-    kernels: Kernels,
     parts: Parts,
     *,
     op: Op,
@@ -41,7 +58,6 @@ def run(
 
     Args:
         function: the op itself, which is called once more on a device's part of its arrays.
-        kernels: its implementations.
         parts: its arrays, checked.
         op: what it computes.
         layout: of the weight.
@@ -92,7 +108,7 @@ def run(
         parts if fuse else parts._replace(lora=None),
         op=op,
         layout=layout,
-        whole=Call(kernels[choice.implementation], **options),
+        whole=Call(kernel_of(name, choice.implementation), **options),
         part=None if choice.implementation == "xla" else part,
     )
     return y if parts.lora is None or fuse else add_low_rank(y, parts.lora)

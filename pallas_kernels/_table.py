@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels._triton import TritonConfig
+from pallas_kernels._triton_config import TritonConfig
 from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 

@@ -33,7 +33,7 @@ from jax.typing import DTypeLike
 from pallas_kernels._arguments import Layout
 from pallas_kernels._mosaic import why_not_mosaic
 from pallas_kernels._table import TABLE, Config, Rule, config_type, cuts, rules
-from pallas_kernels._triton import TritonConfig, why_not_triton
+from pallas_kernels._triton_config import TritonConfig, why_not_triton
 from pallas_kernels.cards import CARDS
 from pallas_kernels.nf4_gemv import mosaic_plan as gemv_plan
 from pallas_kernels.nf4_matmul import mosaic_plan as matmul_plan

@@ -1,31 +1,13 @@
 """`nf4_dequantize`: packed codes and block scales in, a 16- or 32-bit weight out."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels._arguments import check_float, check_packed
 from pallas_kernels._mesh import Parts
-from pallas_kernels._run import Asked, Kernels, run
-from pallas_kernels._triton import TritonConfig
-from pallas_kernels.nf4_dequantize.reference import nf4_dequantize_xla
-from pallas_kernels.nf4_dequantize.triton import nf4_dequantize_triton
-
-
-def _jax_triton(*arrays: Any, **options: Any) -> Array:
-    # Imported where it runs: it needs the extra [triton].
-    from pallas_kernels.nf4_dequantize.jax_triton import nf4_dequantize_jax_triton
-
-    return nf4_dequantize_jax_triton(*arrays, **options)
-
-
-_KERNELS: Kernels = {
-    "xla": nf4_dequantize_xla,
-    "triton": nf4_dequantize_triton,
-    "jax_triton": _jax_triton,
-}
+from pallas_kernels._run import Asked, run
+from pallas_kernels._triton_config import TritonConfig
 
 
 def nf4_dequantize(
@@ -81,7 +63,6 @@ def nf4_dequantize(
     check_float("dtype", dtype)
     return run(
         nf4_dequantize,
-        _KERNELS,
         Parts(None, codes, absmax, nested_absmax, offset),
         op="dequantize",
         layout=layout,

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from pallas_kernels._arguments import Layout
 from pallas_kernels._batching import in_turn
 from pallas_kernels._sharding_types import vary_alike
-from pallas_kernels._triton import RUN, TritonConfig
+from pallas_kernels._triton_config import RUN, TritonConfig
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCKSIZE
 
 PTX_VERSION = 87

@@ -16,8 +16,6 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels._arguments import Layout
 from pallas_kernels._triton import (
-    RUN,
-    TritonConfig,
     below,
     divide,
     join_pairs,
@@ -26,6 +24,7 @@ from pallas_kernels._triton import (
     load_scales,
     weight_operands,
 )
+from pallas_kernels._triton_config import RUN, TritonConfig
 from pallas_kernels._triton_decoder import make_decoder
 
 

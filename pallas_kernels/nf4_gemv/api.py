@@ -1,29 +1,15 @@
 """`nf4_gemv`: x · Wᵀ for 1 to 16 rows, where reading the weight is all the work there is."""
 
-from typing import Any
-
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import LowRank, check_lora, check_matmul, check_packed, rows_of
 from pallas_kernels._mesh import Parts
-from pallas_kernels._run import Asked, Kernels, run
+from pallas_kernels._run import Asked, run
 from pallas_kernels._stack import layer_types
-from pallas_kernels.nf4_gemv.reference import nf4_gemv_xla
-from pallas_kernels.nf4_gemv.triton import nf4_gemv_triton
 
 MAX_ROWS = 16
 """Rows of x beyond which `nf4_matmul` is the better kernel."""
-
-
-def _mosaic(*arrays: Any, **options: Any) -> Array:
-    # Imported where it runs: it loads Mosaic, which no other implementation needs.
-    from pallas_kernels.nf4_gemv.mosaic_sm90 import nf4_gemv_mosaic
-
-    return nf4_gemv_mosaic(*arrays, **options)
-
-
-_KERNELS: Kernels = {"xla": nf4_gemv_xla, "triton": nf4_gemv_triton, "mosaic_gpu": _mosaic}
 
 
 def nf4_gemv(
@@ -68,7 +54,6 @@ def nf4_gemv(
         )
     return run(
         nf4_gemv,
-        _KERNELS,
         Parts(x, *weight, bias, lora, layer),
         op="forward",
         layout=layout,

@@ -17,8 +17,6 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from pallas_kernels._arguments import Layout, LowRank, rows_of
 from pallas_kernels._triton import (
-    RUN,
-    TritonConfig,
     below,
     launch,
     load,
@@ -30,6 +28,7 @@ from pallas_kernels._triton import (
     read_tile,
     weight_operands,
 )
+from pallas_kernels._triton_config import RUN, TritonConfig
 from pallas_kernels._triton_decoder import make_decoder, pair_product, pair_product_interpreted
 from pallas_kernels.nf4_matmul.triton import nf4_matmul_triton
 

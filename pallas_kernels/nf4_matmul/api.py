@@ -1,7 +1,5 @@
 """`nf4_matmul`: x · Wᵀ against a packed weight, the forward pass of a QLoRA layer."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -18,23 +16,11 @@ from pallas_kernels._arguments import (
     rows_of,
 )
 from pallas_kernels._mesh import Parts
-from pallas_kernels._run import Asked, Kernels, run
+from pallas_kernels._run import Asked, run
 from pallas_kernels._stack import layer_types
-from pallas_kernels._triton import TritonConfig, stack_is_addressable
+from pallas_kernels._triton_config import TritonConfig, stack_is_addressable
 from pallas_kernels.nf4_gemv.api import MAX_ROWS, nf4_gemv
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
-from pallas_kernels.nf4_matmul.reference import nf4_matmul_xla
-from pallas_kernels.nf4_matmul.triton import nf4_matmul_triton
-
-
-def _mosaic(*arrays: Any, **options: Any) -> Array:
-    # Imported where it runs: it loads Mosaic, which no other implementation needs.
-    from pallas_kernels.nf4_matmul.mosaic_sm90 import nf4_matmul_mosaic
-
-    return nf4_matmul_mosaic(*arrays, **options)
-
-
-_KERNELS: Kernels = {"xla": nf4_matmul_xla, "triton": nf4_matmul_triton, "mosaic_gpu": _mosaic}
 
 
 def nf4_matmul(
@@ -110,7 +96,6 @@ def nf4_matmul(
         )
     return run(
         nf4_matmul,
-        _KERNELS,
         Parts(x, *weight, bias, lora, layer),
         op="forward",
         layout=layout,

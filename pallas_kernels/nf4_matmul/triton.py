@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 from pallas_kernels._arguments import Layout, LowRank, rows_of
 from pallas_kernels._stack import layer_of
 from pallas_kernels._triton import (
-    TritonConfig,
     below,
     both,
     launch,
@@ -31,6 +30,7 @@ from pallas_kernels._triton import (
     weight_operands,
     weight_tile,
 )
+from pallas_kernels._triton_config import TritonConfig
 from pallas_kernels._triton_decoder import make_decoder
 from pallas_kernels.nf4_dequantize.triton import nf4_dequantize_triton
 from pallas_kernels.nf4_matmul.reference import matmul_dense, product

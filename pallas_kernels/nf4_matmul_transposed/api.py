@@ -1,29 +1,11 @@
 """`nf4_matmul_transposed`: dy · W against a packed weight, the backward pass of a QLoRA layer."""
 
-from typing import Any
-
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import check_matmul, check_packed
 from pallas_kernels._mesh import Parts
-from pallas_kernels._run import Asked, Kernels, run
-from pallas_kernels.nf4_matmul_transposed.reference import nf4_matmul_transposed_xla
-from pallas_kernels.nf4_matmul_transposed.triton import nf4_matmul_transposed_triton
-
-
-def _mosaic(*arrays: Any, **options: Any) -> Array:
-    # Imported where it runs: it loads Mosaic, which no other implementation needs.
-    from pallas_kernels.nf4_matmul_transposed.mosaic_sm90 import nf4_matmul_transposed_mosaic
-
-    return nf4_matmul_transposed_mosaic(*arrays, **options)
-
-
-_KERNELS: Kernels = {
-    "xla": nf4_matmul_transposed_xla,
-    "triton": nf4_matmul_transposed_triton,
-    "mosaic_gpu": _mosaic,
-}
+from pallas_kernels._run import Asked, run
 
 
 def nf4_matmul_transposed(
@@ -70,7 +52,6 @@ def nf4_matmul_transposed(
     check_matmul("dy", dy, 0, None, layout)
     return run(
         nf4_matmul_transposed,
-        _KERNELS,
         Parts(dy, codes, absmax, nested_absmax, offset),
         op="transposed",
         layout=layout,

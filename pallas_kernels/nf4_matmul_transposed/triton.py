@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels._arguments import Layout, rows_of
 from pallas_kernels._triton import (
-    TritonConfig,
     below,
     both,
     launch,
@@ -24,6 +23,7 @@ from pallas_kernels._triton import (
     weight_operands,
     weight_tile,
 )
+from pallas_kernels._triton_config import TritonConfig
 from pallas_kernels._triton_decoder import make_decoder
 from pallas_kernels.nf4_dequantize.triton import nf4_dequantize_triton
 from pallas_kernels.nf4_matmul_transposed.reference import matmul_transposed_dense

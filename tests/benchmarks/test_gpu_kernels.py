@@ -13,7 +13,7 @@ import pytest
 from benchmarks import _autotune, _points, _programs, _report, gpu_kernels
 from benchmarks._points import Point
 from pallas_kernels import GemvConfig, _table, dispatch
-from pallas_kernels._triton import TritonConfig
+from pallas_kernels._triton_config import TritonConfig
 
 
 def run(tmp_path, *arguments: str) -> dict:

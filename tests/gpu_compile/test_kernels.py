@@ -16,7 +16,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import compile_for as harness
-from pallas_kernels._triton import TritonConfig
+from pallas_kernels._triton_config import TritonConfig
 from pallas_kernels.cards import CARDS, Card
 
 pytestmark = [

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 import types
 
 import jax
@@ -99,6 +101,28 @@ def test_the_default_device_is_the_one_that_jax_is_told(monkeypatch):
 def test_no_rows_need_no_kernel(op, kind, asked):
     choice = which_implementation(op, 0, WEIGHT, implementation=asked, kind=kind)
     assert choice.implementation == "xla"
+
+
+def test_without_pallas_triton_lowering_all_else_runs():
+    """JAX has deprecated it."""
+    program = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None
+import jax.numpy as jnp
+import pallas_kernels
+from pallas_kernels.nf4_gemv import mosaic_sm90
+from pallas_kernels.nf4_matmul import mosaic_sm90
+from pallas_kernels.nf4_matmul_transposed import mosaic_sm90
+x, codes, absmax = jnp.ones((1, 64)), jnp.zeros((2, 32), jnp.uint8), jnp.ones(2)
+assert (pallas_kernels.nf4_matmul(x, codes, absmax) == -64).all()
+try:
+    pallas_kernels.nf4_matmul(x, codes, absmax, implementation="triton", interpret=True)
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "jax.experimental.pallas.triton" in done.stdout
 
 
 def test_an_unknown_op_is_refused():
