@@ -15,8 +15,9 @@ device, for which `dispatch` chooses anew. Where the arrays lie decides:
 dy · W sums over W's rows: where they stay cut, each device has a part of every sum, and the parts
 are added. Columns of x and W are never cut: they are gathered first.
 
-On one device, and inside `jax.shard_map`, nothing of this is in the program. `jax.vmap` over an op
-takes it away: stacks of weights belong under `jax.lax.scan`.
+On one device, and inside `jax.shard_map`, nothing of this is in the program. `jax.vmap` over x
+alone is the same op with more rows; over weights, it takes this away: stacks of them belong under
+`jax.lax.scan`.
 
 All this is about meshes that XLA decides on; for those whose axes are `Explicit` see
 `_sharding_types`.
@@ -32,6 +33,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -107,7 +109,15 @@ class Call:
         return self._function, self._options
 
 
-def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Call | None) -> Array:
+def over_devices(
+    parts: Parts,
+    *,
+    op: Op,
+    layout: Layout,
+    whole: Call,
+    part: Call | None,
+    wider: Call | None = None,
+) -> Array:
     """Run an op on one device or several.
 
     Args:
@@ -117,6 +127,7 @@ def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Cal
         whole: the kernel for these arrays, where one device has them all.
         part: the op for a device's part of them: takes `shape`, the part's of the weight. None for
             what XLA cuts up by itself.
+        wider: the op for more rows of x, likewise; None where the same kernel has to run.
 
     Returns:
         What `whole` returns.
@@ -125,7 +136,7 @@ def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Cal
     def run(parts: Parts) -> Array:
         if part is None:
             return whole(*_arguments(op, parts))
-        return _by_parts(parts, op=op, layout=layout, whole=whole, part=part)
+        return _by_parts(parts, op=op, layout=layout, whole=whole, part=part, wider=wider)
 
     def result(types: Parts) -> PartitionSpec:
         rows = rows_as_cut(types.codes, layout.shape)
@@ -136,8 +147,10 @@ def over_devices(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Cal
     return in_auto_axes(run, parts, result=result)
 
 
-@functools.partial(jax.jit, static_argnames=("op", "layout", "whole", "part"))
-def _by_parts(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Call) -> Array:
+@functools.partial(jax.jit, static_argnames=("op", "layout", "whole", "part", "wider"))
+def _by_parts(
+    parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Call, wider: Call | None
+) -> Array:
     """A kernel on all of an op's arrays or, where they are cut, `part` on each device's."""
 
     @custom_partitioning
@@ -164,12 +177,44 @@ def _by_parts(parts: Parts, *, op: Op, layout: Layout, whole: Call, part: Call) 
         return cut(parts)
 
     @one.def_vmap
-    def many(_size: int, is_stack: list[Parts], parts: Parts) -> tuple[Array, bool]:
-        axes = jax.tree.map(lambda stack: 0 if stack else None, is_stack[0])
-        kernel = whole if stack_is_addressable(parts.codes.size) else in_turn(whole)
-        return jax.vmap(lambda parts: kernel(*_arguments(op, parts)), in_axes=(axes,))(parts), True
+    def many(size: int, is_stack: list[Parts], parts: Parts) -> tuple[Array, bool]:
+        stacked = is_stack[0]
+        if wider is not None and _is_of_rows(stacked):
+            if parts.lora is not None and not stacked.lora[0]:
+                xa, b = parts.lora
+                parts = parts._replace(lora=(jnp.broadcast_to(xa, (size, *xa.shape)), b))
+            return wider(*_arguments(op, parts), shape=layout.shape), True
+        each = _over_weights(lambda parts: whole(*_arguments(op, parts)))
+        return jax.vmap(each, in_axes=(_axes(stacked),))(parts), True
 
     return one(parts)
+
+
+def _is_of_rows(stacked: Parts) -> bool:
+    """Whether `jax.vmap` maps x, and nothing that all of its rows share."""
+    low = stacked.lora is not None and stacked.lora[1]
+    return bool(stacked.x) and not low and not any(jax.tree.leaves((stacked[1:6], stacked.layer)))
+
+
+def _axes(stacked: Parts) -> Any:
+    return jax.tree.map(lambda stack: 0 if stack else None, stacked)
+
+
+def _over_weights(kernel: Callable[[Parts], Array]) -> Callable[[Parts], Array]:
+    """A kernel under `jax.vmap`, however often: batched by Pallas, or one after another where all
+    the codes together are too many for that."""
+
+    @jax.custom_batching.custom_vmap
+    def one(parts: Parts) -> Array:
+        return kernel(parts)
+
+    @one.def_vmap
+    def many(_size: int, is_stack: list[Parts], parts: Parts) -> tuple[Array, bool]:
+        batched = kernel if stack_is_addressable(parts.codes.size) else in_turn(kernel)
+        each = jax.vmap(batched, in_axes=(_axes(is_stack[0]),))
+        return _over_weights(each)(parts), True
+
+    return one
 
 
 class _Places(NamedTuple):

@@ -53,6 +53,7 @@ def run(
     layout: Layout,
     dtype: DTypeLike,
     asked: Asked,
+    wider: Callable[..., Array] | None = None,
 ) -> Array:
     """Run one of an op's kernels.
 
@@ -63,6 +64,7 @@ def run(
         layout: of the weight.
         dtype: of the result.
         asked: by the caller.
+        wider: the op for any number of rows, if `function` is for few.
 
     Raises:
         ValueError: what is asked for cannot run.
@@ -93,15 +95,11 @@ def run(
         options["config"] = dispatch.config_for(name, choice, asked.config)
     if choice.implementation == "triton":
         options["interpret"] = asked.interpret
-    part = Call(
-        function,
-        quant_type=layout.quant_type,
-        blocksize=layout.blocksize,
-        implementation=asked.implementation,
-        config=asked.config,
-        interpret=asked.interpret,
-        **again,
-    )
+    again |= {"quant_type": layout.quant_type, "blocksize": layout.blocksize}
+    again |= {"implementation": asked.implementation, "interpret": asked.interpret}
+    again["config"] = asked.config
+    # A kernel or a config that was asked for is not exchanged for one that suits more rows.
+    is_free = asked.config is None and asked.implementation in (None, "triton")
     if not _finds_layers(name, choice.implementation, parts.codes.size):
         parts = parts.of_layer()
     y = over_devices(
@@ -109,7 +107,8 @@ def run(
         op=op,
         layout=layout,
         whole=Call(kernel_of(name, choice.implementation), **options),
-        part=None if choice.implementation == "xla" else part,
+        part=None if choice.implementation == "xla" else Call(function, **again),
+        wider=Call(wider or function, **again) if is_free else None,
     )
     return y if parts.lora is None or fuse else add_low_rank(y, parts.lora)
 

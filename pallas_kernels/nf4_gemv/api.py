@@ -1,5 +1,7 @@
 """`nf4_gemv`: x · Wᵀ for 1 to 16 rows, where reading the weight is all the work there is."""
 
+from typing import Any
+
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from pallas_kernels import dispatch
@@ -59,4 +61,12 @@ def nf4_gemv(
         layout=layout,
         dtype=x.dtype,
         asked=Asked(implementation, config, interpret, fuse_lora),
+        wider=_of_any_rows,
     )
+
+
+def _of_any_rows(*arrays: Any, **options: Any) -> Array:
+    # Imported where it runs, since it imports this file.
+    from pallas_kernels.nf4_matmul.api import nf4_matmul
+
+    return nf4_matmul(*arrays, **options)

@@ -146,13 +146,22 @@ def test_stacks_of_more_codes_than_31_bits_count_are_taken_in_turn():
             for name, shape in one.items()
         }
 
-    def loops(count):
-        ask = {"implementation": "triton", "interpret": True}
-        mapped = jax.vmap(lambda weight: nf4_dequantize(**weight, **ask))
-        return " scan[" in str(jax.make_jaxpr(mapped)(shapes(count)))
+    def loops(count, function):
+        return str(jax.make_jaxpr(jax.vmap(function))(shapes(count))).count(" scan[")
 
-    assert loops(4)
-    assert not loops(3)
+    def one(weight):
+        return nf4_dequantize(**weight, implementation="triton", interpret=True)
+
+    assert loops(4, one) == 1
+    assert loops(3, one) == 0
+
+    def pairs(weight):
+        twice = {name: jnp.broadcast_to(leaf, (2, *leaf.shape)) for name, leaf in weight.items()}
+        return jax.vmap(one)(twice)
+
+    # Two by two as well, of which a call sees two; the loop is over the outer axis alone.
+    assert loops(2, pairs) == 1
+    assert loops(1, pairs) == 0
 
 
 def test_weights_that_no_kernel_takes():

@@ -1,6 +1,7 @@
 """The Triton kernels, interpreted on the CPU, against float64 NumPy. Tiny: interpreting is slow."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -129,3 +130,53 @@ def test_stacked_weights_under_vmap_and_scan():
     _, scanned = jax.lax.scan(lambda carry, w: (carry, run(*w)), 0, leaves)
     np.testing.assert_array_equal(scanned, by_hand)
     np.testing.assert_array_equal(jax.vmap(lambda w: run(*w))(leaves), by_hand)
+
+
+def kernels_of(function, *arrays):
+    """The names of the kernels in a function's program, and how many loops it has."""
+    text = str(jax.make_jaxpr(function)(*arrays))
+    return re.findall(r"name=(nf4_\w+)", text), text.count(" scan[") + text.count(" while[")
+
+
+@pytest.mark.parametrize("lora_too", [False, True])
+def test_x_mapped_alone_is_one_product_with_more_rows(lora_too):
+    """W is read once, by the kernel for that many rows, as if they had come together."""
+    case = make_case(6, 32, 128)
+    x = activations(6, 40, 128, "float32").reshape(2, 20, 128)
+    xa, b = adapter(7, 40, 32, 16, "float32")
+
+    def product(x, xa):
+        lora = (xa, b) if lora_too else None
+        return nf4_matmul(x, *case.arrays, None, lora, fuse_lora=True, **RUN)
+
+    xa = xa.reshape(2, 20, 16)
+    rows = jax.vmap(jax.vmap(product))
+    together = product(x, xa)
+    assert kernels_of(rows, x, xa) == kernels_of(product, x, xa)
+    np.testing.assert_array_equal(rows(x, xa), together)
+    if lora_too:
+        same = xa[0, 0]
+        got = jax.vmap(lambda x: product(x, same))(x[0])
+        np.testing.assert_array_equal(got, product(x[0], jnp.broadcast_to(same, (20, 16))))
+
+
+def test_gradients_of_x_mapped_alone_are_one_product_too():
+    case = make_case(6, 32, 128)
+    dy = activations(6, 40, 32, "float32")
+    one = functools.partial(nf4_matmul_transposed, **RUN)
+    rows = jax.vmap(lambda dy: one(dy, *case.arrays))
+    assert kernels_of(rows, dy) == kernels_of(one, dy, *case.arrays)
+    np.testing.assert_array_equal(rows(dy), one(dy, *case.arrays))
+
+
+def test_what_was_asked_for_is_mapped_as_it_is():
+    """A config is for one call's rows: it is kept, and so is an adapter of each element's own."""
+    case = make_case(6, 32, 128)
+    x = activations(6, 20, 128, "float32")
+    names, _ = kernels_of(jax.vmap(lambda x: nf4_matmul(x, *case.arrays, config=GEMV, **RUN)), x)
+    assert names[-1] == "nf4_gemv"
+    xa, b = adapter(7, 20, 32, 16, "float32")
+    own = jnp.stack([b * i for i in range(20)])
+    got = jax.vmap(lambda x, xa, b: nf4_matmul(x, *case.arrays, None, (xa, b), **RUN))(x, xa, own)
+    want = [nf4_matmul(x[i], *case.arrays, None, (xa[i], own[i]), **RUN) for i in range(20)]
+    np.testing.assert_allclose(got, jnp.stack(want), rtol=1e-5, atol=1e-4)
