@@ -24,7 +24,8 @@ def nf4_matmul_transposed(
 ) -> Float[Array, "*batch k"]:
     """dy · W, with W [n, k] packed as in `nf4_dequantize`: the gradient of `nf4_matmul` in x.
 
-    W counts in dy's dtype, sums are float32, and the result is rounded once to dy's dtype.
+    W counts in dy's dtype, sums are float32, and the result is rounded once to dy's dtype; where
+    devices have parts of W's rows, each rounds its part of the sum.
 
     Args:
         dy: [..., n] in bfloat16, float16 or float32.

@@ -43,7 +43,10 @@ Factors = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
 
 
 class QuantDense(nnx.Module):
-    """A drop-in linear layer: 4-bit frozen weight, optional bias, optional LoRA.
+    """A linear layer with a frozen 4-bit weight, an optional bias, and LoRA.
+
+    It stands where an `nnx.Linear` does, with other defaults (adapters, no bias, results in
+    bfloat16) and the weight the other way round, [out, in], for `kernel_init` and its names, too.
 
     Attributes:
         kernel: `FrozenParam` of a `QuantizedTensor` [out, in], or of an array [out, in] where
@@ -86,7 +89,8 @@ class QuantDense(nnx.Module):
             compute_dtype: of the products and of the output.
             param_dtype: of the weight before quantization, and of the bias.
             implementation: which kernel multiplies; None lets `pallas_kernels` choose.
-            kernel_init: (key, (out, in), dtype) -> the weight, or a `QuantizedTensor` of it.
+            kernel_init: (key, (out, in), dtype) -> the weight, or a `QuantizedTensor` of it. Flax's
+                initializers that scale by the inputs need in_axis=1 and out_axis=0.
             bias_init: (key, (out,), dtype) -> the bias.
             rngs: draws the weight and A from its `params` stream.
             dropout_rngs: seeds, from its `dropout` stream, the layer's own stream of keys for LoRA
