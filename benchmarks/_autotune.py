@@ -151,7 +151,10 @@ def measure_candidates(
     concurrent.futures.wait(
         [*compiled.values(), *checks.values()], timeout=max(run.left() * 0.7, 1)
     )
-    print(f"{job}: {len(compiled)} candidates, {time.monotonic() - began:.0f} s", flush=True)
+    # What has not begun by now would be compiled beside the timing.
+    late = sum(program.cancel() for program in compiled.values())
+    told = f", {late} of them not compiled in time" if late else ""
+    print(f"{job}: {len(compiled)} candidates{told}, {time.monotonic() - began:.0f} s", flush=True)
     entries: list[dict[str, Any]] = []
     for shape, check in checks.items():
         here = measure_shape(run, job, of_shape[shape], compiled, check)
@@ -175,8 +178,8 @@ def measure_shape(
     inputs: tuple[Any, Any] | None = None
     for program in programs:
         point, executable = program.point, compiled[program.point]
-        if not (executable.done() and check.done()) or run.left() < 3:
-            executable.cancel()
+        ready = executable.done() and not executable.cancelled() and check.done()
+        if not ready or run.left() < 3:
             continue
         entry: dict[str, Any] = {"op": job.op, "rows": job.rows, "shape": point.shape_name}
         entry["implementation"] = job.implementation

@@ -6,8 +6,9 @@ the time in which the byte arrives: about 4 instructions per lane. What is done 
 1. `prmt` and `ld.shared` turn it into a float16 pair (`_mosaic_decoder`);
 2. a quarter of an `mma.m16n8k16` multiplies it with x and adds up in float32 (`mosaic_lanes`).
 
-x is scaled by a power of two per warp and row, so that bfloat16 becomes float16 without loss
-(`mosaic_ends`). How the work is cut: `mosaic_plan`; what a lane loads: `mosaic_weight`.
+x is scaled by a power of two per warp and row, so that bfloat16 becomes float16 with all its bits,
+29 binades down from the largest (`mosaic_ends`). How the work is cut: `mosaic_plan`; what a lane
+loads: `mosaic_weight`.
 """
 
 import dataclasses

@@ -293,6 +293,19 @@ def test_the_winner_is_timed_again_in_turns_with_the_kernels_own_choice(monkeypa
         assert pairs[2][0]["again"] == {"seconds": [1, 3, 5, 7, 9], "own": [2, 4, 6, 8, 10]}
 
 
+def test_a_candidate_that_was_not_compiled_in_time_is_left_out():
+    class Run:
+        def left(self):
+            return 100.0
+
+    point = Point("matmul", "mosaic_gpu", 1, "a", 128, 256)
+    late, check = concurrent.futures.Future(), concurrent.futures.Future()
+    assert late.cancel()
+    check.set_result(None)
+    job, program = _autotune.Job.read("matmul:1:mosaic_gpu"), _programs.Program(point, 2, 1, 1)
+    assert _autotune.measure_shape(Run(), job, [program], {point: late}, check) == []
+
+
 def test_a_cut_of_many_rows_does_not_reach_down_to_the_gemv_s():
     """Few rows are another kernel: what was measured there says nothing of 17 rows."""
 
