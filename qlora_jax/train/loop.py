@@ -9,6 +9,7 @@ random keys from (seed, step). Killed at any moment and called again with the sa
 goes on from its latest checkpoint and ends with the same bits.
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -34,7 +35,7 @@ from qlora_jax.evaluate import (
 )
 from qlora_jax.models import check_remat, spread_rows, streaming
 from qlora_jax.models.neftune import set_noise
-from qlora_jax.processes import is_first, on_first
+from qlora_jax.processes import are_several, is_first, on_first
 from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.clock import Clock
@@ -229,8 +230,11 @@ class _Run:
         # What the program of each shape of batches moves over the bus; a new shape compiles one.
         self.compiled: dict[Any, HostTraffic] = {}
         self.traffic: HostTraffic | None = None
-        # A dispatched step whose metrics were not read yet: (step, metrics, real tokens, traffic).
-        self.pending: tuple[int, StepMetrics, int, HostTraffic] | None = None
+        # Dispatched steps whose metrics were not read yet: (step, metrics, real tokens, traffic).
+        self.unread: collections.deque[tuple[int, StepMetrics, int, HostTraffic]]
+        self.unread = collections.deque()
+        # The last step to have been read, and the last with all that follows a step.
+        self.read = self.done = int(self.state.step)
         self.train_loss: float | None = None
 
     def train(
@@ -243,16 +247,20 @@ class _Run:
         evaluations = []
         if eval_batches is not None and not self.resumed:
             evaluations.append(self.evaluate(eval_batches, first))
-        for step in range(first + 1, config.steps + 1):
-            self.dispatch(step, _stacked(batches.at(step - 1), config))
-            last = step == config.steps
-            if eval_batches is not None and (last or _due(step, config.eval_every)):
-                evaluations.append(self.evaluate(eval_batches, step))
-            for probe in self.probes:
-                if last or _due(step, probe.every):
-                    self.probe(probe, step)
-            if last or _due(step, config.save_every):
-                self.save(step)
+        try:
+            for step in range(first + 1, config.steps + 1):
+                self.dispatch(step, _stacked(batches.at(step - 1), config))
+                if eval_batches is not None and self.due(step, config.eval_every):
+                    evaluations.append(self.evaluate(eval_batches, step))
+                for probe in self.probes:
+                    if self.due(step, probe.every):
+                        self.probe(probe, step)
+                if self.due(step, config.save_every):
+                    self.save(step)
+                self.done = step
+        except KeyboardInterrupt:
+            self.keep(config.eval_every if eval_batches is not None else 0)
+            raise
         if eval_batches is not None and first >= config.steps:
             # Already on record: a finished run's files do not change.
             evaluations.append(self.held_out(eval_batches))
@@ -281,17 +289,25 @@ class _Run:
             self.compiled[shape] = traffic
         self.traffic = self.compiled[shape]
         self.state, metrics = self.train_step(self.state, self.frozen, rows)
-        self.report()
-        self.pending = (step, metrics, 0 if compiles else _real_tokens(batch), self.traffic)
-        if compiles:
-            self.report()
+        tokens = 0 if compiles else _real_tokens(batch)
+        self.unread.append((step, metrics, tokens, self.traffic))
+        self.report(but=0 if compiles else 1)
 
-    def report(self) -> None:
-        """Read, check and log the metrics of the pending step; waits until it is done."""
-        if self.pending is None:
-            return
-        (step, metrics, tokens, traffic), self.pending = self.pending, None
-        values = {name: float(x) for name, x in jax.device_get(metrics)._asdict().items()}
+    def report(self, but: int = 0) -> None:
+        """Read, check and log the metrics of all dispatched steps but the latest few; waits until
+        they are done."""
+        while len(self.unread) > but:
+            step, metrics, tokens, traffic = self.unread[0]
+            values = {name: float(x) for name, x in jax.device_get(metrics)._asdict().items()}
+            # Not before: the wait may be interrupted, and the step be read then (`keep`).
+            self.unread.popleft()
+            self.read = step
+            self.report_step(step, values, tokens, traffic)
+
+    def report_step(
+        self, step: int, values: dict[str, float], tokens: int, traffic: HostTraffic
+    ) -> None:
+        """Check and log the metrics of one step."""
         values["tokens"] = int(values["tokens"])
         self.clock.step_done(tokens)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
@@ -342,6 +358,26 @@ class _Run:
         self.checkpoints.save(self.state)
         self.clock.pause()
 
+    def keep(self, eval_every: int) -> None:
+        """Checkpoint the state that an interrupt has found, so that no step is lost.
+
+        Not where it is in use, by a step or by other processes, nor where something else belongs
+        to its step, which a run that goes on from it would leave out.
+        """
+        if are_several() or any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+            return
+        step = int(self.state.step)
+        known = self.unread[-1][0] if self.unread else self.read
+        every = (eval_every, *(probe.every for probe in self.probes))
+        complete = step == self.done or not any(self.due(step, each) for each in every)
+        if step == known and complete and step not in (0, self.checkpoints.latest_step()):
+            self.save(step)
+            self.say(f"interrupted: step {step} is kept")
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something that is done every so many steps, and at the end, is now."""
+        return step == self.config.steps or (every > 0 and step % every == 0)
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """To every outlet."""
         for outlet in self.outlets:
@@ -361,10 +397,6 @@ class _Run:
 @jax.jit
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def _stacked(batch: Any, config: TrainConfig) -> Any:

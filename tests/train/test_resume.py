@@ -76,6 +76,83 @@ def test_a_run_broken_off_by_an_error_resumes_bit_identical(tmp_path, broken_at,
         np.testing.assert_array_equal(a, b)
 
 
+class _Interrupts(ToyBatches):
+    """Ctrl-C, once: while a batch is made, while a step's numbers are awaited, or as soon as they,
+    or an evaluation's, are logged."""
+
+    def __init__(self, where: str, step: int) -> None:
+        super().__init__(2, 4)
+        self.where, self.step = where, step
+
+    def now(self, where: str, step: int) -> None:
+        if (where, step) == (self.where, self.step):
+            self.where = "over"
+            raise KeyboardInterrupt
+
+    def at(self, step):
+        self.now("batch", step + 1)
+        return super().at(step)
+
+    def start(self, step):
+        pass
+
+    def log(self, step, values):
+        self.now("eval" if "eval_loss" in values else "log", step)
+
+    def flush(self):
+        pass
+
+    close = flush
+
+
+@pytest.fixture(scope="module")
+def examined(tmp_path_factory):
+    """A run with evaluations: its configuration, what it is evaluated on, how it ends."""
+    config, folder = dataclasses.replace(CONFIG, eval_every=6), tmp_path_factory.mktemp("examined")
+    held_out = {"eval_batches": [ToyBatches(4).at(1000)]}
+    return config, held_out, adapters(train(folder, config=config, **held_out)[0]), _numbers(folder)
+
+
+@pytest.mark.parametrize(
+    ("where", "step", "kept"),
+    [
+        ("batch", 1, None),
+        ("wait", 8, 9),  # step 9 is on its way by then
+        ("log", 8, 9),
+        ("eval", 12, 10),  # the step's evaluation would be missing
+        ("batch", 13, 12),  # it is there
+    ],
+)
+def test_an_interrupt_keeps_the_step_and_ends_bit_identical(
+    tmp_path, monkeypatch, examined, where, step, kept
+):
+    config, held_out, whole, numbers = examined
+    batches = _Interrupts(where, step)
+
+    def run():
+        model, options = Toy(dropout=0.1), {"loss_fn": toy_loss, "callbacks": [batches]}
+        fit(model, batches, config, run_folder=tmp_path, **options, **held_out)
+        return model
+
+    read = jax.device_get
+
+    def wait(metrics):
+        if hasattr(metrics, "grad_norm"):
+            waits.append(metrics)
+            batches.now("wait", len(waits))
+        return read(metrics)
+
+    waits = []
+    monkeypatch.setattr(jax, "device_get", wait)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        assert checkpoints.latest_step() == kept
+    for a, b in zip(adapters(run()), whole, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert _numbers(tmp_path) == numbers
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     return adapters(train(tmp_path_factory.mktemp("reference") / "run")[0])
