@@ -201,6 +201,28 @@ def test_mosaic_needs_hopper_and_its_own_kind_of_weight():
     assert chosen("nf4_gemv", 1, (40, 128), **ask).implementation == "mosaic_gpu"
     with pytest.raises(ValueError, match="not float32"):
         which_implementation("nf4_gemv", 1, WEIGHT, kind="NVIDIA H200", dtype=jnp.float32, **ask)
+    # A row less than 4 GiB of activations.
+    assert chosen("nf4_matmul", 2**19 - 1, (4096, 64), **ask).implementation == "mosaic_gpu"
+
+
+@pytest.mark.parametrize(
+    ("op", "rows", "layout", "message"),
+    [
+        ("nf4_gemv", 1, ((64, 128), "int8", 64), r"not int8 \(64, 128\) in blocks of 64"),
+        ("nf4_gemv", 1, ((64, 128), "nf4", 128), r"not nf4 \(64, 128\) in blocks of 128"),
+        ("nf4_gemv", 1, ((2, 64, 128), "nf4", 64), r"not nf4 \(2, 64, 128\) in"),
+        ("nf4_gemv", 1, ((41, 128), "nf4", 64), r"n in multiples of 2 .* not \(41, 128\)"),
+        ("nf4_matmul_transposed", 64, ((64, 64), "nf4", 64), r"k in multiples of 128, not"),
+        ("nf4_matmul_transposed", 64, ((32, 128), "nf4", 64), r"n in multiples of 64 and k"),
+        ("nf4_matmul", 2**19, ((4096, 64), "nf4", 64), r"not 524288 rows of \(4096, 64\)"),
+        ("nf4_matmul", 2**19, ((64, 4096), "nf4", 64), r"not 524288 rows of \(64, 4096\)"),
+        ("nf4_gemv", 1, ((2**17, 2**16), "nf4", 64), "less than 4 GiB of codes"),
+    ],
+)
+def test_weights_that_no_hopper_kernel_takes(op, rows, layout, message):
+    ask = {"implementation": "mosaic_gpu", "kind": "NVIDIA H200"}
+    with pytest.raises(ValueError, match=message):
+        which_implementation(op, rows, Layout(*layout, double_quant=True), **ask)
 
 
 def chosen(op, rows, shape, kind="NVIDIA H200", **more):
