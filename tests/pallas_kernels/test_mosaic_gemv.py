@@ -12,7 +12,7 @@ from pallas_kernels import Layout
 from pallas_kernels._mosaic import SHARED_LIMIT
 from pallas_kernels._mosaic_decoder import byte_planes, lookup_tables, select_pairs
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
-from pallas_kernels.nf4_gemv import mosaic_plan
+from pallas_kernels.nf4_gemv import mosaic_plan, mosaic_sm90
 from pallas_kernels.nf4_gemv.mosaic_early import ask_for_first_unit
 from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
 from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan, choose_config, configs_to_try
@@ -81,8 +81,10 @@ def emulate(plan, inputs, program=_program):
 def test_lane_program_is_the_product(m, n, k, dtype, double_quant, config):
     rng = np.random.default_rng(m)
     plan = Plan(m, n, k, dtype, double_quant, True, config)
+    assert plan.shared_bytes <= SHARED_LIMIT
     if plan.split > 1:  # the bias is added to the sum of the parts
         plan = dataclasses.replace(plan, has_bias=False)
+        assert plan.out_dtype == "float32"
     inputs, exact = problem(rng, m, n, k, dtype, double_quant)
     got = emulate(plan, inputs)
     exact = exact + inputs[5] * plan.has_bias
@@ -249,12 +251,76 @@ def test_llama_shapes_fit(m, n, k):
     assert plan.efficiency > 0.75
 
 
+def test_eight_warps_unless_the_work_is_a_tenth_more_even():
+    def best(m, n, k):
+        return choose_config(m, n, k)
+
+    even = Plan(1, 4096, 4096, "bfloat16", True, False, GemvConfig())
+    assert even.efficiency == pytest.approx(128 / 132)  # units on multiprocessors
+    assert best(1, 4096, 4096) == best(1, 5120, 1024) == GemvConfig()
+    assert (best(4, 5120, 5120).warps, best(4, 5120, 5120).steps) == (20, 2)
+    # 96 registers a lane: from five rows on one step at a time, and of eight together one tile.
+    assert (best(5, 5120, 5120).warps, best(5, 5120, 5120).steps) == (20, 1)
+    for cut, rows, goes in (
+        (GemvConfig(20, 1, 2), 4, True),
+        (GemvConfig(20, 1, 2), 5, False),
+        (GemvConfig(12, 2, 2), 8, True),
+        (GemvConfig(12, 2, 2, together=8), 8, False),
+        (GemvConfig(12, 1, 2, together=8), 8, True),
+        (GemvConfig(8, 2, 2, together=8), 8, True),
+    ):
+        plan = Plan(rows, 4096, 4096, "bfloat16", True, False, cut)
+        assert mosaic_plan.fits(plan) == goes, (cut, rows)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "together", "split"),
+    [(8, 4096, 4, 1), (9, 4096, 8, 1), (4, 28672, 4, 2), (8, 28672, 8, 4)],
+)
+def test_more_rows_than_eight_and_those_that_do_not_fit(m, k, together, split):
+    plan = Plan(m, 8192, k, "bfloat16", True, False, choose_config(m, 8192, k))
+    assert (plan.config.together, plan.split) == (together, split)
+    assert plan.shared_bytes <= SHARED_LIMIT
+
+
+def test_no_part_of_the_columns_is_empty():
+    """Of five turns four blocks would take two each: three have them all."""
+    config = GemvConfig(4, 1, 1, split=4)
+    assert Plan(1, 16, 5 * 512, "bfloat16", True, False, config).split == 3
+
+
+def test_parts_of_a_sum_are_added_up_before_bias_and_adapter(monkeypatch):
+    """By XLA, and the kernel is asked for neither."""
+    rng, (m, n, k) = np.random.default_rng(0), (3, 32, 1024)
+    x, weight = (np.array(jnp.asarray(rng.normal(size=s), "bfloat16")) for s in ((m, k), (n, k)))
+    xa, b = (jnp.asarray(rng.normal(size=s), "bfloat16") for s in ((m, 8), (n, 8)))
+    bias = jnp.asarray(rng.normal(size=n), jnp.float32)
+
+    def parts(x, _weight, bias, lora, _layer, plan):
+        assert (bias, lora, plan.has_bias, plan.rank) == (None, None, False, 0)
+        pieces = zip(*(np.split(np.float32(a), plan.split, 1) for a in (x, weight)), strict=True)
+        return jnp.concatenate([x @ w.T for x, w in pieces])
+
+    monkeypatch.setattr(mosaic_sm90, "_call", parts)
+    arrays = (jnp.zeros((n, k // 2), jnp.uint8), jnp.ones((n * k // 64,)), None, None)
+    layout, config = Layout((n, k), "nf4", 64, double_quant=False), GemvConfig(4, 1, 1, split=2)
+    got = nf4_gemv_mosaic(jnp.asarray(x), *arrays, bias, (xa, b), layout=layout, config=config)
+    x, weight, xa, b = (np.asarray(a, np.float64) for a in (x, weight, xa, b))
+    want = x @ weight.T + xa @ b.T + np.asarray(bias, np.float64)
+    assert (got.shape, got.dtype) == ((m, n), jnp.bfloat16)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=1e-3)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_candidates_are_different_and_those_that_start_early_need_jax_0_11(rows):
+def test_candidates_are_different_and_those_that_start_early_need_jax_0_11(rows, monkeypatch):
     configs = configs_to_try(rows, 4096, 4096)
     assert len(set(configs)) == len(configs)
     assert configs[0] == choose_config(rows, 4096, 4096)
     assert any(config.early for config in configs) is (jax.__version_info__ >= (0, 11))
+    monkeypatch.setattr(mosaic_plan, "STARTS_EARLY", True)
+    first, *others = configs_to_try(rows, 4096, 4096)
+    assert first == choose_config(rows, 4096, 4096)
+    assert dataclasses.replace(first, early=True) in others
 
 
 @pytest.mark.parametrize(

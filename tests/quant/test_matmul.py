@@ -73,11 +73,11 @@ def test_a_symbolic_number_of_rows_can_be_exported():
     def gradient(x):
         return jax.grad(lambda x: jnp.sum(product(x) ** 2))(x)
 
-    shape = export.symbolic_shape("rows, 64")
+    shape = export.symbolic_shape("2, rows, 64")
     for function in (product, gradient):
         exported = export.export(jax.jit(function), platforms=["cpu", "cuda", "tpu"])(
             jax.ShapeDtypeStruct(shape, jnp.float32)
         )
         for rows in (1, 20):
-            x = jax.random.normal(jax.random.key(1), (rows, 64))
+            x = jax.random.normal(jax.random.key(1), (2, rows, 64))
             np.testing.assert_allclose(exported.call(x), function(x), rtol=1e-5, atol=1e-4)
