@@ -129,6 +129,59 @@ def test_lanes_read_x_from_different_banks(m, config):
     assert machine.turns == machine.reads
 
 
+class RaceMachine(Machine):
+    """Between two barriers no warp may touch a byte of shared memory that another one writes
+    (CUDA programming guide, "Thread Synchronization")."""
+
+    def __init__(self, cta, threads, shared_bytes):
+        super().__init__(cta, threads, shared_bytes)
+        self.phase = 1
+        # Of each byte the phase of the last write and read, and the warp; -1 for several.
+        self.wrote, self.wrote_by, self.read, self.read_by = np.zeros((4, shared_bytes), np.int64)
+
+    def barrier(self):
+        self.phase += 1
+
+    def _touched(self, address, width, offset, when):
+        active = np.ones(self.threads, bool) if when is None else when
+        at = (address.astype(np.int64) + offset)[active][:, None] + np.arange(width)
+        return at.reshape(-1), np.repeat(self.thread[active] // 32, width).astype(np.int64)
+
+    def shared_load(self, address, words=1, *, offset=0, when=None, region=None):
+        if region is None:
+            at, warp = self._touched(address, 4 * words, offset, when)
+            assert not ((self.wrote[at] == self.phase) & (self.wrote_by[at] != warp)).any(), "race"
+            fresh = self.read[at] != self.phase
+            self.read_by[at[fresh]], self.read[at] = warp[fresh], self.phase
+            self.read_by[at[self.read_by[at] != warp]] = -1
+        return super().shared_load(address, words, offset=offset, when=when, region=region)
+
+    def shared_store(self, address, values, *, offset=0, when=None, region=None):
+        if region is None:
+            at, warp = self._touched(address, 4 * len(values), offset, when)
+            for phase, by in ((self.wrote, self.wrote_by), (self.read, self.read_by)):
+                assert not ((phase[at] == self.phase) & (by[at] != warp)).any(), "race"
+            self.wrote[at], self.wrote_by[at] = self.phase, warp
+            assert (self.wrote_by[at] == warp).all(), "race"
+        super().shared_store(address, values, offset=offset, when=when, region=region)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
+        (1, 72, 1024, GemvConfig(warps=4, tiles=2, steps=2, ctas=1)),
+        # In two rounds.
+        (16, 40, 4096, GemvConfig(8, 2, 2, ctas=1, together=8)),
+    ],
+)
+def test_warps_wait_before_they_read_what_others_wrote(m, n, k, config):
+    plan = Plan(m, n, k, "bfloat16", True, True, config)
+    assert (plan.held < plan.units_per_cta) == (m == 16)
+    inputs, _ = problem(np.random.default_rng(0), m, n, k, "bfloat16", True)
+    out = np.asarray(jnp.zeros((m, n), jnp.bfloat16)).copy()
+    lane_program(RaceMachine(0, plan.threads, plan.shared_bytes), plan, *inputs, out)
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
 def test_selects_are_the_look_up(quant_type):
     """All 65,536 pairs of bytes, in either half of a word: the table's float16, bit for bit."""

@@ -15,7 +15,7 @@ from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
 from pallas_kernels.nf4_matmul import mosaic_lanes, mosaic_ring, mosaic_sm90, mosaic_table
 from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan, place
 from pallas_kernels.simt.emulate import Machine
-from tests.pallas_kernels.test_mosaic_gemv import problem
+from tests.pallas_kernels.test_mosaic_gemv import RaceMachine, problem
 
 LANES = np.arange(128)
 WARP, GROUP, QUAD = LANES // 32, LANES % 32 // 4, LANES % 4
@@ -43,9 +43,9 @@ def to_sums(tile, threads):
     return [[[pick(j, h, e) for e in (0, 1)] for h in (0, 1)] for j in range(tile.shape[1] // 8)]
 
 
-def machine_of(config, quant_type="nf4"):
+def machine_of(config, quant_type="nf4", kind=Machine):
     """The threads of a block, and its tables in shared memory."""
-    machine = Machine(0, mosaic_table.THREADS, config.table_bytes)
+    machine = kind(0, mosaic_table.THREADS, config.table_bytes)
     mosaic_table.fill_table(machine, config, mosaic_table.tables_of(config, quant_type))
     return machine
 
@@ -112,7 +112,7 @@ def test_lane_programs_are_the_product(m, n, k, dtype, double_quant, wide):
     plan = Plan(m, n, k, dtype, double_quant, True, config)
     inputs, exact = problem(rng, m, n, k, dtype, double_quant)
     x, codes, absmax, nested, offset, bias, _ = inputs
-    machine = machine_of(config)
+    machine = machine_of(config, kind=RaceMachine)
     mean = mosaic_ring.load_offset(machine, plan, offset)
     out = np.asarray(jnp.full((m, n), jnp.nan, dtype)).copy()
     padded = np.zeros((-(-m // 64) * 64, k))
