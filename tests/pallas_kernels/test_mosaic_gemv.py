@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -362,6 +363,52 @@ def test_parts_of_a_sum_are_added_up_before_bias_and_adapter(monkeypatch):
     want = x @ weight.T + xa @ b.T + np.asarray(bias, np.float64)
     assert (got.shape, got.dtype) == ((m, n), jnp.bfloat16)
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=1e-3)
+
+
+def test_what_is_launched(monkeypatch):
+    """An adapter of whole fours; a part of the sum for each split; nothing early that may depend on
+    the kernel in front."""
+    seen = []
+
+    def launch(program, out, *, early, **_):
+        def run(*inputs):
+            seen.append((out, early, inputs))
+            return jnp.zeros(out.shape, out.dtype)
+
+        return run
+
+    monkeypatch.setattr(mosaic_sm90, "launch", launch)
+    monkeypatch.setattr(mosaic_sm90, "call", lambda kernel, *inputs: kernel(*inputs))
+    monkeypatch.setattr(mosaic_sm90, "STARTS_EARLY", True)
+    layout, x = Layout((32, 1024), "nf4", 64, double_quant=False), jnp.ones((2, 1024), jnp.bfloat16)
+    codes, absmax = jnp.zeros((3, 32, 512), jnp.uint8), jnp.ones((3, 512))
+
+    def launched(config, lora=None, layer=None):
+        weight = (codes, absmax) if layer is not None else (codes[0], absmax[0])
+        nf4_gemv_mosaic(x, *weight, None, None, None, lora, layer, layout=layout, config=config)
+        return seen[-1]
+
+    lora = (jnp.ones((2, 6), x.dtype), jnp.ones((32, 6), x.dtype))
+    out, early, inputs = launched(GemvConfig(4, 1, 1), lora)
+    assert (out.shape, out.dtype, early) == ((2, 32), x.dtype, None)
+    assert [part.shape for part in inputs[-2:]] == [(2, 8), (32, 8)]
+    assert not inputs[-1][:, 6:].any()
+    out, early, _ = launched(GemvConfig(4, 1, 1, split=2, early=True))
+    assert (out.shape, out.dtype, early.func) == ((4, 32), jnp.float32, mosaic_sm90._early)
+    *_, early, _ = launched(GemvConfig(4, 1, 1, early=True), layer=jnp.int32(1))
+    assert early is mosaic_sm90._nothing
+
+
+@pytest.mark.parametrize("module", ["nf4_gemv", "nf4_matmul", "nf4_matmul_transposed"])
+def test_a_kernel_called_by_itself_refuses_what_it_does_not_take(module):
+    kernel = importlib.import_module(f"pallas_kernels.{module}.mosaic_sm90")
+    layout, after = Layout((64, 128), "nf4", 64, double_quant=False), (None,)
+    weight = (jnp.zeros((64, 64), jnp.uint8), jnp.ones((128,)), None, None)
+    x = jnp.ones((1, 128))
+    if module == "nf4_matmul_transposed":
+        x, after = jnp.ones((1, 64)), ()
+    with pytest.raises(ValueError, match="takes bfloat16 and float16 activations, not float32"):
+        getattr(kernel, f"{module}_mosaic")(x, *weight, *after, layout=layout)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
