@@ -252,6 +252,8 @@ def test_a_rule_says_whether_the_adapter_is_fused(tmp_path):
         np.testing.assert_array_equal(run(), run(fuse_lora=True))
         assert (run() != run(fuse_lora=False)).any()
         before = rules()
+    few = functools.partial(nf4_matmul, x[:2], *case.arrays, None, (lora[0][:2], lora[1]))
+    assert (few(fuse_lora=True) != few(fuse_lora=False)).any()
     # What the file does not speak of stands as ever.
     assert before[1:] == rules()
 
@@ -394,6 +396,14 @@ def test_cards_are_known_by_every_name_of_theirs():
         assert dispatch.card_name(card.pallas_kind) in CARDS
     assert {dispatch.card_name(kind) for kind in ("Quadro RTX 6000", "Tesla K80")} == {"other"}
     assert {dispatch.card_name(kind) for kind in ("AMD Instinct MI300X", "cpu")} == {None}
+
+
+def test_an_op_chooses_by_its_activations_kind(monkeypatch):
+    """No Hopper kernel takes float32."""
+    monkeypatch.setattr(dispatch, "target", lambda: "NVIDIA H200")
+    weight = (jnp.zeros((64, 32), jnp.uint8), jnp.ones(64))
+    run = jax.make_jaxpr(lambda x: nf4_matmul(x, *weight))
+    assert "mosaic_gpu" not in str(run(jnp.ones((1, 64))))
 
 
 def test_cuts_name_what_exists():

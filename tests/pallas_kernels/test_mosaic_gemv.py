@@ -171,13 +171,13 @@ class RaceMachine(Machine):
     ("m", "n", "k", "config"),
     [
         (1, 72, 1024, GemvConfig(warps=4, tiles=2, steps=2, ctas=1)),
-        # In two rounds.
-        (16, 40, 4096, GemvConfig(8, 2, 2, ctas=1, together=8)),
+        # In two rounds, whose sums are no whole turns of all threads.
+        (11, 72, 6144, GemvConfig(8, 2, 2, ctas=1, together=8)),
     ],
 )
 def test_warps_wait_before_they_read_what_others_wrote(m, n, k, config):
     plan = Plan(m, n, k, "bfloat16", True, True, config)
-    assert (plan.held < plan.units_per_cta) == (m == 16)
+    assert (plan.held < plan.units_per_cta) == (m == 11)
     inputs, _ = problem(np.random.default_rng(0), m, n, k, "bfloat16", True)
     out = np.asarray(jnp.zeros((m, n), jnp.bfloat16)).copy()
     lane_program(RaceMachine(0, plan.threads, plan.shared_bytes), plan, *inputs, out)
@@ -299,6 +299,18 @@ def test_bad_rows_stay_alone(together):
     got = emulate(plan, [*inputs, xa, b])
     assert not np.isfinite(got[[1, 3]]).any()
     np.testing.assert_allclose(got[[0, 2]], exact[[0, 2]], rtol=0.1, atol=0.01 * abs(exact).max())
+
+
+def test_rows_of_any_magnitude():
+    """Zeros, and numbers at the ends of bfloat16's range, which float16 does not reach."""
+    config = GemvConfig(warps=4, tiles=1, steps=2)
+    inputs, _ = problem(np.random.default_rng(0), 4, 16, 512, "bfloat16", True)
+    plain = np.random.default_rng(1).normal(size=512).astype(inputs[0].dtype)
+    scales = np.array([0, 2.0**-114, 1, 2.0**100]).astype(plain.dtype)
+    inputs[0][:] = scales[:, None] * plain
+    got = emulate(Plan(4, 16, 512, "bfloat16", True, False, config), inputs)
+    assert not got[0].any()
+    np.testing.assert_array_equal(got[1:] / np.float64(scales[1:, None]), got[[2, 2, 2]])
 
 
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)])
