@@ -1,20 +1,25 @@
-"""What a plan advises and tells, without compiling anything: switches, notes, and how it reads."""
+"""What a plan advises and tells, and its small parts, without compiling anything."""
 
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.cards import CARDS
+from qlora_jax.data import IGNORE
 from qlora_jax.models import DecoderConfig
 from qlora_jax.models.streaming import HOST_LIMIT
 from qlora_jax.nn import LoraConfig
-from qlora_jax.plan import Workload, find_config, memory
+from qlora_jax.plan import Workload, compiled, find_config, memory
 from qlora_jax.plan.advice import SWITCHES, Advice
+from qlora_jax.plan.devices import with_cut_weights
+from qlora_jax.plan.measure import random_batch
 from qlora_jax.plan.memory import Components, Plan
 from qlora_jax.plan.report import LONGEST_SEQUENCE, Report, _positions, text
+from qlora_jax.plan.workload import batch_shapes
 from qlora_jax.quant import QuantConfig
-from qlora_jax.train import HostTraffic, TrainConfig
+from qlora_jax.train import Crossing, HostTraffic, TrainConfig
 from tests.plan.test_plan import TINY, TINY_T5
 
 GIB = 2**30
@@ -250,3 +255,42 @@ def test_tokens_of_an_update(changes, tokens):
 def test_a_workload_that_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         work_with(**changes)
+
+
+def test_a_program_needs_its_arguments_and_what_it_makes():
+    found = compiled.ProgramBytes(1, 2, 4, 8, 16, 32, 64, 128)
+    assert (found.device, found.host) == (1 + 2 - 4 + 8, 16 + 32 - 64 + 128)
+
+
+def test_where_answers_are_kept(monkeypatch, tmp_path):
+    monkeypatch.delenv(compiled.CACHE_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiled.cache_folder() == tmp_path / "qlora-jax" / "plan"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert compiled.cache_folder() == tmp_path / ".cache" / "qlora-jax" / "plan"
+    monkeypatch.setenv(compiled.CACHE_VARIABLE, str(tmp_path / "own"))
+    assert compiled.cache_folder() == tmp_path / "own" / "plan"
+
+
+def test_a_card_with_its_part_of_the_weights_moves_its_part_of_all_but_activations():
+    whole = HostTraffic(activations=Crossing(8, 8), paged_state=Crossing(9, 12))
+    parts = HostTraffic(activations=Crossing(8, 8), paged_state=Crossing(3, 3))
+    assert with_cut_weights(whole, 4) == parts
+
+
+@pytest.mark.parametrize("changes", [{}, {"packed": True}, {"config": T5, "target": 8}])
+def test_every_token_of_a_random_batch_is_trained_on(changes):
+    work = work_with(gradient_accumulation_steps=2, **changes)
+    batch = random_batch(work)
+    shapes = batch_shapes(work)
+    assert [(a.shape, a.dtype) for a in batch] == [(s.shape, s.dtype) for s in shapes]
+    assert batch[0].shape == (2, 4, 32)
+    assert (batch.labels != IGNORE).sum() == 2 * 4 * (8 if "target" in changes else 31)
+    if "packed" in changes:
+        assert (batch.segments == 1).all()
+        assert (batch.positions == np.arange(32)).all()
+    else:
+        assert batch.attention_mask.all()
+    if "target" not in changes:
+        np.testing.assert_array_equal(batch.labels[..., 1:], batch.input_ids[..., 1:])
