@@ -193,6 +193,9 @@ def test_what_a_team_fetches():
     assert kernel_model.mosaic_split(point) == (12, 1.0)
     point = dataclasses.replace(point, rows=20 * 256)
     assert kernel_model.mosaic_split(point) == (20, pytest.approx(4 / (20 * 22 / 132)))
+    # Of 25 tiles a fifth turn has the last one; all blocks would have done with four.
+    wide = dataclasses.replace(point, n=25 * 128)
+    assert kernel_model.mosaic_split(wide) == (20, pytest.approx(5 / (20 * 25 / 132)))
 
 
 @pytest.mark.skipif(
