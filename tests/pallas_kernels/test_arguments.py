@@ -115,6 +115,8 @@ def test_an_adapter_is_a_pair():
         (functools.partial(MatmulConfig, team=True), "split", 2),
         (functools.partial(MatmulConfig, team=True), "wide", True),
         (functools.partial(TritonConfig, 16, 16), "block_k", 48),
+        (functools.partial(TritonConfig, 16, 16), "block_k", 16),  # half of a run of bytes
+        (functools.partial(TritonConfig, 16, 16, 64), "num_warps", 64),  # 1024 threads are most
         (functools.partial(TritonConfig, 16, 16, 64), "num_warps", 3),  # Triton aborts the process
         (functools.partial(TritonConfig, 16, 16, 64), "decoder", "tabel"),
     ],

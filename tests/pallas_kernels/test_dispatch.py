@@ -26,6 +26,7 @@ from pallas_kernels import (
 from pallas_kernels._table import Cut, config_type, cuts, rules, using_table
 from pallas_kernels.dispatch import AVAILABLE
 from pallas_kernels.nf4_gemv.mosaic_plan import choose_config as choose_gemv
+from pallas_kernels.nf4_matmul.api import _is_gemv
 from pallas_kernels.nf4_matmul.mosaic_plan import choose_config as choose_matmul
 from tests.pallas_kernels.base import activations, adapter, make_case
 
@@ -396,6 +397,17 @@ def test_cards_are_known_by_every_name_of_theirs():
         assert dispatch.card_name(card.pallas_kind) in CARDS
     assert {dispatch.card_name(kind) for kind in ("Quadro RTX 6000", "Tesla K80")} == {"other"}
     assert {dispatch.card_name(kind) for kind in ("AMD Instinct MI300X", "cpu")} == {None}
+
+
+def test_few_rows_are_the_gemvs_unless_a_config_is_the_matmuls():
+    few, many, none = (jnp.zeros((rows, 64)) for rows in (16, 17, 0))
+    assert _is_gemv(few, None)
+    assert _is_gemv(few, GemvConfig())
+    assert _is_gemv(few, TritonConfig(8, 16, 64))
+    assert not _is_gemv(few, TritonConfig(16, 16, 64))
+    assert not _is_gemv(few, MatmulConfig())
+    assert not _is_gemv(many, None)
+    assert not _is_gemv(none, None)
 
 
 def test_an_op_chooses_by_its_activations_kind(monkeypatch):
