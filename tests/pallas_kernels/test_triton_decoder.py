@@ -125,6 +125,21 @@ def test_every_byte_in_every_lane(num_warps):
         assert all(wavefronts(*t) == 2 for t in touched), "bank conflict"
 
 
+@pytest.mark.parametrize("num_warps", [1, 8, 16])
+def test_every_byte_has_a_thread_that_stores_it(monkeypatch, num_warps):
+    def fill(text, *, args, pack, **_):
+        byte, high, low = map(np.asarray, args)
+        assert (text, byte.size) == (_fill_asm(pack), 32 * num_warps * pack)
+        assert set(byte.tolist()) == set(range(256))
+        np.testing.assert_array_equal(high, CODEBOOKS["nf4"][byte >> 4])
+        np.testing.assert_array_equal(low, CODEBOOKS["nf4"][byte & 15])
+        return [jnp.zeros(byte.shape, jnp.int32)]
+
+    monkeypatch.setattr(_triton_decoder.plgpu, "elementwise_inline_asm", fill)
+    monkeypatch.setattr(_triton_decoder, "load", lambda ref, index: ref[index])
+    assert _triton_decoder._fill_pairs(jnp.asarray(CODEBOOKS["nf4"]), num_warps) == 0
+
+
 def test_prmt_itself():
     """Against the PTX manual's definition, on all 65536 selectors of one pair of words."""
     a, b = 0x83022190, 0xF5E4D37C
