@@ -23,6 +23,7 @@ from pallas_kernels import (
     nf4_matmul,
     which_implementation,
 )
+from pallas_kernels._mosaic import SHARED_LIMIT
 from pallas_kernels._table import Cut, config_type, cuts, rules, using_table
 from pallas_kernels.dispatch import AVAILABLE
 from pallas_kernels.nf4_gemv.mosaic_plan import choose_config as choose_gemv
@@ -443,6 +444,14 @@ def test_of_few_rows_the_forward_kernel_may_split_its_sum():
     assert {c.rows for c in configs_to_try("nf4_matmul", 24, 4096, 4096, "mosaic_gpu")} == {32, 64}
     back = configs_to_try("nf4_matmul_transposed", 48, 4096, 11008, "mosaic_gpu")
     assert {c.split for c in back} == {1}
+
+
+def test_a_hopper_tile_is_the_smallest_that_holds_all_rows():
+    tiles = {rows: choose_matmul(rows).rows for rows in (17, 64, 65, 128, 129, 4096)}
+    assert tiles == {17: 64, 64: 64, 65: 128, 128: 128, 129: 256, 4096: 256}
+    assert [choose_matmul(64, transposed=back).stages for back in (False, True)] == [5, 4]
+    for config in configs_to_try("nf4_matmul", 4096, 4096, 4096, "mosaic_gpu"):
+        assert config.shared_bytes <= SHARED_LIMIT
 
 
 def test_of_thousands_of_rows_a_team_may_decode():
