@@ -232,7 +232,7 @@ class Machine:
         start = self._where(buffer.size, address, width, offset, when)
         data = buffer[start[:, None] + np.arange(width)]
         if when is not None:
-            data[~when] = 0xA5
+            data[~when] = 0xFF  # NaN, as any kind of float
         return data
 
     def _scatter(

@@ -72,7 +72,7 @@ def _cut(weight: Any, config: QuantConfig) -> tuple[jax.P, ...]:
     """How the leaves are cut, from the type of the weight."""
     rows = spec_entries(weight)[0]
     part = weight.size // math.prod(weight.sharding.mesh.shape[axis] for axis in axes_of(rows))
-    matrix = weight.ndim > 1 and len(codes_shape(weight.shape, config.quant_type)) > 1
+    matrix = len(codes_shape(weight.shape, config.quant_type)) > 1
     codes = jax.P(rows) if matrix else jax.P()
     absmax = codes if part % config.blocksize == 0 else jax.P()
     return codes, absmax, *[jax.P()] * (2 * config.double_quant)

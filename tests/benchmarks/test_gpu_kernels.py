@@ -2,8 +2,11 @@
 
 import concurrent.futures
 import dataclasses
+import functools
+import itertools
 import json
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from benchmarks import _autotune, _points, _programs, _report, gpu_kernels
 from benchmarks._points import Point
 from pallas_kernels import GemvConfig, _table, dispatch
 from pallas_kernels._triton_config import TritonConfig
+from pallas_kernels.cards import CARDS
 
 
 def run(tmp_path, *arguments: str) -> dict:
@@ -37,7 +41,10 @@ def test_runs_in_full_at_toy_sizes(tmp_path):
         ("lora", 32),
     }
     assert {"lora M=1 toy triton", "lora M=1 toy triton fused"} < set(status)
-    assert all(p["seconds"] > 0 and p["bytes_per_s"] > 0 for p in results["points"])
+    for point in results["points"]:
+        assert point["seconds"] > 0
+        assert point["bytes_per_s"] == point["bytes"] / point["seconds"]
+        assert point["flop_per_s"] == point["flop"] / point["seconds"]
     checked = [p for p in results["points"] if p["implementation"] != "bf16"]
     assert all(p["error_vs_float64"] < 1e-2 and p["error_vs_xla"] < 1e-2 for p in checked)
     assert results["ceilings"]["copy_bytes_per_s"] > 0
@@ -134,13 +141,37 @@ def test_a_wrong_kernel_is_called_wrong(tmp_path, monkeypatch):
         return (lambda *args: 2 * op(*args)) if point.implementation == "xla" else op
 
     monkeypatch.setattr(_programs, "op_function", doubled)
-    monkeypatch.setattr(gpu_kernels, "compile_check", lambda program: lambda *_: jnp.float32(0))
+    errors, poisoned = iter([0.0, 1.0]), []
+    monkeypatch.setattr(
+        gpu_kernels,
+        "compile_check",
+        lambda program: functools.partial(lambda error, *_: jnp.float32(error), next(errors)),
+    )
+    monkeypatch.setattr(gpu_kernels, "poison", poisoned.append)
     arguments = ["--implementations", "xla", "--ops", "matmul", "--shapes", "toy", "--rows", "2"]
     base = ["--toy", "--out", str(tmp_path), "--repeats", "1", "--threads", "1"]
-    assert gpu_kernels.main(base + arguments) == 1
-    (point,) = json.loads((tmp_path / "kernels.json").read_text())["points"]
-    assert point["status"] == "wrong"
-    assert "**wrong**" in (tmp_path / "kernels.md").read_text()
+    for _ in range(2):  # first to float64 alone, then beside XLA's result alone
+        assert gpu_kernels.main(base + arguments) == 1
+        (point,) = json.loads((tmp_path / "kernels.json").read_text())["points"]
+        assert point["status"] == "wrong"
+        assert "**wrong**" in (tmp_path / "kernels.md").read_text()
+        monkeypatch.setattr(_programs, "op_function", honest)
+    assert len(poisoned) == 2
+
+
+def test_ceilings_are_bytes_and_flop_over_time(monkeypatch):
+    """A second passes between two looks at the clock: ten calls."""
+    clock = types.SimpleNamespace(perf_counter=functools.partial(next, itertools.count()))
+    monkeypatch.setattr(gpu_kernels, "time", clock)
+    found = gpu_kernels.ceilings(toy=True)
+    assert found["copy_bytes_per_s"] == pytest.approx(10 * 2 * 4 * 2**16)  # read and written
+    assert found["bf16_flops"] == pytest.approx(10 * 2 * 256**3)
+
+
+def test_the_cache_of_a_card_is_the_tables():
+    assert gpu_kernels.cache_bytes("NVIDIA H200", toy=False) == CARDS["h200"].l2
+    assert gpu_kernels.cache_bytes("NVIDIA H300", toy=False) == 2**26
+    assert gpu_kernels.cache_bytes("NVIDIA H200", toy=True) == 2**12
 
 
 @pytest.mark.parametrize("implementation", ["xla", "bf16"])
@@ -323,6 +354,7 @@ def test_a_cut_of_many_rows_does_not_reach_down_to_the_gemv_s():
     here = [entry("matmul", 4096, 2.0, own=True), entry("matmul", 4096, 1.0)]
     for before, first in (([4], 4096), ([4, 64], 65)):
         times = [entry("matmul", rows, 1.0) for rows in before] + [entry("transposed", 512, 1.0)]
+        times.append(entry("matmul", 2048, 1.0) | {"implementation": "triton"})
         (cut,) = _autotune.best_cuts(Run(), "matmul", 4096, here, times)
         assert (cut["min_rows"], cut["max_rows"]) == (first, 4096)
 
@@ -352,6 +384,7 @@ def test_the_rule_of_least_regret_wins_and_failures_do_not():
 
     entries = [entry(2, "a", 1.0), entry(2, "b", 9.0), entry(4, "a", 1.2), entry(4, "b", 3.0)]
     entries += [{"config": {"num_warps": 8}, "shape": "a", "failure": "spilled"}]
+    entries.append(entry(8, "b", 0.1))
 
     class Run:
         device = jax.devices()[0]
@@ -382,6 +415,51 @@ def test_a_rule_speaks_of_the_rows_that_were_measured(op, rows, covered):
     assert tuple(_autotune.rows_covered(op, rows).values()) == covered
 
 
+def test_regret_is_a_geometric_mean():
+    """Four times as long once costs less than about twice as long twice."""
+    times = {"x": {"a": 1.0, "b": 4.0}, "y": {"a": 2.2, "b": 1.9}, "z": {"a": 9.0, "b": 1.0}}
+    assert _autotune.least_regret(times, {"a", "b"}) == "x"
+    assert _autotune.least_regret({"x": {"a": 1.0}}, {"a", "b"}) is None
+
+
+def test_a_spent_budget_tunes_nothing(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(_autotune, "measure_candidates", refuse)
+    options = types.SimpleNamespace(threads=1, out=tmp_path)
+    _autotune.tune(types.SimpleNamespace(left=lambda: 9, options=options), ["matmul:1"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_wrong_is_not_timed_and_what_the_budget_ends_is_not_run(monkeypatch):
+    """The first two of three candidates are measured, and the first one is wrong."""
+    monkeypatch.setattr(_autotune, "make_input", lambda *_: None)
+    monkeypatch.setattr(_autotune, "poison", lambda *_: None)
+    monkeypatch.setattr(_autotune, "make_weights", lambda *_: [None])
+    monkeypatch.setattr(_autotune, "timing", lambda *_: {"seconds": 1.0})
+
+    def done(result):
+        future = concurrent.futures.Future()
+        future.set_result(result)
+        return future
+
+    points = [
+        Point("matmul", "triton", 1, "toy", 64, 64, config=TritonConfig(1, 8, 256, num_warps=w))
+        for w in (1, 2, 4)
+    ]
+    programs = [types.SimpleNamespace(point=point) for point in points]
+    compiled = {p: done((lambda *_, w=p.config.num_warps: (None, (0, w), None), 0)) for p in points}
+    left = iter([9, 9, 2])
+    run = types.SimpleNamespace(left=lambda: next(left), seed=0)
+    check = done(lambda last_x, weight, out: 1.0 if out == 1 else 0.0)
+    job = _autotune.Job.read("matmul:1")
+    wrong, right = _autotune.measure_shape(run, job, programs, compiled, check)
+    assert (wrong["error"], right["error"]) == (1.0, 0.0)
+    assert "seconds" not in wrong
+    assert (right["seconds"], right["own"]) == (1.0, False)
+
+
 def test_rules_take_the_fastest_right_implementation_everywhere_measured(monkeypatch):
     def point(op, rows, implementation, seconds, status="ok", shape="a", fuse_lora=False):
         return {
@@ -410,23 +488,26 @@ def test_rules_take_the_fastest_right_implementation_everywhere_measured(monkeyp
                 point("matmul", 4096, "bf16", 0.1),
                 point("lora", 1, "triton", 3.0),
                 point("lora", 1, "triton", 4.0, fuse_lora=True),
+                point("lora", 16, "xla", 3.0),
+                point("lora", 16, "xla", 1.0, status="wrong", fuse_lora=True),
                 point("lora", 4096, "mosaic_gpu", 3.0),
                 point("lora", 4096, "mosaic_gpu", 2.5, fuse_lora=True),
+                point("transposed", 64, "mosaic_gpu", 1.0),
             ]
         }
 
         def shapes(self):
             return {"a": (128, 256)}
 
-    few, sixteen, many = _autotune.implementation_rules(Run())
+    few, sixteen, many, back = _autotune.implementation_rules(Run())
     assert (few["op"], few["implementation"], few["max_rows"]) == ("nf4_gemv", "triton", 1)
     assert (sixteen["implementation"], sixteen["max_rows"]) == ("xla", 16)
     assert TritonConfig(**few["config"])
     assert (many["op"], many["implementation"]) == ("nf4_matmul", "mosaic_gpu")
     assert many["config"] is None
     assert many["max_rows"] == _autotune.ALL_ROWS
-    # With sixteen rows no adapter was measured.
-    assert [rule["fuse_lora"] for rule in (few, sixteen, many)] == [False, False, True]
+    # With sixteen rows the adapter inside was wrong; dx has none.
+    assert [rule["fuse_lora"] for rule in (few, sixteen, many, back)] == [False, False, True, False]
     inside = [p for p in Run.results["points"] if p["op"] != "lora" or p["fuse_lora"]]
     monkeypatch.setattr(Run, "results", {"points": inside})
     assert not any(rule["fuse_lora"] for rule in _autotune.implementation_rules(Run()))

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import kernel_model
 from benchmarks._points import Point
-from pallas_kernels import MatmulConfig, compile_for
+from pallas_kernels import GemvConfig, MatmulConfig, TritonConfig, compile_for
 from pallas_kernels.cards import CARDS
 
 SASS = """
@@ -92,6 +92,9 @@ def test_occupancy_is_the_tightest_limit():
     assert kernel_model.occupancy(card, kernel()) == 2  # 65536 / (256 · 128) registers
     assert kernel_model.occupancy(card, kernel(registers=32)) == 6  # 228 KiB of shared memory
     assert kernel_model.occupancy(card, kernel(registers=32, smem=0)) == 8  # 2048 threads
+    # A warp's registers come in 256s: 1536 for 1312.
+    assert kernel_model.occupancy(card, kernel(registers=41, smem=0)) == 5
+    assert kernel_model.occupancy(card, kernel(threads=32, registers=16, smem=0)) == 32  # blocks
 
 
 def test_the_slowest_resource_is_the_prediction():
@@ -112,6 +115,33 @@ def test_idle_cores_stretch_the_time():
     card, point = CARDS["h200"], Point("matmul", "triton", 4096, "x", 4096, 4096)
     half = kernel_model.predict(card, kernel(grid=(66,)), point, 8192, 32)
     assert half.waves == 2.0
+    # Two blocks a multiprocessor: 264 at once.
+    assert kernel_model.predict(card, kernel(grid=(200,)), point, 8192, 32).waves == 1.0
+    more = kernel_model.predict(card, kernel(grid=(330,)), point, 8192, 32)
+    assert more.waves == pytest.approx(2 / (330 / 264))
+
+
+def test_floors_are_work_over_rate():
+    """Lane-instructions of all weights, each time that they are decoded. An A100 has half of an
+    H200's float lanes; to dequantize takes no tensor cores."""
+    point = Point("matmul", "triton", 33, "x", 4096, 11008)
+    for name, lanes in (("a100-80", 64), ("h200", 128), ("t4", 64)):
+        card = CARDS[name]
+        found = kernel_model.floors(card, point, {"float": 3.0}, 2, tensor=True)
+        per_second = lanes * card.cores * card.clock_ghz * 1e9
+        assert found["float"] == pytest.approx(3 * 2 * 4096 * 11008 / per_second)
+        assert found["tensor"] == point.flops / card.matmul_flops
+        assert "tensor" not in kernel_model.floors(card, point, {}, 2, tensor=False)
+    flat = dataclasses.replace(point, op="dequantize", rows=0)
+    assert "tensor" not in kernel_model.floors(card, flat, {}, 1, tensor=True)
+
+
+def test_a_triton_tile_is_decoded_once_for_its_rows():
+    point = Point("matmul", "triton", 33, "x", 4096, 11008)
+    assert kernel_model.tile(TritonConfig(16, 32, 64), point, 1) == (32 * 64, 3)
+    assert kernel_model.tile(TritonConfig(1, 8, 1024), point, 1) == (8 * 1024, 1)
+    flat = dataclasses.replace(point, op="dequantize", rows=0)
+    assert kernel_model.tile(TritonConfig(1, 1, 1024), flat, 64) == (4096 * 11008 / 64, 1)
 
 
 def test_without_a_disassembler_the_error_says_what_to_install():
@@ -130,11 +160,28 @@ def test_of_a_hopper_kernel_the_tensor_instructions_say_what_a_warp_decodes():
     assert found.waves == pytest.approx(4 / (512 / 132))
 
 
+def test_of_few_rows_several_share_an_instruction():
+    """Two `HMMA` multiply the same weights with eight rows of x."""
+    card, config = CARDS["h200"], GemvConfig()
+    point = Point("matmul", "mosaic_gpu", 8, "x", 4096, 4096, config=config)
+    code = kernel(SASS.replace("HGMMA.64x128x16", "HMMA.16816"))
+    found = kernel_model.predict_mosaic(card, code, point)
+    assert found.per_weight["float"] == pytest.approx(2 * 32 / 128)
+    # 128 units of 32 rows on 132 multiprocessors.
+    assert kernel_model.mosaic_split(point) == (1, pytest.approx(132 / 128))
+
+
 def test_what_a_hopper_matmul_fetches():
     """For each of 512 tiles, 64 times: 256 × 64 of x in two bytes, and half a byte of 128 × 64."""
     point = Point("matmul", "mosaic_gpu", 4096, "x", 4096, 4096)
     assert kernel_model.cache_bytes(point) == 512 * 64 * (32768 + 4096)
     assert kernel_model.mosaic_split(point) == (16, pytest.approx(4 / (512 / 132)))
+    # Of dx the columns are W's, and its rows are summed.
+    back = Point("transposed", "mosaic_gpu", 4096, "x", 11008, 4096)
+    assert kernel_model.cache_bytes(back) == 16 * 32 * 172 * (32768 + 4096)
+    assert kernel_model.mosaic_split(back) == (16, pytest.approx(4 / (512 / 132)))
+    split = dataclasses.replace(point, rows=32, config=MatmulConfig(rows=32, split=8))
+    assert kernel_model.mosaic_split(split) == (1, pytest.approx(2 / (256 / 132)))
 
 
 def test_what_a_team_fetches():
@@ -146,6 +193,9 @@ def test_what_a_team_fetches():
     assert kernel_model.mosaic_split(point) == (12, 1.0)
     point = dataclasses.replace(point, rows=20 * 256)
     assert kernel_model.mosaic_split(point) == (20, pytest.approx(4 / (20 * 22 / 132)))
+    # Of 25 tiles a fifth turn has the last one; all blocks would have done with four.
+    wide = dataclasses.replace(point, n=25 * 128)
+    assert kernel_model.mosaic_split(wide) == (20, pytest.approx(5 / (20 * 25 / 132)))
 
 
 @pytest.mark.skipif(

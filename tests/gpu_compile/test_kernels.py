@@ -115,6 +115,11 @@ def check_kernel(card: Card, kernel: harness.KernelCode, op: str, rows: int) -> 
         assert kernel.spill_bytes == 0, f"{kernel.spill_bytes} bytes of spills"
         assert kernel.registers * kernel.threads <= card.multiprocessor.registers
     assert reads_codes_in_16_bytes(kernel.ptx), "codes are not read 16 bytes at a time"
+    if "nf4_pairs" in kernel.ptx:
+        # What other threads stored is read behind a barrier (`_triton_decoder._fill_pairs`).
+        order = re.findall(r"st\.shared\.v4\.f32|bar\.sync|ld\.shared\.b64", kernel.ptx)
+        stored = len(order) - order[::-1].index("st.shared.v4.f32")
+        assert "bar.sync" in order[stored : order.index("ld.shared.b64")]
     if rows >= 16:
         # On Hopper issue 3 asks for wgmma from 16 rows on. A wgmma has at least 64 rows: for 16,
         # three quarters would be padding, so there the older mma.sync of 16 rows is asserted.

@@ -244,11 +244,14 @@ def test_hopper_teams(shape_name, op, rows, rank):
     loop = count_hot_loop(code.sass)
     assert loop.opcodes["HGMMA.64x256x16.F32.BF16"] == 4
     assert loop.instructions < 60
-    # Stored, ordered before copies, counted; a count seen, ordered before copies.
-    steps = re.findall(r"STG\.E\.128|FENCE\.VIEW\.ASYNC\.G|REDG|LDG\.E\.STRONG\.GPU", code.sass)
-    found = [step for step, _ in itertools.groupby(steps)]
-    stored, fence = "STG.E.128", "FENCE.VIEW.ASYNC.G"
-    assert found[:5] == [stored, fence, "REDG", "LDG.E.STRONG.GPU", fence]
+    # Behind the table's barrier stored, ordered before copies, by all threads, counted; a count
+    # seen, by all threads, ordered before copies.
+    stored, fence, barrier, seen = "STG.E.128", "FENCE.VIEW.ASYNC.G", "BAR.SYNC", "LDG.E.STRONG.GPU"
+    known = "|".join(map(re.escape, (stored, fence, barrier, "REDG", seen)))
+    found = [step for step, _ in itertools.groupby(re.findall(known, code.sass))]
+    assert found[:8] == [barrier, stored, fence, barrier, "REDG", seen, barrier, fence]
+    # What was stored before a count is seen with it; relaxed loads are the same to SASS' names.
+    assert "ld.acquire.gpu.global.b32" in code.ptx
     copies = 2 * n * rank + (2 * (rows + 4) * shapes[0][1] if rows % 8 else 0)
     rooms = SMS // -(-rows // 256) * mosaic_team.ROOM * 2**18
     assert compiled.memory_analysis().temp_size_in_bytes < rooms + copies + 2**16

@@ -34,13 +34,17 @@ pytestmark = pytest.mark.usefixtures("as_users_run_it")
         ({"codes": CODES.reshape(-1)}, "shape= is not given"),
         ({"shape": (8, 100)}, "codes has shape"),
         ({"shape": (0, 128)}, "shape is"),
+        ({"shape": ()}, r"shape is \(\); expected one or more dimensions"),
         ({"absmax": ABSMAX[:-1]}, "absmax has shape"),
         ({"absmax": ABSMAX.astype(jnp.float16)}, "absmax has dtype float16"),
         ({"absmax": ABSMAX.astype(jnp.float32)}, "nested_absmax is given"),
+        ({"absmax": ABSMAX.astype(jnp.float32), "nested_absmax": None}, "offset is given"),
         ({"nested_absmax": None}, "nested_absmax is missing"),
+        ({"nested_absmax": NESTED.astype(jnp.bfloat16)}, "nested_absmax is bfloat16"),
         ({"nested_absmax": jnp.ones(3)}, "nested_absmax is float32"),
         ({"offset": None}, "offset is missing"),
         ({"offset": jnp.ones((1,))}, "offset is float32"),
+        ({"offset": OFFSET.astype(jnp.float16)}, r"offset is float16 \(\); expected float32"),
         ({"quant_type": "nf3"}, "quant_type is 'nf3'"),
         ({"blocksize": 48}, "blocksize is 48"),
         ({"dtype": jnp.int8}, "dtype is int8"),
@@ -57,6 +61,7 @@ def test_weight(change, message):
     ("op", "x", "message"),
     [
         (nf4_matmul, X[:, :64], r"x has shape \(2, 64\)"),
+        (nf4_matmul, X[0, 0], r"x has shape \(\); expected \[\.\.\., 128\]"),
         (nf4_matmul, X.astype(jnp.int32), "x's dtype is int32"),
         (nf4_matmul_transposed, X, r"dy has shape \(2, 128\)"),
         (nf4_gemv, jnp.ones((17, 128)), "x has 17 rows"),
@@ -70,6 +75,8 @@ def test_activations(op, x, message):
 def test_bias():
     with pytest.raises(ValueError, match="bias is float32"):
         nf4_matmul(X, **GOOD, bias=jnp.ones(7))
+    with pytest.raises(ValueError, match=r"bias is int32 \(8,\); expected a float array"):
+        nf4_matmul(X, **GOOD, bias=jnp.ones(8, jnp.int32))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +84,10 @@ def test_bias():
     [
         (X[:, :4], jnp.ones((7, 4), X.dtype), r"lora's b has shape \(7, 4\); expected \(8, r\)"),
         (X[:1, :4], jnp.ones((8, 4), X.dtype), r"lora's xa has shape \(1, 4\); expected \(2, 4\)"),
+        (X[:, :0], jnp.ones((8, 0), X.dtype), r"lora's b has shape \(8, 0\); expected \(8, r\)"),
+        (X[:, :4], jnp.ones((8, 4, 1), X.dtype), r"lora's b has shape \(8, 4, 1\); expected"),
         (X[:, :4], jnp.ones((8, 4)), "lora's b is float32; expected x's dtype, bfloat16"),
+        (jnp.ones((2, 4)), jnp.ones((8, 4), X.dtype), "lora's xa is float32; expected x's dtype"),
     ],
 )
 @pytest.mark.parametrize("op", [nf4_matmul, nf4_gemv])
@@ -105,6 +115,8 @@ def test_an_adapter_is_a_pair():
         (functools.partial(MatmulConfig, team=True), "split", 2),
         (functools.partial(MatmulConfig, team=True), "wide", True),
         (functools.partial(TritonConfig, 16, 16), "block_k", 48),
+        (functools.partial(TritonConfig, 16, 16), "block_k", 16),  # half of a run of bytes
+        (functools.partial(TritonConfig, 16, 16, 64), "num_warps", 64),  # 1024 threads are most
         (functools.partial(TritonConfig, 16, 16, 64), "num_warps", 3),  # Triton aborts the process
         (functools.partial(TritonConfig, 16, 16, 64), "decoder", "tabel"),
     ],

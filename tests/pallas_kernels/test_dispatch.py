@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -24,9 +25,11 @@ from pallas_kernels import (
     nf4_matmul,
     which_implementation,
 )
+from pallas_kernels._mosaic import SHARED_LIMIT
 from pallas_kernels._table import Cut, config_type, cuts, rules, using_table
 from pallas_kernels.dispatch import AVAILABLE
 from pallas_kernels.nf4_gemv.mosaic_plan import choose_config as choose_gemv
+from pallas_kernels.nf4_matmul.api import _is_gemv
 from pallas_kernels.nf4_matmul.mosaic_plan import choose_config as choose_matmul
 from tests.pallas_kernels.base import activations, adapter, make_case
 
@@ -67,6 +70,14 @@ def test_a_card_that_the_table_does_not_know_is_asked_itself(monkeypatch):
     assert chosen_on("NVIDIA H100 PCIe", "9.0", **ask).implementation == "mosaic_gpu"
     with pytest.raises(ValueError, match=r"compute capability 9\.0 or 10\.0 and"):
         chosen_on("NVIDIA A10G", "8.6", **ask)
+    # The card of that kind among others, and no other maker's, who count otherwise.
+    kinds = {"AMD Instinct MI300X": "gfx942", "NVIDIA A10G": "8.6", "Tesla V100-SXM2-16GB": "7.0"}
+    here = [
+        types.SimpleNamespace(device_kind=kind, compute_capability=found)
+        for kind, found in kinds.items()
+    ]
+    monkeypatch.setattr(jax, "devices", lambda *_: here)
+    assert [dispatch.capability(kind) for kind in kinds] == [None, (8, 6), (7, 0)]
 
 
 def test_a_b200_has_the_hopper_gemv_if_asked_for_and_no_wgmma():
@@ -176,6 +187,55 @@ def test_weights_that_no_kernel_takes():
         which_implementation("nf4_dequantize", 1, int8, implementation="triton", interpret=True)
 
 
+def test_interpreted_kernels_need_no_card_and_the_other_two_are_not_interpreted():
+    ask = {"interpret": True, "kind": "Tesla T4"}
+    assert chosen("nf4_gemv", 1, (64, 64), implementation="triton", **ask).config is not None
+    with pytest.raises(ValueError, match="interpreter cannot run it"):
+        chosen("nf4_gemv", 1, (64, 64), "NVIDIA H200", implementation="mosaic_gpu", interpret=True)
+    with pytest.raises(ValueError, match="Triton's own does"):
+        chosen("nf4_dequantize", 1, (64, 64), implementation="jax_triton", **ask)
+
+
+def test_flat_bytes_are_dequantized_whatever_rows_they_are_of():
+    choice = which_implementation("nf4_dequantize", 1, CROSSING, kind="NVIDIA L40")
+    assert choice.implementation == "triton"
+
+
+def test_jax_triton_has_tritons_tile_sizes(monkeypatch):
+    monkeypatch.setattr(dispatch, "missing_jax_triton", lambda: None)
+    ask = {"kind": "NVIDIA H200"}
+    choice = which_implementation("nf4_dequantize", 1, WEIGHT, implementation="jax_triton", **ask)
+    other = which_implementation("nf4_dequantize", 1, WEIGHT, implementation="triton", **ask)
+    assert choice == dataclasses.replace(other, implementation="jax_triton")
+    assert choice.config is not None
+
+
+@pytest.mark.parametrize(
+    ("jax_triton", "triton", "version", "message"),
+    [
+        ("0.4.0", "3.7.0", (0, 10, 2), None),
+        ("0.3.9", "3.7.0", (0, 10, 2), "jax-triton is 0.3.9 and it needs jax-triton >= 0.4"),
+        ("0.4.1", "3.6.2", (0, 10, 2), "triton is 3.6.2 and it needs triton >= 3.7"),
+        ("0.4.1", None, (0, 10, 2), "triton is not installed"),
+        ("0.4.1", "4.0.0", (0, 11, 2), None),
+        ("0.4.1", "4.0.0", (0, 12, 0), "jax-triton 0.4 cannot be lowered in loops"),
+        ("0.5.0", "4.0.0", (0, 12, 0), None),
+    ],
+)
+def test_what_the_extra_triton_needs(monkeypatch, jax_triton, triton, version, message):
+    installed = {"jax-triton": jax_triton, "triton": triton}
+
+    def found(package):
+        if installed[package] is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    problem = dispatch.missing_jax_triton.__wrapped__()
+    assert (problem is None) if message is None else problem.startswith(message)
+
+
 def test_asking_for_the_impossible_through_an_op():
     case = make_case(0, 8, 128)
     with pytest.raises(ValueError, match="pass implementation='xla'"):
@@ -189,6 +249,21 @@ def test_there_are_candidates(op, rows):
         return
     found = configs_to_try(op, rows, 4096, 11008)
     assert len(found) == len(set(found)) > 3
+    if op == "nf4_gemv" and rows <= 4:
+        # 16-byte loads a lane, and products of them.
+        loads = [c.block_n * c.block_k // 32 / (32 * c.num_warps) for c in found]
+        assert min(loads) >= 1
+        assert max(loads) * rows == {1: 4, 4: 8}[rows]
+    if op == "nf4_matmul_transposed":
+        forward = configs_to_try("nf4_matmul", rows, 4096, 11008)
+        tiles = [[(c.block_n, c.block_k) for c in here if c.fused] for here in (found, forward)]
+        assert tiles[0] == [(block_k, block_n) for block_n, block_k in tiles[1]]
+
+
+@pytest.mark.parametrize(("n", "k", "splits"), [(32768, 1024, {1, 2}), (4096, 512, {1, 2})])
+def test_a_sum_is_split_until_the_card_is_filled_or_two_tiles_are_left(n, k, splits):
+    found = configs_to_try("nf4_gemv", 16, n, k)
+    assert {c.split_k for c in found if (c.block_n, c.block_k) == (32, 128)} == splits
 
 
 def test_a_rule_says_whether_the_adapter_is_fused(tmp_path):
@@ -212,6 +287,8 @@ def test_a_rule_says_whether_the_adapter_is_fused(tmp_path):
         np.testing.assert_array_equal(run(), run(fuse_lora=True))
         assert (run() != run(fuse_lora=False)).any()
         before = rules()
+    few = functools.partial(nf4_matmul, x[:2], *case.arrays, None, (lora[0][:2], lora[1]))
+    assert (few(fuse_lora=True) != few(fuse_lora=False)).any()
     # What the file does not speak of stands as ever.
     assert before[1:] == rules()
 
@@ -235,6 +312,28 @@ def test_mosaic_needs_hopper_and_its_own_kind_of_weight():
     assert chosen("nf4_gemv", 1, (40, 128), **ask).implementation == "mosaic_gpu"
     with pytest.raises(ValueError, match="not float32"):
         which_implementation("nf4_gemv", 1, WEIGHT, kind="NVIDIA H200", dtype=jnp.float32, **ask)
+    # A row less than 4 GiB of activations.
+    assert chosen("nf4_matmul", 2**19 - 1, (4096, 64), **ask).implementation == "mosaic_gpu"
+
+
+@pytest.mark.parametrize(
+    ("op", "rows", "layout", "message"),
+    [
+        ("nf4_gemv", 1, ((64, 128), "int8", 64), r"not int8 \(64, 128\) in blocks of 64"),
+        ("nf4_gemv", 1, ((64, 128), "nf4", 128), r"not nf4 \(64, 128\) in blocks of 128"),
+        ("nf4_gemv", 1, ((2, 64, 128), "nf4", 64), r"not nf4 \(2, 64, 128\) in"),
+        ("nf4_gemv", 1, ((41, 128), "nf4", 64), r"n in multiples of 2 .* not \(41, 128\)"),
+        ("nf4_matmul_transposed", 64, ((64, 64), "nf4", 64), r"k in multiples of 128, not"),
+        ("nf4_matmul_transposed", 64, ((32, 128), "nf4", 64), r"n in multiples of 64 and k"),
+        ("nf4_matmul", 2**19, ((4096, 64), "nf4", 64), r"not 524288 rows of \(4096, 64\)"),
+        ("nf4_matmul", 2**19, ((64, 4096), "nf4", 64), r"not 524288 rows of \(64, 4096\)"),
+        ("nf4_gemv", 1, ((2**17, 2**16), "nf4", 64), "less than 4 GiB of codes"),
+    ],
+)
+def test_weights_that_no_hopper_kernel_takes(op, rows, layout, message):
+    ask = {"implementation": "mosaic_gpu", "kind": "NVIDIA H200"}
+    with pytest.raises(ValueError, match=message):
+        which_implementation(op, rows, Layout(*layout, double_quant=True), **ask)
 
 
 def chosen(op, rows, shape, kind="NVIDIA H200", **more):
@@ -296,14 +395,20 @@ def test_triton_has_tile_sizes_for_every_card_and_number_of_rows(card, op):
 
 def test_a_measured_cut_goes_before_the_rules_config(monkeypatch):
     shape, cut = (4096, 4096), GemvConfig(selects=2)
-    line = Cut("nf4_gemv", "h200", 1, 1, "mosaic_gpu", shape, cut)
-    monkeypatch.setattr(dispatch, "cuts", lambda: (line,))
-    assert chosen("nf4_gemv", 1, shape).config == cut
-    assert chosen("nf4_gemv", 1, shape, implementation="mosaic_gpu").config == cut
+    others = (
+        Cut("nf4_gemv", "h200", 1, 4, "triton", shape, TritonConfig(1, 8, 1024)),
+        Cut("nf4_matmul", "h200", 1, 4, "mosaic_gpu", shape, MatmulConfig(stages=4)),
+    )
+    line = Cut("nf4_gemv", "h200", 2, 3, "mosaic_gpu", shape, cut)
+    monkeypatch.setattr(dispatch, "cuts", lambda: (*others, line))
+    for rows in (2, 3):
+        assert chosen("nf4_gemv", rows, shape).config == cut
+        assert chosen("nf4_gemv", rows, shape, implementation="mosaic_gpu").config == cut
     for rows, size, kind in (
-        (2, shape, "NVIDIA H200"),
-        (1, (4096, 11008), "NVIDIA H200"),
-        (1, shape, "NVIDIA H100 80GB HBM3"),
+        (1, shape, "NVIDIA H200"),
+        (4, shape, "NVIDIA H200"),
+        (2, (4096, 11008), "NVIDIA H200"),
+        (2, shape, "NVIDIA H100 80GB HBM3"),
     ):
         assert chosen("nf4_gemv", rows, size, kind) == dataclasses.replace(
             chosen("nf4_gemv", rows, size, kind), implementation="mosaic_gpu", config=None
@@ -317,6 +422,43 @@ def test_a_cut_for_a_team_is_none_for_too_few_rows(monkeypatch):
     monkeypatch.setattr(dispatch, "cuts", lambda: (line,))
     configs = [chosen("nf4_matmul", rows, shape).config for rows in (1024, 1792, 1793, 4096, 4097)]
     assert configs == [None, None, team, team, None]
+
+
+def test_float32_takes_half_of_a_tiles_rows_of_w():
+    """Of a tile of tensor cores' alone: not of scalar products, nor of what dequantizes first."""
+    tile = TritonConfig(16, 32, 64)
+    row, first = TritonConfig(1, 32, 64), TritonConfig(16, 32, 64, fused=False)
+    assert dispatch._narrowed(tile, jnp.float32) == TritonConfig(16, 16, 64)
+    for config in (row, first, GemvConfig(), None):
+        assert dispatch._narrowed(config, jnp.float32) == config
+    assert dispatch._narrowed(tile, jnp.float16) == tile
+
+
+def test_cards_are_known_by_every_name_of_theirs():
+    for card in CARDS.values():
+        assert dispatch.card_name(card.name) == dispatch.card_name(card.description) == card.name
+        assert dispatch.card_name(card.pallas_kind) in CARDS
+    assert {dispatch.card_name(kind) for kind in ("Quadro RTX 6000", "Tesla K80")} == {"other"}
+    assert {dispatch.card_name(kind) for kind in ("AMD Instinct MI300X", "cpu")} == {None}
+
+
+def test_few_rows_are_the_gemvs_unless_a_config_is_the_matmuls():
+    few, many, none = (jnp.zeros((rows, 64)) for rows in (16, 17, 0))
+    assert _is_gemv(few, None)
+    assert _is_gemv(few, GemvConfig())
+    assert _is_gemv(few, TritonConfig(8, 16, 64))
+    assert not _is_gemv(few, TritonConfig(16, 16, 64))
+    assert not _is_gemv(few, MatmulConfig())
+    assert not _is_gemv(many, None)
+    assert not _is_gemv(none, None)
+
+
+def test_an_op_chooses_by_its_activations_kind(monkeypatch):
+    """No Hopper kernel takes float32."""
+    monkeypatch.setattr(dispatch, "target", lambda: "NVIDIA H200")
+    weight = (jnp.zeros((64, 32), jnp.uint8), jnp.ones(64))
+    run = jax.make_jaxpr(lambda x: nf4_matmul(x, *weight))
+    assert "mosaic_gpu" not in str(run(jnp.ones((1, 64))))
 
 
 def test_cuts_name_what_exists():
@@ -344,6 +486,14 @@ def test_of_few_rows_the_forward_kernel_may_split_its_sum():
     assert {c.rows for c in configs_to_try("nf4_matmul", 24, 4096, 4096, "mosaic_gpu")} == {32, 64}
     back = configs_to_try("nf4_matmul_transposed", 48, 4096, 11008, "mosaic_gpu")
     assert {c.split for c in back} == {1}
+
+
+def test_a_hopper_tile_is_the_smallest_that_holds_all_rows():
+    tiles = {rows: choose_matmul(rows).rows for rows in (17, 64, 65, 128, 129, 4096)}
+    assert tiles == {17: 64, 64: 64, 65: 128, 128: 128, 129: 256, 4096: 256}
+    assert [choose_matmul(64, transposed=back).stages for back in (False, True)] == [5, 4]
+    for config in configs_to_try("nf4_matmul", 4096, 4096, 4096, "mosaic_gpu"):
+        assert config.shared_bytes <= SHARED_LIMIT
 
 
 def test_of_thousands_of_rows_a_team_may_decode():

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import nf4_dequantize, nf4_matmul, nf4_matmul_transposed
+from pallas_kernels import Layout, nf4_dequantize, nf4_matmul, nf4_matmul_transposed
+from pallas_kernels._mesh import _is_less_to_send
 from tests.pallas_kernels.base import ROUNDOFF, make_case
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
@@ -204,6 +205,14 @@ def test_few_rows_are_gathered_instead_of_the_weight():
         assert np.all(np.abs(np.asarray(result) - want) <= 8 * ROUNDOFF["float32"] * size)
 
 
+def test_x_is_less_to_send_up_to_so_many_rows():
+    """21 · (512 + 256) · 4 bytes of x and y are less than the 64 KiB of codes."""
+    layout = Layout((N, K), "nf4", 64, double_quant=True)
+    for rows, less in ((21, True), (22, False)):
+        x = jax.ShapeDtypeStruct((rows, K), jnp.float32)
+        assert _is_less_to_send(layout, x) == less
+
+
 @st.composite
 def cut_cases(draw):
     """Weights whose rows divide by four, but whose parts are not always weights again."""
@@ -219,6 +228,7 @@ def cut_cases(draw):
 
 
 @settings(max_examples=12)
+@example(case=make_case(0, 128, 256), rows=None, tokens=3)  # two nested blocks for four devices
 @given(case=cut_cases(), rows=st.sampled_from([None, "data"]), tokens=st.sampled_from([1, 3, 5]))
 def test_any_weight_placed_by_rows(case, rows, tokens):
     """Where nested blocks would cross parts, every device takes the whole weight."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ from pallas_kernels import Layout
 from pallas_kernels._mosaic import SHARED_LIMIT
 from pallas_kernels._mosaic_decoder import byte_planes, lookup_tables, select_pairs
 from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
-from pallas_kernels.nf4_gemv import mosaic_plan
-from pallas_kernels.nf4_gemv.mosaic_early import ask_for_first_unit
+from pallas_kernels.nf4_gemv import mosaic_plan, mosaic_sm90
+from pallas_kernels.nf4_gemv.mosaic_early import MOST, ask_for_first_unit
 from pallas_kernels.nf4_gemv.mosaic_lanes import lane_program
 from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig, Plan, choose_config, configs_to_try
 from pallas_kernels.nf4_gemv.mosaic_sm90 import _program, _program_in_stack, nf4_gemv_mosaic
@@ -81,8 +82,10 @@ def emulate(plan, inputs, program=_program):
 def test_lane_program_is_the_product(m, n, k, dtype, double_quant, config):
     rng = np.random.default_rng(m)
     plan = Plan(m, n, k, dtype, double_quant, True, config)
+    assert plan.shared_bytes <= SHARED_LIMIT
     if plan.split > 1:  # the bias is added to the sum of the parts
         plan = dataclasses.replace(plan, has_bias=False)
+        assert plan.out_dtype == "float32"
     inputs, exact = problem(rng, m, n, k, dtype, double_quant)
     got = emulate(plan, inputs)
     exact = exact + inputs[5] * plan.has_bias
@@ -125,6 +128,59 @@ def test_lanes_read_x_from_different_banks(m, config):
     out = np.asarray(jnp.zeros((m, 16), jnp.bfloat16)).copy()
     lane_program(machine, plan, *inputs, out)
     assert machine.turns == machine.reads
+
+
+class RaceMachine(Machine):
+    """Between two barriers no warp may touch a byte of shared memory that another one writes
+    (CUDA programming guide, "Thread Synchronization")."""
+
+    def __init__(self, cta, threads, shared_bytes):
+        super().__init__(cta, threads, shared_bytes)
+        self.phase = 1
+        # Of each byte the phase of the last write and read, and the warp; -1 for several.
+        self.wrote, self.wrote_by, self.read, self.read_by = np.zeros((4, shared_bytes), np.int64)
+
+    def barrier(self):
+        self.phase += 1
+
+    def _touched(self, address, width, offset, when):
+        active = np.ones(self.threads, bool) if when is None else when
+        at = (address.astype(np.int64) + offset)[active][:, None] + np.arange(width)
+        return at.reshape(-1), np.repeat(self.thread[active] // 32, width).astype(np.int64)
+
+    def shared_load(self, address, words=1, *, offset=0, when=None, region=None):
+        if region is None:
+            at, warp = self._touched(address, 4 * words, offset, when)
+            assert not ((self.wrote[at] == self.phase) & (self.wrote_by[at] != warp)).any(), "race"
+            fresh = self.read[at] != self.phase
+            self.read_by[at[fresh]], self.read[at] = warp[fresh], self.phase
+            self.read_by[at[self.read_by[at] != warp]] = -1
+        return super().shared_load(address, words, offset=offset, when=when, region=region)
+
+    def shared_store(self, address, values, *, offset=0, when=None, region=None):
+        if region is None:
+            at, warp = self._touched(address, 4 * len(values), offset, when)
+            for phase, by in ((self.wrote, self.wrote_by), (self.read, self.read_by)):
+                assert not ((phase[at] == self.phase) & (by[at] != warp)).any(), "race"
+            self.wrote[at], self.wrote_by[at] = self.phase, warp
+            assert (self.wrote_by[at] == warp).all(), "race"
+        super().shared_store(address, values, offset=offset, when=when, region=region)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
+        (1, 72, 1024, GemvConfig(warps=4, tiles=2, steps=2, ctas=1)),
+        # In two rounds, whose sums are no whole turns of all threads.
+        (11, 72, 6144, GemvConfig(8, 2, 2, ctas=1, together=8)),
+    ],
+)
+def test_warps_wait_before_they_read_what_others_wrote(m, n, k, config):
+    plan = Plan(m, n, k, "bfloat16", True, True, config)
+    assert (plan.held < plan.units_per_cta) == (m == 11)
+    inputs, _ = problem(np.random.default_rng(0), m, n, k, "bfloat16", True)
+    out = np.asarray(jnp.zeros((m, n), jnp.bfloat16)).copy()
+    lane_program(RaceMachine(0, plan.threads, plan.shared_bytes), plan, *inputs, out)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
@@ -199,6 +255,9 @@ def test_a_weight_of_a_stack(double_quant):
         (37, 2048, True, GemvConfig(4, 2, 1, ctas=2, segments=4)),
         (40, 1984, True, GemvConfig(4, 1, 1, ctas=6, segments=2, split=2)),
         (16, 128, True, GemvConfig(4, 1, 1)),
+        # A unit of less than two nested blocks has a part of three.
+        (336, 1984, True, GemvConfig(4, 1, 1)),
+        (32, 28672, True, GemvConfig(8, 2, 1)),  # more than what blocks together may ask for
     ],
 )
 def test_a_block_asks_early_for_what_it_reads_first(n, k, double_quant, config):
@@ -213,6 +272,7 @@ def test_a_block_asks_early_for_what_it_reads_first(n, k, double_quant, config):
         blocks = [row * k // 64 for row in (first, last)]
         # The bytes that the unit's rows take; pieces of 16 around them, inside of the buffer.
         wanted = [[row * k // 2 for row in (first, last)], [width * block for block in blocks]]
+        wanted[0][1] = min(wanted[0][1], wanted[0][0] + MOST)
         if double_quant:
             wanted.append([4 * (blocks[0] // 256), 4 * ((blocks[1] - 1) // 256 + 1)])
         sizes = sizes[: len(wanted)]
@@ -220,7 +280,7 @@ def test_a_block_asks_early_for_what_it_reads_first(n, k, double_quant, config):
             end = min(end, size // 16 * 16)
             assert (start >= end and not asked) or (
                 asked[0][0] in range(start - 15, start + 1)
-                and sum(asked[0]) >= end
+                and end <= sum(asked[0]) < max(end, start + 16) + 32
                 and len(asked) == 1
             )
 
@@ -241,6 +301,18 @@ def test_bad_rows_stay_alone(together):
     np.testing.assert_allclose(got[[0, 2]], exact[[0, 2]], rtol=0.1, atol=0.01 * abs(exact).max())
 
 
+def test_rows_of_any_magnitude():
+    """Zeros, and numbers at the ends of bfloat16's range, which float16 does not reach."""
+    config = GemvConfig(warps=4, tiles=1, steps=2)
+    inputs, _ = problem(np.random.default_rng(0), 4, 16, 512, "bfloat16", True)
+    plain = np.random.default_rng(1).normal(size=512).astype(inputs[0].dtype)
+    scales = np.array([0, 2.0**-114, 1, 2.0**100]).astype(plain.dtype)
+    inputs[0][:] = scales[:, None] * plain
+    got = emulate(Plan(4, 16, 512, "bfloat16", True, False, config), inputs)
+    assert not got[0].any()
+    np.testing.assert_array_equal(got[1:] / np.float64(scales[1:, None]), got[[2, 2, 2]])
+
+
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)])
 @pytest.mark.parametrize("m", [1, 2])
 def test_llama_shapes_fit(m, n, k):
@@ -249,12 +321,122 @@ def test_llama_shapes_fit(m, n, k):
     assert plan.efficiency > 0.75
 
 
+def test_eight_warps_unless_the_work_is_a_tenth_more_even():
+    def best(m, n, k):
+        return choose_config(m, n, k)
+
+    even = Plan(1, 4096, 4096, "bfloat16", True, False, GemvConfig())
+    assert even.efficiency == pytest.approx(128 / 132)  # units on multiprocessors
+    assert best(1, 4096, 4096) == best(1, 5120, 1024) == GemvConfig()
+    assert (best(4, 5120, 5120).warps, best(4, 5120, 5120).steps) == (20, 2)
+    # 96 registers a lane: from five rows on one step at a time, and of eight together one tile.
+    assert (best(5, 5120, 5120).warps, best(5, 5120, 5120).steps) == (20, 1)
+    for cut, rows, goes in (
+        (GemvConfig(20, 1, 2), 4, True),
+        (GemvConfig(20, 1, 2), 5, False),
+        (GemvConfig(12, 2, 2), 8, True),
+        (GemvConfig(12, 2, 2, together=8), 8, False),
+        (GemvConfig(12, 1, 2, together=8), 8, True),
+        (GemvConfig(8, 2, 2, together=8), 8, True),
+    ):
+        plan = Plan(rows, 4096, 4096, "bfloat16", True, False, cut)
+        assert mosaic_plan.fits(plan) == goes, (cut, rows)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "together", "split"),
+    [(8, 4096, 4, 1), (9, 4096, 8, 1), (4, 28672, 4, 2), (8, 28672, 8, 4)],
+)
+def test_more_rows_than_eight_and_those_that_do_not_fit(m, k, together, split):
+    plan = Plan(m, 8192, k, "bfloat16", True, False, choose_config(m, 8192, k))
+    assert (plan.config.together, plan.split) == (together, split)
+    assert plan.shared_bytes <= SHARED_LIMIT
+
+
+def test_no_part_of_the_columns_is_empty():
+    """Of five turns four blocks would take two each: three have them all."""
+    config = GemvConfig(4, 1, 1, split=4)
+    assert Plan(1, 16, 5 * 512, "bfloat16", True, False, config).split == 3
+
+
+def test_parts_of_a_sum_are_added_up_before_bias_and_adapter(monkeypatch):
+    """By XLA, and the kernel is asked for neither."""
+    rng, (m, n, k) = np.random.default_rng(0), (3, 32, 1024)
+    x, weight = (np.array(jnp.asarray(rng.normal(size=s), "bfloat16")) for s in ((m, k), (n, k)))
+    xa, b = (jnp.asarray(rng.normal(size=s), "bfloat16") for s in ((m, 8), (n, 8)))
+    bias = jnp.asarray(rng.normal(size=n), jnp.float32)
+
+    def parts(x, _weight, bias, lora, _layer, plan):
+        assert (bias, lora, plan.has_bias, plan.rank) == (None, None, False, 0)
+        pieces = zip(*(np.split(np.float32(a), plan.split, 1) for a in (x, weight)), strict=True)
+        return jnp.concatenate([x @ w.T for x, w in pieces])
+
+    monkeypatch.setattr(mosaic_sm90, "_call", parts)
+    arrays = (jnp.zeros((n, k // 2), jnp.uint8), jnp.ones((n * k // 64,)), None, None)
+    layout, config = Layout((n, k), "nf4", 64, double_quant=False), GemvConfig(4, 1, 1, split=2)
+    got = nf4_gemv_mosaic(jnp.asarray(x), *arrays, bias, (xa, b), layout=layout, config=config)
+    x, weight, xa, b = (np.asarray(a, np.float64) for a in (x, weight, xa, b))
+    want = x @ weight.T + xa @ b.T + np.asarray(bias, np.float64)
+    assert (got.shape, got.dtype) == ((m, n), jnp.bfloat16)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=1e-3)
+
+
+def test_what_is_launched(monkeypatch):
+    """An adapter of whole fours; a part of the sum for each split; nothing early that may depend on
+    the kernel in front."""
+    seen = []
+
+    def launch(program, out, *, early, **_):
+        def run(*inputs):
+            seen.append((out, early, inputs))
+            return jnp.zeros(out.shape, out.dtype)
+
+        return run
+
+    monkeypatch.setattr(mosaic_sm90, "launch", launch)
+    monkeypatch.setattr(mosaic_sm90, "call", lambda kernel, *inputs: kernel(*inputs))
+    monkeypatch.setattr(mosaic_sm90, "STARTS_EARLY", True)
+    layout, x = Layout((32, 1024), "nf4", 64, double_quant=False), jnp.ones((2, 1024), jnp.bfloat16)
+    codes, absmax = jnp.zeros((3, 32, 512), jnp.uint8), jnp.ones((3, 512))
+
+    def launched(config, lora=None, layer=None):
+        weight = (codes, absmax) if layer is not None else (codes[0], absmax[0])
+        nf4_gemv_mosaic(x, *weight, None, None, None, lora, layer, layout=layout, config=config)
+        return seen[-1]
+
+    lora = (jnp.ones((2, 6), x.dtype), jnp.ones((32, 6), x.dtype))
+    out, early, inputs = launched(GemvConfig(4, 1, 1), lora)
+    assert (out.shape, out.dtype, early) == ((2, 32), x.dtype, None)
+    assert [part.shape for part in inputs[-2:]] == [(2, 8), (32, 8)]
+    assert not inputs[-1][:, 6:].any()
+    out, early, _ = launched(GemvConfig(4, 1, 1, split=2, early=True))
+    assert (out.shape, out.dtype, early.func) == ((4, 32), jnp.float32, mosaic_sm90._early)
+    *_, early, _ = launched(GemvConfig(4, 1, 1, early=True), layer=jnp.int32(1))
+    assert early is mosaic_sm90._nothing
+
+
+@pytest.mark.parametrize("module", ["nf4_gemv", "nf4_matmul", "nf4_matmul_transposed"])
+def test_a_kernel_called_by_itself_refuses_what_it_does_not_take(module):
+    kernel = importlib.import_module(f"pallas_kernels.{module}.mosaic_sm90")
+    layout, after = Layout((64, 128), "nf4", 64, double_quant=False), (None,)
+    weight = (jnp.zeros((64, 64), jnp.uint8), jnp.ones((128,)), None, None)
+    x = jnp.ones((1, 128))
+    if module == "nf4_matmul_transposed":
+        x, after = jnp.ones((1, 64)), ()
+    with pytest.raises(ValueError, match="takes bfloat16 and float16 activations, not float32"):
+        getattr(kernel, f"{module}_mosaic")(x, *weight, *after, layout=layout)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_candidates_are_different_and_those_that_start_early_need_jax_0_11(rows):
+def test_candidates_are_different_and_those_that_start_early_need_jax_0_11(rows, monkeypatch):
     configs = configs_to_try(rows, 4096, 4096)
     assert len(set(configs)) == len(configs)
     assert configs[0] == choose_config(rows, 4096, 4096)
     assert any(config.early for config in configs) is (jax.__version_info__ >= (0, 11))
+    monkeypatch.setattr(mosaic_plan, "STARTS_EARLY", True)
+    first, *others = configs_to_try(rows, 4096, 4096)
+    assert first == choose_config(rows, 4096, 4096)
+    assert dataclasses.replace(first, early=True) in others
 
 
 @pytest.mark.parametrize(

@@ -108,15 +108,24 @@ def unpacked(np_like, codes):
 
 
 class Reads:
-    """How often the tiles of a ring's slots were filled and read, by block and slot."""
+    """How often the tiles of a ring's slots were filled and read, by block and slot.
+
+    A `wgmma` may read until a wait leaves none as young as it under way (PTX, `wgmma.wait_group`).
+    """
 
     def __init__(self):
         self.filled, self.read = collections.Counter(), collections.Counter()
+        self.under_way = collections.defaultdict(list)
 
-    def note_read(self, thread, slot):
+    def note_product(self, thread, slot):
         if thread.warpgroup_id:
             time.sleep(0.002)  # a warpgroup that is late
-        self.read[int(thread.block_id), slot] += 1
+        self.under_way[int(thread.block_id), int(thread.warpgroup_id)].append(slot)
+
+    def note_wait(self, thread, count):
+        products = self.under_way[int(thread.block_id), int(thread.warpgroup_id)]
+        while len(products) > count:
+            self.read[int(thread.block_id), products.pop(0)] += 1
 
     def check_fill(self, thread, slot):
         """Before the slot is filled: both warpgroups have read all that was there."""
@@ -172,7 +181,7 @@ def multiply_registers(interpreter, eqn, token, get_invals, reads):
         everything, sums = read(acc_key, ())
         sums = sums + np.asarray(a, np.float32) @ np.asarray(right, np.float32)
         memory.store_buffer_content(acc_key, everything, sums, thread, logging_info=where)
-        reads.note_read(thread, int(jax.tree.leaves(b_transforms)[0]))
+        reads.note_product(thread, int(jax.tree.leaves(b_transforms)[0]))
         return token
 
     return callback.io_callback(
@@ -196,8 +205,14 @@ def interpreted(monkeypatch):
         reads = Reads()
         multiply = functools.partialmethod(multiply_registers, reads=reads)
         fill = functools.partialmethod(fill_checked, reads=reads, copy=copy)
+
+        def wait(self, eqn, token, get_invals):
+            return called_back(self, token, reads.note_wait, get_invals()[0]), []
+
         monkeypatch.setattr(interpreter, "_interpret_wgmma_ref_p", multiply)
         monkeypatch.setattr(interpreter, "_interpret_copy_gmem_to_smem_p", fill)
+        monkeypatch.setattr(interpreter, "_interpret_inline_mgpu_p", wait)
+        monkeypatch.setattr(plgpu, "wgmma_wait", semaphore_call("wait_products"))
         monkeypatch.setattr(arrays, "run", StandIns(plan).run)
         with params.force_gpu_interpret_mode():
             return np.asarray(module._kernel(plan)(*operands), np.float32)
@@ -338,15 +353,16 @@ class Semaphores:
 
 
 def semaphore_call(name):
-    """A call of `Team`'s method of this name, as the interpreter meets it."""
+    """A call of `Team`'s method of this name, or a wait for products, as the interpreter meets it;
+    its own `wgmma_wait` does nothing."""
 
-    def call(team, value, **_):
+    def call(team, value=0, **_):
         def emit(context, team, value):
             raise AssertionError("never lowered")
 
         emit.__name__ = name
         splat = plgpu.Layout.WG_SPLAT
-        plgpu.inline_mgpu(arg_types=(splat, splat))(emit)(team, jnp.int32(value))
+        plgpu.inline_mgpu(arg_types=(splat, splat))(emit)(jnp.int32(team), jnp.int32(value))
 
     return call
 
@@ -384,7 +400,10 @@ def team_interpreted(monkeypatch):
         reads, team = Reads(), Team(plan)
 
         def meet(self, eqn, token, get_invals):
-            act = getattr(team, eqn.params["mgpu_fn"].__name__)
+            name = eqn.params["mgpu_fn"].__name__
+            if name == "wait_products":
+                return called_back(self, token, reads.note_wait, get_invals()[0]), []
+            act = getattr(team, name)
 
             def met(thread, *arguments):
                 act(int(thread.block_id), *arguments)
@@ -411,7 +430,7 @@ def team_interpreted(monkeypatch):
         def product(self, eqn, token, get_invals):
             token, out = multiply(self, eqn, token, get_invals)
             slot = get_invals()[-1] if eqn.params["b_transforms_tree"] else 0
-            return called_back(self, token, reads.note_read, slot), out
+            return called_back(self, token, reads.note_product, slot), out
 
         monkeypatch.setattr(interpreter, "_interpret_inline_mgpu_p", meet)
         monkeypatch.setattr(interpreter, "_interpret_copy_gmem_to_smem_p", fill)
@@ -419,6 +438,7 @@ def team_interpreted(monkeypatch):
         monkeypatch.setattr(arrays, "run", TeamStandIns(plan).run)
         monkeypatch.setattr(mosaic_team.plgpu, "kernel", as_cluster)
         monkeypatch.setattr(plgpu, "semaphore_signal", semaphore_call("signal"))
+        monkeypatch.setattr(plgpu, "wgmma_wait", semaphore_call("wait_products"))
         monkeypatch.setattr(pl, "get_global", lambda what: Semaphores())
         with params.force_gpu_interpret_mode():
             return np.asarray(mosaic_team._kernel(plan)(*operands)[0], np.float32)

@@ -15,7 +15,7 @@ from pallas_kernels.codebooks import CODEBOOKS, DYNAMIC_SIGNED
 from pallas_kernels.nf4_matmul import mosaic_lanes, mosaic_ring, mosaic_sm90, mosaic_table
 from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE, MatmulConfig, Plan, place
 from pallas_kernels.simt.emulate import Machine
-from tests.pallas_kernels.test_mosaic_gemv import problem
+from tests.pallas_kernels.test_mosaic_gemv import RaceMachine, problem
 
 LANES = np.arange(128)
 WARP, GROUP, QUAD = LANES // 32, LANES % 32 // 4, LANES % 4
@@ -43,9 +43,9 @@ def to_sums(tile, threads):
     return [[[pick(j, h, e) for e in (0, 1)] for h in (0, 1)] for j in range(tile.shape[1] // 8)]
 
 
-def machine_of(config, quant_type="nf4"):
+def machine_of(config, quant_type="nf4", kind=Machine):
     """The threads of a block, and its tables in shared memory."""
-    machine = Machine(0, mosaic_table.THREADS, config.table_bytes)
+    machine = kind(0, mosaic_table.THREADS, config.table_bytes)
     mosaic_table.fill_table(machine, config, mosaic_table.tables_of(config, quant_type))
     return machine
 
@@ -112,7 +112,7 @@ def test_lane_programs_are_the_product(m, n, k, dtype, double_quant, wide):
     plan = Plan(m, n, k, dtype, double_quant, True, config)
     inputs, exact = problem(rng, m, n, k, dtype, double_quant)
     x, codes, absmax, nested, offset, bias, _ = inputs
-    machine = machine_of(config)
+    machine = machine_of(config, kind=RaceMachine)
     mean = mosaic_ring.load_offset(machine, plan, offset)
     out = np.asarray(jnp.full((m, n), jnp.nan, dtype)).copy()
     padded = np.zeros((-(-m // 64) * 64, k))
@@ -190,6 +190,26 @@ def test_every_sum_is_computed_once(sizes, rows, group, split):
     assert sorted(map(tuple, found.tolist())) == sorted(wanted)
 
 
+def test_bias_and_adapter_are_added_to_the_parts(monkeypatch):
+    rng, (m, n, k) = np.random.default_rng(0), (5, 32, 128)
+    x, xa, b = (jnp.asarray(rng.normal(size=s), "bfloat16") for s in ((m, k), (m, 8), (n, 8)))
+    bias, sums = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((n,), (2 * m, n)))
+
+    def parts(x, codes, absmax, nested, offset, bias, lora, layout, config):
+        assert (bias, lora, config.split) == (None, None, 2)
+        return sums
+
+    monkeypatch.setattr(mosaic_sm90, "_call", parts)
+    layout = Layout((n, k), "nf4", 64, double_quant=False)
+    weight = (jnp.zeros((n, k // 2), jnp.uint8), jnp.ones((n * k // 64,)), None, None)
+    run = functools.partial(mosaic_sm90.nf4_matmul_mosaic, layout=layout)
+    got = run(x, *weight, bias, (xa, b), config=MatmulConfig(rows=64, split=2))
+    low = np.asarray(xa, np.float64) @ np.asarray(b, np.float64).T
+    want = np.asarray(sums, np.float64).reshape(2, m, n).sum(0) + low + np.asarray(bias)
+    assert (got.shape, got.dtype) == ((m, n), jnp.bfloat16)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=1e-3)
+
+
 def test_a_split_that_does_not_go_is_refused():
     def run(config, rows):
         layout = Layout((1024, 4096), "nf4", 64, double_quant=False)
@@ -202,6 +222,20 @@ def test_a_split_that_does_not_go_is_refused():
         run(MatmulConfig(rows=64, split=3), 64)
     with pytest.raises(ValueError, match=r"split is 8, for 131072 rows .* split less"):
         run(MatmulConfig(split=8), 2**17)
+    with pytest.raises(ValueError, match=r"takes \d+ bytes of shared memory; expected at most"):
+        run(MatmulConfig(stages=7), 64)
+    from pallas_kernels.nf4_matmul_transposed.mosaic_sm90 import nf4_matmul_transposed_mosaic
+
+    layout = Layout((1024, 4096), "nf4", 64, double_quant=False)
+    weight = (jnp.zeros((1024, 2048), jnp.uint8), jnp.ones((65536,)), None, None)
+    back = functools.partial(nf4_matmul_transposed_mosaic, layout=layout)
+    dy = jnp.ones((64, 1024), jnp.bfloat16)
+    for config, message in (
+        (MatmulConfig(split=2), "split is 2; nf4_matmul_transposed takes only 1"),
+        (MatmulConfig(stages=7), "bytes of shared memory; expected at most"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            back(dy, *weight, config=config)
 
 
 def test_an_adapters_fragment_is_b():

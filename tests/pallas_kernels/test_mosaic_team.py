@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Layout, MatmulConfig, nf4_dequantize
+from pallas_kernels.codebooks import DYNAMIC_SIGNED
 from pallas_kernels.nf4_matmul import mosaic_team, mosaic_team_lanes
 from pallas_kernels.nf4_matmul.mosaic_ring import load_offset
 from pallas_kernels.nf4_matmul.mosaic_team_lanes import GROUP, PIECES, ROOM, Plan
@@ -65,6 +66,9 @@ def test_a_team_decodes_a_group_once(transposed, members, n, contracted, dtype, 
                 raw = mosaic_team_lanes.load_share(machine, plan, *at, codes, absmax, nested)
                 scales = mosaic_team_lanes.scales_of_share(machine, plan, raw, mean)
                 assert (len(raw) % 4, len(scales)) == (0, 4)
+                if double_quant:  # product and sum each rounded, as NumPy does
+                    scale = DYNAMIC_SIGNED[raw[8]] * raw[9].view(np.float32) + offset
+                    np.testing.assert_array_equal(scales[0].view(np.float32), scale)
                 for piece in range(PIECES):
                     where = (*at, machine.word(2), room)
                     mosaic_team_lanes.store_piece(machine, plan, piece, raw, scales, *where)
@@ -76,6 +80,12 @@ def test_a_team_decodes_a_group_once(transposed, members, n, contracted, dtype, 
             first = group * GROUP * 64
             part = wanted[column : column + 128, first : first + inside]
             np.testing.assert_array_equal(found[: len(part), :inside], part)
+
+
+def test_there_are_as_many_teams_as_run_at_once_and_have_work():
+    for rows, n, teams in ((20 * 64, 128 * 9, 6), (20 * 64, 256, 2), (132 * 64, 1024, 1)):
+        plan = Plan(rows, n, 1024, False, "bfloat16", True, False, CONFIG)
+        assert (plan.teams, plan.grid) == (teams, teams * plan.members)
 
 
 def test_an_adapters_rows_stand_as_the_weights_do():

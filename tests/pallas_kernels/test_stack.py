@@ -124,6 +124,7 @@ def test_which_kernels_read_layers():
     assert on("NVIDIA L40", rows=16)
     assert not on("NVIDIA L40", rows=17)
     assert not on("NVIDIA L40", layers=256)  # 2 GiB: too much for signed 32 bits
+    assert not on("NVIDIA L40", layers=512)  # as much as unsigned 32 bits count
     assert on("NVIDIA L40", layers=513)  # more than 4 GiB: it takes 64 bits
     assert not on("NVIDIA L40", implementation="xla")
     assert on("NVIDIA H200") == (jax.__version_info__ < (0, 11))

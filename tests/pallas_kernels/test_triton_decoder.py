@@ -6,11 +6,13 @@ a card would get is run for every byte, lane and warp count, and bank conflicts 
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import CODEBOOKS
+from pallas_kernels import CODEBOOKS, _triton_decoder
+from pallas_kernels._triton import pack_pairs
 from pallas_kernels._triton_decoder import _READ_ASM, _SHARED, _UNPACK, _fill_asm
 
 TABLE = CODEBOOKS["nf4"].view(np.uint32)
@@ -123,6 +125,21 @@ def test_every_byte_in_every_lane(num_warps):
         assert all(wavefronts(*t) == 2 for t in touched), "bank conflict"
 
 
+@pytest.mark.parametrize("num_warps", [1, 8, 16])
+def test_every_byte_has_a_thread_that_stores_it(monkeypatch, num_warps):
+    def fill(text, *, args, pack, **_):
+        byte, high, low = map(np.asarray, args)
+        assert (text, byte.size) == (_fill_asm(pack), 32 * num_warps * pack)
+        assert set(byte.tolist()) == set(range(256))
+        np.testing.assert_array_equal(high, CODEBOOKS["nf4"][byte >> 4])
+        np.testing.assert_array_equal(low, CODEBOOKS["nf4"][byte & 15])
+        return [jnp.zeros(byte.shape, jnp.int32)]
+
+    monkeypatch.setattr(_triton_decoder.plgpu, "elementwise_inline_asm", fill)
+    monkeypatch.setattr(_triton_decoder, "load", lambda ref, index: ref[index])
+    assert _triton_decoder._fill_pairs(jnp.asarray(CODEBOOKS["nf4"]), num_warps) == 0
+
+
 def test_prmt_itself():
     """Against the PTX manual's definition, on all 65536 selectors of one pair of words."""
     a, b = 0x83022190, 0xF5E4D37C
@@ -135,6 +152,66 @@ def test_prmt_itself():
             byte = (0xFF if byte >> 7 else 0) if nibble & 8 else byte
             wanted |= byte << 8 * i
         assert prmt(np.array([a], np.uint64), np.array([b], np.uint64), selector)[0] == wanted
+
+
+def evaluate(text, *, args, constraints, pack, result_shape_dtypes):
+    """In place of `elementwise_inline_asm`: a few instructions on `$1 …`, one result, `$0`."""
+
+    def number(a):
+        return a if a.dtype == np.float32 else np.ascontiguousarray(a).view(np.float32)
+
+    operations = {
+        "shl.b32": lambda a, b: a << b,
+        "and.b32": lambda a, b: a & b,
+        "mov.b32": lambda a: a,
+        "cvt.f32.f16": lambda a: a.view(np.float16).astype(np.float32),
+        "mul.rn.f32": lambda a, b: number(a) * number(b),
+        "fma.rn.f32": lambda a, b, c: (number(a).astype(np.float64) * number(b) + number(c)).astype(
+            np.float32
+        ),
+    }
+    registers = {f"${i}": np.array(a) for i, a in enumerate(args, 1)}
+    for statement in filter(None, (part.strip() for part in text.strip("{} ").split(";"))):
+        op, rest = statement.split(None, 1)
+        names = [name.strip(" {}") for name in rest.split(",")]
+        if op == ".reg":
+            continue
+        if rest.startswith("{"):  # a register taken apart, its low half first
+            whole = registers[names[2]]
+            half = np.dtype(f"u{whole.itemsize // 2}")
+            for i in (0, 1):
+                registers[names[i]] = whole.view(half).reshape(-1, 2)[:, i].copy()
+            continue
+        values = [registers[n] if n in registers else np.uint32(int(n, 0)) for n in names[1:]]
+        registers[names[0]] = operations[op](*values)
+    return [jnp.asarray(number(registers["$0"]))]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_pair_is_multiplied_in_its_order(monkeypatch, dtype):
+    monkeypatch.setattr(_triton_decoder.plgpu, "elementwise_inline_asm", evaluate)
+    monkeypatch.setattr(_triton_decoder, "load", lambda ref, index, mask=None, other=0: ref[index])
+    high, low, x = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    x = jnp.asarray(np.stack([x, high + low]).T.reshape(1, -1)).astype(dtype)
+    row, pair = jnp.zeros(8, jnp.int32), jnp.arange(8)
+    values = jnp.asarray(high), jnp.asarray(low)
+    found = _triton_decoder.pair_product(*values, pack_pairs(x), row, pair, None, x.dtype)
+    even, odd = np.asarray(x, np.float64).reshape(8, 2).T
+    np.testing.assert_allclose(found, high * even + low * odd, rtol=1e-6, atol=1e-6)
+
+
+def test_the_first_of_a_pair_is_the_high_nibbles(monkeypatch):
+    values = np.arange(8, dtype=np.float32).reshape(4, 2)
+
+    def read_or_take_apart(text, **options):
+        if text == _READ_ASM:
+            return [jnp.asarray(values.view(np.int64)[:, 0])]
+        return evaluate(text, **options)
+
+    monkeypatch.setattr(_triton_decoder.plgpu, "elementwise_inline_asm", read_or_take_apart)
+    with jax.enable_x64(True):
+        high, low = _triton_decoder._read_pairs(jnp.zeros(4, jnp.uint8), jnp.int32(0))
+    np.testing.assert_array_equal([high, low], values.T)
 
 
 def test_bfloat16_pairs_are_float32_halves():

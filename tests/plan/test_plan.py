@@ -433,9 +433,14 @@ def test_advice_ends_where_it_fits_and_leaves_out_what_saves_next_to_nothing(mon
         return Plan(work, None, 1000, device, 0, HostTraffic(), ())
 
     totals = iter([1998, 1400, 900, 1])
-    monkeypatch.setattr(advice, "plan", lambda work, card, *, memory: made(work, next(totals)))
+
+    def plan(work, card, *, memory):
+        assert (card, memory) == ("l40", 1000)
+        return made(work, next(totals))
+
+    monkeypatch.setattr(advice, "plan", plan)
     work = dataclasses.replace(WORK, remat="attention", attention="xla")
-    found = advise(made(work, 2000), None)
+    found = advise(made(work, 2000), "l40")
     # The first switch saves a thousandth, and after the third it fits.
     assert [item.saves for item in found] == [600, 500]
     assert found[-1].plan.fits

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import qlora_jax as ql
 from pallas_kernels import CODEBOOKS
-from qlora_jax.quant.blockwise import accurate_mean
+from qlora_jax.quant.blockwise import accurate_mean, encode
 
 # ../shared/facts/bitsandbytes.md: mean absolute and relative error on randn 1024 × 1024.
 SIGMA = 7e-5
@@ -116,6 +116,14 @@ def test_accurate_mean_is_the_float64_mean(count: int, seed: int) -> None:
     expected = np.float32(values.astype(np.float64).mean())
     actual = np.float32(accurate_mean(jnp.asarray(values)))
     assert abs(actual - expected) <= np.spacing(expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_are_the_nearest_and_of_two_the_even_one(bits: int) -> None:
+    half = 2 ** (bits - 1)
+    s = np.append(np.linspace(-1, 1, 99), [-0.5, 0.5]).astype(np.float32)
+    expected = np.rint(s * np.float32(half - 1)) + half
+    np.testing.assert_array_equal(encode(jnp.asarray(s), f"int{bits}"), expected)
 
 
 def test_quantizing_bfloat16_equals_quantizing_its_float32_values() -> None:

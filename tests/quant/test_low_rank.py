@@ -41,3 +41,19 @@ def test_apart_is_the_sum_of_both_products():
     np.testing.assert_array_equal(apart, by_hand)
     fused = quantized_matmul(x, w, bias, (hidden, b), fuse_lora=True)
     assert (fused != apart).any()
+
+
+def test_gradients_are_of_their_operands_kinds():
+    """Those of 16 bits in 16; a wide bias' is a sum of 257 ones, which bfloat16 does not hold."""
+    x, w, bias, hidden, b = problem(jnp.bfloat16)
+
+    def total(x, bias, hidden, b):
+        return jnp.sum(quantized_matmul(x, w, bias, (hidden, b)), dtype=jnp.float32)
+
+    operands = (x, bias, hidden, b)
+    gradients = jax.eval_shape(jax.grad(total, argnums=range(4)), *operands)
+    assert [(g.shape, g.dtype) for g in gradients] == [(o.shape, o.dtype) for o in operands]
+    rows, wide = jnp.ones((257, 64), x.dtype), bias.astype(jnp.float32)
+    ones = jnp.ones((257, 24), x.dtype)
+    (gradient,) = jax.vjp(lambda bias: quantized_matmul(rows, w, bias), wide)[1](ones)
+    np.testing.assert_array_equal(gradient, np.full(24, 257, np.float32))

@@ -1,10 +1,9 @@
 """The quantized product's derivatives where a kernel runs it, interpreted."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import export
 
 import qlora_jax as ql
@@ -13,9 +12,18 @@ from qlora_jax.quant import matmul
 
 
 def test_a_gradient_s_gradient_through_a_kernel(monkeypatch):
-    """Through both passes: each kernel's rule runs the other."""
+    """Through both passes: each kernel's rule runs the other, of the implementation asked for."""
+    asked = set()
+
+    def interpreted(op):
+        def run(*arguments, implementation, **options):
+            asked.add((op.__name__, implementation))
+            return op(*arguments, implementation=implementation, interpret=True, **options)
+
+        return run
+
     for op in (nf4_matmul, nf4_matmul_transposed):
-        monkeypatch.setattr(matmul, op.__name__, functools.partial(op, interpret=True))
+        monkeypatch.setattr(matmul, op.__name__, interpreted(op))
     keys = jax.random.split(jax.random.key(0), 4)
     w = ql.quantize(jax.random.normal(keys[0], (24, 64)))
     shapes = ((3, 64), (24,), (3, 2))
@@ -37,6 +45,7 @@ def test_a_gradient_s_gradient_through_a_kernel(monkeypatch):
             x, w, bias, lora, implementation="triton", fuse_lora=True
         )
     )
+    assert asked == {("nf4_matmul", "triton"), ("nf4_matmul_transposed", "triton")}
     exact = penalty(lambda x, bias, lora: x @ dense.T + bias + lora[0] @ lora[1].T)
     for got, want in zip(by_kernel, exact, strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-4 * float(jnp.abs(want).max()))
@@ -63,6 +72,18 @@ def test_a_layer_of_a_stack_has_the_gradients_of_its_weight():
         )
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_w_is_decoded_in_turn(double_quant):
+    """In both passes behind their activations; backward also behind x, if one number ties it."""
+    w = ql.quantize(jnp.ones((24, 64)), ql.QuantConfig(double_quant=double_quant))
+    gradient = jax.grad(lambda x: jnp.sum(ql.quantized_matmul(x, w) ** 2))
+    equations = jax.make_jaxpr(gradient)(jnp.ones((3, 64))).jaxpr.eqns
+    forward, backward = (e for e in equations if e.primitive.name == "optimization_barrier")
+    assert [v.aval.shape for v in forward.invars] == [(3, 64), () if double_quant else (24,)]
+    assert [v.aval.shape for v in backward.invars] == [(3, 24), () if double_quant else (24,)]
+    assert (backward.invars[1] is forward.outvars[1]) == double_quant
+
+
 def test_a_symbolic_number_of_rows_can_be_exported():
     """Whether they are few is not known then: one program for both."""
     w = ql.quantize(jax.random.normal(jax.random.key(0), (32, 64)))
@@ -73,11 +94,11 @@ def test_a_symbolic_number_of_rows_can_be_exported():
     def gradient(x):
         return jax.grad(lambda x: jnp.sum(product(x) ** 2))(x)
 
-    shape = export.symbolic_shape("rows, 64")
+    shape = export.symbolic_shape("2, rows, 64")
     for function in (product, gradient):
         exported = export.export(jax.jit(function), platforms=["cpu", "cuda", "tpu"])(
             jax.ShapeDtypeStruct(shape, jnp.float32)
         )
         for rows in (1, 20):
-            x = jax.random.normal(jax.random.key(1), (rows, 64))
+            x = jax.random.normal(jax.random.key(1), (2, rows, 64))
             np.testing.assert_allclose(exported.call(x), function(x), rtol=1e-5, atol=1e-4)

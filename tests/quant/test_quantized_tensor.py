@@ -127,6 +127,11 @@ def test_bad_weights(weight, error: type[Exception], words: str) -> None:
         ql.quantize(weight)
 
 
+def test_64_bits_are_not_narrowed_unasked() -> None:
+    with jax.enable_x64(True), pytest.raises(TypeError, match="weight is float64; quantize takes"):
+        ql.quantize(np.zeros((2, 2)))
+
+
 @pytest.mark.usefixtures("as_users_run_it")
 def test_bad_config() -> None:
     with pytest.raises(ValueError, match=f"nf5.*{', '.join(CODEBOOKS)}"):
@@ -147,5 +152,11 @@ def test_matmul_refuses_stacks_and_misfits() -> None:
     stack = jax.vmap(ql.quantize)(normal(2, 32, 64))
     with pytest.raises(ValueError, match="one matrix"):
         ql.quantized_matmul(normal(4, 64), stack)
+    flat = ql.quantize(normal(32, 64))
     with pytest.raises(ValueError, match="64 inputs"):
-        ql.quantized_matmul(normal(4, 32), ql.quantize(normal(32, 64)))
+        ql.quantized_matmul(normal(4, 32), flat)
+    leaves = (flat.codes.reshape(4, 8, 32), flat.absmax, flat.nested_absmax, flat.offset)
+    with pytest.raises(ValueError, match="one matrix"):
+        ql.quantized_matmul(
+            normal(4, 64), ql.QuantizedTensor(*leaves, shape=(4, 8, 64), dtype=flat.dtype)
+        )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pallas_kernels.codebooks import CODEBOOKS
 from qlora_jax.quant import (
     QuantConfig,
+    QuantizedTensor,
     append_rows,
     dequantize_dynamic,
     mean_row,
@@ -27,6 +28,14 @@ ROWS, WIDTH = 11, 96
 
 def matrix(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(ROWS, WIDTH)).astype(np.float32)
+
+
+def zeros(shape, *stack) -> QuantizedTensor:
+    """INT8 in blocks of 32."""
+    blocks = np.prod(shape) // 32
+    codes, absmax = jnp.full((*stack, *shape), 128, jnp.uint8), jnp.ones((*stack, blocks))
+    options = {"dtype": "float32", "quant_type": "int8", "blocksize": 32}
+    return QuantizedTensor(codes, absmax, shape=shape, **options)
 
 
 def decoded(w) -> np.ndarray:
@@ -106,8 +115,17 @@ def test_scores_of_narrow_activations_are_wide() -> None:
     np.testing.assert_allclose(scores, np.asarray(x, np.float64) @ weight.T, atol=1e-4)
     (gradient,) = pull(jnp.ones_like(scores))
     assert gradient.dtype == jnp.bfloat16
+    # Products' operands are as narrow as x: more of the scores' gradient is not seen.
+    (again,) = pull(jnp.full_like(scores, 1 + 2**-10))
+    np.testing.assert_array_equal(again, gradient)
     found = np.asarray(gradient, np.float64)
     np.testing.assert_allclose(found, [weight.sum(0)] * 4, rtol=1e-2, atol=0.02)
+
+
+def test_blocks_are_of_64_where_they_fill_rows_and_pieces_of_one_row_or_more() -> None:
+    assert [row_config(8, width).blocksize for width in (192, 96)] == [64, 32]
+    assert rows.rows_at_once(2**24 + 1) == 1
+    assert rows.rows_at_once(2**12) == 2**12
 
 
 def test_even_steps_suit_weights_better_than_the_dynamic_map() -> None:
@@ -137,6 +155,9 @@ def test_even_steps_suit_weights_better_than_the_dynamic_map() -> None:
             ),
             "do not cross rows",
         ),
+        # A stack of matrices, and a tensor of three axes.
+        (lambda: take_rows(zeros((11, 96), 2), jnp.asarray([0])), "one matrix alone"),
+        (lambda: take_rows(zeros((2, 32, 96)), jnp.asarray([0])), "one matrix alone"),
     ],
 )
 def test_bad_input(call, words) -> None:
