@@ -285,6 +285,13 @@ def test_a_scaled_head_is_the_embedding():
         assert (read.tie_word_embeddings, read.scale_decoder_outputs) == (tied, tied)
 
 
+def test_a_decoder_starts_with_the_padding_and_may_have_a_depth_of_its_own():
+    raw = T5.write_config(CONFIG) | {"pad_token_id": 3, "decoder_start_token_id": None}
+    read = T5.read_config(raw | {"num_decoder_layers": 5})
+    assert (read.num_layers, read.num_decoder_layers) == (CONFIG.num_layers, 5)
+    assert read.decoder_start_token_id == 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
