@@ -301,8 +301,10 @@ def test_attention_that_is_not_there():
     x = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(ValueError, match="window is 2 without causal=True"):
         attend(x, x, x, causal=False, window=2, implementation="xla")
-    with pytest.raises(ValueError, match="'cudnn', which has no soft cap"):
-        attend(x, x, x, causal=True, softcap=5.0, implementation="cudnn")
+    for tokens in (4, 1025):
+        x, mask = jnp.zeros((1, tokens, 2, 8)), jnp.ones((1, 1, 1, tokens), bool)
+        with pytest.raises(ValueError, match="'cudnn', which has no soft cap"):
+            attend(x, x, x, mask=mask, causal=True, softcap=5.0, implementation="cudnn")
 
 
 @pytest.mark.parametrize("masked", ["mask", "segments"])

@@ -124,6 +124,12 @@ def test_frequencies_equal_transformers(config):
     assert attention_factor(config) == pytest.approx(factor, rel=1e-12)
 
 
+def test_a_yarn_with_one_mscale_has_the_papers_multiplier():
+    for one in ({"mscale": 0.5}, {"mscale_all_dim": 0.5}):
+        config = RopeConfig(rope_type="yarn", factor=8.0, **one)
+        assert attention_factor(config) == pytest.approx(0.1 * np.log(8) + 1)
+
+
 def test_dynamic_frequencies_grow_with_the_length_read():
     config = RopeConfig(rope_type="dynamic", factor=2.0, original_max_position_embeddings=256)
     # transformers at a length of 600, for a model of 256 positions.
