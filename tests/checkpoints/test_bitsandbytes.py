@@ -1,6 +1,7 @@
 """4-bit folders, written and damaged; what their numbers do in a model: tests/vectors."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -131,6 +132,14 @@ def test_other_quantizations(folder, given):
     change_config(folder, quantization_config=given)
     with pytest.raises(ValueError, match="is quantized by 'gptq', but"):
         open_checkpoint(folder)
+
+
+def test_weights_that_are_quantized_in_two_ways():
+    mixed = open_checkpoint(FOLDER)
+    other = mixed.tensors[NAME]._replace(quant=QuantConfig("fp4"))
+    mixed = replace(mixed, tensors={**mixed.tensors, NAME: other})
+    with pytest.raises(ValueError, match=r"up_proj.* is stored as .*'fp4'.* but other weights as"):
+        check_shapes(mixed)
 
 
 def test_shapes_are_compared_through_the_state(folder):

@@ -138,10 +138,13 @@ def test_a_tensor_without_a_name_there(tmp_path):
         save_gguf(tmp_path / "out.gguf", made, tokenizer=False)
 
 
-def test_buffers_of_old_checkpoints_are_not_written(tmp_path):
-    shapes = {"embed_tokens.weight": (32, 512), "layers.0.self_attn.rotary_emb.inv_freq": (64,)}
-    tensors = {f"model.{name}": TensorInfo(shape, "F32") for name, shape in shapes.items()}
-    made = Checkpoint(Path("old"), CONFIG, tensors, lambda name: np.zeros(tensors[name].shape))
+def test_what_llama_cpp_makes_itself_is_not_written(tmp_path):
+    """A tied head, and buffers of old checkpoints."""
+    shapes = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (32, 512))
+    shapes["model.layers.0.self_attn.rotary_emb.inv_freq"] = (64,)
+    tensors = {name: TensorInfo(shape, "F32") for name, shape in shapes.items()}
+    config = CONFIG | {"tie_word_embeddings": True}
+    made = Checkpoint(Path("old"), config, tensors, lambda name: np.zeros(shapes[name]))
     save_gguf(tmp_path / "out.gguf", made, "F32", tokenizer=False)
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     assert [tensor.name for tensor in reader.tensors] == ["token_embd.weight"]
