@@ -59,6 +59,7 @@ def test_saved_modules_get_no_adapter() -> None:
         ((0,), None, Q, True),
         ((1,), None, Q, False),
         (0, None, Q, True),
+        ((), None, Q, True),  # none told: all
         ((0, 3), None, "base.layers.3.block_sparse_moe.experts.1.w1", True),  # the first number
         ((1,), None, "base.layers.3.block_sparse_moe.experts.1.w1", False),
         ((1,), ("experts",), "base.layers.3.block_sparse_moe.experts.1.w1", True),
