@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import tokenizers
 
-from qlora_jax.checkpoints import Checkpoint, TensorInfo, check_shapes, open_gguf, save_gguf
+from qlora_jax.checkpoints import (
+    Checkpoint,
+    TensorInfo,
+    check_shapes,
+    open_checkpoint,
+    open_gguf,
+    save_gguf,
+)
 from qlora_jax.checkpoints.gguf.architecture import ROPE_FACTORS, to_config, to_metadata
 from qlora_jax.checkpoints.gguf.vocabulary import (
     Vocabulary,
@@ -129,6 +136,19 @@ def test_files_that_are_not_read(tmp_path):
     )
     with pytest.raises(ValueError, match=r"tensor 'nobodys\.weight'"):
         check_shapes(strange)
+
+
+def test_what_lies_beside_a_file_stands_for_what_it_says(tmp_path):
+    plain = {"token_embd.weight": np.zeros((32, 32), np.float16)}
+    file_of(tmp_path / "a.gguf", {}, plain)
+    config = CONFIG | {"rope_theta": 5.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files = {"tokenizer.json": b"{}", "tokenizer_config.json": b"[]"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    found = open_checkpoint(tmp_path)
+    assert found.config == config
+    assert found.companions() == files
 
 
 def test_a_tensor_without_a_name_there(tmp_path):

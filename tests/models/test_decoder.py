@@ -270,6 +270,7 @@ def test_attention_is_chosen_for_the_target():
     assert attention_for("gpu", jnp.float16, 64) == "cudnn"
     assert attention_for("cuda", jnp.bfloat16, 128, compute_capability=(8, 0)) == "cudnn"
     assert attention_for("cpu", jnp.bfloat16, 128) == "xla"
+    assert attention_for("cuda", jnp.bfloat16, 128, bias=True) == "xla"
     # It has the product that "xla" asks for in bfloat16, but not in float16.
     assert attention_for("cpu", jnp.float16, 128, bias=True) == "chunked"
     # A T4 has neither cuDNN's nor the product that "xla" asks for.
@@ -281,6 +282,7 @@ def test_attention_is_chosen_for_the_target():
     [
         {"compute_dtype": jnp.float32},
         {"head_dim": 256},
+        {"head_dim": 100},
         {"softcap": 50.0},
         {"alibi": True},
         {"packed": True},

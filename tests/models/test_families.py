@@ -255,6 +255,13 @@ def test_all_that_a_scaled_rope_says_is_read_and_written(scaling):
     assert family.read_config(json.loads(json.dumps(family.write_config(config)))) == config
 
 
+def test_decoders_that_cannot_be():
+    config = VARIANTS["mixtral-window"]
+    for name, wrong in (("num_experts_per_tok", 0), ("vocab_size", True), ("head_dim", 0)):
+        with pytest.raises(ValueError, match=f"{name} is {wrong}, but"):
+            dataclasses.replace(config, **{name: wrong})
+
+
 def test_learned_positions_end():
     config = dataclasses.replace(VARIANTS["opt-unbiased"], max_position_embeddings=6)
     model = abstract(config)
@@ -524,6 +531,13 @@ def test_layers_that_slide_where_a_file_does_not_say():
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "bidirectional"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
+        ({"model_type": "llama", "head_dim": 3}, "head_dim is 3, but rotary positions need"),
+        ({"model_type": "llama", "num_key_value_heads": 3}, "3, does not divide"),
+        (
+            {"model_type": "gemma2", "num_key_value_heads": 1}
+            | {"layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types has 2 entries, but there are 1 layers",
+        ),
     ],
 )
 def test_configs_that_are_not_built_here(given, message):
