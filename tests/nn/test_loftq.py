@@ -67,6 +67,13 @@ def test_pissa(quant: ql.QuantConfig | None) -> None:
         assert np.abs(found - quantized(rest)).mean() <= rounding
 
 
+def test_as_many_singular_vectors_as_there_are() -> None:
+    w, lora = weight(), ql.LoraConfig(r=48, init_lora_weights="pissa")
+    base, a, b = start_from_weight(w, None, lora)
+    np.testing.assert_allclose(base, np.zeros(w.shape), atol=1e-6)
+    np.testing.assert_allclose(lora.scaling * b @ a, w, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("quant", "options", "words"),
     [(None, {"r": 4}, "nothing was lost"), (QUANT, {"r": 49}, "no more than 48 singular")],
