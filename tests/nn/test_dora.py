@@ -8,6 +8,7 @@ from flax import nnx
 
 import qlora_jax as ql
 from qlora_jax.nn import FrozenParam
+from qlora_jax.nn.dora import magnify
 
 DORA = ql.LoraConfig(r=4, alpha=8, use_dora=True)
 
@@ -95,6 +96,10 @@ def test_bfloat16_is_scaled_in_float32() -> None:
     layer.compute_dtype = jnp.float32
     exact = layer(x.astype(jnp.float32))
     assert float(jnp.abs(y - exact).max()) < 0.02 * float(jnp.abs(exact).max())
+    factor = jnp.linspace(0.99, 1.01, y.shape[-1])
+    rounded = (y.astype(jnp.float32) * factor).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(magnify(y, factor), rounded)
+    assert (rounded != y * factor.astype(jnp.bfloat16)).any()
 
 
 class Pair(nnx.Module):

@@ -1,5 +1,7 @@
 """LoftQ and PiSSA against their papers' algorithms, with NumPy's SVD in float64."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,8 @@ def test_pissa(quant: ql.QuantConfig | None) -> None:
 def test_as_many_singular_vectors_as_there_are() -> None:
     w, lora = weight(), ql.LoraConfig(r=48, init_lora_weights="pissa")
     base, a, b = start_from_weight(w, None, lora)
+    narrow = start_from_weight(w, None, replace(lora, dtype=jnp.bfloat16))
+    assert [x.dtype for x in narrow] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
     np.testing.assert_allclose(base, np.zeros(w.shape), atol=1e-6)
     np.testing.assert_allclose(lora.scaling * b @ a, w, atol=1e-6)
 
