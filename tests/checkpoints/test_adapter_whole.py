@@ -25,8 +25,16 @@ from qlora_jax.checkpoints import (
     save_adapter,
     save_model,
 )
+from qlora_jax.checkpoints.adapter import _targets
 from qlora_jax.checkpoints.matching import node_at
-from qlora_jax.models import FAMILIES, Decoder, module_names, train_tokens
+from qlora_jax.models import (
+    FAMILIES,
+    Decoder,
+    EncoderClassifier,
+    EncoderConfig,
+    module_names,
+    train_tokens,
+)
 from qlora_jax.nn import LoraConfig, TrainedParam, add_lora, settle_adapters
 from tests.checkpoints.tiny import CONFIG, IDS, change_config, change_tensors, write_model
 from tests.models.variants import VARIANTS
@@ -205,6 +213,17 @@ def test_names_in_the_file_are_pefts(dense: Decoder, tmp_path: Path) -> None:
         "base_model.model.model.embed_tokens.weight",
         "base_model.model.lm_head.weight",
         "base_model.model.model.norm.weight",
+    }
+
+
+def test_all_linear_of_a_classifier_leaves_its_head_out() -> None:
+    """Whose layer is called as others below it: a last name alone would mean it, too."""
+    config, lora = EncoderConfig(8, 8, 8, 1, 1), LoraConfig(r=2)
+    model = nnx.eval_shape(lambda: EncoderClassifier(config, lora=lora, rngs=nnx.Rngs(0)))
+    layer = "roberta.encoder.layer.0"
+    assert set(_targets(model, lora)) == {
+        *(f"{layer}.attention.self.{name}" for name in ("query", "key", "value")),
+        *(f"{layer}.{name}.dense" for name in ("attention.output", "intermediate", "output")),
     }
 
 

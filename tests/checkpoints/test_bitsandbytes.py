@@ -1,6 +1,7 @@
 """4-bit folders, written and damaged; what their numbers do in a model: tests/vectors."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -91,6 +92,11 @@ def test_another_quantization_than_the_folders(folder, quant):
         (lambda t: t.pop(NAME + ".quant_state.bitsandbytes__nf4"), "has no quant_state"),
         (lambda t: t.update({NAME: t[NAME][:-2]}), "bytes of codes, but its shape"),
         (lambda t: t.update({NAME + ".quant_map": np.ones(16, np.float32)}), "is not bitsandbytes"),
+        (
+            lambda t: t.update({NAME + ".nested_quant_map": np.ones(256, np.float32)}),
+            "nested_quant_map' is not bitsandbytes'",
+        ),
+        (lambda t: say(t, nested_blocksize=128), "nested blocks of 128, but only 256 is read"),
         (lambda t: t.update({NAME: t[NAME].astype(np.float64)}), "stored as F64, but codes as U8"),
         (
             lambda t: t.update({NAME + ".absmax": t[NAME + ".absmax"][1:].copy()}),
@@ -131,6 +137,24 @@ def test_other_quantizations(folder, given):
     change_config(folder, quantization_config=given)
     with pytest.raises(ValueError, match="is quantized by 'gptq', but"):
         open_checkpoint(folder)
+
+
+def test_a_folder_in_8_bits(tmp_path):
+    dense = shared_path("vectors/llama/hf")
+    (tmp_path / "model.safetensors").symlink_to((dense / "model.safetensors").resolve())
+    (tmp_path / "config.json").write_text((dense / "config.json").read_text())
+    given = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    change_config(tmp_path, quantization_config=given)
+    with pytest.raises(ValueError, match=r"by 'bitsandbytes', but .* 4-bit ones"):
+        open_checkpoint(tmp_path)
+
+
+def test_weights_that_are_quantized_in_two_ways():
+    mixed = open_checkpoint(FOLDER)
+    other = mixed.tensors[NAME]._replace(quant=QuantConfig("fp4"))
+    mixed = replace(mixed, tensors={**mixed.tensors, NAME: other})
+    with pytest.raises(ValueError, match=r"up_proj.* is stored as .*'fp4'.* but other weights as"):
+        check_shapes(mixed)
 
 
 def test_shapes_are_compared_through_the_state(folder):

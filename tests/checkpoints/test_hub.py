@@ -93,7 +93,9 @@ def test_the_card_of_a_folder_alone(run, tmp_path):
     (run / "adapter").rename(alone)
     text = model_card("me/adapter", read_facts(alone))
     assert "## Hyperparameters" not in text
-    assert ModelCard(text).data.base_model is None, "a folder of the author's is no hub name"
+    for folder in (None, "./base", "/models/base"):
+        text = model_card("me/adapter", read_facts(alone) | {"base": folder})
+        assert ModelCard(text).data.base_model is None, "a folder of the author's is no hub name"
 
 
 def test_the_card_names_adapted_parameters(run):
@@ -110,7 +112,11 @@ def test_push_uploads_the_folder_and_a_card(run):
     assert url == "https://hub/commit/1"
     assert api.named("create_repo") == {"name": "me/adapter", "private": True, "exist_ok": True}
     assert api.named("create_branch")["branch"] == "v1"
-    assert b"SmolLM2" in api.named("upload_file")["path_or_fileobj"]
+    card = api.named("upload_file")
+    assert b"SmolLM2" in card["path_or_fileobj"]
+    assert (card["repo_id"], card["path_in_repo"], card["revision"]) == (
+        "me/adapter", "README.md", "v1",
+    )  # fmt: skip
     upload = api.named("upload_folder")
     assert (upload["repo_id"], upload["revision"]) == ("me/adapter", "v1")
     assert not {"*", "*.bin", "*.py", "*.pt"} & set(upload["allow_patterns"])

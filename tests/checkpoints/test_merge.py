@@ -22,7 +22,8 @@ from qlora_jax.checkpoints import (
     save_checkpoint,
     save_model,
 )
-from qlora_jax.checkpoints.adapter_file import WEIGHTS
+from qlora_jax.checkpoints.adapter_file import TOKENS, WEIGHTS, token_indices
+from qlora_jax.checkpoints.text_part import text_config, whole_lora
 from qlora_jax.models import resize_token_embeddings, train_tokens
 from qlora_jax.nn import LoraConfig, merge_lora
 from qlora_jax.quant import QuantConfig, QuantizedTensor
@@ -292,6 +293,28 @@ def test_an_adapter_of_a_gemma_that_sees_is_one_of_its_text(saved, tmp_path):
     for name in expected.tensors:
         np.testing.assert_array_equal(found.read(f"language_model.{name}"), expected.read(name))
         np.testing.assert_array_equal(same.read(f"language_model.{name}"), expected.read(name))
+
+
+def test_what_an_adapter_says_in_the_names_of_the_larger_model():
+    lora = LoraConfig(
+        r=4, alpha=8, target_modules=("q_proj", "k_proj"), modules_to_save=("model.norm",),
+        rank_pattern={"q_proj": 2}, alpha_pattern={r"layers\.1\.self_attn\.k_proj": 3},
+    )  # fmt: skip
+    modules = [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qk"]
+    whole = whole_lora(lora, modules)
+    for module in modules:
+        own, theirs = lora.at(module), whole.at(module.replace("model.", "model.language_model."))
+        assert (own.r, own.alpha) == (theirs.r, theirs.alpha)
+    assert whole.at("model.vision_tower.encoder.layers.0.self_attn.q_proj") is None
+    assert whole.modules_to_save == ("model.language_model.norm",)
+    for part in ("model.language_model", "language_model.model"):
+        said = text_config({"trainable_token_indices": {f"{part}.embed_tokens": [3]}})
+        rows = [f"base_model.model.{part}.embed_tokens.{TOKENS}"]
+        assert token_indices(said, rows) == {"model.embed_tokens": (3,)}
+        layer = "layers.0.mlp.up_proj"
+        for field in ("rank_pattern", "alpha_pattern"):
+            said = text_config({field: {f"{part}.{layer}": 2}})
+            assert said == {field: {f"model.{layer}": 2}}
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -22,7 +22,7 @@ from qlora_jax.checkpoints import (
     save_checkpoint,
     save_model,
 )
-from qlora_jax.checkpoints.dense_modules import skip_modules
+from qlora_jax.checkpoints.dense_modules import _short, skip_modules
 from qlora_jax.checkpoints.matching import node_at
 from qlora_jax.models import FAMILIES, family_of
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize, row_config
@@ -167,6 +167,12 @@ def test_the_list_means_what_is_dense_and_nothing_else(name, but, more, dense):
 def test_the_list_is_null_where_transformers_needs_none(dense):
     assert skip_modules(in_4_bits(dense["mixtral"], more=(".gate.weight",))) is None
     assert skip_modules(in_4_bits(dense["llama"], more=("lm_head.weight",))) == []
+
+
+def test_a_short_name_means_nothing_packed_to_transformers_4_or_5():
+    """5 asks how a module's name ends, 4 whether it has a part of this name."""
+    assert _short("b.wo", {"b.two"}) == "b.wo"
+    assert _short("mlp.wi", {"layer.mlp.up"}) == "wi"
 
 
 def test_layers_of_one_stack_that_differ(dense, tmp_path):

@@ -49,6 +49,15 @@ def test_any_tensors_come_back_aligned_and_in_shards_of_the_size(tmp_path_factor
             assert header[name]["data_offsets"][0] % tensors[name].itemsize == 0
 
 
+def test_a_shard_grows_to_its_size_and_no_further(tmp_path):
+    for name, limit, files in (("one", 16, 1), ("two", 15, 2)):
+        (tmp_path / name).mkdir()
+        with ShardedWriter(tmp_path / name, ["a", "b"], limit) as writer:
+            for tensor in "ab":
+                writer.add({tensor: np.zeros(2, np.float32)})
+        assert len(list((tmp_path / name).glob("*.safetensors"))) == files
+
+
 def test_parts_of_one_weight_stay_together_and_the_index_counts_bytes(tmp_path):
     parts = [{f"{n}.a": np.ones(3, np.float32), f"{n}.b": np.ones(5, np.uint8)} for n in range(3)]
     with ShardedWriter(tmp_path, [name for part in parts for name in part], 20) as writer:

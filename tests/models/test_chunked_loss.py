@@ -125,3 +125,16 @@ def test_a_frozen_head_takes_no_gradient():
     # The loop over chunks is there, and nothing it returns has the head's shape.
     assert (2, 1, 4, 16) in shapes
     assert (32, 16) not in shapes
+
+
+def test_gradients_of_a_trained_16_bit_head_are_summed_in_float32():
+    """In bfloat16 a sum of equal numbers stands still at 256 of them."""
+    hidden, targets = jnp.ones((1, 512, 3), jnp.bfloat16), jnp.ones((1, 512), jnp.int32)
+
+    def loss(weight):
+        return chunked_cross_entropy(lambda x: x @ weight.T, hidden, targets, chunk=1)
+
+    gradient = jax.jit(jax.grad(loss))(jnp.zeros((4, 3), jnp.bfloat16))
+    assert gradient.dtype == jnp.bfloat16
+    expected = np.broadcast_to([[128], [128 - 512], [128], [128]], (4, 3))
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), expected)

@@ -270,6 +270,7 @@ def test_attention_is_chosen_for_the_target():
     assert attention_for("gpu", jnp.float16, 64) == "cudnn"
     assert attention_for("cuda", jnp.bfloat16, 128, compute_capability=(8, 0)) == "cudnn"
     assert attention_for("cpu", jnp.bfloat16, 128) == "xla"
+    assert attention_for("cuda", jnp.bfloat16, 128, bias=True) == "xla"
     # It has the product that "xla" asks for in bfloat16, but not in float16.
     assert attention_for("cpu", jnp.float16, 128, bias=True) == "chunked"
     # A T4 has neither cuDNN's nor the product that "xla" asks for.
@@ -281,6 +282,7 @@ def test_attention_is_chosen_for_the_target():
     [
         {"compute_dtype": jnp.float32},
         {"head_dim": 256},
+        {"head_dim": 100},
         {"softcap": 50.0},
         {"alibi": True},
         {"packed": True},
@@ -301,8 +303,10 @@ def test_attention_that_is_not_there():
     x = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(ValueError, match="window is 2 without causal=True"):
         attend(x, x, x, causal=False, window=2, implementation="xla")
-    with pytest.raises(ValueError, match="'cudnn', which has no soft cap"):
-        attend(x, x, x, causal=True, softcap=5.0, implementation="cudnn")
+    for tokens in (4, 1025):
+        x, mask = jnp.zeros((1, tokens, 2, 8)), jnp.ones((1, 1, 1, tokens), bool)
+        with pytest.raises(ValueError, match="'cudnn', which has no soft cap"):
+            attend(x, x, x, mask=mask, causal=True, softcap=5.0, implementation="cudnn")
 
 
 @pytest.mark.parametrize("masked", ["mask", "segments"])

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,10 @@ from qlora_jax.models import (
     unfreeze,
 )
 from qlora_jax.models.dropped_attention import dropped_attention
+from qlora_jax.models.encoder_decoder_layer import FeedForward
 from qlora_jax.models.families.t5 import T5
 from qlora_jax.models.relative_bias import relative_buckets
+from qlora_jax.models.stack import Storage, draw
 from qlora_jax.nn import FrozenParam, LoraConfig, QuantDense, TrainedParam
 from qlora_jax.quant import QuantConfig
 
@@ -285,12 +288,20 @@ def test_a_scaled_head_is_the_embedding():
         assert (read.tie_word_embeddings, read.scale_decoder_outputs) == (tied, tied)
 
 
+def test_a_decoder_starts_with_the_padding_and_may_have_a_depth_of_its_own():
+    raw = T5.write_config(CONFIG) | {"pad_token_id": 3, "decoder_start_token_id": None}
+    read = T5.read_config(raw | {"num_decoder_layers": 5})
+    assert (read.num_layers, read.num_decoder_layers) == (CONFIG.num_layers, 5)
+    assert read.decoder_start_token_id == 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"d_kv": None}, "no 'd_kv'"),
         ({"feed_forward_proj": "swish"}, "feed_forward_proj is 'swish', but one of relu"),
         ({"relative_attention_num_buckets": 7}, "even number of at least 4 buckets"),
+        ({"relative_attention_max_distance": 4}, "more than half as large a distance"),
         ({"dropout_rate": 1.0}, "dropout_rate is 1.0"),
         ({"num_heads": 0}, "num_heads is 0"),
     ],
@@ -298,6 +309,30 @@ def test_a_scaled_head_is_the_embedding():
 def test_configs_that_cannot_be(change, message):
     with pytest.raises(ValueError, match=message):
         T5.read_config(T5.write_config(CONFIG) | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        ("relu", lambda x: np.maximum(x, 0)),
+        ("gelu", lambda x: x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2),
+        ("gated-gelu", lambda x: x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2),
+        ("gated-silu", lambda x: x / (1 + np.exp(-x))),
+    ],
+)
+def test_activations(name, activation):
+    config = dataclasses.replace(CONFIG, feed_forward_proj=name)
+    storage = Storage(None, None, jnp.float32, jnp.float32, None)
+    block = FeedForward(config, "", storage, nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(1, 3, 32)).astype(np.float32)
+    # Wide enough for the exact one and its approximation to differ.
+    first = block.wi_0 if name.startswith("gated") else block.wi
+    first.kernel[...] = 2 * first.kernel[...]
+    inner = activation(x.astype(np.float64) @ np.asarray(first.kernel[...]).T)
+    if name.startswith("gated"):
+        inner = inner * (x @ np.asarray(block.wi_1.kernel[...]).T)
+    expected = inner @ np.asarray(block.wo.kernel[...]).T
+    np.testing.assert_allclose(block(jnp.asarray(x), draw(None, 9)), expected, atol=2e-6)
 
 
 def test_cudnn_is_refused():

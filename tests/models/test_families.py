@@ -235,6 +235,33 @@ def test_the_factor_of_a_rope():
         assert attention_factor(read(**longrope, factor=factor)) == pytest.approx(multiplier)
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5, "beta_fast": 16.0}
+        | {"beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 0.9, "truncate": False},
+        {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0},
+        {"rope_type": "longrope", "factor": 4.0, "attention_factor": 1.5}
+        | {"short_factor": (1.0,) * 4, "long_factor": (2.0,) * 4},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_all_that_a_scaled_rope_says_is_read_and_written(scaling):
+    family = FAMILIES["llama"]
+    given = _BASE | {"model_type": "llama", "rope_parameters": scaling}
+    lengths = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
+    config = family.read_config(given | lengths)
+    assert {name: getattr(config.rope, name) for name in scaling} == scaling
+    assert family.read_config(json.loads(json.dumps(family.write_config(config)))) == config
+
+
+def test_decoders_that_cannot_be():
+    config = VARIANTS["mixtral-window"]
+    for name, wrong in (("num_experts_per_tok", 0), ("vocab_size", True), ("head_dim", 0)):
+        with pytest.raises(ValueError, match=f"{name} is {wrong}, but"):
+            dataclasses.replace(config, **{name: wrong})
+
+
 def test_learned_positions_end():
     config = dataclasses.replace(VARIANTS["opt-unbiased"], max_position_embeddings=6)
     model = abstract(config)
@@ -283,6 +310,7 @@ def test_text_part_of_a_gemma_that_sees(tmp_path):
 
 
 _LINEAR = {"rope_type": "linear", "factor": 2.0}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 _LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -294,6 +322,8 @@ _LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0
         # As transformers 5.24 reads them.
         ("llama", {"rope_scaling": _LLAMA3, "original_max_position_embeddings": 16}, 16),
         ("llama", {"rope_scaling": _YARN, "original_max_position_embeddings": 32}, 32),
+        ("llama", {"rope_scaling": _DYNAMIC, "original_max_position_embeddings": 16}, 2048),
+        ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 32768),
         ("phi3", {"rope_scaling": _LONG}, 4096),
         ("phi3", {"rope_scaling": _LONG, "original_max_position_embeddings": 16}, 16),
     ],
@@ -333,12 +363,30 @@ def test_a_gpt_neox_names_its_rope_its_own_way():
     assert (rope.rope_theta, rope.partial_rotary_factor) == (5000.0, 0.75)
 
 
+def test_activations_that_are_alike_in_transformers():
+    for theirs in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
+        given = {"model_type": "gpt_neox", "hidden_act": theirs}
+        assert FAMILIES["gpt_neox"].read_config(_BASE | given).hidden_act == "gelu_tanh"
+
+
+def test_an_opt_without_its_last_norm():
+    """Checkpoints that were finetuned by transformers before 4.20.1."""
+    family = FAMILIES["opt"]
+    given = {"model_type": "opt", "ffn_dim": 8, "_remove_final_layer_norm": True}
+    config = family.read_config(_BASE | given)
+    assert (config.residual, config.final_norm) == ("pre", False)
+    assert family.read_config(family.write_config(config)) == config
+
+
 def test_a_rope_that_stands_twice():
     """A user adds `rope_scaling`, as model cards say, to a file of transformers 5."""
     twice = {"rope_parameters": _LINEAR | {"rope_theta": 1e4}, "rope_scaling": _LINEAR}
     read = FAMILIES["llama"].read_config
     assert read(_BASE | {"model_type": "llama"} | twice).rope.factor == 2
     twice["rope_parameters"]["rope_theta"] = 1e6
+    # The base that stands in the rope's own fields has the word.
+    given = {"model_type": "llama", "rope_theta": 5e3, "rope_parameters": {"rope_theta": 1e6}}
+    assert read(_BASE | given).rope.rope_theta == 1e6
     with pytest.raises(ValueError, match=r"both rope_scaling.* and they differ"):
         read(_BASE | {"model_type": "llama"} | twice)
 
@@ -351,6 +399,66 @@ _BASE = {
     "num_attention_heads": 2,
 }
 _T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+
+
+# Fields of our own configurations, as transformers 5.24 fills in a file without them.
+_PLAIN = {"norm_eps": 1e-6, "tie_word_embeddings": False, "qkv_bias": False, "sliding_window": None}
+_GEMMA = {"norm_eps": 1e-6, "tie_word_embeddings": True, "qkv_bias": False, "head_dim": 256}
+_GEMMA |= {"attention_scale": 256**-0.5, "sliding_window": 4096, "hidden_act": "gelu_tanh"}
+_BIASED = {"norm_eps": 1e-5, "max_position_embeddings": 2048, "qkv_bias": True, "o_bias": True}
+_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+_UNSAID = {
+    "llama": _PLAIN | {"max_position_embeddings": 2048, "mlp_bias": False},
+    "mistral": _PLAIN | {"max_position_embeddings": 131072, "sliding_window": 4096},
+    "mixtral": _PLAIN | {"max_position_embeddings": 131072, "norm_eps": 1e-5} | _EXPERTS,
+    "qwen2": _PLAIN | {"max_position_embeddings": 32768, "qkv_bias": True, "head_dim": 4},
+    "qwen3": _PLAIN | {"max_position_embeddings": 32768, "head_dim": 128},
+    "qwen3_moe": _PLAIN
+    | {"num_local_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False}
+    | {"max_position_embeddings": 32768, "intermediate_size": 768},
+    "gemma2": _GEMMA
+    | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    | {"max_position_embeddings": 8192},
+    "gemma3_text": _GEMMA
+    | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    | {"max_position_embeddings": 131072, "local_rope": RopeConfig(), "vocab_size": 262208}
+    | {"num_attention_heads": 8, "num_key_value_heads": 4},
+    "phi3": _PLAIN | {"max_position_embeddings": 4096, "norm_eps": 1e-5},
+    "gpt_neox": _BIASED | {"residual": "parallel", "hidden_act": "gelu"},
+    "opt": _BIASED | {"residual": "pre", "final_norm": True, "tie_word_embeddings": True},
+    "bloom": _BIASED | {"tie_word_embeddings": True},
+    "roberta": {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
+    | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    | {"pad_token_id": 1, "classifier_dropout": None, "num_labels": 2},
+    "t5": {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
+    | {"layer_norm_epsilon": 1e-6, "dropout_rate": 0.1, "feed_forward_proj": "relu"}
+    | {"pad_token_id": 0, "eos_token_id": 1, "num_decoder_layers": 1}
+    | {"tie_word_embeddings": True, "scale_decoder_outputs": True},
+}
+_BASES = {"mixtral": 1e6, "gemma3_text": 1e6} | dict.fromkeys(("opt", "bloom", "roberta", "t5"))
+
+
+@pytest.mark.parametrize("model_type", _UNSAID)
+def test_what_a_file_does_not_say(model_type):
+    given = _BASE | (_T5 if model_type == "t5" else {}) | {"model_type": model_type, "ffn_dim": 8}
+    if model_type == "gemma3_text":
+        del given["vocab_size"], given["num_attention_heads"]
+    config = family_of(given).read_config(given)
+    expected = _UNSAID[model_type]
+    assert {name: getattr(config, name) for name in expected} == expected
+    rope = getattr(config, "rope", None)
+    assert (None if rope is None else rope.rope_theta) == _BASES.get(model_type, 1e4)
+
+
+def test_layers_that_slide_where_a_file_does_not_say():
+    """transformers 5.24: every sixth layer of a Gemma 3 sees everything, of a Qwen 2 the first 28;
+    the others 4096 tokens."""
+    deep = _BASE | {"num_hidden_layers": 30, "num_attention_heads": 4}
+    seen = FAMILIES["gemma3_text"].read_config(deep | {"model_type": "gemma3_text"}).sliding_layers
+    assert [layer for layer, slides in enumerate(seen) if not slides] == [5, 11, 17, 23, 29]
+    late = {"model_type": "qwen2", "use_sliding_window": True}
+    config = FAMILIES["qwen2"].read_config(deep | late)
+    assert (config.sliding_window, config.sliding_layers.index(True)) == (4096, 28)
 
 
 @pytest.mark.parametrize(
@@ -423,6 +531,13 @@ _T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, 
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "bidirectional"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
+        ({"model_type": "llama", "head_dim": 3}, "head_dim is 3, but rotary positions need"),
+        ({"model_type": "llama", "num_key_value_heads": 3}, "3, does not divide"),
+        (
+            {"model_type": "gemma2", "num_key_value_heads": 1}
+            | {"layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types has 2 entries, but there are 1 layers",
+        ),
     ],
 )
 def test_configs_that_are_not_built_here(given, message):

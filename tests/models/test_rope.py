@@ -62,6 +62,45 @@ REFERENCE = {
         ],
         1.094179988101349,
     ),
+    # A ramp that has no length, and one that ends behind the last pair (5.24.0).
+    RopeConfig(
+        rope_type="yarn",
+        factor=8.0,
+        original_max_position_embeddings=32,
+        beta_fast=8.0,
+        beta_slow=6.0,
+    ): (
+        [
+            1.0,
+            3.952847048e-2,
+            1.250000019e-2,
+            3.952847328e-3,
+            1.249999972e-3,
+            3.952847327e-4,
+            1.250000059e-4,
+            3.952847328e-5,
+        ],
+        1.2079441541679836,
+    ),
+    RopeConfig(
+        rope_type="yarn",
+        factor=8.0,
+        original_max_position_embeddings=32,
+        beta_fast=4.0,
+        beta_slow=1e-9,
+    ): (
+        [
+            1.0,
+            2.977811694e-1,
+            8.833333105e-2,
+            2.608879283e-2,
+            7.666666526e-3,
+            2.239946742e-3,
+            6.500000018e-4,
+            1.871014247e-4,
+        ],
+        1.2079441541679836,
+    ),
     RopeConfig(rope_type="llama3", factor=8.0, original_max_position_embeddings=64): (
         [
             1.0,
@@ -83,6 +122,12 @@ def test_frequencies_equal_transformers(config):
     frequencies, factor = REFERENCE[config]
     np.testing.assert_allclose(inverse_frequencies(config, 16), frequencies, rtol=3e-7)
     assert attention_factor(config) == pytest.approx(factor, rel=1e-12)
+
+
+def test_a_yarn_with_one_mscale_has_the_papers_multiplier():
+    for one in ({"mscale": 0.5}, {"mscale_all_dim": 0.5}):
+        config = RopeConfig(rope_type="yarn", factor=8.0, **one)
+        assert attention_factor(config) == pytest.approx(0.1 * np.log(8) + 1)
 
 
 def test_dynamic_frequencies_grow_with_the_length_read():

@@ -137,7 +137,7 @@ def test_a_policy_that_keeps_what_streams_is_refused(remat):
 
 def test_a_host_pool_that_is_too_small_is_refused(monkeypatch):
     monkeypatch.delenv(streaming.HOST_LIMIT, raising=False)
-    streaming.check_host_memory_limit(60 * 2**30, "gpu")
+    streaming.check_host_memory_limit(64 * 2**30, "gpu")
     streaming.check_host_memory_limit(600 * 2**30, "cpu")
     with pytest.raises(ValueError, match=f"{streaming.HOST_LIMIT}=208"):
         streaming.check_host_memory_limit(200 * 2**30, "gpu")

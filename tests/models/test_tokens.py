@@ -9,11 +9,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import qlora_jax as ql
 from qlora_jax.checkpoints import load_adapter, save_adapter
 from qlora_jax.data import IGNORE, Batch, load_tokenizer
-from qlora_jax.models import Decoder
+from qlora_jax.models import Decoder, train_rows_of
+from qlora_jax.models.embedding import Embedding
 from qlora_jax.train import TrainConfig, fit
 from tests.checkpoints.tiny import CONFIG
 from tests.random_decoder import random_decoder
@@ -103,6 +105,32 @@ def test_saved_and_read_with_the_adapter(tokenizer, tmp_path) -> None:
     again = load_tokenizer(tmp_path)
     assert again.encode("a <|z|> b", special=True) == extended.encode("a <|z|> b", special=True)
     assert again.eos_token_id == 21
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+    save_file(tensors | {name: tensors[name][:, :-1].copy()}, weights)
+    with pytest.raises(ValueError, match=r"of 'lm_head' are of shape \[3, 31\], but \[3, 32\] is"):
+        load_adapter(tmp_path, model())
+
+
+def test_rows_that_are_trained_already_keep_every_bit() -> None:
+    """Also where the matrix has fewer; a token that is named twice has one row."""
+    matrix = Embedding(8, 32, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    exact = np.asarray(matrix.weight[...], np.float64)[:5].mean(0)
+    np.testing.assert_allclose(matrix.mean(5), exact, rtol=1e-5, atol=1e-8)
+    train_rows_of(matrix, [1])
+    moved = matrix.token_rows[...] + 1e-5
+    matrix.token_rows[...] = moved
+    train_rows_of(matrix, [5, 1, 5])
+    np.testing.assert_array_equal(matrix.token_ids[...], [1, 5])
+    np.testing.assert_array_equal(matrix.token_rows[...][:1], moved)
+    assert np.isnan(matrix(jnp.asarray([8]))).all()
+
+
+def test_as_many_rows_as_there_are_is_no_change() -> None:
+    same = model()
+    ql.resize_token_embeddings(same, 24)
+    assert same.config.vocab_size == 24
 
 
 class Rows:

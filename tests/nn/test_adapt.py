@@ -106,6 +106,14 @@ def test_a_uniform_stack_needs_no_scales() -> None:
     assert (a[0] != a[1]).any(), "every layer draws its own"
 
 
+def test_a_stack_has_no_stream_for_dropout() -> None:
+    """Its layers are called with keys: one stream would not be taken apart with them."""
+    lora = ql.LoraConfig(r=2, target_modules=("layers", "head"), lora_dropout=0.5)
+    model = ql.add_lora(Stack(), lora, rngs=nnx.Rngs(1))
+    assert model.layers.dropout_rngs is None
+    assert model.head.dropout_rngs is not None
+
+
 def test_gaussian_start_has_each_layers_own_deviation() -> None:
     lora = ql.LoraConfig(
         r=8,

@@ -1,5 +1,7 @@
 """DoRA against the paper's formulas in float64 NumPy, values and gradients."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 import qlora_jax as ql
 from qlora_jax.nn import FrozenParam
+from qlora_jax.nn.dora import magnify
 
 DORA = ql.LoraConfig(r=4, alpha=8, use_dora=True)
 
@@ -63,6 +66,8 @@ def test_starts_as_the_base() -> None:
     plain = ql.QuantDense(64, 48, lora=None, compute_dtype=jnp.float32, rngs=nnx.Rngs(0))
     layer = ql.QuantDense(64, 48, lora=DORA, compute_dtype=jnp.float32, rngs=nnx.Rngs(0))
     weight = np.asarray(layer.kernel.get_value().dequantize(jnp.float32), np.float64)
+    narrow = ql.QuantDense(64, 48, lora=replace(DORA, dtype=jnp.bfloat16), rngs=nnx.Rngs(0))
+    assert narrow.lora_magnitude_vector.dtype == narrow.lora_A.dtype == jnp.bfloat16
     magnitude = layer.lora_magnitude_vector[...]
     np.testing.assert_allclose(magnitude, np.linalg.norm(weight, axis=1), rtol=1e-6)
     x = jax.random.normal(jax.random.key(3), (5, 64))
@@ -95,6 +100,10 @@ def test_bfloat16_is_scaled_in_float32() -> None:
     layer.compute_dtype = jnp.float32
     exact = layer(x.astype(jnp.float32))
     assert float(jnp.abs(y - exact).max()) < 0.02 * float(jnp.abs(exact).max())
+    factor = jnp.linspace(0.99, 1.01, y.shape[-1])
+    rounded = (y.astype(jnp.float32) * factor).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(magnify(y, factor), rounded)
+    assert (rounded != y * factor.astype(jnp.bfloat16)).any()
 
 
 class Pair(nnx.Module):

@@ -1,5 +1,7 @@
 """LoftQ and PiSSA against their papers' algorithms, with NumPy's SVD in float64."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,15 @@ def test_pissa(quant: ql.QuantConfig | None) -> None:
         rounding = 8 * np.finfo(np.float32).eps * np.linalg.norm(np.float64(w), 2)
         assert (np.abs(found - rest) <= np.abs(quantized(rest) - rest) + rounding).all()
         assert np.abs(found - quantized(rest)).mean() <= rounding
+
+
+def test_as_many_singular_vectors_as_there_are() -> None:
+    w, lora = weight(), ql.LoraConfig(r=48, init_lora_weights="pissa")
+    base, a, b = start_from_weight(w, None, lora)
+    narrow = start_from_weight(w, None, replace(lora, dtype=jnp.bfloat16))
+    assert [x.dtype for x in narrow] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
+    np.testing.assert_allclose(base, np.zeros(w.shape), atol=1e-6)
+    np.testing.assert_allclose(lora.scaling * b @ a, w, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ def test_initialised_as_peft_does() -> None:
     assert np.abs(a).max() <= bound
     assert abs(a.std() - bound / 3**0.5) < 0.02 * bound
     assert not np.asarray(layer.lora_B[...]).any()
+    # The base as nnx.Linear's, by its inputs.
+    dense = ql.QuantDense(1024, 32, quant=None, lora=None, rngs=nnx.Rngs(0))
+    assert float(jnp.std(dense.kernel[...])) == pytest.approx(1024**-0.5, rel=0.03)
     assert layer.lora.scaling == 0.25
     assert ql.LoraConfig(r=64, alpha=16, use_rslora=True).scaling == 2
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import qlora_jax as ql
-from qlora_jax.nn.settle import settle
+from qlora_jax.nn.settle import settle, settle_adapters
 from tests.nn.test_adapt import MIXED, adapted, trained
 
 
@@ -72,6 +72,13 @@ def test_a_stack_is_settled_layer_by_layer(dora: bool) -> None:
     settle(model.layers)
     assert model.layers.lora_scaling is None
     np.testing.assert_allclose(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_whose_weights_stream_is_left_alone() -> None:
+    model = adapted(replace(MIXED, dtype=jnp.bfloat16))
+    for streams, dtype in ((True, jnp.bfloat16), (False, jnp.float32)):
+        model.stream_weights = streams
+        assert settle_adapters(model).layers.lora_A.dtype == dtype
 
 
 def test_a_layer_without_an_adapter_stays_as_it_is() -> None:

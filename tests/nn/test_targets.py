@@ -23,6 +23,8 @@ Q = "model.layers.0.self_attn.q_proj"
         ("all-linear", "lm_head", False),
         ("all-linear", "embed_out", False),
         ("all-linear", "classifier.dense", False),
+        ("all-linear", "score", False),
+        ("all-linear", "qa_outputs", False),
     ],
 )
 def test_target_modules(targets, path: str, means: bool) -> None:
@@ -45,6 +47,10 @@ def test_saved_modules_get_no_adapter() -> None:
     # PEFT compares the ends of paths, not of names, here.
     assert LoraConfig(modules_to_save=("norm",)).saves("model.layers.0.input_layernorm")
     assert not lora.saves("classifiers")
+    # … but whole names here.
+    assert LoraConfig(target_modules=("dense",), modules_to_save=("fier",)).targets(
+        "classifier.dense"
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,11 +59,14 @@ def test_saved_modules_get_no_adapter() -> None:
         ((0,), None, Q, True),
         ((1,), None, Q, False),
         (0, None, Q, True),
+        ((), None, Q, True),  # none told: all
         ((0, 3), None, "base.layers.3.block_sparse_moe.experts.1.w1", True),  # the first number
         ((1,), None, "base.layers.3.block_sparse_moe.experts.1.w1", False),
         ((1,), ("experts",), "base.layers.3.block_sparse_moe.experts.1.w1", True),
         ((1,), "block", "encoder.block.1.layer.0.SelfAttention.q", True),
         ((0,), ("h",), Q, False),
+        ((1,), ("h",), "h.1.q_proj", True),
+        ((3,), ("layers",), "base.layers.3.layers.1.w1", True),  # the first such list
     ],
 )
 def test_layers_to_transform(layers, pattern, path: str, means: bool) -> None:
@@ -87,6 +96,7 @@ def test_patterns_set_rank_and_alpha_of_some_layers() -> None:
     other = lora.at("model.layers.0.mlp.up_proj")
     assert (other.r, other.scaling) == (8, 4.0)
     assert lora.at("lm_head") is None
+    assert LoraConfig(r=8, rank_pattern={"proj": 4}).at(Q).r == 8
     assert hash(lora) == hash(LoraConfig(**vars(lora)))
 
 

@@ -247,7 +247,8 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
             f"The windows' rope_theta is {base:g}, but llama.cpp turns them by {_WINDOW_BASE:g}: "
             "export to safetensors."
         )
-    return read_rope(config)
+    # Whether its family turns a part of a head, the config's own reader has asked.
+    return read_rope(config, partial=1.0)
 
 
 def _check_yarn(rope: RopeConfig, dim: int) -> None:

@@ -77,8 +77,10 @@ def read_decoder(
     refuse(config, is_causal=True)
     heads = required(config, "num_attention_heads")
     hidden = required(config, "hidden_size")
+    longest = config.get("max_position_embeddings") or context
     if "rope" not in fields:
-        fields["rope"] = read_rope(config, theta=theta)
+        # A scaling that does not say what it stretches stretches that.
+        fields["rope"] = read_rope({**config, "max_position_embeddings": longest}, theta=theta)
     return DecoderConfig(
         **{
             "vocab_size": required(config, "vocab_size"),
@@ -88,7 +90,7 @@ def read_decoder(
             "num_attention_heads": heads,
             "num_key_value_heads": config.get("num_key_value_heads") or heads,
             "head_dim": config.get("head_dim") or hidden // heads,
-            "max_position_embeddings": config.get("max_position_embeddings") or context,
+            "max_position_embeddings": longest,
             "norm_eps": number(config, "rms_norm_eps", eps),
             "tie_word_embeddings": bool(config.get("tie_word_embeddings", tied)),
             "model_type": config["model_type"],
