@@ -118,6 +118,7 @@ def execute(
     def save(where: Path, trained: Any) -> None:
         save_adapter(where, trained, run.lora, base_name=str(checked.folder))
 
+    rows = {"training": checked.train.digest(), "held_out": checked.validation.digest()}
     beside_training = time.perf_counter() - began
     fit(
         model,
@@ -127,8 +128,9 @@ def execute(
         folder_is_locked=True,
         eval_batches=_batches(run, checked, checked.validation, shuffle=False),
         loss_fn=loss_for(model, loss_chunk=run.model.loss_chunk),
-        identity=identity(run),
-        identity_defaults=identity(RunConfig()),
+        identity=identity(run) | {"rows": rows},
+        # A run that was begun before its rows were kept in mind is taken to have had these.
+        identity_defaults=identity(RunConfig()) | {"rows": rows},
         save_adapter=save,
         probes=probes(run.mmlu, tokenizer, context),
         callbacks=[_FirstWords(run, folder, console), *callbacks],
