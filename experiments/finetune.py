@@ -58,7 +58,7 @@ from experiments.config import RunConfig, build_run, named_source
 from experiments.embedded import DATASETS, MODELS
 from experiments.folders import delete_run
 from experiments.report import ERROR, duration
-from experiments.run import execute, is_finished
+from experiments.run import dated, execute, is_finished
 from experiments.tree import read_yaml, to_yaml, with_setting
 from qlora_jax.cli import in_one_sentence
 from qlora_jax.cli.arguments import readable, seed
@@ -169,6 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.overwrite:
                 check(run)
                 on_first(lambda: delete_run(folder))
+            run = dated(run, folder)
             if on_first(lambda: is_finished(run, folder)):
                 console.print(f"{folder} holds this run, finished; --overwrite repeats it.")
                 return 0

@@ -15,11 +15,13 @@ are kept between runs of one process: a sweep reads each one once.
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -219,21 +221,53 @@ def identity(run: RunConfig) -> dict[str, Any]:
     return {name: tree[name] for name in ("model", "data", "quant", "lora")}
 
 
-def is_finished(run: RunConfig, folder: Path) -> bool:
-    """Whether a run folder holds this run, finished; one that has fewer steps is not.
+@functools.cache
+def _today() -> str:
+    """The day on which this process began to ask for it: the same for all cells of a sweep."""
+    return date.today().isoformat()
+
+
+def dated(run: RunConfig, folder: Path) -> RunConfig:
+    """The run with the date that its chat template writes: the one given, or the one that the run
+    in the folder was begun with, or today's.
 
     Raises:
-        ValueError: it holds another run; the message says what differs.
+        ValueError: what the folder holds cannot be read.
     """
+    if run.data.format != "chat-template" or run.data.date is not None:
+        return run
+    day = on_first(lambda: _day_begun(folder))
+    return replace(run, data=replace(run.data, date=day))
+
+
+def _day_begun(folder: Path) -> str | None:
+    """None for a run of an older version, whose template writes the day of the call."""
+    saved = _saved(folder)
+    return _today() if saved is None else saved.data.date
+
+
+def _saved(folder: Path) -> RunConfig | None:
+    """The run that a folder holds, if any."""
     if not (folder / CONFIG).is_file():
-        return False
+        return None
     try:
-        saved = build_run(read_yaml(folder / CONFIG), str(folder / CONFIG))
+        return build_run(read_yaml(folder / CONFIG), str(folder / CONFIG))
     except ValueError as error:
         raise ValueError(
             f"{folder} holds a run that this version cannot read, of another version or damaged "
             f"({error}): choose another --out, or give --overwrite to delete it."
         ) from error
+
+
+def is_finished(run: RunConfig, folder: Path) -> bool:
+    """Whether a run folder holds this run (`dated`), finished; one that has fewer steps is not.
+
+    Raises:
+        ValueError: it holds another run; the message says what differs.
+    """
+    saved = _saved(folder)
+    if saved is None:
+        return False
     free = {f"train.{name}" for name in FREE_ON_RESUME}
     free |= {f"devices.{name}" for name in option_names(DevicesConfig)}
     further = goes_further(asdict(saved.train), asdict(run.train))

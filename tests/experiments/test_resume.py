@@ -1,14 +1,20 @@
 """What of a run must be the same for it to go on, and what may be another; nothing is trained."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from experiments import finetune, sweep
 from experiments import run as runs
+from experiments.cells import Cell, Sweep
 from experiments.checks import Checked
 from experiments.config import RunConfig, build_run
 from experiments.rows import examples_of
+from experiments.tree import to_yaml
 from qlora_jax.train.run_folder import check_or_write_config, describe_run
 
 
@@ -20,17 +26,16 @@ class Begun(Exception):
 def begin(tmp_path, tiny_model, monkeypatch):
     """A call to begin, or go on with, the run of some options in one folder, as a process does."""
 
-    def fit(model, batches, config, *, run_folder, identity, identity_defaults, **_):
-        check_or_write_config(
-            run_folder,
-            describe_run(config, identity),
-            started=(run_folder / "config.json").exists(),
-            defaults=identity_defaults,
-        )
+    def fit(model, batches, config, *, run_folder, identity, identity_defaults, callbacks, **_):
+        started = (run_folder / "config.json").exists()
+        described = describe_run(config, identity)
+        check_or_write_config(run_folder, described, started=started, defaults=identity_defaults)
+        callbacks[0].start(int(started))
         raise Begun
 
     def check(run: RunConfig) -> Checked:
-        return Checked(tiny_model, *examples_of(run.data, tiny_model, 512), None)
+        folder = Path(run.model.source)
+        return Checked(folder, *examples_of(run.data, folder, 512), None)
 
     monkeypatch.setattr(runs, "fit", fit)
     monkeypatch.setattr(runs, "check", check)
@@ -43,8 +48,9 @@ def begin(tmp_path, tiny_model, monkeypatch):
         tree = {"model": {}, "data": {}, **sections}
         tree["model"] = {"source": str(tiny_model), **tree["model"]}
         tree["data"] = {"source": str(tmp_path / "my.jsonl"), "validation_rows": 2, **tree["data"]}
+        run = runs.dated(build_run(tree, "here"), tmp_path)
         with pytest.raises(Begun):
-            runs.execute(build_run(tree, "here"), tmp_path, labels={})
+            runs.execute(run, tmp_path, labels={})
 
     return begun
 
@@ -68,3 +74,60 @@ def test_other_rows_are_another_run(tmp_path, begin):
     del before["run"]["rows"]
     file.write_text(json.dumps(before))
     begin()
+
+
+def test_a_run_keeps_the_date_that_its_template_writes(tmp_path, tiny_model, begin, monkeypatch):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    (tmp_path / "my.jsonl").write_text(4 * (json.dumps({"messages": turns}) + "\n"))
+    sections = {"model": {"source": str(model)}, "data": {"format": "chat-template"}}
+    monkeypatch.setattr(runs, "_today", lambda: "2026-11-30")
+    begin(**sections)
+    monkeypatch.setattr(runs, "_today", lambda: "2026-12-01")
+    begin(**sections)
+    sections["data"]["date"] = "2026-12-01"
+    with pytest.raises(ValueError, match=r"data\.date \(was '2026-11-30', is .*rows\.training"):
+        begin(**sections)
+
+
+def test_both_commands_go_on_with_the_date_of_their_folder(tmp_path, tiny_model, monkeypatch):
+    told = []
+
+    def execute(run, folder, **_):
+        told.append(run.data.date)
+        raise ValueError("that will do")
+
+    for command in (finetune, sweep):
+        monkeypatch.setattr(command, "execute", execute)
+        monkeypatch.setattr(command, "check", lambda run: told.append(run.data.date))
+    flags = ["--set", "data.format=chat-template", "--set", "data.source=my.jsonl"]
+    flags += ["--set", f"model.source={tiny_model}", "--out", str(tmp_path)]
+    dated = [*flags, "--set", "data.date=2026-11-30"]
+    tree = finetune.read_run(finetune.make_parser().parse_args(dated))
+    (tmp_path / "config.yaml").write_text(to_yaml(tree))
+    assert finetune.main(flags) == 2
+    cell = Cell({"seed": "0"}, finetune.read_run(finetune.make_parser().parse_args(flags)))
+    shutil.copytree(tmp_path, tmp_path / cell.name)
+    assert sweep.plan(Sweep("s", (cell,)), tmp_path) == [cell]
+    sweep.run_cell(cell, tmp_path / cell.name, Console(quiet=True))
+    assert told == ["2026-11-30"] * 4
+    with pytest.raises(ValueError, match=r"data\.date: 2026-12-01, was 2026-11-30"):
+        runs.is_finished(replace(tree, data=replace(tree.data, date="2026-12-01")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            {"date": "30.11.2026", "format": "chat-template"},
+            r"'30\.11\.2026' must be a day, as 2026",
+        ),
+        ({"date": "2026-11-30"}, "leave it out, or set data.format to chat-template"),
+    ],
+)
+def test_what_is_no_date_or_no_templates_is_refused(data, words):
+    with pytest.raises(ValueError, match=words):
+        build_run({"data": data}, "here")
