@@ -71,12 +71,18 @@ class _FirstWords(Callback):
         """The run begins, or goes on."""
         path = self.folder / CONFIG
         if step and path.is_file():
-            before, now = build_run(read_yaml(path), str(path)).devices, self.run.devices
-            if before != now:
+            before, now = build_run(read_yaml(path), str(path)), self.run
+            rounded = {*_rounded(now), "train.update_in_backward"}
+            changed = [text for text in differences(now, before) if text.split(":")[0] in rounded]
+            told = [f"going on with {', '.join(changed)}"] if changed else []
+            if before.devices != now.devices:
+                devices = _described(before.devices), _described(now.devices)
+                told.append("begun on {}, going on with {}".format(*devices))
+            for text in told:
                 self.console.print(
-                    f"begun on {_described(before)}, going on with {_described(now)}: the result "
-                    "is the same to rounding, but not to the bit.",
+                    f"{text}: the result is the same to rounding, but not to the bit.",
                     highlight=False,
+                    markup=False,
                 )
         # What a model with fewer steps was found to be; first the result, which says "finished".
         examined = (RESULT, MMLU, PARTIAL) if step < self.run.train.steps else ()
@@ -131,6 +137,7 @@ def execute(
         eval_batches=_batches(run, checked, checked.validation, shuffle=False),
         loss_fn=loss_for(model, loss_chunk=run.model.loss_chunk),
         identity=identity(run) | {"rows": rows},
+        identity_free=_rounded(run),
         # A run that was begun before its rows were kept in mind is taken to have had these.
         identity_defaults=identity(RunConfig()) | {"rows": rows},
         save_adapter=save,
@@ -221,6 +228,14 @@ def identity(run: RunConfig) -> dict[str, Any]:
     return {name: tree[name] for name in ("model", "data", "quant", "lora")}
 
 
+def _rounded(run: RunConfig) -> set[str]:
+    """Options of the model by which it takes more memory or less, and which change nothing beyond
+    rounding: free to differ on resuming."""
+    # In tiles, an MLP's adapters drop other units.
+    tile = () if run.lora.lora_dropout else ("mlp_tile",)
+    return {f"model.{n}" for n in ("remat", "stream_weights", "attention", "loss_chunk", *tile)}
+
+
 @functools.cache
 def _today() -> str:
     """The day on which this process began to ask for it: the same for all cells of a sweep."""
@@ -269,7 +284,7 @@ def is_finished(run: RunConfig, folder: Path) -> bool:
     if saved is None:
         return False
     free = {f"train.{name}" for name in FREE_ON_RESUME}
-    free |= {f"devices.{name}" for name in option_names(DevicesConfig)}
+    free |= _rounded(run) | {f"devices.{name}" for name in option_names(DevicesConfig)}
     further = goes_further(asdict(saved.train), asdict(run.train))
     if further:
         free.add("train.steps")

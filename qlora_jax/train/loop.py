@@ -12,7 +12,7 @@ goes on from its latest checkpoint and ends with the same bits.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -101,6 +101,7 @@ def fit(
     tx: optax.GradientTransformation | None = None,
     identity: Mapping[str, Any] | None = None,
     identity_defaults: Mapping[str, Any] | None = None,
+    identity_free: Collection[str] = (),
     save_adapter: Callable[[Path, nnx.Module], None] | None = None,
     probes: Sequence[Probe] = (),
     callbacks: Sequence[Callback] = (),
@@ -129,6 +130,7 @@ def fit(
         and compared on resuming.
       identity_defaults: what a run did that was begun before `identity` had a name, by name; None
         for those that are not here.
+      identity_free: dotted names in `identity` that may differ on resuming.
       save_adapter: called at the end with `run_folder/adapter` and the model, for instance
         `lambda folder, model: ql.save_adapter(folder, model, lora_config, base_name)`.
       probes: further examinations of the model, such as MMLU's.
@@ -160,6 +162,7 @@ def fit(
                 described,
                 started=started,
                 defaults=identity_defaults,
+                free=identity_free,
                 # An optimizer of the caller's may have a schedule of its own.
                 may_go_further=tx is None,
             )

@@ -19,7 +19,7 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,7 @@ def check_or_write_config(
     *,
     started: bool,
     defaults: Mapping[str, Any] | None = None,
+    free: Collection[str] = (),
     may_go_further: bool = True,
 ) -> None:
     """Write config.json; or, for a run that has `started`, make sure that it is the same run.
@@ -148,8 +149,9 @@ def check_or_write_config(
     without adapters) left nothing to resume, and does not bind the folder to its configuration.
 
     A field that there was not yet when the run began did what is its default now, of those that the
-    caller names `defaults`, or None. More steps, where there may be more (`may_go_further` and
-    `goes_further`), are written.
+    caller names `defaults`, or None. What may differ is `FREE_ON_RESUME` of the TrainConfig, and
+    of the rest the dotted names that are `free`. More steps, where there may be more
+    (`may_go_further` and `goes_further`), are written.
 
     Raises:
       ValueError: naming every field that differs, with both values.
@@ -161,14 +163,17 @@ def check_or_write_config(
     before = json.loads(path.read_text())
     known = describe_run(TrainConfig(), defaults or {})
     further = may_go_further and goes_further(before.get("train", {}), description["train"])
-    free = FREE_ON_RESUME | ({"steps"} if further else set())
+    may_differ = {
+        "train": FREE_ON_RESUME | ({"steps"} if further else set()),
+        "run": frozenset(free),
+    }
     differing = [
         f"{name} (was {old}, is {new})"
         for section in ("train", "run")
         for name, old, new in _differences(
             before.get(section, {}), description[section], known[section]
         )
-        if not (section == "train" and name in free)
+        if name not in may_differ[section]
     ]
     if differing:
         raise ValueError(

@@ -14,7 +14,7 @@ from experiments.cells import Cell, Sweep
 from experiments.checks import Checked
 from experiments.config import RunConfig, build_run
 from experiments.rows import examples_of
-from experiments.tree import to_yaml
+from experiments.tree import read_yaml, to_yaml
 from qlora_jax.train.run_folder import check_or_write_config, describe_run
 
 
@@ -26,10 +26,15 @@ class Begun(Exception):
 def begin(tmp_path, tiny_model, monkeypatch):
     """A call to begin, or go on with, the run of some options in one folder, as a process does."""
 
-    def fit(model, batches, config, *, run_folder, identity, identity_defaults, callbacks, **_):
+    def fit(model, batches, config, *, run_folder, identity, callbacks, **options):
         started = (run_folder / "config.json").exists()
-        described = describe_run(config, identity)
-        check_or_write_config(run_folder, described, started=started, defaults=identity_defaults)
+        check_or_write_config(
+            run_folder,
+            describe_run(config, identity),
+            started=started,
+            defaults=options["identity_defaults"],
+            free=options["identity_free"],
+        )
         callbacks[0].start(int(started))
         raise Begun
 
@@ -91,6 +96,30 @@ def test_a_run_keeps_the_date_that_its_template_writes(tmp_path, tiny_model, beg
     sections["data"]["date"] = "2026-12-01"
     with pytest.raises(ValueError, match=r"data\.date \(was '2026-11-30', is .*rows\.training"):
         begin(**sections)
+
+
+def test_switches_of_memory_may_be_turned(tmp_path, begin, capsys):
+    write(tmp_path, list("abcdefgh"))
+    dry = {"lora": {"lora_dropout": 0.0}}
+    begin(**dry)
+    switches = {"remat": "offload", "stream_weights": True, "attention": "xla", "mlp_tile": 64}
+    begin(model=switches, train={"paged": False}, **dry)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "going on with model.remat: offload, was full, model.stream_weights: True, was" in told
+    assert told.endswith("the result is the same to rounding, but not to the bit.")
+    assert "paged" not in told  # not a bit
+    run = build_run(read_yaml(tmp_path / "config.yaml"), "the folder")
+    assert not runs.is_finished(replace(run, model=replace(run.model, loss_chunk=None)), tmp_path)
+    begin(model={"loss_chunk": None}, **dry)
+    with pytest.raises(ValueError, match=r"differ: model\.embedding_bits \(was None, is 8\)\."):
+        begin(model={"embedding_bits": 8}, **dry)
+
+
+def test_tiles_are_another_run_where_units_are_dropped_by_tile(tmp_path, begin):
+    write(tmp_path, list("abcdefgh"))
+    begin(lora={"lora_dropout": 0.1})
+    with pytest.raises(ValueError, match=r"differ: model\.mlp_tile \(was None, is 64\)\."):
+        begin(model={"mlp_tile": 64}, lora={"lora_dropout": 0.1})
 
 
 def test_both_commands_go_on_with_the_date_of_their_folder(tmp_path, tiny_model, monkeypatch):

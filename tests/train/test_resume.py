@@ -116,6 +116,22 @@ def test_a_finished_run_with_more_steps_goes_on_to_the_same_bits(tmp_path):
     assert rest == _numbers(tmp_path / "whole")
 
 
+@pytest.mark.optimized
+def test_state_and_gradients_may_rest_elsewhere_on_resuming(tmp_path):
+    """What an out-of-memory asks for, and what more room allows: to the same bits."""
+    plain = dataclasses.replace(CONFIG, schedule="constant", warmup_steps=0)
+
+    def run(folder, steps, **where):
+        config = dataclasses.replace(plain, steps=steps, **where)
+        return adapters(train(tmp_path / folder, config=config)[0])
+
+    whole = run("whole", 4)
+    run("moved", 2)
+    run("moved", 3, paged=False, gradients_on_host=True, page_min_size=100)
+    for a, b in zip(run("moved", 4), whole, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_another_configuration_is_refused_naming_the_fields(tmp_path):
     def run(config, **identity):
         model = Toy(dropout=0.1)

@@ -118,8 +118,10 @@ def test_a_run_goes_on_after_fields_were_added(tmp_path):
 
 
 def test_only_how_a_run_is_watched_may_change(tmp_path):
-    """And when in a step it updates, to the same numbers but for rounding."""
+    """And where things rest, to the same bits, and when in a step it updates, to the same numbers
+    but for rounding."""
     free = {"eval_every", "save_every", "keep_checkpoints", "log_every", "update_in_backward"}
+    free |= {"paged", "page_min_size", "gradients_on_host"}
     begun = describe_run(TrainConfig(), {})
     check_or_write_config(tmp_path, begun, started=False)
     for name in begun["train"]:
