@@ -8,7 +8,9 @@
 
 The lock is `flock` on run.lock: the kernel gives it back when its holder dies, however it dies, so
 a lock is stale exactly when it can be taken. The pid and host inside are for the reader, and for
-file systems whose locks do not reach other machines.
+file systems whose locks do not reach other machines. There a lock of another host, which could be
+taken, is watched: its holder touches it every few seconds, and one that is not touched any more is
+taken over. So a container that is started anew, under a new name, goes on by itself.
 """
 
 import contextlib
@@ -19,6 +21,9 @@ import json
 import os
 import platform
 import socket
+import sys
+import threading
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,11 @@ from qlora_jax.files import write_whole
 from qlora_jax.train.config import FREE_ON_RESUME, TrainConfig, goes_further
 
 LOCK = "run.lock"
+BEAT = 10.0
+"""Seconds after which the holder of a lock touches it again."""
+SILENCE = 90.0
+"""Seconds without a touch after which a holder on another host is dead. NFS may show a file's old
+time for a minute."""
 
 
 @contextlib.contextmanager
@@ -36,7 +46,7 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
     """Create the folder if need be and hold it for this process alone.
 
     Raises:
-      RuntimeError: if a living process holds it, naming pid and host.
+      RuntimeError: if a living process holds it, naming pid and host; or one of another host may.
       OSError: if the folder cannot be created or written.
     """
     path = folder / LOCK
@@ -45,17 +55,15 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = _open_locked(path)
     except BlockingIOError as error:
-        raise RuntimeError(
-            f"{folder} is being written by {_holder(path)}; wait for that run to end, or choose "
-            "another run folder."
-        ) from error
+        raise _is_written(folder, path) from error
     try:
         _refuse_other_host(folder, path, descriptor)
-        me = {"pid": os.getpid(), "host": socket.gethostname()}
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "touched_every": BEAT}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(me).encode(), 0)
         try:
-            yield
+            with _touched(descriptor):
+                yield
         finally:
             # Unlinked while still held: whoever opened it meanwhile sees that it is gone.
             path.unlink(missing_ok=True)
@@ -107,13 +115,60 @@ def _holder(path: Path) -> str:
     return f"process {held.get('pid', '?')} on host {held.get('host', '?')}"
 
 
+def _is_written(folder: Path, path: Path) -> RuntimeError:
+    return RuntimeError(
+        f"{folder} is being written by {_holder(path)}; wait for that run to end, or choose "
+        "another run folder."
+    )
+
+
+@contextlib.contextmanager
+def _touched(descriptor: int) -> Iterator[None]:
+    """Touches an open file now and then, as a sign of life."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(BEAT):
+            with contextlib.suppress(OSError):  # the next one may arrive
+                os.utime(descriptor)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _is_touched(path: Path) -> bool:
+    """Whether somebody touches the file, or takes it away, within `SILENCE`."""
+    before, until = path.stat().st_mtime_ns, time.monotonic() + SILENCE
+    while time.monotonic() < until:
+        time.sleep(BEAT / 10)
+        try:
+            if path.stat().st_mtime_ns != before:
+                return True
+        except FileNotFoundError:
+            return True
+    return False
+
+
 def _refuse_other_host(folder: Path, path: Path, descriptor: int) -> None:
-    host = _read(descriptor).get("host")
-    if host not in (None, socket.gethostname()):
+    """Refuses a lock of another host that is touched; of one that is not, says so."""
+    held = _read(descriptor)
+    if held.get("host") in (None, socket.gethostname()):
+        return
+    if "touched_every" not in held:  # an older version's
         raise RuntimeError(
             f"{folder} was last written by {_holder(path)}, which did not finish; if no process "
             f"runs there any more, delete {path} and start again."
         )
+    told = f"{folder} was last written by {_holder(path)}, which did not finish"
+    print(f"{told}: looking {SILENCE:g} s for a sign of life", file=sys.stderr, flush=True)
+    if _is_touched(path):
+        raise _is_written(folder, path)
+    print(f"{told}, and shows no sign of life: going on here", file=sys.stderr, flush=True)
 
 
 def describe_run(config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
