@@ -25,9 +25,9 @@ with `devices.weights=cut` each also holds only its part of the weights. On seve
 the same command on each with --cluster, devices.count being those of all; the first process keeps
 the run folder.
 
-The run folder gets config.yaml, metrics.jsonl, checkpoints/, adapter/ (PEFT's format) and
-result.json. The same command again resumes a run that was killed, to the same bits; a finished run
-is not repeated.
+The run folder gets config.yaml, metrics.jsonl, checkpoints/, adapters/ (one a checkpoint, in PEFT's
+format), adapter/ (the trained one) and result.json. The same command again resumes a run that was
+killed, to the same bits; a finished run is not repeated.
 """
 
 from __future__ import annotations

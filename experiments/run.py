@@ -5,6 +5,7 @@
     mmlu.jsonl       the answers of the finished model     (with `mmlu` configured)
     answers.jsonl    those to the held-out rows' prompts   (with `rouge` configured)
     checkpoints/     what a killed run resumes from        (qlora_jax.train)
+    adapters/        the adapter as of each checkpoint     (likewise)
     adapter/         the trained adapter in PEFT's format
     result.json      held-out loss before and after, speed, memory; written last, when all is done
     error.txt        instead, where it failed

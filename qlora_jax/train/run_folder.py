@@ -4,6 +4,7 @@
     run/run.lock        who writes here now (pid, host), held by an operating-system lock
     run/checkpoints/    Orbax, one folder per saved step
     run/metrics.jsonl   one line per step and evaluation
+    run/adapters/       one folder per saved step: the adapter as of then
     run/adapter/        the trained adapter, written at the end
 
 The lock is `flock` on run.lock: the kernel gives it back when its holder dies, however it dies, so
@@ -20,6 +21,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import socket
 import sys
 import threading
@@ -34,6 +36,8 @@ from qlora_jax.files import write_whole
 from qlora_jax.train.config import FREE_ON_RESUME, TrainConfig, goes_further
 
 LOCK = "run.lock"
+ADAPTER = "adapter"
+ADAPTERS = "adapters"
 BEAT = 10.0
 """Seconds after which the holder of a lock touches it again."""
 SILENCE = 90.0
@@ -187,6 +191,20 @@ def describe_run(config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, 
         },
     }
     return json.loads(json.dumps(description, default=str))
+
+
+def adapters_by_step(folder: Path) -> dict[int, Path]:
+    """The adapters beside a run's checkpoints, the latest last."""
+    found = (folder / ADAPTERS).glob("*")
+    return dict(sorted((int(path.name), path) for path in found if path.name.isdigit()))
+
+
+def forget_adapters(folder: Path, *, keep: int) -> None:
+    """Deletes the adapters beside checkpoints but the latest, and the one of an end after which the
+    run went on."""
+    for old in list(adapters_by_step(folder).values())[:-keep]:
+        shutil.rmtree(old)
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
 
 
 def check_or_write_config(
