@@ -8,6 +8,7 @@ the defaults; the resolved tree is written beside a run's results and can be giv
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -89,6 +90,8 @@ class DataConfig:
         format: a prompt format of `qlora_jax.data.FORMATS`; "chat-template", the model's own;
             "auto" looks at the columns. A dataset of the paper brings its own.
         system_prompt: for conversations (`messages`) that have none.
+        date: what a chat template may write for today (2026-11-30), as Llama 3's does; None: the
+            day on which the run begins, which its config.yaml then names.
         train_on: loss on the "response" only, of a conversation only on what answers its "last"
             question, or on "all"; None: as the paper did for its dataset, else on the response.
         source_max_len, target_max_len: tokens that prompt and response are cut to; a conversation
@@ -115,6 +118,7 @@ class DataConfig:
     columns: Mapping[str, str] = field(default_factory=dict, hash=False)
     format: str = "auto"
     system_prompt: str | None = None
+    date: str | None = None
     train_on: TrainOn | None = None
     source_max_len: int | None = 384
     target_max_len: int | None = 128
@@ -139,6 +143,11 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more.")
+        if self.date is not None:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError as error:
+                raise ValueError(f"date={self.date!r} must be a day, as 2026-11-30.") from error
         if self.buckets is not None and not (self.buckets and min(self.buckets) > 0):
             raise ValueError(f"buckets={list(self.buckets)} must be lengths of 1 token or more.")
 
@@ -307,6 +316,11 @@ def build_run(tree: Tree, where: str) -> RunConfig:
 
 def _resolved(data: DataConfig, where: str) -> DataConfig:
     """With what follows from the dataset's name written out."""
+    if data.date is not None and data.format != "chat-template":
+        raise ValueError(
+            f"data.date in {where} is {data.date}, but only a model's own chat template may write "
+            "a date: leave it out, or set data.format to chat-template."
+        )
     if data.source in INSTRUCT:
         if data.format != "auto":
             raise ValueError(

@@ -26,7 +26,7 @@ from experiments.estimate import flops_per_token, hours, memory
 from experiments.presets import SHAPES
 from experiments.room import workload
 from experiments.rows import context_length, examples_of, model_config
-from experiments.run import is_finished
+from experiments.run import dated, is_finished
 from pallas_kernels.cards import Card
 from qlora_jax.data import INSTRUCT, Pairs
 from qlora_jax.models import DecoderConfig
@@ -139,7 +139,8 @@ def dry_run(
         times = [_hours_on(found, card) for card in cards]
         totals = [total + (time or 0.0) for total, time in zip(totals, times, strict=True)]
         bounded |= found.rows is None
-        status = "finished" if is_finished(cell.run, out / cell.name) else "to run"
+        folder = out / cell.name
+        status = "finished" if is_finished(dated(cell.run, folder), folder) else "to run"
         rows.append(
             {name: cell.labels[name] for name in labels}
             | _described(cell.run, found)

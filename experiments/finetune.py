@@ -25,9 +25,9 @@ with `devices.weights=cut` each also holds only its part of the weights. On seve
 the same command on each with --cluster, devices.count being those of all; the first process keeps
 the run folder.
 
-The run folder gets config.yaml, metrics.jsonl, checkpoints/, adapter/ (PEFT's format) and
-result.json. The same command again resumes a run that was killed, to the same bits; a finished run
-is not repeated.
+The run folder gets config.yaml, metrics.jsonl, checkpoints/, adapters/ (one a checkpoint, in PEFT's
+format), adapter/ (the trained one) and result.json. The same command again resumes a run that was
+killed, to the same bits; a finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from experiments.config import RunConfig, build_run, named_source
 from experiments.embedded import DATASETS, MODELS
 from experiments.folders import delete_run
 from experiments.report import ERROR, duration
-from experiments.run import execute, is_finished
+from experiments.run import dated, execute, is_finished
 from experiments.tree import read_yaml, to_yaml, with_setting
 from qlora_jax.cli import in_one_sentence
 from qlora_jax.cli.arguments import readable, seed
@@ -169,6 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.overwrite:
                 check(run)
                 on_first(lambda: delete_run(folder))
+            run = dated(run, folder)
             if on_first(lambda: is_finished(run, folder)):
                 console.print(f"{folder} holds this run, finished; --overwrite repeats it.")
                 return 0

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,10 @@ def _first(rows: Any, count: int) -> Sequence[Any]:
 
 def _format(data: DataConfig, folder: Path, columns: list[str]) -> Format:
     if data.format == "chat-template":
-        return ChatTemplateFormat(load_chat_template(folder), system=data.system_prompt)
+        template = load_chat_template(folder)
+        if data.date is not None:
+            template = dataclasses.replace(template, date=date.fromisoformat(data.date))
+        return ChatTemplateFormat(template, system=data.system_prompt)
     named = data.format != "auto"
     form = get_format(data.format) if named else detect_format(columns, source=data.source)
     if data.system_prompt is None:

@@ -5,6 +5,7 @@
     mmlu.jsonl       the answers of the finished model     (with `mmlu` configured)
     answers.jsonl    those to the held-out rows' prompts   (with `rouge` configured)
     checkpoints/     what a killed run resumes from        (qlora_jax.train)
+    adapters/        the adapter as of each checkpoint     (likewise)
     adapter/         the trained adapter in PEFT's format
     result.json      held-out loss before and after, speed, memory; written last, when all is done
     error.txt        instead, where it failed
@@ -15,11 +16,13 @@ are kept between runs of one process: a sweep reads each one once.
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +72,18 @@ class _FirstWords(Callback):
         """The run begins, or goes on."""
         path = self.folder / CONFIG
         if step and path.is_file():
-            before, now = build_run(read_yaml(path), str(path)).devices, self.run.devices
-            if before != now:
+            before, now = build_run(read_yaml(path), str(path)), self.run
+            rounded = {*_rounded(now), "train.update_in_backward"}
+            changed = [text for text in differences(now, before) if text.split(":")[0] in rounded]
+            told = [f"going on with {', '.join(changed)}"] if changed else []
+            if before.devices != now.devices:
+                devices = _described(before.devices), _described(now.devices)
+                told.append("begun on {}, going on with {}".format(*devices))
+            for text in told:
                 self.console.print(
-                    f"begun on {_described(before)}, going on with {_described(now)}: the result "
-                    "is the same to rounding, but not to the bit.",
+                    f"{text}: the result is the same to rounding, but not to the bit.",
                     highlight=False,
+                    markup=False,
                 )
         # What a model with fewer steps was found to be; first the result, which says "finished".
         examined = (RESULT, MMLU, PARTIAL) if step < self.run.train.steps else ()
@@ -118,6 +127,7 @@ def execute(
     def save(where: Path, trained: Any) -> None:
         save_adapter(where, trained, run.lora, base_name=str(checked.folder))
 
+    rows = {"training": checked.train.digest(), "held_out": checked.validation.digest()}
     beside_training = time.perf_counter() - began
     fit(
         model,
@@ -127,8 +137,10 @@ def execute(
         folder_is_locked=True,
         eval_batches=_batches(run, checked, checked.validation, shuffle=False),
         loss_fn=loss_for(model, loss_chunk=run.model.loss_chunk),
-        identity=identity(run),
-        identity_defaults=identity(RunConfig()),
+        identity=identity(run) | {"rows": rows},
+        identity_free=_rounded(run),
+        # A run that was begun before its rows were kept in mind is taken to have had these.
+        identity_defaults=identity(RunConfig()) | {"rows": rows},
         save_adapter=save,
         probes=probes(run.mmlu, tokenizer, context),
         callbacks=[_FirstWords(run, folder, console), *callbacks],
@@ -217,23 +229,63 @@ def identity(run: RunConfig) -> dict[str, Any]:
     return {name: tree[name] for name in ("model", "data", "quant", "lora")}
 
 
-def is_finished(run: RunConfig, folder: Path) -> bool:
-    """Whether a run folder holds this run, finished; one that has fewer steps is not.
+def _rounded(run: RunConfig) -> set[str]:
+    """Options of the model by which it takes more memory or less, and which change nothing beyond
+    rounding: free to differ on resuming."""
+    # In tiles, an MLP's adapters drop other units.
+    tile = () if run.lora.lora_dropout else ("mlp_tile",)
+    return {f"model.{n}" for n in ("remat", "stream_weights", "attention", "loss_chunk", *tile)}
+
+
+@functools.cache
+def _today() -> str:
+    """The day on which this process began to ask for it: the same for all cells of a sweep."""
+    return date.today().isoformat()
+
+
+def dated(run: RunConfig, folder: Path) -> RunConfig:
+    """The run with the date that its chat template writes: the one given, or the one that the run
+    in the folder was begun with, or today's.
 
     Raises:
-        ValueError: it holds another run; the message says what differs.
+        ValueError: what the folder holds cannot be read.
     """
+    if run.data.format != "chat-template" or run.data.date is not None:
+        return run
+    day = on_first(lambda: _day_begun(folder))
+    return replace(run, data=replace(run.data, date=day))
+
+
+def _day_begun(folder: Path) -> str | None:
+    """None for a run of an older version, whose template writes the day of the call."""
+    saved = _saved(folder)
+    return _today() if saved is None else saved.data.date
+
+
+def _saved(folder: Path) -> RunConfig | None:
+    """The run that a folder holds, if any."""
     if not (folder / CONFIG).is_file():
-        return False
+        return None
     try:
-        saved = build_run(read_yaml(folder / CONFIG), str(folder / CONFIG))
+        return build_run(read_yaml(folder / CONFIG), str(folder / CONFIG))
     except ValueError as error:
         raise ValueError(
             f"{folder} holds a run that this version cannot read, of another version or damaged "
             f"({error}): choose another --out, or give --overwrite to delete it."
         ) from error
+
+
+def is_finished(run: RunConfig, folder: Path) -> bool:
+    """Whether a run folder holds this run (`dated`), finished; one that has fewer steps is not.
+
+    Raises:
+        ValueError: it holds another run; the message says what differs.
+    """
+    saved = _saved(folder)
+    if saved is None:
+        return False
     free = {f"train.{name}" for name in FREE_ON_RESUME}
-    free |= {f"devices.{name}" for name in option_names(DevicesConfig)}
+    free |= _rounded(run) | {f"devices.{name}" for name in option_names(DevicesConfig)}
     further = goes_further(asdict(saved.train), asdict(run.train))
     if further:
         free.add("train.steps")

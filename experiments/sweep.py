@@ -63,7 +63,7 @@ from experiments.report import (
     terminal_matrices,
     terminal_table,
 )
-from experiments.run import execute, is_finished
+from experiments.run import dated, execute, is_finished
 from experiments.tree import Tree, from_yaml, read_yaml
 from pallas_kernels.cards import CARDS, find_card
 from qlora_jax.cli.arguments import seed
@@ -211,10 +211,14 @@ def plan(sweep: Sweep, out: Path) -> list[Cell]:
     Raises:
         ValueError, OSError: a cell cannot run, or its folder holds another run.
     """
-    todo = [cell for cell in sweep.cells if not is_finished(cell.run, out / cell.name)]
-    for cell in todo:
-        check(cell.run)
-    return todo
+    todo = []
+    for cell in sweep.cells:
+        run = dated(cell.run, out / cell.name)
+        if not is_finished(run, out / cell.name):
+            todo.append((cell, run))
+    for _, run in todo:
+        check(run)
+    return [cell for cell, _ in todo]
 
 
 def run_cell(cell: Cell, folder: Path, console: Console, wandb: str | None = None) -> None:
@@ -232,11 +236,12 @@ def run_cell(cell: Cell, folder: Path, console: Console, wandb: str | None = Non
 
 def _run_locked(cell: Cell, folder: Path, console: Console, wandb: str | None) -> None:
     try:
-        if is_finished(cell.run, folder):  # by another process, since the sweep began
+        run = dated(cell.run, folder)
+        if is_finished(run, folder):  # by another process, since the sweep began
             console.print("finished by another process")
             return
-        callbacks = wandb_callbacks(wandb, folder, cell.run)
-        execute(cell.run, folder, labels=cell.labels, callbacks=callbacks, console=console)
+        callbacks = wandb_callbacks(wandb, folder, run)
+        execute(run, folder, labels=cell.labels, callbacks=callbacks, console=console)
     except Exception as error:  # one cell must not stop a night's sweep
         tell_failure(error, folder, console)
 

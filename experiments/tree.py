@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
 import types
@@ -140,6 +141,8 @@ def _convert_plain(value: Any, kind: Any, key: str, where: str) -> Any:
         return value
     if kind is str and isinstance(value, str):
         return value
+    if kind is str and isinstance(value, datetime.date):
+        return value.isoformat()  # as it was written, before YAML read it
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind in (int, float) and not isinstance(value, bool):

@@ -42,6 +42,7 @@ from experiments.paper.table3 import (
     about,
     add_arguments,
     fill_in,
+    identity_of,
     markdown,
     mean_scores,
     read_base,
@@ -142,7 +143,13 @@ def _batches(
 
 
 def run_cell(
-    cell: Cell, folder: Path, base: Path, recipe: Recipe, options: argparse.Namespace, out: Console
+    cell: Cell,
+    folder: Path,
+    settings: dict[str, Any],
+    base: Path,
+    recipe: Recipe,
+    options: argparse.Namespace,
+    out: Console,
 ) -> dict[str, Any]:
     """Finetunes and scores one task by one method."""
     began = time.perf_counter()
@@ -157,6 +164,7 @@ def run_cell(
     model = recipe.load(
         without_head(base), method, cell.seed, overrides={"num_labels": task.num_labels}
     )
+    identity = identity_of(cell, settings, train)
     fit(
         model,
         _batches(
@@ -171,13 +179,9 @@ def run_cell(
         config,
         run_folder=folder,
         loss_fn=classifier_loss,
-        identity={
-            "cell": cell.name,
-            "model": str(base),
-            "recipe": asdict(recipe),
-            "max_len": options.max_len,
-        },
         console=out,
+        identity=identity,
+        identity_defaults=identity,
     )
     references, predictions = {}, {}
     for split, rows in held_out.items():
@@ -255,7 +259,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         cells,
         out,
         lambda cell: settings,
-        lambda cell, folder: run_cell(cell, folder, base, recipe, options, console),
+        lambda cell, folder, own: run_cell(cell, folder, own, base, recipe, options, console),
         console,
     )
     text = table(results, options.tasks)

@@ -45,6 +45,7 @@ from experiments.paper.table3 import (
     about,
     add_arguments,
     fill_in,
+    identity_of,
     markdown,
     mean_scores,
     read_base,
@@ -133,6 +134,7 @@ def tiny_t5(folder: Path, seed: int = 0) -> Path:
 def run_cell(
     cell: Cell,
     folder: Path,
+    settings: dict[str, Any],
     base: Path,
     rows: tuple[Sequence[Instance], Sequence[Instance]],
     recipe: Recipe,
@@ -161,19 +163,16 @@ def run_cell(
         seed=cell.seed,
         group_by_length=True,
     )
+    identity = identity_of(cell, settings, rows[0])
     fit(
         model,
         batches,
         config,
         run_folder=folder,
         loss_fn=seq2seq_lm_loss,
-        identity={
-            "cell": cell.name,
-            "model": str(base),
-            "recipe": asdict(recipe),
-            **limits,
-        },
         console=console,
+        identity=identity,
+        identity_defaults=identity,
     )
     assert tokenizer.eos_token_id is not None
     written = greedy_answers(
@@ -182,7 +181,7 @@ def run_cell(
         GenerationConfig(options.target_max_len, eos_token_ids=(tokenizer.eos_token_id,)),
         batch_size=config.micro_batch_size,
         folder=folder,
-        identity={},
+        identity=identity,
         console=console,
     )
     predictions = [tokenizer.decode(ids).strip() for ids in written]
@@ -259,8 +258,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
             "model": str(bases[cell.column]),
             "recipe": asdict(recipes[cell.column]),
         },
-        lambda cell, folder: run_cell(
-            cell, folder, bases[cell.column], rows, recipes[cell.column], options, console
+        lambda cell, folder, own: run_cell(
+            cell, folder, own, bases[cell.column], rows, recipes[cell.column], options, console
         ),
         console,
     )

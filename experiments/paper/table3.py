@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import math
 import shutil
@@ -265,7 +266,7 @@ def run_cells(
     cells: Sequence[Cell],
     out: Path,
     settings: Callable[[Cell], Mapping[str, Any]],
-    run: Callable[[Cell, Path], Mapping[str, Any]],
+    run: Callable[[Cell, Path, dict[str, Any]], Mapping[str, Any]],
     console: Console,
 ) -> dict[Cell, dict[str, Any]]:
     """Runs the cells that are not finished; returns the results of all that are.
@@ -274,7 +275,7 @@ def run_cells(
         cells: in order.
         out: the folder of cell folders.
         settings: what decides a cell's result beside its name; kept in it, and compared.
-        run: (cell, its folder) → its result.
+        run: (cell, its folder, its settings as JSON keeps them) → its result.
         console: where progress is told.
 
     Raises:
@@ -304,7 +305,7 @@ def run_cells(
         console.rule(f"{number}/{len(cells)} {cell.name}", align="left")
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            result = {**run(cell, folder), "settings": decided[cell]}
+            result = {**run(cell, folder, decided[cell]), "settings": decided[cell]}
         except Exception as error:  # one cell must not stop the others
             tell_failure(error, folder, console)
         else:
@@ -314,6 +315,13 @@ def run_cells(
         # A model's arrays are in reference cycles (nnx graphs): without this, two are alive.
         gc.collect()
     return results
+
+
+def identity_of(cell: Cell, settings: Mapping[str, Any], rows: Sequence[Any]) -> dict[str, Any]:
+    """What `fit` knows a cell by: its settings and training rows. Its `identity_defaults`, too: a
+    cell that was begun when less was kept in mind is taken to have had the rest."""
+    digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+    return {"cell": cell.name, **settings, "rows": f"sha256:{digest}"}
 
 
 def mean_scores(

@@ -23,12 +23,14 @@ from qlora_jax.cli.arguments import (
     add_quant,
     add_shards,
     add_source,
+    count,
     folder_bytes,
     open_source,
     quant_config,
     readable,
 )
 from qlora_jax.files import new_folder, refuse_existing
+from qlora_jax.train.run_folder import ADAPTER, adapters_by_step
 
 FORMATS = ("safetensors", "gguf", "peft")
 
@@ -37,6 +39,7 @@ _READ_BY = {
     "dtype": (("safetensors",), "--type is that of a GGUF file"),
     "adapter": (("safetensors", "gguf"), "give the adapter's folder as SOURCE"),
     "mode": (("safetensors", "gguf"), "it copies an adapter and merges nothing"),
+    "step": (("peft",), "give the folder adapters/STEP of the run as --adapter"),
 }
 """Option -> the formats that read it, and what is meant with another."""
 
@@ -47,11 +50,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "export",
         help=SUBCOMMANDS["export"],
         description="Converts a model, or a model with an adapter merged into it, into 16-bit "
-        "safetensors or a GGUF file; or copies the adapter of a run folder into a folder of its "
-        "own with a model card (peft). One tensor is in memory at a time.",
+        "safetensors or a GGUF file; or copies the adapter of a run folder, finished or not, "
+        "into a folder of its own with a model card (peft). One tensor is in memory at a time.",
         epilog="examples: qlora-jax export org/model model.gguf --format gguf --type Q8_0; "
         "qlora-jax export org/model out.gguf --format gguf --adapter runs/x/adapter "
-        "--mode dequantized; qlora-jax export runs/x adapter --format peft",
+        "--mode dequantized; qlora-jax export runs/x adapter --format peft --step 300",
     )
     add_source(parser)
     parser.add_argument("out", metavar="OUT", help="file (gguf) or folder to make; must not exist")
@@ -67,6 +70,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dtype", help="of safetensors: float32, float16 or bfloat16 (default: as in the source)"
     )
+    parser.add_argument(
+        "--step", type=count, help="of peft: the adapter of this checkpoint (default: the last)"
+    )
     add_shards(parser)
     parser.set_defaults(run=run)
 
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_existing(args.out)
     _refuse_unread(args)
     if args.format == "peft":
-        _export_adapter(Path(args.source), Path(args.out))
+        _export_adapter(_adapter_of(Path(args.source), args.step), Path(args.out))
     else:
         checkpoint = _merged(args)
         if args.format == "gguf":
@@ -116,14 +122,28 @@ def _merged(args: argparse.Namespace) -> Checkpoint:
     return merge(checkpoint, args.adapter, args.mode, quant=quant_config(args))
 
 
-def _export_adapter(source: Path, out: Path) -> None:
-    """A run's adapter, or an adapter's folder, with a card beside it."""
-    folder = source / "adapter" if (source / "adapter" / CONFIG).is_file() else source
-    if not (folder / CONFIG).is_file():
+def _adapter_of(source: Path, step: int | None) -> Path:
+    """Of a run folder the trained adapter, or that of a checkpoint; or a folder that is one."""
+    kept = {n: f for n, f in adapters_by_step(source).items() if (f / CONFIG).is_file()}
+    if step is not None and step not in kept:
+        steps = ", ".join(map(str, kept)) or "no step"
         raise FileNotFoundError(
-            f"{source} holds no adapter: --format peft copies one out of a run folder, or out of "
-            f"its own with {CONFIG}."
+            f"--step is {step}, but {source} keeps adapters of {steps}: give one of these, or "
+            "leave it out for the last."
         )
+    if step is not None:
+        return kept[step]
+    for folder in (source / ADAPTER, *reversed(kept.values()), source):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{source} holds no adapter: --format peft copies one out of a run folder, or out of "
+        f"its own with {CONFIG}."
+    )
+
+
+def _export_adapter(folder: Path, out: Path) -> None:
+    """An adapter's folder, with a card beside it."""
     check_adapter(folder)  # whole, or nothing is written
     facts = read_facts(folder)
     with new_folder(out) as partial:

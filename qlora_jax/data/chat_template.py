@@ -37,11 +37,13 @@ class ChatTemplate:
         source: the Jinja template.
         special_tokens: what it may call `bos_token`, `eos_token` and so on.
         name: what to call it in messages: the model folder's name.
+        date: what it may write for today, as Llama 3's does; None for the day of the call.
     """
 
     source: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     name: str = "the chat template"
+    date: datetime.date | None = None
 
     @property
     def marks_generation(self) -> bool:
@@ -68,7 +70,11 @@ class ChatTemplate:
         self, messages: Sequence[Message], prompted: bool = False, variables: Any = None
     ) -> str:
         """As `render`, with the marks of `{% generation %}` in it."""
+        now = datetime.datetime.now()
+        if self.date is not None:
+            now = datetime.datetime.combine(self.date, datetime.time())
         names = {
+            "strftime_now": now.strftime,
             "add_generation_prompt": prompted,
             "tools": None,
             "documents": None,
@@ -116,7 +122,6 @@ def _compiled(source: str) -> tuple[jinja2.Template, bool]:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
         template = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:

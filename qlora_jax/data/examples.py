@@ -5,6 +5,7 @@ memory for their headers than for their tokens, so `Examples` keeps all ids in o
 in another and the offsets between examples in a third; indexing gives views.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
@@ -14,6 +15,15 @@ from jaxtyping import Int32, Int64
 
 IGNORE = -100
 """The label of a token without loss, as in PyTorch and Hugging Face."""
+
+
+def digest(arrays: Iterable[np.ndarray]) -> str:
+    """What tells these arrays, in this order, from others: the beginning of their SHA-256."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(f"{array.dtype.str}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return f"sha256:{found.hexdigest()[:16]}"
 
 
 class Example(NamedTuple):
@@ -96,6 +106,10 @@ class Examples(Sequence[Example]):
     def trained_tokens(self) -> int:
         """The tokens of all examples that carry loss."""
         return int((self._labels != IGNORE).sum())
+
+    def digest(self) -> str:
+        """What tells these examples from others."""
+        return digest((self.lengths, self._input_ids, self._labels))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from qlora_jax.data.batches import Batch, Batches, length_buckets
-from qlora_jax.data.examples import IGNORE, TokenizeReport
+from qlora_jax.data.examples import IGNORE, TokenizeReport, digest
 from qlora_jax.data.templates import Format, check_columns
 from qlora_jax.data.tokenize import check_limits, check_rows
 from qlora_jax.data.tokenizer import Tokenizer
@@ -38,6 +38,10 @@ class Pairs(list[Pair]):
     def tokens(self) -> int:
         """All tokens of all sources and targets."""
         return sum(len(pair.source) + len(pair.target) for pair in self)
+
+    def digest(self) -> str:
+        """What tells these pairs from others."""
+        return digest(ids for pair in self for ids in pair)
 
 
 class Seq2SeqBatch(NamedTuple):

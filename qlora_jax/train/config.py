@@ -26,10 +26,20 @@ from qlora_jax.optim import (
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "lion", "lion_8bit")
 
-# How often a run looks at itself, and when in a step it updates, changes nothing beyond rounding in
-# what it computes: free to differ on resuming.
+# How often a run looks at itself and where its optimizer's state and gradients rest changes no bit
+# of what it computes, and when in a step it updates nothing beyond rounding: free to differ on
+# resuming.
 FREE_ON_RESUME = frozenset(
-    {"eval_every", "save_every", "keep_checkpoints", "log_every", "update_in_backward"}
+    {
+        "eval_every",
+        "save_every",
+        "keep_checkpoints",
+        "log_every",
+        "paged",
+        "page_min_size",
+        "gradients_on_host",
+        "update_in_backward",
+    }
 )
 
 

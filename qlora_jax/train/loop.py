@@ -13,7 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,7 +42,14 @@ from qlora_jax.train.clock import Clock
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.peak import peak_device_bytes, peak_host_bytes
 from qlora_jax.train.progress import ProgressDisplay
-from qlora_jax.train.run_folder import check_or_write_config, describe_run, locked_run_folder
+from qlora_jax.train.run_folder import (
+    ADAPTER,
+    ADAPTERS,
+    check_or_write_config,
+    describe_run,
+    forget_adapters,
+    locked_run_folder,
+)
 from qlora_jax.train.step import StepMetrics, init_state, make_train_step
 from qlora_jax.train.traffic import HostTraffic, host_traffic
 
@@ -102,6 +109,7 @@ def fit(
     tx: optax.GradientTransformation | None = None,
     identity: Mapping[str, Any] | None = None,
     identity_defaults: Mapping[str, Any] | None = None,
+    identity_free: Collection[str] = (),
     save_adapter: Callable[[Path, nnx.Module], None] | None = None,
     probes: Sequence[Probe] = (),
     callbacks: Sequence[Callback] = (),
@@ -130,7 +138,9 @@ def fit(
         and compared on resuming.
       identity_defaults: what a run did that was begun before `identity` had a name, by name; None
         for those that are not here.
-      save_adapter: called at the end with `run_folder/adapter` and the model, for instance
+      identity_free: dotted names in `identity` that may differ on resuming.
+      save_adapter: called at the end with `run_folder/adapter` and the model, and beside each
+        checkpoint before with `run_folder/adapters/STEP`, for instance
         `lambda folder, model: ql.save_adapter(folder, model, lora_config, base_name)`.
       probes: further examinations of the model, such as MMLU's.
       callbacks: see `train.callbacks`, beside metrics.jsonl, the progress display, and TensorBoard
@@ -161,6 +171,7 @@ def fit(
                 described,
                 started=started,
                 defaults=identity_defaults,
+                free=identity_free,
                 # An optimizer of the caller's may have a schedule of its own.
                 may_go_further=tx is None,
             )
@@ -175,13 +186,22 @@ def fit(
         for outlet in outlets:
             stack.callback(outlet.close)
         tx = tx or config.optimizer()
-        run = _Run(model, config, loss_fn, tx, checkpoints, outlets, probes, display.say)
+
+        def keep_adapter(lora: Any, step: int | None = None) -> None:
+            if save_adapter is None:
+                return
+            nnx.update(model, lora)
+            save_adapter(folder / (ADAPTER if step is None else f"{ADAPTERS}/{step}"), model)
+            if step is not None:
+                on_first(lambda: forget_adapters(folder, keep=config.keep_checkpoints))
+
+        run = _Run(
+            model, config, loss_fn, tx, checkpoints, outlets, probes, display.say, keep_adapter
+        )
         # The step uses up the model's own arrays, so it is given the trained ones however it ends.
         stack.callback(lambda: nnx.update(model, run.state.lora))
         result = run.train(batches, eval_batches)
-        if save_adapter is not None:
-            nnx.update(model, run.state.lora)
-            save_adapter(folder / "adapter", model)
+        keep_adapter(run.state.lora)
     console.print(_summary(result), highlight=False, markup=False, soft_wrap=True)
     return result
 
@@ -199,6 +219,7 @@ class _Run:
         outlets: Sequence[Callback],
         probes: Sequence[Probe],
         say: Callable[[str], None],
+        keep_adapter: Callable[[Any, int], None],
     ) -> None:
         set_noise(model, config.neftune_noise_alpha)
         graphdef, lora, self.frozen = split_adapters(model)
@@ -226,6 +247,7 @@ class _Run:
         )
         self.eval_step = make_eval_step(graphdef, loss_fn, compiler_options=options)
         self.graphdef, self.probes, self.say = graphdef, probes, say
+        self.keep_adapter = keep_adapter
         self.clock = Clock()
         # What the program of each shape of batches moves over the bus; a new shape compiles one.
         self.compiled: dict[Any, HostTraffic] = {}
@@ -356,6 +378,8 @@ class _Run:
         for outlet in self.outlets:
             outlet.flush()
         self.checkpoints.save(self.state)
+        if step < self.config.steps:  # the caller keeps the last
+            self.keep_adapter(self.state.lora, step)
         self.clock.pause()
 
     def keep(self, eval_every: int) -> None:

@@ -4,11 +4,14 @@
     run/run.lock        who writes here now (pid, host), held by an operating-system lock
     run/checkpoints/    Orbax, one folder per saved step
     run/metrics.jsonl   one line per step and evaluation
+    run/adapters/       one folder per saved step: the adapter as of then
     run/adapter/        the trained adapter, written at the end
 
 The lock is `flock` on run.lock: the kernel gives it back when its holder dies, however it dies, so
 a lock is stale exactly when it can be taken. The pid and host inside are for the reader, and for
-file systems whose locks do not reach other machines.
+file systems whose locks do not reach other machines. There a lock of another host, which could be
+taken, is watched: its holder touches it every few seconds, and one that is not touched any more is
+taken over. So a container that is started anew, under a new name, goes on by itself.
 """
 
 import contextlib
@@ -18,8 +21,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import socket
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +36,13 @@ from qlora_jax.files import write_whole
 from qlora_jax.train.config import FREE_ON_RESUME, TrainConfig, goes_further
 
 LOCK = "run.lock"
+ADAPTER = "adapter"
+ADAPTERS = "adapters"
+BEAT = 10.0
+"""Seconds after which the holder of a lock touches it again."""
+SILENCE = 90.0
+"""Seconds without a touch after which a holder on another host is dead. NFS may show a file's old
+time for a minute."""
 
 
 @contextlib.contextmanager
@@ -36,7 +50,7 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
     """Create the folder if need be and hold it for this process alone.
 
     Raises:
-      RuntimeError: if a living process holds it, naming pid and host.
+      RuntimeError: if a living process holds it, naming pid and host; or one of another host may.
       OSError: if the folder cannot be created or written.
     """
     path = folder / LOCK
@@ -45,17 +59,15 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = _open_locked(path)
     except BlockingIOError as error:
-        raise RuntimeError(
-            f"{folder} is being written by {_holder(path)}; wait for that run to end, or choose "
-            "another run folder."
-        ) from error
+        raise _is_written(folder, path) from error
     try:
         _refuse_other_host(folder, path, descriptor)
-        me = {"pid": os.getpid(), "host": socket.gethostname()}
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "touched_every": BEAT}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(me).encode(), 0)
         try:
-            yield
+            with _touched(descriptor):
+                yield
         finally:
             # Unlinked while still held: whoever opened it meanwhile sees that it is gone.
             path.unlink(missing_ok=True)
@@ -107,13 +119,60 @@ def _holder(path: Path) -> str:
     return f"process {held.get('pid', '?')} on host {held.get('host', '?')}"
 
 
+def _is_written(folder: Path, path: Path) -> RuntimeError:
+    return RuntimeError(
+        f"{folder} is being written by {_holder(path)}; wait for that run to end, or choose "
+        "another run folder."
+    )
+
+
+@contextlib.contextmanager
+def _touched(descriptor: int) -> Iterator[None]:
+    """Touches an open file now and then, as a sign of life."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(BEAT):
+            with contextlib.suppress(OSError):  # the next one may arrive
+                os.utime(descriptor)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _is_touched(path: Path) -> bool:
+    """Whether somebody touches the file, or takes it away, within `SILENCE`."""
+    before, until = path.stat().st_mtime_ns, time.monotonic() + SILENCE
+    while time.monotonic() < until:
+        time.sleep(BEAT / 10)
+        try:
+            if path.stat().st_mtime_ns != before:
+                return True
+        except FileNotFoundError:
+            return True
+    return False
+
+
 def _refuse_other_host(folder: Path, path: Path, descriptor: int) -> None:
-    host = _read(descriptor).get("host")
-    if host not in (None, socket.gethostname()):
+    """Refuses a lock of another host that is touched; of one that is not, says so."""
+    held = _read(descriptor)
+    if held.get("host") in (None, socket.gethostname()):
+        return
+    if "touched_every" not in held:  # an older version's
         raise RuntimeError(
             f"{folder} was last written by {_holder(path)}, which did not finish; if no process "
             f"runs there any more, delete {path} and start again."
         )
+    told = f"{folder} was last written by {_holder(path)}, which did not finish"
+    print(f"{told}: looking {SILENCE:g} s for a sign of life", file=sys.stderr, flush=True)
+    if _is_touched(path):
+        raise _is_written(folder, path)
+    print(f"{told}, and shows no sign of life: going on here", file=sys.stderr, flush=True)
 
 
 def describe_run(config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,12 +193,27 @@ def describe_run(config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, 
     return json.loads(json.dumps(description, default=str))
 
 
+def adapters_by_step(folder: Path) -> dict[int, Path]:
+    """The adapters beside a run's checkpoints, the latest last."""
+    found = (folder / ADAPTERS).glob("*")
+    return dict(sorted((int(path.name), path) for path in found if path.name.isdigit()))
+
+
+def forget_adapters(folder: Path, *, keep: int) -> None:
+    """Deletes the adapters beside checkpoints but the latest, and the one of an end after which the
+    run went on."""
+    for old in list(adapters_by_step(folder).values())[:-keep]:
+        shutil.rmtree(old)
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+
+
 def check_or_write_config(
     folder: Path,
     description: dict[str, Any],
     *,
     started: bool,
     defaults: Mapping[str, Any] | None = None,
+    free: Collection[str] = (),
     may_go_further: bool = True,
 ) -> None:
     """Write config.json; or, for a run that has `started`, make sure that it is the same run.
@@ -148,8 +222,9 @@ def check_or_write_config(
     without adapters) left nothing to resume, and does not bind the folder to its configuration.
 
     A field that there was not yet when the run began did what is its default now, of those that the
-    caller names `defaults`, or None. More steps, where there may be more (`may_go_further` and
-    `goes_further`), are written.
+    caller names `defaults`, or None. What may differ is `FREE_ON_RESUME` of the TrainConfig, and
+    of the rest the dotted names that are `free`. More steps, where there may be more
+    (`may_go_further` and `goes_further`), are written.
 
     Raises:
       ValueError: naming every field that differs, with both values.
@@ -161,14 +236,17 @@ def check_or_write_config(
     before = json.loads(path.read_text())
     known = describe_run(TrainConfig(), defaults or {})
     further = may_go_further and goes_further(before.get("train", {}), description["train"])
-    free = FREE_ON_RESUME | ({"steps"} if further else set())
+    may_differ = {
+        "train": FREE_ON_RESUME | ({"steps"} if further else set()),
+        "run": frozenset(free),
+    }
     differing = [
         f"{name} (was {old}, is {new})"
         for section in ("train", "run")
         for name, old, new in _differences(
             before.get(section, {}), description[section], known[section]
         )
-        if not (section == "train" and name in free)
+        if name not in may_differ[section]
     ]
     if differing:
         raise ValueError(

@@ -145,6 +145,25 @@ def test_export(models, tmp_path, capsys):
     assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
+def test_the_adapter_of_an_unfinished_run_is_exported(models, tmp_path, capsys):
+    run, files = tmp_path / "run", ("adapter_config.json", "adapter_model.safetensors")
+    for step in (9, 10, 11):
+        shutil.copytree(models / "adapter", run / "adapters" / str(step))
+        weights = load_file(run / "adapters" / str(step) / files[1])
+        save_file({n: x + np.float32(step) for n, x in weights.items()}, run / files[1])
+        (run / files[1]).replace(run / "adapters" / str(step) / files[1])
+    # Killed while it was written: the configuration comes last.
+    (run / "adapters" / "11" / files[0]).unlink()
+    for flags, step in (((), "10"), (("--step", "9"), "9")):
+        out = tmp_path / step
+        assert main(["export", str(run), str(out), "--format", "peft", *flags]) == 0
+        for name in files:
+            assert (out / name).read_bytes() == (run / "adapters" / step / name).read_bytes()
+    assert main(["export", str(run), str(tmp_path / "x"), "--format", "peft", "--step", "8"]) == 2
+    assert "--step is 8, but" in (told := capsys.readouterr().err)
+    assert "keeps adapters of 9, 10: give one of these" in told
+
+
 def test_push_shows_its_card(models, capsys):
     assert main(["push", str(models / "adapter"), "me/x", "--dry-run", "--license", "mit"]) == 0
     assert "license: mit" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Chat templates: against texts written by hand, and what a template can and cannot do."""
 
+import datetime
 import json
 
 import pytest
@@ -293,6 +294,15 @@ def test_tools_calls_and_reasoning_are_written_and_trained(tmp_path):
 def test_bad_tools_are_refused(row, words):
     with pytest.raises(ValueError, match=words):
         form_of(TOOLS).segments(row)
+
+
+def test_a_template_writes_the_date_it_is_given():
+    source = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %H:%M') }}{% endif %}"
+    given = ChatTemplate(source, date=datetime.date(2024, 7, 26)).render(HELLO)
+    assert given == "26 Jul 2024, 00:00"
+    today = datetime.datetime.now()
+    written = datetime.datetime.strptime(ChatTemplate(source).render(HELLO), "%d %b %Y, %H:%M")
+    assert abs(written - today) < datetime.timedelta(minutes=5)
 
 
 def test_templates_run_in_a_sandbox():

@@ -21,6 +21,7 @@ from experiments.paper.table3 import METHODS, PUBLISHED, SIZES, Cell, fill_in, r
 from qlora_jax.data import ClassificationBatches, Labelled, load_tokenizer
 from qlora_jax.models import EncoderDecoderConfig
 from qlora_jax.train import TrainConfig
+from qlora_jax.train.run_folder import check_or_write_config, describe_run
 from tests.shared import shared_path
 
 COLA = 'src\t1\t\tThe list is long.\nsrc\t0\t*\tList the is "long.\n'
@@ -182,7 +183,8 @@ def test_a_finished_cell_is_one_of_the_same_settings(tmp_path):
     cell, made = Cell("cola", "nf4", 0), {"rows": 3, "recipe": {"r": 4}}
 
     def cells(settings):
-        def run(cell, folder):
+        def run(cell, folder, own):
+            assert own == settings
             return {"score": 0.5}
 
         return table3.run_cells([cell], tmp_path, lambda _: settings, run, Console(quiet=True))
@@ -196,6 +198,45 @@ def test_a_finished_cell_is_one_of_the_same_settings(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"was made with {words}: set it back"):
             cells(other)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [(glue, "--tasks stsb --max-len 32"), (superni, "--held-out-tasks 1")],
+    ids=["glue", "superni"],
+)
+def test_a_cell_broken_off_does_not_go_on_with_other_rows(
+    module, options, glue_folder, tmp_path, monkeypatch, capsys
+):
+    """Other settings, or another file of the same name."""
+    flat = tmp_path / "rows.jsonl"
+    flat.write_text("\n".join(map(json.dumps, superni_rows(4))))
+
+    def fit(model, batches, config, *, run_folder, identity, identity_defaults, **_):
+        started, described = (run_folder / "config.json").exists(), describe_run(config, identity)
+        check_or_write_config(run_folder, described, started=started, defaults=identity_defaults)
+        raise RuntimeError("broken off")
+
+    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(table3.Recipe, "load", lambda *_, **__: None)
+    data = glue_folder if module is glue else flat
+    line = f"--scale tiny --methods nf4 --data {data} --out {tmp_path / 'out'} --steps 2 {options}"
+
+    def told(*more: str) -> str:
+        assert module.main([*line.split(), *more]) == 1
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "broken off" in told()
+    assert "train_rows (was 64, is 1)" in told("--train-rows", "1")
+    if module is superni:
+        flat.write_text("\n".join(map(json.dumps, superni_rows(5))))
+        assert "rows (was 'sha256:" in told()
+    # An older version kept less in mind.
+    (config,) = (tmp_path / "out").glob("*-nf4-seed0/config.json")
+    before = json.loads(config.read_text())
+    del before["run"]["rows"], before["run"]["train_rows"]
+    config.write_text(json.dumps(before))
+    assert "broken off" in told("--train-rows", "1")
 
 
 def test_tables_hold_means_over_seeds_and_over_all_tasks():

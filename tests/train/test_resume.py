@@ -12,12 +12,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 from qlora_jax.optim import paged
 from qlora_jax.train import Checkpoints, TrainConfig, fit, init_state, make_train_step
 from qlora_jax.train.callbacks import read_lines
+from qlora_jax.train.run_folder import adapters_by_step, forget_adapters
 from tests.train.toy import Toy, ToyBatches, adapters, toy_loss
 from tests.train.worker import CONFIG, train
 
@@ -67,13 +69,38 @@ def test_a_run_broken_off_by_an_error_resumes_bit_identical(tmp_path, broken_at,
 
     def run(batches):
         model = Toy(dropout=0.1)
-        fit(model, batches, CONFIG, run_folder=tmp_path / "run", loss_fn=toy_loss)
+        fit(
+            model,
+            batches,
+            CONFIG,
+            run_folder=tmp_path / "run",
+            loss_fn=toy_loss,
+            save_adapter=save,
+        )
         return model
+
+    def save(folder, model):
+        folder.mkdir(parents=True)
+        np.savez(folder / "numbers.npz", *adapters(model))
 
     with pytest.raises(OSError, match="disk"):
         run(Broken(2, 4))
+    kept = adapters_by_step(tmp_path / "run")
+    assert list(kept) == [step for step in (5, 10) if step <= broken_at]
+    last = max(kept)
+    with Checkpoints(tmp_path / "run" / "checkpoints", keep=2) as checkpoints:
+        saved = checkpoints._manager.restore(last, args=ocp.args.StandardRestore())
+    in_it = [array for name, array in saved.items() if name.startswith("lora.")]
+    with np.load(kept[last] / "numbers.npz") as file:
+        for a, b in zip(file.values(), in_it, strict=True):
+            np.testing.assert_array_equal(a, b)
     for a, b in zip(adapters(run(ToyBatches(2, 4))), reference, strict=True):
         np.testing.assert_array_equal(a, b)
+    assert list(adapters_by_step(tmp_path / "run")) == [10, 15]
+    assert (tmp_path / "run" / "adapter").is_dir()
+    forget_adapters(tmp_path / "run", keep=1)  # as the next checkpoint does
+    assert list(adapters_by_step(tmp_path / "run")) == [15]
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 class _Interrupts(ToyBatches):
@@ -191,6 +218,22 @@ def test_a_finished_run_with_more_steps_goes_on_to_the_same_bits(tmp_path):
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 6, 9]
     rest = [line for line in lines if line["step"] != 6 or "loss" in line]
     assert rest == _numbers(tmp_path / "whole")
+
+
+@pytest.mark.optimized
+def test_state_and_gradients_may_rest_elsewhere_on_resuming(tmp_path):
+    """What an out-of-memory asks for, and what more room allows: to the same bits."""
+    plain = dataclasses.replace(CONFIG, schedule="constant", warmup_steps=0)
+
+    def run(folder, steps, **where):
+        config = dataclasses.replace(plain, steps=steps, **where)
+        return adapters(train(tmp_path / folder, config=config)[0])
+
+    whole = run("whole", 4)
+    run("moved", 2)
+    run("moved", 3, paged=False, gradients_on_host=True, page_min_size=100)
+    for a, b in zip(run("moved", 4), whole, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_another_configuration_is_refused_naming_the_fields(tmp_path):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from qlora_jax.train import TrainConfig
+from qlora_jax.train import TrainConfig, run_folder
 from qlora_jax.train.run_folder import check_or_write_config, describe_run, locked_run_folder
 
 
@@ -86,7 +86,7 @@ def test_a_stale_lock_file_is_taken_over(tmp_path, content):
         pass
 
 
-def test_an_unfinished_run_of_another_host_is_refused(tmp_path):
+def test_an_unfinished_run_of_another_host_and_an_older_version_is_refused(tmp_path):
     (tmp_path / "run.lock").write_text('{"pid": 7, "host": "elsewhere"}')
     with (
         pytest.raises(RuntimeError, match=r"process 7 on host elsewhere.*delete"),
@@ -94,6 +94,37 @@ def test_an_unfinished_run_of_another_host_is_refused(tmp_path):
     ):
         pass
     assert "elsewhere" in (tmp_path / "run.lock").read_text()
+
+
+@pytest.fixture
+def locks_that_do_not_reach(monkeypatch):
+    """Of a file system's, other machines; and hasty holders."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(run_folder, "BEAT", 0.02)
+
+
+def test_a_run_that_lives_on_another_host_is_refused(
+    tmp_path, monkeypatch, locks_that_do_not_reach
+):
+    with locked_run_folder(tmp_path):
+        monkeypatch.setattr(socket, "gethostname", lambda: "another")
+        with (
+            pytest.raises(RuntimeError, match=r"is being written by process \d+ on host"),
+            locked_run_folder(tmp_path),
+        ):
+            pass
+
+
+def test_a_run_that_died_under_another_host_name_is_taken_over(
+    tmp_path, capsys, monkeypatch, locks_that_do_not_reach
+):
+    """As a container that is started anew has."""
+    monkeypatch.setattr(run_folder, "SILENCE", 0.1)
+    (tmp_path / "run.lock").write_text('{"pid": 7, "host": "elsewhere", "touched_every": 10.0}')
+    with locked_run_folder(tmp_path):
+        assert json.loads((tmp_path / "run.lock").read_text())["host"] == socket.gethostname()
+    told = capsys.readouterr().err
+    assert "by process 7 on host elsewhere, which did not finish, and shows no sign of" in told
 
 
 def test_an_unwritable_folder_is_one_sentence(tmp_path):
@@ -118,8 +149,10 @@ def test_a_run_goes_on_after_fields_were_added(tmp_path):
 
 
 def test_only_how_a_run_is_watched_may_change(tmp_path):
-    """And when in a step it updates, to the same numbers but for rounding."""
+    """And where things rest, to the same bits, and when in a step it updates, to the same numbers
+    but for rounding."""
     free = {"eval_every", "save_every", "keep_checkpoints", "log_every", "update_in_backward"}
+    free |= {"paged", "page_min_size", "gradients_on_host"}
     begun = describe_run(TrainConfig(), {})
     check_or_write_config(tmp_path, begun, started=False)
     for name in begun["train"]:
