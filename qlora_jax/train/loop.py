@@ -71,8 +71,8 @@ class FitResult:
       train_loss: of the last update, before it; None where this call made none.
       first_eval, last_eval: held-out loss before the first update and after the last (None
         without evaluation data; `first_eval` also where this call resumed a run).
-      tokens_per_second: real (unpadded) tokens over time in steps, without compiling; None where
-        too few steps ran to tell.
+      tokens_per_second: real (unpadded) tokens, targets included, over time in steps, without
+        compiling; None where too few steps ran to tell.
       peak_host_bytes: resident set of this process at its largest, so far.
       peak_device_bytes: device memory at its largest; None where the backend does not tell.
       host_traffic: bytes that the last step moved between device and pinned host memory; None where
@@ -387,7 +387,10 @@ def _stacked(batch: Any, config: TrainConfig) -> Any:
 
 
 def _real_tokens(batch: Any) -> int:
-    """Tokens of a batch without its padding; all elements where it has no attention_mask."""
+    """Tokens of a batch without its padding: its own `real_tokens`, or those of its attention_mask;
+    all elements where it has neither."""
+    if hasattr(batch, "real_tokens"):
+        return batch.real_tokens
     mask = getattr(batch, "attention_mask", None)
     return int(np.size(jax.tree.leaves(batch)[0]) if mask is None else np.asarray(mask).sum())
 

@@ -15,8 +15,10 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
+from qlora_jax.data import Pair, Seq2SeqBatches
 from qlora_jax.train import Checkpoints, Probe, TrainConfig, WandB, clock, fit
 from qlora_jax.train.callbacks import MetricsFile, TensorBoard, read_lines
+from qlora_jax.train.loop import _real_tokens
 from qlora_jax.train.progress import ProgressDisplay
 from tests.train.toy import Toy, ToyBatches, adapters, toy_loss
 
@@ -295,6 +297,12 @@ def test_tensorboard_hides_what_is_computed_again(tmp_path, monkeypatch):
     for step in (0, 7):
         TensorBoard(tmp_path).start(step)
     assert opened == [{"purge_step": None}, {"purge_step": 8}]
+
+
+def test_an_encoder_decoders_speed_counts_targets_too():
+    pairs = [Pair(np.arange(5), np.arange(50)), Pair(np.arange(4), np.arange(30))]
+    assert _real_tokens(Seq2SeqBatches(pairs, batch_size=2).at(0)) == 5 + 50 + 4 + 30
+    assert _real_tokens(ToyBatches(4).at(0)) == 4 * 8
 
 
 def test_tensorboard_needs_its_package(tmp_path, monkeypatch):
