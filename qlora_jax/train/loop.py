@@ -115,7 +115,8 @@ def fit(
       model: any NNX module with LoRA parameters; its adapters are trained, and updated even where
         the run is broken off. Where it is spread over devices (`models.spread`), each of them gets
         its rows of every micro-batch that divides evenly.
-      batches: `batches.at(step)` for steps from 0.
+      batches: `batches.at(step)` for steps from 0; where it has `steps_per_epoch`, a new run says
+        how many epochs it takes.
       config: hyperparameters.
       run_folder: belongs to this run; where it holds checkpoints of the same run, that is resumed.
       folder_is_locked: the caller holds it (`run_folder.locked_run_folder`); else it is held here,
@@ -240,6 +241,12 @@ class _Run:
         config, first = self.config, int(self.state.step)
         for outlet in self.outlets:
             outlet.start(first)
+        epoch = getattr(batches, "steps_per_epoch", None)
+        if epoch is not None and not self.resumed:
+            self.say(
+                f"{config.steps:,} steps of {config.batch_size} rows = {config.steps / epoch:.2f} "
+                f"epochs of {epoch:,} steps"
+            )
         evaluations = []
         if eval_batches is not None and not self.resumed:
             evaluations.append(self.evaluate(eval_batches, first))

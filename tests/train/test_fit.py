@@ -90,6 +90,17 @@ def test_a_run_learns_looks_saves_and_tells(tmp_path):
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
+def test_a_new_run_says_how_many_epochs_it_takes(tmp_path):
+    class Small(ToyBatches):
+        steps_per_epoch = 5
+
+    told = "2 steps of 4 rows = 0.40 epochs of 5 steps"
+    config = dataclasses.replace(CONFIG, steps=2)
+    text = _fit(tmp_path / "run", config=config, batches=Small(4))[2]
+    assert text.splitlines()[0] == told
+    assert "epochs" not in _fit(tmp_path / "run", config=config, batches=Small(4))[2]
+
+
 def test_host_traffic_is_told_once_and_with_every_step(tmp_path):
     config = TrainConfig(steps=2, micro_batch_size=4, page_min_size=1)
     model, result, text = _fit(tmp_path, config=config)
