@@ -9,6 +9,7 @@ for every shape of step, kept for the next time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,8 @@ def dry_run(
             | _by_card(cards, times)
             | {"status": status}
         )
+    if all(row["epochs"] == "?" for row in rows):
+        rows = [{name: text for name, text in row.items() if name != "epochs"} for row in rows]
     total = None
     if count > 1 and any(totals):
         total = {labels[0]: "all that fit"} | _by_card(cards, totals)
@@ -215,11 +218,19 @@ def _described(run: RunConfig, found: CellEstimate) -> dict[str, str]:
         "steps": f"{run.train.steps:,}",
         "batch": str(run.train.batch_size),
         "rows": "?" if found.rows is None else f"{found.rows:,}",
+        "epochs": _epochs(run, found.rows),
         "tokens": ("≤" if found.rows is None and found.tokens is not None else "") + tokens,
         "FLOP": "?" if found.flops is None else f"{found.flops:.2e}".replace("e+", "e"),
         "device": _size(found.device_bytes),
         "host": _size(found.host_bytes),
     }
+
+
+def _epochs(run: RunConfig, rows: int | None) -> str:
+    """Passes over the rows; how many fill a packed one is not known here."""
+    if rows is None or run.data.packing:
+        return "?"
+    return f"{run.train.steps / math.ceil(rows / run.train.batch_size):.2f}"
 
 
 def _by_card(cards: Sequence[Card], times: Sequence[float | None]) -> dict[str, str]:

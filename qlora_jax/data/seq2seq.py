@@ -60,6 +60,11 @@ class Seq2SeqBatch(NamedTuple):
         """How many tokens carry loss."""
         return int((np.asarray(self.labels) != IGNORE).sum())
 
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of sources and targets without their padding."""
+        return int(np.asarray(self.attention_mask).sum()) + self.trained_tokens
+
 
 def tokenize_pairs(
     rows: Iterable[Mapping[str, Any]],

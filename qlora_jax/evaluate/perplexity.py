@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from qlora_jax.models.loss import LOSS_CHUNK, next_token_loss
+from qlora_jax.models.positions import positions_of
 from qlora_jax.models.spread import spread_rows
 from qlora_jax.models.streaming import options_for
 
@@ -47,15 +48,20 @@ def causal_lm_loss(
     """The loss of a causal language model on a `data.Batch` [batch seq], as sum and count.
 
     The batch is padded on the right, as `data.Batches` pads: then no token that is judged can see
-    the padding, and attention without a mask is faster and, under cuDNN, linear in memory.
+    the padding, and attention without a mask is faster and, under cuDNN, linear in memory. The mask
+    tells how long the texts are, by which "dynamic" and "longrope" positions and NEFTune go.
     `functools.partial(causal_lm_loss, loss_chunk=...)` sets how many tokens' logits are held.
     """
+    positions, segments = (getattr(batch, name, None) for name in ("positions", "segments"))
+    if positions is None:
+        mask = getattr(batch, "attention_mask", None)
+        positions = positions_of(batch.input_ids, mask, segments)
     loss = next_token_loss(
         model,
         batch.input_ids,
         batch.labels,
-        positions=getattr(batch, "positions", None),
-        segments=getattr(batch, "segments", None),
+        positions=positions,
+        segments=segments,
         loss_chunk=loss_chunk,
         dropout_key=dropout_key,
     )

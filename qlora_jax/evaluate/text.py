@@ -6,7 +6,8 @@
                      4 5 6 7            scores         7 8
                          6 7 8          scores             9
 
-Every token but the first is scored exactly once. A window moves on by `stride` and scores only what
+Every token but the first is scored exactly once. The last that a window scores it does not read, so
+a window may be as long as the model's context. A window moves on by `stride` and scores only what
 no window before it did, so all but the first window's tokens have at least `window − stride` tokens
 to go by. stride = window (the default) reads every token once: the cheapest, and the usual way of
 comparing data types; perplexities are comparable at equal window and stride only.
@@ -27,7 +28,8 @@ def text_batches(
     batch_size: int = 1,
     pad_token_id: int = 0,
 ) -> list[Batch]:
-    """A text as batches [batch_size, window + 1], for `perplexity` and `evaluate`.
+    """A text as batches for `perplexity` and `evaluate`: ids [batch_size, window] beside labels
+    [batch_size, window + 1], the last of which is scored and not read.
 
     Args:
         ids: the text's tokens.
@@ -53,16 +55,16 @@ def text_batches(
     # A window that ends beyond the text's last token is the last one.
     starts = range(0, max(len(tokens) - 1 - window, 0) + stride, stride)
     rows = -(-len(starts) // batch_size) * batch_size
-    input_ids = np.full((rows, window + 1), pad_token_id, np.int32)
+    input_ids = np.full((rows, window), pad_token_id, np.int32)
     labels = np.full((rows, window + 1), IGNORE, np.int32)
-    mask = np.zeros((rows, window + 1), np.bool_)
+    mask = np.zeros((rows, window), np.bool_)
     # A softmax over no keys at all is 0/0: a filling row attends to its first position.
     mask[:, 0] = True
     scored = 0
     for row, start in enumerate(starts):
         piece = tokens[start : start + window + 1]
-        input_ids[row, : len(piece)] = piece
-        mask[row, : len(piece)] = True
+        input_ids[row, : len(piece) - 1] = piece[:-1]
+        mask[row, : len(piece) - 1] = True
         fresh = max(scored - start, 0) + 1
         labels[row, fresh : len(piece)] = piece[fresh:]
         scored = start + len(piece) - 1

@@ -12,7 +12,7 @@ what the one before left over.
 Every row has its own key, so that what one prompt says does not depend on its neighbours.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,20 +46,22 @@ def keep_top_p(logits: Logits, p: float) -> Logits:
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     # The first one always: a p too small for float32 is 0 there.
     kept = (before < p) | (jnp.arange(logits.shape[-1]) == 0)
-    back = jnp.argsort(order, axis=-1)
-    return jnp.where(jnp.take_along_axis(kept, back, -1), logits, -jnp.inf)
+    return jnp.where(_put_back(kept, order), logits, -jnp.inf)
+
+
+# Row by row: jnp.put_along_axis would gather rows that are spread over devices.
+@partial(jnp.vectorize, signature="(v),(v)->(v)")
+def _put_back(ordered: Array, order: Array) -> Array:
+    """What was taken in this order, each in its place again; a second sort would take longer."""
+    return jnp.zeros_like(ordered).at[order].set(ordered, unique_indices=True)
 
 
 def shaped_logits(logits: Logits, config: GenerationConfig) -> Logits:
     """The logits of the distribution that `config` samples from; its temperature is above 0."""
-    filters: list[Callable[[Logits], Logits]] = [lambda x: with_temperature(x, config.temperature)]
+    logits = with_temperature(logits, config.temperature)
     if config.top_k is not None:
-        filters.append(lambda x: keep_top_k(x, config.top_k or 0))
-    if config.top_p < 1:
-        filters.append(lambda x: keep_top_p(x, config.top_p))
-    for keep in filters:
-        logits = keep(logits)
-    return logits
+        logits = keep_top_k(logits, config.top_k)
+    return keep_top_p(logits, config.top_p) if config.top_p < 1 else logits
 
 
 def next_tokens(

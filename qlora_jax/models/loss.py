@@ -190,7 +190,7 @@ _summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
 def next_token_loss(
     model: Decoder,
     input_ids: Int[Array, "batch seq"],
-    labels: Int[Array, "batch seq"],
+    labels: Int[Array, "batch labels"],
     attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"] | None = None,
     positions: Int[Array, "batch seq"] | None = None,
     *,
@@ -203,7 +203,8 @@ def next_token_loss(
     Args:
         model: the decoder.
         input_ids: int32 token ids.
-        labels: aligned with `input_ids`, not shifted; -100 where nothing is judged.
+        labels: aligned with `input_ids`, not shifted; -100 where nothing is judged. There may be
+            one more than there are ids: what the last token should predict.
         attention_mask, positions, segments, dropout_key: as in `Decoder.hidden`. Of packed
             sequences the labels of each one's first token should be -100.
         loss_chunk: tokens whose logits are held at once (`chunked_cross_entropy`); None holds all.
@@ -211,7 +212,8 @@ def next_token_loss(
     hidden = model.hidden(
         input_ids, attention_mask, positions, segments=segments, dropout_key=dropout_key
     )
-    targets = next_tokens(labels)
+    one_more = labels.shape[1] == input_ids.shape[1] + 1
+    targets = labels[:, 1:] if one_more else next_tokens(labels)
     if loss_chunk is None:
         total = cross_entropy(model.head(hidden), targets).sum()
     else:

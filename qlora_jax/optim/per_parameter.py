@@ -2,12 +2,13 @@
 
 An optax state is a tree in which some leaves belong to one parameter (its moments) and some to none
 (the step count). Which is which is found by asking `init` for subsets of the parameters: what it
-makes for none at all is shared, what it makes for one parameter beyond that belongs to this one.
-A parameter is left out by an empty tree in its place (`optax.MaskedNode`), so that the paths of all
-others, which masks go by, stay what they are.
+makes for none at all is shared, and what it makes beyond that belongs to the one parameter that is
+in every subset for which it is made. A parameter is left out by an empty tree in its place
+(`optax.MaskedNode`), so that the paths of all others, which masks go by, stay what they are.
 """
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -66,18 +67,27 @@ def owners(
         ValueError: the state is not one part per parameter; names `needed_by` as who needs that.
     """
 
-    def paths(*kept: int) -> list[str]:
-        return [path for path, _ in by_path(jax.eval_shape(inner.init, only(params, kept)))]
+    numbers = range(len(jax.tree.leaves(params)))
 
-    found: dict[str, int | None] = {}
-    for index in reversed(range(len(jax.tree.leaves(params)))):
-        found |= dict.fromkeys(paths(index), index)
-    found |= dict.fromkeys(paths())
-    whole = [path for path, _ in by_path(state)]
-    if set(whole) != set(found):
-        raise ValueError(
-            f"{needed_by} needs a transformation whose state is one part per parameter, but the "
-            "state of the given one cannot be split so; put it outside: "
-            "optax.chain(it, paged(...))."
-        )
-    return {path: found[path] for path in whole}
+    def paths(kept: Collection[int]) -> set[str]:
+        return {path for path, _ in by_path(jax.eval_shape(inner.init, only(params, kept)))}
+
+    shared, whole = paths(()), [path for path, _ in by_path(state)]
+    side = math.isqrt(len(numbers)) + 1
+
+    def by_line(line_of: Callable[[int], int]) -> list[tuple[str, int]]:
+        kept = [{number for number in numbers if line_of(number) == line} for line in range(side)]
+        return [(path, line) for line in range(side) for path in paths(kept[line]) - shared]
+
+    # As if in a square: 448 parameters are asked for in 22 rows and 22 columns, not one by one.
+    rows, columns = by_line(lambda number: number // side), by_line(lambda number: number % side)
+    for line in (rows, columns):
+        if sorted([*shared, *(path for path, _ in line)]) != sorted(whole):
+            raise ValueError(
+                f"{needed_by} needs a transformation whose state is one part per parameter, but "
+                "the state of the given one cannot be split so; put it outside: "
+                "optax.chain(it, paged(...))."
+            )
+    column_of = dict(columns)
+    found: dict[str, int | None] = {path: row * side + column_of[path] for path, row in rows}
+    return {path: found.get(path) for path in whole}

@@ -79,8 +79,8 @@ class FitResult:
       train_loss: of the last update, before it; None where this call made none.
       first_eval, last_eval: held-out loss before the first update and after the last (None
         without evaluation data; `first_eval` also where this call resumed a run).
-      tokens_per_second: real (unpadded) tokens over time in steps, without compiling; None where
-        too few steps ran to tell.
+      tokens_per_second: real (unpadded) tokens, targets included, over time in steps, without
+        compiling; None where too few steps ran to tell.
       peak_host_bytes: resident set of this process at its largest, so far.
       peak_device_bytes: device memory at its largest; None where the backend does not tell.
       host_traffic: bytes that the last step moved between device and pinned host memory; None where
@@ -124,7 +124,8 @@ def fit(
       model: any NNX module with LoRA parameters; its adapters are trained, and updated even where
         the run is broken off. Where it is spread over devices (`models.spread`), each of them gets
         its rows of every micro-batch that divides evenly.
-      batches: `batches.at(step)` for steps from 0.
+      batches: `batches.at(step)` for steps from 0; where it has `steps_per_epoch`, a new run says
+        how many epochs it takes.
       config: hyperparameters.
       run_folder: belongs to this run; where it holds checkpoints of the same run, that is resumed.
       folder_is_locked: the caller holds it (`run_folder.locked_run_folder`); else it is held here,
@@ -266,6 +267,12 @@ class _Run:
         config, first = self.config, int(self.state.step)
         for outlet in self.outlets:
             outlet.start(first)
+        epoch = getattr(batches, "steps_per_epoch", None)
+        if epoch is not None and not self.resumed:
+            self.say(
+                f"{config.steps:,} steps of {config.batch_size} rows = {config.steps / epoch:.2f} "
+                f"epochs of {epoch:,} steps"
+            )
         evaluations = []
         if eval_batches is not None and not self.resumed:
             evaluations.append(self.evaluate(eval_batches, first))
@@ -443,7 +450,10 @@ def _stacked(batch: Any, config: TrainConfig) -> Any:
 
 
 def _real_tokens(batch: Any) -> int:
-    """Tokens of a batch without its padding; all elements where it has no attention_mask."""
+    """Tokens of a batch without its padding: its own `real_tokens`, or those of its attention_mask;
+    all elements where it has neither."""
+    if hasattr(batch, "real_tokens"):
+        return batch.real_tokens
     mask = getattr(batch, "attention_mask", None)
     return int(np.size(jax.tree.leaves(batch)[0]) if mask is None else np.asarray(mask).sum())
 

@@ -1,13 +1,24 @@
 """What of a batch each loss is given: all that it may depend on, and the key of what is dropped."""
 
+import dataclasses
 import importlib
 import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from qlora_jax.evaluate import causal_lm_loss, classifier_loss, loss_for, seq2seq_lm_loss
+from qlora_jax.data import Batches, PackedBatches
+from qlora_jax.evaluate import (
+    causal_lm_loss,
+    classifier_loss,
+    loss_for,
+    perplexity,
+    seq2seq_lm_loss,
+)
+from qlora_jax.models import RopeConfig
+from tests.random_decoder import ONE_LAYER, random_decoder
 
 BATCH = types.SimpleNamespace(
     input_ids="ids", labels="labels", attention_mask="mask", positions="places", segments="parts"
@@ -37,6 +48,19 @@ def test_a_loss_is_given_the_whole_batch(loss_fn, where, chunk, given, named, mo
     key = jax.random.key(0)
     assert loss_fn("model", BATCH, key, **chunks) == (2.0, 3)
     assert told == [("model", given, {**named, **chunks, "dropout_key": key})]
+
+
+def test_how_far_a_text_is_padded_does_not_matter():
+    """Nor to rotary positions that stretch with the length that is read."""
+    rope = RopeConfig(rope_type="dynamic", factor=4.0, original_max_position_embeddings=12)
+    model = random_decoder(dataclasses.replace(ONE_LAYER, rope=rope))
+    ids = np.random.default_rng(0).integers(0, 512, (2, 12), np.int32)
+    texts = [(row, row) for row in ids]
+    packed = PackedBatches(texts, batch_size=1, length=24, shuffle=False)
+    padded = Batches(texts, batch_size=2, buckets=(32,), shuffle=False)
+    tight = Batches(texts, batch_size=2, buckets=(12,), shuffle=False)
+    expected, *found = (perplexity(model, [each.at(0)]).loss for each in (tight, padded, packed))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_a_decoders_loss_holds_as_many_logits_as_asked():

@@ -1,5 +1,7 @@
 """Windows over a text: who scores what, and the perplexity that comes of it."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ from hypothesis import strategies as st
 
 from qlora_jax.data import IGNORE
 from qlora_jax.evaluate import perplexity, text_batches
-from qlora_jax.models import DecoderConfig
-from tests.random_decoder import random_decoder
+from qlora_jax.models import DecoderConfig, RopeConfig
+from tests.random_decoder import ONE_LAYER, random_decoder
 
 
 @settings(max_examples=200)
@@ -22,19 +24,19 @@ def test_every_token_but_the_first_is_scored_once(data):
     rows = data.draw(st.integers(1, 5))
     ids = np.arange(1000, 1000 + length)
     batches = text_batches(ids, window=window, stride=stride, batch_size=rows)
-    assert {batch.input_ids.shape for batch in batches} == {(rows, window + 1)}
+    assert {batch.input_ids.shape for batch in batches} == {(rows, window)}
     scored = []
     for batch in batches:
         for read, labels, mask in zip(*batch, strict=True):
             (at,) = np.nonzero(labels != IGNORE)
-            # A label is the token that stands there, and something stands before it.
-            np.testing.assert_array_equal(labels[at], read[at])
+            # A label is the token that stands there, the last one not read; something is before it.
+            np.testing.assert_array_equal(labels[at[:-1]], read[at[:-1]])
             assert (at > 0).all()
             if scored and at.size:
                 # All but the first window's tokens have something to go by.
                 assert at[0] >= min(window - stride + 1, window)
             scored += [int(label) for label in labels[at]]
-            assert mask[at].all()
+            assert mask[at - 1].all()
     assert scored == list(range(1001, 1000 + length))
 
 
@@ -70,6 +72,20 @@ def test_perplexity_of_a_text_in_float64():
     assert abs(total / count - np.log(32)) > 0.1
     np.testing.assert_allclose(found.loss, total / count, rtol=1e-6)
     np.testing.assert_allclose(found.perplexity, np.exp(total / count), rtol=1e-6)
+
+
+def test_a_window_may_be_as_long_as_the_context():
+    """Learned positions end there, and "dynamic" rotary ones change."""
+    ids = np.random.default_rng(0).integers(0, 512, 17)
+    batches = text_batches(ids, window=16)
+    learned = dataclasses.replace(ONE_LAYER, rope=None, max_position_embeddings=16)
+    assert perplexity(random_decoder(learned), batches).tokens == 16
+    rope = RopeConfig(original_max_position_embeddings=16)
+    losses = [
+        perplexity(random_decoder(dataclasses.replace(ONE_LAYER, rope=turned)), batches).loss
+        for turned in (rope, dataclasses.replace(rope, rope_type="dynamic", factor=4.0))
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

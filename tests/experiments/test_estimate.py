@@ -11,8 +11,8 @@ from flax import nnx
 from rich.console import Console
 
 from experiments.cells import build_sweep
-from experiments.config import ModelConfig, RunConfig
-from experiments.dry_run import dry_run, estimate
+from experiments.config import DataConfig, ModelConfig, RunConfig
+from experiments.dry_run import _epochs, dry_run, estimate
 from experiments.estimate import (
     UTILISATION,
     adapter_parameters,
@@ -221,12 +221,15 @@ def test_guanaco_65b_takes_a_day_on_one_48_gb_card():
 
 def test_a_run_with_rows_at_hand_counts_their_tokens():
     run = RunConfig(model=ModelConfig(compute_dtype="float32"), train=TrainConfig(steps=3))
+    packed = RunConfig(data=DataConfig(packing=True))
     found = estimate(run)
     assert found.rows is not None
     assert found.tokens is not None
     assert found.rows > 700
     assert 3 * 16 * 20 < found.tokens < 3 * 16 * 512
     assert found.device_bytes is not None
+    assert _epochs(run, found.rows) == f"{3 / -(-found.rows // 16):.2f}"
+    assert _epochs(run, None) == _epochs(packed, 700) == "?"
     unknown = estimate(RunConfig(model=ModelConfig(source="some/model")))
     assert (unknown.rows, unknown.flops, unknown.device_bytes) == (None, None, None)
 

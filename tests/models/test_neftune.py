@@ -1,13 +1,19 @@
 """NEFTune: uniform noise on the embeddings, by the length of each text, in training alone."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qlora_jax.data import Batches, PackedBatches
+from qlora_jax.evaluate import causal_lm_loss
 from qlora_jax.models import decoder as decoder_module
+from qlora_jax.models.loss import TokenLoss
 from qlora_jax.models.neftune import with_noise
+from qlora_jax.models.positions import text_lengths
 from tests.models.variants import VARIANTS
 from tests.random_decoder import ONE_LAYER, random_decoder
 
@@ -45,6 +51,23 @@ def test_a_decoder_is_noisy_with_a_key_alone():
     one, again, other = (logits(model, key) for key in (keys[0], keys[0], keys[1]))
     np.testing.assert_array_equal(one, again)
     assert min(np.abs(one - plain).max(), np.abs(one - other).max()) > 1e-3
+
+
+def test_a_padded_text_is_as_long_as_a_packed_one(monkeypatch):
+    lengths = []
+
+    def noting(*batch, positions, **options):
+        lengths.append(text_lengths(positions))
+        return TokenLoss(jnp.float32(0), jnp.int32(0))
+
+    monkeypatch.setattr(sys.modules[causal_lm_loss.__module__], "next_token_loss", noting)
+    texts = [(np.arange(length), np.arange(length)) for length in (9, 33)]
+    padded = Batches(texts, batch_size=2, buckets=(40,), shuffle=False).at(0)
+    packed = PackedBatches(texts, batch_size=1, length=42, shuffle=False).at(0)
+    for batch in (padded, packed):
+        causal_lm_loss(None, jax.device_put(batch), None)
+    (short, long), ((*both,),) = lengths
+    assert [*long[:33], *short[:9]] == both == [33] * 33 + [9] * 9
 
 
 def test_16_bits_stay_16_bits():

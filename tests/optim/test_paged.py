@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.optim import decay_mask, paged, resting_shardings
+from qlora_jax.optim.per_parameter import owners
 
 # Bits of two programs are compared, so they are compiled as a user's are.
 pytestmark = pytest.mark.optimized
@@ -203,6 +204,19 @@ def test_a_state_that_is_not_one_part_per_parameter_is_refused():
     )
     with pytest.raises(ValueError, match="one part per parameter"):
         paged(whole).init(params)
+
+
+def test_few_questions_tell_whose_a_leaf_is():
+    """Not one for each parameter, or the time for many would go with their square."""
+    params = {f"p{size}": jax.ShapeDtypeStruct((size,), jnp.float32) for size in range(10, 70)}
+    adam, asked = optax.adamw(1e-3, mask=lambda p: jax.tree.map(lambda _: True, p)), []
+    asking = optax.GradientTransformation(lambda p: asked.append(p) or adam.init(p), adam.update)
+    state = jax.eval_shape(adam.init, params)
+    found = owners(asking, params, state, needed_by="a test")
+    sizes = [leaf.size for leaf in jax.tree.leaves(state)]
+    assert len(sizes) == 1 + 2 * len(params)
+    assert list(found.values()) == [None if size == 1 else size - 10 for size in sizes]
+    assert len(asked) <= 1 + 2 * 8
 
 
 def test_negative_threshold_is_refused():

@@ -15,8 +15,10 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
+from qlora_jax.data import Pair, Seq2SeqBatches
 from qlora_jax.train import Checkpoints, Probe, TrainConfig, WandB, clock, fit
 from qlora_jax.train.callbacks import MetricsFile, TensorBoard, read_lines
+from qlora_jax.train.loop import _real_tokens
 from qlora_jax.train.progress import ProgressDisplay
 from tests.train.toy import Toy, ToyBatches, adapters, toy_loss
 
@@ -88,6 +90,17 @@ def test_a_run_learns_looks_saves_and_tells(tmp_path):
     assert "peak host memory" in text.splitlines()[-1]
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
     assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_a_new_run_says_how_many_epochs_it_takes(tmp_path):
+    class Small(ToyBatches):
+        steps_per_epoch = 5
+
+    told = "2 steps of 4 rows = 0.40 epochs of 5 steps"
+    config = dataclasses.replace(CONFIG, steps=2)
+    text = _fit(tmp_path / "run", config=config, batches=Small(4))[2]
+    assert text.splitlines()[0] == told
+    assert "epochs" not in _fit(tmp_path / "run", config=config, batches=Small(4))[2]
 
 
 def test_host_traffic_is_told_once_and_with_every_step(tmp_path):
@@ -297,6 +310,12 @@ def test_tensorboard_hides_what_is_computed_again(tmp_path, monkeypatch):
     for step in (0, 7):
         TensorBoard(tmp_path).start(step)
     assert opened == [{"purge_step": None}, {"purge_step": 8}]
+
+
+def test_an_encoder_decoders_speed_counts_targets_too():
+    pairs = [Pair(np.arange(5), np.arange(50)), Pair(np.arange(4), np.arange(30))]
+    assert _real_tokens(Seq2SeqBatches(pairs, batch_size=2).at(0)) == 5 + 50 + 4 + 30
+    assert _real_tokens(ToyBatches(4).at(0)) == 4 * 8
 
 
 def test_tensorboard_needs_its_package(tmp_path, monkeypatch):
