@@ -3,7 +3,8 @@
 from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard, WandB
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.config import OPTIMIZERS, TrainConfig
-from qlora_jax.train.loop import FitResult, fit
+from qlora_jax.train.loop import fit
+from qlora_jax.train.run import FitResult
 from qlora_jax.train.step import StepMetrics, TrainState, init_state, make_train_step
 from qlora_jax.train.traffic import Crossing, HostTraffic, host_traffic
 

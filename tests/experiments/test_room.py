@@ -53,7 +53,7 @@ def test_what_is_planned_is_what_runs(model, data, tiny_model, tmp_path, monkeyp
 
     planned = []
     monkeypatch.setattr("experiments.run.check_room", lambda *args: planned.append(args))
-    monkeypatch.setattr("qlora_jax.train.loop.host_traffic", keep)
+    monkeypatch.setattr("qlora_jax.train.run.host_traffic", keep)
     run = RunConfig(
         model=ModelConfig(source=str(tiny_model), **model),
         data=DataConfig(max_rows=24, validation_rows=4, group_by_length=False, **data),

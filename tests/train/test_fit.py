@@ -18,8 +18,8 @@ from rich.console import Console
 from qlora_jax.data import Pair, Seq2SeqBatches
 from qlora_jax.train import Checkpoints, Probe, TrainConfig, WandB, clock, fit
 from qlora_jax.train.callbacks import MetricsFile, TensorBoard, read_lines
-from qlora_jax.train.loop import _real_tokens
 from qlora_jax.train.progress import ProgressDisplay
+from qlora_jax.train.run import _real_tokens
 from tests.train.toy import Toy, ToyBatches, adapters, toy_loss
 
 CONFIG = TrainConfig(
