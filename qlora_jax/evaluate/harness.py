@@ -32,6 +32,7 @@ from qlora_jax.evaluate.perplexity import split_adapters
 from qlora_jax.generate import GenerationConfig, generate_text
 from qlora_jax.models.loss import LOSS_CHUNK, cross_entropy
 from qlora_jax.models.pieces import cut
+from qlora_jax.models.positions import positions_to
 from qlora_jax.models.streaming import options_for
 
 _MAX_NEW_TOKENS = 256
@@ -249,8 +250,8 @@ def make_score_step(
 ) -> Callable[..., tuple[Float[Array, " b"], Bool[Array, " b"]]]:
     """A jitted (lora, frozen, input_ids [b s], targets [b s]) -> log-probabilities, greedy or not.
 
-    Targets are what each position should predict, -100 where nothing is scored. Rows are padded on
-    the right, which causality hides. The logits of `chunk` tokens are held at once.
+    Targets are what each position should predict, -100 where nothing is scored, as in the padding
+    behind the last that is, which causality hides. The logits of `chunk` tokens are held at once.
     """
 
     @functools.partial(jax.jit, compiler_options=dict(compiler_options or {}) or None)
@@ -265,7 +266,10 @@ def make_score_step(
             same = (jnp.argmax(logits, axis=-1) == targets) | (targets == IGNORE)
             return -cross_entropy(logits, targets).sum(axis=-1), same.all(axis=-1)
 
-        pieces = cut(model.hidden(input_ids), chunk), cut(targets, chunk, IGNORE)
+        seq = input_ids.shape[1]
+        last = jnp.max(jnp.where(targets == IGNORE, 0, jnp.arange(seq)), axis=1)
+        hidden = model.hidden(input_ids, positions=positions_to(last, seq))
+        pieces = cut(hidden, chunk), cut(targets, chunk, IGNORE)
         scores, same = jax.lax.map(score, pieces)
         return scores.sum(axis=0), same.all(axis=0)
 

@@ -30,6 +30,7 @@ from qlora_jax.data import Tokenizer
 from qlora_jax.evaluate.mmlu_questions import GROUPS, LETTERS, SUBJECTS, Question, prompt_of
 from qlora_jax.evaluate.perplexity import split_adapters
 from qlora_jax.evaluate.record import Record
+from qlora_jax.models.positions import positions_to
 from qlora_jax.models.spread import spread_rows
 from qlora_jax.models.streaming import options_for
 from qlora_jax.processes import whole
@@ -194,7 +195,8 @@ def _answer_scores(
     ) -> Float[Array, "b choices"]:
         model: Any = nnx.merge(graphdef, lora, frozen)
         # The rows are padded on the right, so causality hides the padding and no mask is needed.
-        hidden = model.hidden(input_ids)
+        positions = positions_to(last, input_ids.shape[1])
+        hidden = model.hidden(input_ids, positions=positions)
         final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return model.head(final)[:, jnp.asarray(tokens)].astype(jnp.float32)
 

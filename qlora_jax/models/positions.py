@@ -20,6 +20,12 @@ def positions_of(
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
+def positions_to(last: Int[Array, " batch"], seq: int) -> Int[Array, "batch seq"]:
+    """Positions in rows of `seq` tokens that are padded on the right, behind their token `last`."""
+    index = jnp.arange(seq, dtype=jnp.int32)
+    return jnp.minimum(index, jnp.maximum(last, 0)[:, None])
+
+
 def text_lengths(positions: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
     """How many tokens each token's text has: its last one's position, and one more."""
     index = jnp.arange(positions.shape[1], dtype=jnp.int32)

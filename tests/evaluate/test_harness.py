@@ -1,6 +1,7 @@
 """The adapter to lm-evaluation-harness: scores against float64, answers, and a task of its own."""
 
 import abc
+import dataclasses
 import json
 import types
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from flax import nnx
 
 from qlora_jax.data import IGNORE, ChatTemplate, load_tokenizer
-from qlora_jax.evaluate import Harness, harness, split_adapters
+from qlora_jax.evaluate import Harness, harness, mmlu, split_adapters
 from qlora_jax.generate import GenerationConfig, generate_text
+from qlora_jax.models import RopeConfig
 from tests.random_decoder import ONE_LAYER, random_decoder
 from tests.shared import shared_path
 
@@ -90,6 +92,24 @@ def test_scores_are_the_same_in_any_pieces(model):
     np.testing.assert_array_equal(whole[1], pieces[1])
     assert pieces[1].tolist() == [False, False, True]
     assert pieces[0][2] == 0
+
+
+def test_how_far_rows_are_padded_does_not_matter():
+    """Nor to rotary positions that stretch with the length that is read; of MMLU's, too."""
+    rope = RopeConfig(rope_type="dynamic", factor=4.0, original_max_position_embeddings=12)
+    stretching = random_decoder(dataclasses.replace(ONE_LAYER, rope=rope))
+    graphdef, lora, frozen = split_adapters(stretching)
+    ids, targets = np.random.default_rng(0).integers(0, 512, (2, 2, 12)).astype(np.int32)
+    targets[:, :5], last = IGNORE, np.array([11, 11], np.int32)
+    score, ask = harness.make_score_step(graphdef), mmlu._answer_scores(())
+    found = []
+    for padding in (0, 20):
+        wide = ((0, 0), (0, padding))
+        row, wanted = np.pad(ids, wide), np.pad(targets, wide, constant_values=IGNORE)
+        answers = ask(graphdef, lora, frozen, row, last, tokens=(1, 2))
+        found.append((score(lora, frozen, row, wanted)[0], answers))
+    for tight, padded in zip(*found, strict=True):
+        np.testing.assert_allclose(padded, tight, rtol=1e-5)
 
 
 @pytest.mark.parametrize("words", [3, 30])

@@ -65,7 +65,7 @@ class Parrot(nnx.Module):
     def __init__(self, table: jax.Array):
         self.table = nnx.Param(table)
 
-    def hidden(self, input_ids):
+    def hidden(self, input_ids, positions):
         return self.table[...][input_ids]
 
     def head(self, hidden):
@@ -193,9 +193,9 @@ def test_compiles_once_per_bucket_and_not_again(stories):
     traced = []
 
     class Counted(Parrot):
-        def hidden(self, input_ids):
+        def hidden(self, input_ids, positions):
             traced.append(input_ids.shape)
-            return super().hidden(input_ids)
+            return super().hidden(input_ids, positions)
 
     asked = {"virology": [ask("virology", "C", "Why? " * (i % 40)) for i in range(120)]}
     table = parrot(stories, {}).table[...]
