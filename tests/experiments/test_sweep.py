@@ -173,13 +173,15 @@ def test_a_run_broken_off_ends_with_the_same_adapter(tiny_model, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(run._FirstWords, "log", stop)
         assert finetune.main(command(tmp_path / "broken")) == 130
-    assert "interrupted: the same command goes on" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "interrupted: the same command goes on" in told.err
+    assert "interrupted: step 3 is kept" in told.out
     assert not (tmp_path / "broken" / "result.json").exists()
     metrics = tmp_path / "broken" / "metrics.jsonl"
     lines = [json.loads(x) | {"elapsed_seconds": 5000} for x in metrics.read_text().splitlines()]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert finetune.main(command(tmp_path / "broken")) == 0
-    assert "resumed after step 2" in capsys.readouterr().out
+    assert "resumed after step 3" in capsys.readouterr().out
     adapters = [
         (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
         for name in ("whole", "broken")
