@@ -2,8 +2,8 @@
 
 For one op and number of rows every candidate of `dispatch.configs_to_try` is compiled for a few
 shapes (many threads), checked against the XLA path, and timed. A rule holds for all shapes of that
-op up to that many rows, so the winner is the candidate with the least *regret*: the geometric mean
-over shapes of its time over the shape's best.
+op and the rows that were measured (`rows_covered`), so the winner is the candidate with the least
+*regret*: the geometric mean over shapes of its time over the shape's best.
 
 A Hopper kernel chooses its config by the shape, so there the winner of each shape is kept by
 itself, where it beats what the kernel takes unasked, and does so again: the fastest of many equal
@@ -173,8 +173,7 @@ def measure_shape(
     check: concurrent.futures.Future,
 ) -> list[dict[str, Any]]:
     """Check and time one shape's candidates, on the same weights."""
-    entries: list[dict[str, Any]] = []
-    timed: list[tuple[dict[str, Any], Program]] = []
+    measured: list[tuple[dict[str, Any], Program]] = []
     inputs: tuple[Any, Any] | None = None
     for program in programs:
         point, executable = program.point, compiled[program.point]
@@ -199,11 +198,10 @@ def measure_shape(
                 entry |= timing(run_once, program, *inputs, 5)
         except Exception as failure:  # a candidate that breaks is a finding
             entry["failure"] = str(failure)[:300]
-        entries.append(entry)
-        timed.append((entry, program))
+        measured.append((entry, program))
     if inputs is not None and job.implementation == "mosaic_gpu":
-        time_again([(e, p) for e, p in timed if "seconds" in e], compiled, inputs)
-    return entries
+        time_again([(e, p) for e, p in measured if "seconds" in e], compiled, inputs)
+    return [entry for entry, _ in measured]
 
 
 def time_again(

@@ -10,7 +10,7 @@ so the compiler can neither drop a call nor merge equal ones nor move one out. T
 dependency is one tiny kernel per round.
 
 What a program returns to be checked is the first and the last result of its last round: the last
-follows directly on another call of the same kernel, as none does in a program of one.
+call follows directly on another one of the same kernel, which the first does not.
 """
 
 import concurrent.futures

@@ -192,8 +192,8 @@ def _by_parts(
 
 def _is_of_rows(stacked: Parts) -> bool:
     """Whether `jax.vmap` maps x, and nothing that all of its rows share."""
-    low = stacked.lora is not None and stacked.lora[1]
-    return bool(stacked.x) and not low and not any(jax.tree.leaves((stacked[1:6], stacked.layer)))
+    b = None if stacked.lora is None else stacked.lora[1]
+    return bool(stacked.x) and not any((*stacked[_WEIGHT], stacked.bias, b, stacked.layer))
 
 
 def _axes(stacked: Parts) -> Any:

@@ -86,7 +86,13 @@ def run(
     )
     fuse = choice.fuse_lora if asked.fuse_lora is None else asked.fuse_lora
     options: dict[str, Any] = {"layout": layout}
-    again: dict[str, Any] = {}
+    again: dict[str, Any] = {
+        "quant_type": layout.quant_type,
+        "blocksize": layout.blocksize,
+        "implementation": asked.implementation,
+        "config": asked.config,
+        "interpret": asked.interpret,
+    }
     if op == "dequantize":
         options["dtype"] = again["dtype"] = dtype
     if op == "forward":
@@ -95,9 +101,6 @@ def run(
         options["config"] = dispatch.config_for(name, choice, asked.config)
     if choice.implementation == "triton":
         options["interpret"] = asked.interpret
-    again |= {"quant_type": layout.quant_type, "blocksize": layout.blocksize}
-    again |= {"implementation": asked.implementation, "interpret": asked.interpret}
-    again["config"] = asked.config
     # A kernel or a config that was asked for is not exchanged for one that suits more rows.
     is_free = asked.config is None and asked.implementation in (None, "triton")
     if not _finds_layers(name, choice.implementation, parts.codes.size):

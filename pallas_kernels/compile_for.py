@@ -228,7 +228,7 @@ class KernelCode:
     name: str
     ptx: str
     smem: int
-    """Bytes of shared memory per thread block, as XLA will launch it."""
+    """Bytes of shared memory per thread block: what XLA launches it with, and what it declares."""
     grid: tuple[int, ...]
     threads: int
     """Threads per block."""

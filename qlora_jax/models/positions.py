@@ -23,7 +23,7 @@ def positions_of(
 def positions_to(last: Int[Array, " batch"], seq: int) -> Int[Array, "batch seq"]:
     """Positions in rows of `seq` tokens that are padded on the right, behind their token `last`."""
     index = jnp.arange(seq, dtype=jnp.int32)
-    return jnp.minimum(index, jnp.maximum(last, 0)[:, None])
+    return jnp.minimum(index, last[:, None])
 
 
 def text_lengths(positions: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:

@@ -13,7 +13,7 @@ it, `jax.lax.scan` slices it, and `shape` stays that of one tensor.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +176,7 @@ class QuantizedTensor:
             lambda leaf: leaf.reshape(count, *leaf.shape[len(stack) :])[chosen], self
         )
 
-    def __array__(self, *_args: Any, **_options: Any) -> Any:
+    def __array__(self, *_args: Any, **_options: Any) -> NoReturn:
         """Refuses to be an array, as which NumPy would otherwise wrap the object itself."""
         raise TypeError(f"{self} holds codes: take the numbers of its dequantize()")
 

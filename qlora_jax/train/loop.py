@@ -3,7 +3,7 @@
 A run is a pure function of (model, data, configuration): batches come from `batches.at(step)`,
 random keys from (seed, step). Killed at any moment and called again with the same arguments, it
 goes on from its latest checkpoint and ends with the same bits. Interrupted (KeyboardInterrupt), it
-first keeps the step that it is at.
+first keeps the step that it is at, where it can (`Run.keep`).
 """
 
 import contextlib

@@ -200,7 +200,7 @@ def test_a_result_that_is_wrong_only_behind_another_call_shows():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton", "bf16"])
-def test_the_smallest_weight_fills_the_largest_cache(implementation):
+def test_copies_of_the_smallest_weight_fill_an_h200s_cache_about_twice(implementation):
     point = Point("matmul", implementation, 1, "70b-kv", 1024, 8192)
     program = _programs.size_program(point, 50 << 20, 4.1e12, 7e14)
     assert program.times_cache(50 << 20) >= 1.9
