@@ -94,8 +94,9 @@ class DataConfig:
             day on which the run begins, which its config.yaml then names.
         train_on: loss on the "response" only, of a conversation only on what answers its "last"
             question, or on "all"; None: as the paper did for its dataset, else on the response.
-        source_max_len, target_max_len: tokens that prompt and response are cut to; a conversation
-            is all response.
+        source_max_len, target_max_len: tokens that prompt and response are cut to; null for no
+            limit. A conversation or plain text is all response: "auto" cuts it to 512, or to the
+            model's context, and the response to an instruction to 128.
         max_len: refuse longer examples; None: the model's own limit, beyond which rotary positions
             go on, untrained.
         group_by_length: batches of examples of like length.
@@ -121,7 +122,7 @@ class DataConfig:
     date: str | None = None
     train_on: TrainOn | None = None
     source_max_len: int | None = 384
-    target_max_len: int | None = 128
+    target_max_len: int | Literal["auto"] | None = "auto"
     max_len: int | None = None
     group_by_length: bool = True
     buckets: tuple[int, ...] | None = None
@@ -141,7 +142,7 @@ class DataConfig:
             "packed_length",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value not in (None, "auto") and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more.")
         if self.date is not None:
             try:

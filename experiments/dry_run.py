@@ -26,7 +26,7 @@ from experiments.embedded import DATASETS, MODELS
 from experiments.estimate import flops_per_token, hours, memory
 from experiments.presets import SHAPES
 from experiments.room import workload
-from experiments.rows import context_length, examples_of, model_config
+from experiments.rows import context_length, examples_of, longest_allowed, model_config
 from experiments.run import dated, is_finished
 from pallas_kernels.cards import Card
 from qlora_jax.data import INSTRUCT, Pairs
@@ -115,10 +115,8 @@ def _lengths(run: RunConfig, folder: Path | None) -> tuple[int | None, float | N
         if isinstance(train, Pairs):
             return len(train), None, None
         return len(train), train.tokens / len(train), int(train.lengths.max())
-    if data.target_max_len is None:
-        return None, None, None
-    most = (data.source_max_len or 0) + data.target_max_len
-    return None, float(most), most
+    most = longest_allowed(data)
+    return None, None if most is None else float(most), most
 
 
 def _compiled(run: RunConfig, config: DecoderConfig, length: int, card: Card) -> tuple[int, int]:

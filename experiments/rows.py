@@ -17,11 +17,14 @@ from experiments.config import DataConfig
 from experiments.embedded import DATASETS, MODELS
 from qlora_jax.checkpoints import refuse_adapter
 from qlora_jax.data import (
+    FORMATS,
     INSTRUCT,
     ChatTemplateFormat,
     ConversationFormat,
     Examples,
     Format,
+    InstructionFormat,
+    PairFormat,
     Pairs,
     Tokenizer,
     detect_format,
@@ -131,17 +134,57 @@ def answers_of(data: DataConfig, folder: Path, longest: int | None) -> Examples 
     return _held_out_examples(rows, form, data, load_tokenizer(folder), longest)
 
 
+# Tokens of a response to an instruction, as the paper cuts Alpaca's; and of a row that is no
+# instruction, as it cuts OASST1's.
+_RESPONSE, _WHOLE = 128, 512
+
+
+def target_limit(data: DataConfig, form: Format, longest: int | None) -> int | None:
+    """Tokens that a target is cut to in that format, None for no limit.
+
+    "auto" leaves a conversation or plain text, which have no prompt apart, 512 or the `longest`
+    that the model takes, less the bos token in front.
+    """
+    if data.target_max_len != "auto":
+        return data.target_max_len
+    return _RESPONSE if _has_prompt(form) else min(_WHOLE, longest or _WHOLE) - 1
+
+
+def longest_allowed(data: DataConfig) -> int | None:
+    """Tokens of the longest example that the limits let through, in any format that the rows may
+    have; None where there is no limit."""
+    if data.source in INSTRUCT:
+        forms = [schema.form for schema in INSTRUCT[data.source].schemas]
+    else:
+        forms = [FORMATS[data.format]] if data.format in FORMATS else list(FORMATS.values())
+    lengths = []
+    for form in forms:
+        source = data.source_max_len if _has_prompt(form) else 1  # bos
+        target = target_limit(data, form, None)
+        if source is None or target is None:
+            return None
+        lengths.append(source + target)
+    return max(lengths)
+
+
+def _has_prompt(form: Format) -> bool:
+    return isinstance(form, InstructionFormat | PairFormat)
+
+
 def told_of_cuts(data: DataConfig, examples: Examples | Pairs) -> str:
     """What tokenization has cut off or left out of the training rows, in a sentence; "" where that
     is nothing."""
     report = examples.report
     if report is None:
         return ""
+    limit = f"data.target_max_len={data.target_max_len}"
+    if data.target_max_len == "auto":
+        limit += f" ({_RESPONSE} tokens, of conversations and texts {_WHOLE})"
     told = [
         f"{what}: {count:,}"
         for count, what in (
             (report.cut_sources, f"prompts cut to data.source_max_len={data.source_max_len}"),
-            (report.cut_targets, f"responses cut to data.target_max_len={data.target_max_len}"),
+            (report.cut_targets, f"responses cut to {limit}"),
             (report.left_out, "left out, without a token to train on"),
         )
         if count
@@ -245,7 +288,7 @@ def _pairs(rows: Any, form: Format, data: DataConfig, tokenizer: Tokenizer, name
         form,
         tokenizer,
         source_max_len=data.source_max_len,
-        target_max_len=data.target_max_len,
+        target_max_len=target_limit(data, form, None),
         source=name,
     )
 
@@ -259,7 +302,7 @@ def _tokenize(
         tokenizer,
         train_on=data.train_on or "response",
         source_max_len=data.source_max_len,
-        target_max_len=data.target_max_len,
+        target_max_len=target_limit(data, form, longest),
         max_len=longest,
         source=name,
     )

@@ -72,6 +72,7 @@ def test_data(tiny_model, tmp_path, capsys):
             ([few, f"data.{name}=0"], f"{name}=0 must be 1 or more")
             for name in ("max_len", "source_max_len", "target_max_len")
         ),
+        ([few, "data.target_max_len=automatic"], "should be a whole number or auto"),
         ([long, "data.validation_rows=1", "data.target_max_len=null"], "at most 512 are allowed"),
         # The number counts rows that are left after some were drawn; the row itself is shown.
         ([blank, "data.validation_rows=1"], "The row: {'input': 'a', 'output': 3}"),

@@ -123,7 +123,7 @@ def test_the_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "paper-table5: 32 cell(s)" in printed
     assert re.search(
-        r"oasst1 +65B +nf4\+DQ +1,875 +16 +\? +≤15\.4M +6\.17e18 +42\.2 +6\.0", printed
+        r"oasst1 +65B +nf4\+DQ +1,875 +16 +\? +≤15\.4M +6\.18e18 +42\.2 +6\.0", printed
     )
     assert "a6000" in printed
     assert "h200" in printed

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from experiments import run as runs
 from experiments.config import DataConfig, build_run
-from experiments.rows import _format, _held_out, examples_of, told_of_cuts
+from experiments.rows import _format, _held_out, examples_of, longest_allowed, told_of_cuts
 from experiments.tree import to_tree
 from qlora_jax.data import FORMATS, Examples, Pairs, load_tokenizer, tokenize_rows
 
@@ -51,6 +51,49 @@ def test_rows_that_are_cut_are_told(tiny_model, tmp_path, monkeypatch):
         assert out.getvalue().strip() == told
     else:
         raise AssertionError
+
+
+LONG = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 60
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "context", "cut_to"),
+    [
+        ({"input": "", "output": LONG}, "input-output", 1024, 1 + 128),
+        ({"instruction": LONG, "output": LONG}, "alpaca", 1024, 384 + 128),
+        ({"text": LONG}, "text", 1024, 512),
+        ({"text": LONG}, "text", 300, 300),
+        ({"messages": [{"role": "assistant", "content": LONG}]}, "messages", None, 512),
+    ],
+)
+def test_limits_by_default(row, form, context, cut_to, tiny_model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text((json.dumps(row) + "\n") * 2)
+    data = build_run({"data": {"source": str(file), "format": form, "validation_rows": 1}}, "").data
+    (train,), (held_out,), _ = examples_of(data, tiny_model, context)
+    assert len(train.input_ids) == len(held_out.input_ids) == cut_to
+    told = told_of_cuts(data, examples_of(data, tiny_model, context)[0])
+    assert "data.target_max_len=auto (128 tokens, of conversations and texts 512): 1" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({}, 512),
+        ({"source_max_len": 512}, 640),
+        ({"source_max_len": 64}, 512),
+        ({"source_max_len": 64, "format": "alpaca"}, 64 + 128),
+        ({"source_max_len": None}, None),
+        ({"source_max_len": None, "format": "text"}, 512),
+        ({"target_max_len": 32}, 384 + 32),
+        ({"target_max_len": 32, "format": "messages"}, 1 + 32),
+        ({"target_max_len": None, "format": "messages"}, None),
+        ({"source": "oasst1", "source_max_len": None, "target_max_len": 512}, 1 + 512),
+        ({"source": "alpaca", "source_max_len": None, "target_max_len": 512}, None),
+    ],
+)
+def test_the_longest_example_that_limits_allow(options, most):
+    assert longest_allowed(DataConfig(**{"source": "mine.jsonl", **options})) == most
 
 
 def test_columns_of_a_dataset_are_named_for_the_format(tiny_model, tmp_path):
