@@ -3,19 +3,11 @@
     checkpoint → one tensor in host memory → device → quantize → its place in the stacked codes
 
 The model is first built abstractly (shapes alone); every name and shape of the checkpoint is
-compared with it, and only then are numbers read. A tensor is quantized on the device and written
-into its layer's slice of a stack that is donated and updated in place, so that neither the host nor
-the device ever holds more than the result and a few tensors: no full-precision copy of the model
-exists.
-
-On several devices (`mesh`) the stacks are made where `models.spread` would put them, and a tensor's
-parts go to the devices that hold those of its stack. What is still to be quantized passes through
-the first device, one tensor at a time, and so has the same codes on any number of them.
+compared with it, and only then are numbers read, straight into their places (`fill.py`).
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_jax.checkpoints.adapter_parts import check_vocabulary
-from qlora_jax.checkpoints.checkpoint import Checkpoint, dense
-from qlora_jax.checkpoints.matching import is_vocabulary, keep_dense, matching, node_at
+from qlora_jax.checkpoints.checkpoint import Checkpoint
+from qlora_jax.checkpoints.fill import fill
+from qlora_jax.checkpoints.matching import keep_dense, matching
 from qlora_jax.checkpoints.open import open_checkpoint
 from qlora_jax.checkpoints.text_part import text_name
 from qlora_jax.models import (
@@ -38,7 +29,6 @@ from qlora_jax.models import (
     AttentionName,
     Decoder,
     EncoderClassifier,
-    Slot,
     attention_for,
     capability_here,
     family_of,
@@ -49,8 +39,7 @@ from qlora_jax.models import (
     unfreeze,
 )
 from qlora_jax.nn import LoraConfig, add_lora, start_from_weight
-from qlora_jax.processes import distribute
-from qlora_jax.quant import QuantConfig, QuantizedTensor, put_rows, quantize, rows_at_once
+from qlora_jax.quant import QuantConfig, QuantizedTensor
 
 
 def load_model(
@@ -110,8 +99,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: the folder, its config or a shard is missing.
-        ValueError: an unknown architecture, a damaged file, tensors that contradict config.json, or
-            a mesh that does not serve.
+        ValueError: an unknown architecture, a damaged file, tensors that contradict config.json or
+            hold NaN or infinities where 4-bit codes are needed, or a mesh that does not serve.
         TypeError: quant or lora is no configuration.
     """
     for name, given, kind in (("quant", quant, QuantConfig), ("lora", lora, LoraConfig)):
@@ -205,7 +194,7 @@ def load_model(
     quantized_here = None if stored is not None else quant
     prepare = _preparation(lora, quantized_here, starts)
     places = {} if mesh is None else shardings_of(model, mesh, over=over)
-    _fill(model, checkpoint, slots, quantized_here, prepare, progress, stream_weights, places)
+    fill(model, checkpoint, slots, quantized_here, prepare, progress, stream_weights, places)
     place = None if mesh is None else functools.partial(spread, mesh=mesh, over=over)
     if lora is not None:
         # Adapters come last: some are made from the weights. Layers are called as in a text model,
@@ -218,71 +207,6 @@ def load_model(
     if trainable_base:
         unfreeze(model)
     return model
-
-
-def _fill(
-    model: nnx.Module,
-    checkpoint: Checkpoint,
-    slots: dict[str, Slot],
-    quant: QuantConfig | None,
-    prepare: Callable[[str, tuple[str, ...], Any], Any],
-    progress: bool,
-    stream_weights: bool,
-    places: Mapping[tuple, Any],
-) -> None:
-    """Reads every tensor into its place; the abstract Variables become arrays on the device.
-
-    `quant` is how dense tensors of the file are quantized; None where they are packed already.
-    `prepare` (see `_preparation`) sees every linear weight first. With `stream_weights` the large
-    leaves of stacks become arrays in pinned host memory. `places` says where on several devices the
-    arrays of each path lie (`shardings_of`).
-    """
-    filled: dict[tuple[str, ...], Any] = {}
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("loading"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}% {task.fields[tensor]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not (progress and console.is_terminal),
-    )
-    with bar:
-        sizes = {name: math.prod(checkpoint.tensors[name].shape) for name in slots}
-        task = bar.add_task("loading", total=sum(sizes.values()), tensor="")
-        largest, waiting = max(sizes.values()), 0
-        for name, slot in slots.items():
-            bar.update(task, tensor=name)
-            path = slot.path
-            struct = node_at(model, path).get_value()
-            if path not in filled:
-                hosted = stream_weights and bool(slot.stack_index)
-                filled[path] = _empty(struct, hosted, places.get(path))
-            if isinstance(struct, QuantizedTensor) and is_vocabulary(model, slot):
-                filled[path] = _put_vocabulary(filled[path], dense(checkpoint.read(name)))
-                bar.advance(task, sizes[name])
-                continue
-            if waiting + sizes[name] > largest:
-                # Or the reader runs ahead, and tensors pile up in front of the device.
-                jax.block_until_ready(filled)
-                waiting = 0
-            # The tensor has no name here: it would outlive its turn and lie beside the next one.
-            filled[path] = put(
-                filled[path],
-                _brought(
-                    prepare(name, path, checkpoint.read(name)),
-                    filled[path],
-                    len(slot.stack_index),
-                    quant,
-                ),
-                tuple(map(np.int32, slot.stack_index)),
-                quant,
-            )
-            waiting += sizes[name]
-            bar.advance(task, sizes[name])
-    for path, value in filled.items():
-        node_at(model, path).set_value(value)
 
 
 def _preparation(
@@ -306,94 +230,3 @@ def _preparation(
         return base
 
     return prepare
-
-
-def _empty(struct: Any, hosted: bool, place: Any) -> Any:
-    """Zeros of these shapes, in the memory where `streaming` looks for them, and where `place` says
-    on several devices (None: on the default one)."""
-
-    def zeros(leaf: Any, sharding: Any) -> Array:
-        if hosted and streaming.streams(leaf):
-            # Made on the host: zeros from the device would need room for the whole stack there.
-            return streaming.to_host(np.zeros(leaf.shape, leaf.dtype), sharding)
-        return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
-
-    if place is None:
-        return jax.tree.map(lambda leaf: zeros(leaf, None), struct)
-    return jax.tree.map(zeros, struct, place)
-
-
-def _brought(tensor: Any, stack: Any, axes: int, quant: QuantConfig | None) -> Any:
-    """A file's tensor on the device; or, of a stack on several, its parts beside the stack's.
-
-    Args:
-        tensor: dense, or packed.
-        stack: as `put` takes it.
-        axes: how many leading axes the stack has that the tensor has not.
-        quant: as `put` takes it.
-    """
-    if not isinstance(jax.tree.leaves(stack)[0].sharding, jax.sharding.NamedSharding):
-        return jax.tree.map(jnp.asarray, tensor)
-    if isinstance(tensor, QuantizedTensor) != isinstance(stack, QuantizedTensor):
-        tensor = _in_form(jax.tree.map(jnp.asarray, tensor), stack, quant)
-
-    leaves, treedef = jax.tree.flatten(tensor)
-    places: list[Any] = [whole.sharding for whole in jax.tree.leaves(stack)]
-    parts = []
-    for leaf, place in zip(leaves, places, strict=True):
-        # In the device's own memory, also where the stack rests on the host: `put` goes on.
-        spec = jax.sharding.PartitionSpec(*place.spec[axes:])
-        parts.append(distribute(leaf, jax.sharding.NamedSharding(place.mesh, spec)))
-    return jax.tree.unflatten(treedef, parts)
-
-
-def _put_vocabulary(codes: QuantizedTensor, matrix: np.ndarray) -> QuantizedTensor:
-    """The packed matrix, which is used up, filled from a dense one on the host, a piece of its rows
-    on the device at a time."""
-    config = QuantConfig(codes.quant_type, codes.blocksize, codes.double_quant)
-    size = rows_at_once(codes.shape[1])
-    for start in range(0, codes.shape[0], size):
-        piece = quantize(jnp.asarray(matrix[start : start + size]), config)
-        codes = put_piece(codes, _brought(piece, codes, 0, None), jnp.int32(start))
-        jax.block_until_ready(codes)
-    return codes
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def put_piece(codes: QuantizedTensor, rows: QuantizedTensor, start: Array) -> QuantizedTensor:
-    """The packed matrix, which is used up, with rows from `start` on in their place."""
-    # The tree's static part is the matrix's: its dtype is what the model computes in.
-    return put_rows(codes, start + jnp.arange(rows.shape[0]), rows)
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def put(stack: Any, tensor: Any, index: tuple[Array, ...], quant: QuantConfig | None) -> Any:
-    """The stack, which is used up, with one tensor in its place.
-
-    Args:
-        stack: arrays, or a `QuantizedTensor`, with leading axes for layers (and experts); in
-            device memory, or in pinned host memory, where they are updated in place too.
-        tensor: one of them, from a file: dense, or packed. What the file packs and the model does
-            not (a router, a classifier's head) is dequantized.
-        index: where, along the leading axes.
-        quant: how a dense tensor is quantized, from the file's own numbers; None where it is not.
-    """
-    tensor = _in_form(tensor, stack, quant)
-    wholes, treedef = jax.tree.flatten(stack)
-    # The tree's static part is the stack's: its dtype is what the model computes in.
-    filled = []
-    for whole, part in zip(wholes, jax.tree.leaves(tensor), strict=True):
-        # One more axis for each that the stack has, and to where the stack rests: a slice of it.
-        part = part.astype(whole.dtype).reshape((1,) * len(index) + part.shape)
-        part = jax.device_put(part, jax.typeof(whole).memory_space)
-        start = (*index, *[jnp.int32(0)] * (whole.ndim - len(index)))
-        filled.append(jax.lax.dynamic_update_slice(whole, part, start))
-    return jax.tree.unflatten(treedef, filled)
-
-
-def _in_form(tensor: Any, stack: Any, quant: QuantConfig | None) -> Any:
-    """A tensor quantized or dequantized, where its stack is in the other form."""
-    packed = isinstance(tensor, QuantizedTensor)
-    if isinstance(stack, QuantizedTensor):
-        return tensor if packed or quant is None else quantize(tensor, quant)
-    return tensor.dequantize(stack.dtype) if packed else tensor

@@ -18,7 +18,7 @@ from jax.extend import core as jex_core
 from jaxtyping import PyTree
 
 from pallas_kernels.cards import Card
-from qlora_jax.checkpoints.load import put
+from qlora_jax.checkpoints.fill import put
 from qlora_jax.data import Batch, PackedBatch, Seq2SeqBatch
 from qlora_jax.evaluate import LossFn, loss_for, split_adapters
 from qlora_jax.models import (

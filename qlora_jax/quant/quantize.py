@@ -28,8 +28,8 @@ def quantize(
         The quantized tensor; `dtype` and `shape` are the weight's. Of a weight on a mesh with
         Explicit axes, codes and absmax are cut as its rows are, where that cuts no block.
 
-    A NaN or an infinity is not looked for: what its block, or with double quantization the tensor,
-    stands for then depends on the device.
+    A NaN or an infinity is not looked for (`load_model` does): what its block, or with double
+    quantization the tensor, stands for then depends on the device.
 
     Raises:
         TypeError: the weight is not one of these dtypes, or `config` is none.

@@ -8,7 +8,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import qlora_jax as ql
-from qlora_jax.checkpoints import load, load_model, open_checkpoint, quantized, save_model
+from qlora_jax.checkpoints import fill, load_model, open_checkpoint, quantized, save_model
 from qlora_jax.checkpoints.matching import linear_weights
 from qlora_jax.checkpoints.save import save_checkpoint
 from qlora_jax.models import FAMILIES, EncoderClassifier
@@ -36,8 +36,8 @@ def test_codes_are_those_of_the_files_numbers(folder, bits, monkeypatch) -> None
             seen.append(rows.shape)
         return quantize(rows, config)
 
-    monkeypatch.setattr(load, "rows_at_once", lambda width: 7)
-    monkeypatch.setattr(load, "quantize", pieces)
+    monkeypatch.setattr(fill, "rows_at_once", lambda width: 7)
+    monkeypatch.setattr(fill, "quantize", pieces)
     model = load_model(folder, embedding_bits=bits, **OPTIONS)
     assert seen == 2 * [*[(7, 32)] * 3, (3, 32)]
     tensors = load_file(folder / "model.safetensors")

@@ -201,6 +201,7 @@ def test_16_bit_file(original, tmp_path):
 
 
 NAME = "model.layers.1.mlp.up_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,42 @@ def test_what_contradicts_the_config_is_refused_before_any_number_is_read(
     with pytest.raises(ValueError, match=message) as error:
         load_model(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (NAME, {}),
+        (NAME, {"quant": QuantConfig("fp4", double_quant=False)}),
+        (NAME, {"quant": QuantConfig("int8", blocksize=128)}),
+        (NAME, {"stream_weights": True}),
+        (EMBEDDING, {"embedding_bits": 8}),
+    ],
+)
+def test_a_number_that_no_code_stands_for_is_refused(folder, name, options, number):
+    def spoil(tensors):
+        tensors[name][1, 2] = number
+
+    change_tensors(folder, spoil)
+    message = rf"^1 tensor\(s\) of .* hold NaN or infinities.*, {name} first: the file is damaged"
+    with pytest.raises(ValueError, match=message):
+        load_model(folder, **options)
+    # Dense, it is nobody's but its own row's.
+    assert not np.isfinite(load_model(folder, **DENSE)(IDS)).all()
+
+
+def test_scales_of_packed_weights_are_to_be_finite(folder, tmp_path):
+    packed = tmp_path / "packed"
+    save_model(packed, load_model(folder, lora=None))
+
+    def spoil(tensors):
+        quantized = tensors[f"{NAME}.nested_absmax"]
+        quantized[0] = np.nan
+
+    change_tensors(packed, spoil)
+    with pytest.raises(ValueError, match=f"hold NaN or infinities.*, {NAME} first"):
+        load_model(packed)
 
 
 def test_config_is_missing(folder):

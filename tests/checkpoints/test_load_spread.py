@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.checkpoints import load, load_adapter, load_model, save_adapter, save_model
+from qlora_jax.checkpoints import fill, load, load_adapter, load_model, save_adapter, save_model
 from qlora_jax.models import DecoderConfig, spread, streaming
 from qlora_jax.nn import LoraConfig
 from qlora_jax.quant import QuantConfig
@@ -77,7 +77,7 @@ def most(monkeypatch):
 
     # Whatever is called with a tensor: it is alive still when its result is.
     for name in ("quantize", "put", "put_piece", "_brought"):
-        monkeypatch.setattr(load, name, watched(getattr(load, name)))
+        monkeypatch.setattr(fill, name, watched(getattr(fill, name)))
     adapt = load.add_lora
     monkeypatch.setattr(
         load,

@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels.cards import CARDS
 from pallas_kernels.compile_for import compile_for
-from qlora_jax.checkpoints.load import put_piece
+from qlora_jax.checkpoints.fill import put_piece
 from qlora_jax.models import chunked_cross_entropy
 from qlora_jax.plan import program_bytes
 from qlora_jax.plan.workload import Program, tree_bytes

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from pallas_kernels.cards import CARDS
-from qlora_jax.checkpoints import load, load_model, save_model
+from qlora_jax.checkpoints import fill, load_model, save_model
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.nn import LoraConfig
 from qlora_jax.plan import Workload, find_config, program_bytes
@@ -57,7 +57,7 @@ def test_arrays_alive_while_loading_are_the_model_and_two_tensors(quant, tmp_pat
         most = max(most, now)
         return now
 
-    put = load.put
+    put = fill.put
 
     def watched(*args):
         alive()
@@ -65,7 +65,7 @@ def test_arrays_alive_while_loading_are_the_model_and_two_tensors(quant, tmp_pat
         alive()
         return result
 
-    monkeypatch.setattr(load, "put", watched)
+    monkeypatch.setattr(fill, "put", watched)
     model = load_model(tmp_path, quant=quant, lora=LoraConfig(r=4))
     alive()
     final = tree_bytes(nnx.state(model))
