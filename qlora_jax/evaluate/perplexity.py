@@ -88,7 +88,10 @@ def make_eval_step(
     """A jitted (lora, frozen, batch) -> (sum of token losses, token count), without dropout."""
 
     def step(lora: PyTree, frozen: PyTree, batch: Any) -> tuple[Array, Array]:
-        return loss_fn(nnx.merge(graphdef, lora, frozen), batch, None)
+        model = nnx.merge(graphdef, lora, frozen)
+        # A module's own dropout needs no key to be brought.
+        model.eval()
+        return loss_fn(model, batch, None)
 
     return jax.jit(step, compiler_options=dict(compiler_options) if compiler_options else None)
 

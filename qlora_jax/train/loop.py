@@ -15,11 +15,13 @@ import optax
 from flax import nnx
 from rich.console import Console
 
+from qlora_jax.data import Examples, Pairs
 from qlora_jax.evaluate import LossFn, causal_lm_loss
 from qlora_jax.processes import is_first, on_first
 from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.config import TrainConfig
+from qlora_jax.train.fingerprint import fingerprint
 from qlora_jax.train.progress import ProgressDisplay
 from qlora_jax.train.run import EpochBatches, FitResult, Run, StepBatches
 from qlora_jax.train.run_folder import (
@@ -70,11 +72,13 @@ def fit(
       loss_fn: (model, batch, dropout key) -> (sum of token losses, token count).
       tx: the optimizer instead of `config.optimizer()`; name it in `identity`. What is logged as
         `learning_rate` is `config`'s all the same.
-      identity: what else decides the run (model, data, adapters …), by name; kept in config.json
-        and compared on resuming.
+      identity: what else decides the run (base model, data, adapters …), by name; kept in
+        config.json and compared on resuming, beside `config` and what is read off the model and the
+        first batch (`fingerprint.py`).
       identity_defaults: what a run did that was begun before `identity` had a name, by name; None
         for those that are not here.
-      identity_free: dotted names in `identity` that may differ on resuming.
+      identity_free: dotted names in `identity` that may differ on resuming; "adapters",
+        "quantized", "first_batch" of what is read.
       save_adapter: called at the end with `run_folder/adapter` and the model, and beside each
         checkpoint before with `run_folder/adapters/STEP`, for instance
         `lambda folder, model: ql.save_adapter(folder, model, lora_config, base_name)`.
@@ -89,9 +93,11 @@ def fit(
     Raises:
       ValueError: the folder holds a run with another configuration; the model has no adapters; a
         batch does not have the configured shape.
+      TypeError: an argument is of another kind than these.
       RuntimeError: another process is writing the folder.
       FloatingPointError: loss or gradients became NaN or infinite, naming the step.
     """
+    _check_kinds(batches, config, eval_batches, probes, callbacks)
     folder = Path(run_folder)
     with contextlib.ExitStack() as stack:
         if not folder_is_locked:
@@ -100,7 +106,7 @@ def fit(
             Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
         )
         started = checkpoints.latest_step() is not None
-        described = describe_run(config, identity or {})
+        described = describe_run(config, identity or {}, fingerprint(model, batches))
         on_first(
             lambda: check_or_write_config(
                 folder,
@@ -140,6 +146,27 @@ def fit(
         keep_adapter(run.state.lora)
     console.print(_summary(result), highlight=False, markup=False, soft_wrap=True)
     return result
+
+
+def _check_kinds(
+    batches: Any, config: Any, eval_batches: Any, probes: Sequence[Any], callbacks: Sequence[Any]
+) -> None:
+    """Refuses what would be found out in the midst of the run."""
+    of_batches = isinstance(eval_batches, EpochBatches | Sequence | None)
+    # A sequence, too, but not of batches.
+    of_rows = isinstance(eval_batches, Examples | Pairs)
+    for name, given, fits, needed in (
+        ("batches", batches, isinstance(batches, StepBatches), "Batches, or what has .at(step)"),
+        ("config", config, isinstance(config, TrainConfig), "a TrainConfig"),
+        ("eval_batches", eval_batches, of_batches and not of_rows, "Batches, or a list of batches"),
+        *(("probes", each, isinstance(each, Probe), "a list of Probe") for each in probes),
+        *(
+            ("callbacks", each, isinstance(each, Callback), "a list of Callback")
+            for each in callbacks
+        ),
+    ):
+        if not fits:
+            raise TypeError(f"{name} is {needed}, but a {type(given).__name__} is given.")
 
 
 def _summary(result: FitResult) -> str:

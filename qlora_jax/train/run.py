@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, PyTree
 
+from qlora_jax.data import IGNORE
 from qlora_jax.evaluate import Evaluation, LossFn, evaluate, make_eval_step, split_adapters
 from qlora_jax.models import check_remat, spread_rows, streaming
 from qlora_jax.models.neftune import set_noise
@@ -114,6 +115,7 @@ class Run:
             compiler_options=options,
         )
         self.eval_step = make_eval_step(graphdef, loss_fn, compiler_options=options)
+        self.vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
         self.graphdef, self.probes, self.say = graphdef, probes, say
         self.keep_adapter = keep_adapter
         self.clock = Clock()
@@ -173,6 +175,7 @@ class Run:
 
     def dispatch(self, step: int, batch: Any) -> None:
         """Start one step, then read the metrics of the one before."""
+        _check_ids(batch, self.vocabulary, step)
         shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
         rows = spread_rows(batch, self.state.lora, axis=1)
         compiles = shape not in self.compiled
@@ -289,7 +292,10 @@ class Run:
             if step is None
             else f"The last good checkpoint, step {step}, is kept in {self.checkpoints.folder}"
         )
-        return f"{kept}; try a lower learning_rate or a warmup in a new run folder."
+        return (
+            f"{kept}; load the model anew, and try a lower learning_rate or a warmup in a new run "
+            "folder."
+        )
 
 
 @jax.jit
@@ -314,6 +320,22 @@ def _stacked(batch: Any, config: TrainConfig) -> Any:
         )
 
     return jax.tree.map(stacked, batch)
+
+
+def _check_ids(batch: Any, vocabulary: int | None, step: int) -> None:
+    """Refuses token ids that the model has no rows for, of which an embedding makes NaN, or another
+    token's row."""
+    for name in ("input_ids", "labels"):
+        ids = getattr(batch, name, None)
+        if vocabulary is None or not isinstance(ids, np.ndarray) or ids.dtype.kind != "i":
+            continue
+        ignored = (ids == IGNORE) & (name == "labels")
+        wrong = ids[((ids < 0) & ~ignored) | (ids >= vocabulary)]
+        if wrong.size:
+            raise ValueError(
+                f"step {step} reads {name} with {wrong[0]}, but the model knows the {vocabulary} "
+                "tokens from 0 on: tokenize with its own tokenizer, or add tokens (ql.add_tokens)."
+            )
 
 
 def _real_tokens(batch: Any) -> int:

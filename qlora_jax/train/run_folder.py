@@ -175,8 +175,11 @@ def _refuse_other_host(folder: Path, path: Path, descriptor: int) -> None:
     print(f"{told}, and shows no sign of life: going on here", file=sys.stderr, flush=True)
 
 
-def describe_run(config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of config.json: what must be equal on resuming, and the versions it ran with."""
+def describe_run(
+    config: TrainConfig, identity: Mapping[str, Any], found: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The content of config.json: what must be equal on resuming (of which `fingerprint` has
+    `found` a part), and the versions it ran with."""
     versions = {
         name: importlib.metadata.version(name)
         for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -184,6 +187,7 @@ def describe_run(config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, 
     description = {
         "train": dataclasses.asdict(config),
         "run": dict(identity),
+        "found": dict(found or {}),
         "versions": {
             "python": platform.python_version(),
             **versions,
@@ -240,9 +244,11 @@ def check_or_write_config(
         "train": FREE_ON_RESUME | ({"steps"} if further else set()),
         "run": frozenset(free),
     }
+    if "found" in before:  # an older version has not looked
+        may_differ["found"] = frozenset(free)
     differing = [
         f"{name} (was {old}, is {new})"
-        for section in ("train", "run")
+        for section in may_differ
         for name, old, new in _differences(
             before.get(section, {}), description[section], known[section]
         )

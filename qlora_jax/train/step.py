@@ -9,7 +9,8 @@ Three choices make it a QLoRA step:
   `lax.scan` (`accumulate.py`), and the sum is divided once, by the trained tokens of the whole
   step. Accumulation therefore equals the large batch however tokens are spread over micro-batches
   (a mean of micro-batch means does not: transformers issue 34191).
-- Randomness is a function of (seed, step, micro-batch), so a resumed run drops the same units.
+- Randomness is a function of (seed, step, micro-batch), so a resumed run drops the same units,
+  whether the key reaches them by `loss_fn` or by a module's own `nnx.Rngs`.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,6 +28,9 @@ from qlora_jax.processes import distribute
 from qlora_jax.train import in_backward
 from qlora_jax.train.accumulate import accumulated
 
+# Apart from what a loss function makes of the same key.
+_STREAMS = 0x5EED
+
 
 class TrainState(NamedTuple):
     """All that changes during training, and all that a checkpoint must hold.
@@ -39,6 +43,17 @@ class TrainState(NamedTuple):
     lora: PyTree[Float[Array, "..."]]
     opt_state: PyTree
     rng: Key[Array, ""]
+
+
+def _reseed(model: nnx.Module, key: Key[Array, ""]) -> None:
+    """Gives a module's own streams of random keys (`nnx.Rngs`, of `nnx.Dropout` and the like) those
+    of this micro-batch: their counts do not outlive a step."""
+    streams = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream))
+    for index, stream in enumerate(streams):
+        own = jax.random.fold_in(jax.random.fold_in(key, _STREAMS), index)
+        shape = stream.key.shape
+        stream.key.set_value(jax.random.split(own, shape) if shape else own)
+        stream.count.set_value(jnp.zeros(shape, jnp.uint32))
 
 
 class StepMetrics(NamedTuple):
@@ -125,7 +140,10 @@ def make_train_step(
     def summed_loss(
         lora: PyTree, frozen: PyTree, batch: Any, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        found = loss_fn(nnx.merge(graphdef, lora, frozen), batch, key)
+        # Copied: variables that came from outside of the gradient may not change inside it.
+        model = nnx.merge(graphdef, lora, frozen, copy=True)
+        _reseed(model, key)
+        found = loss_fn(model, batch, key)
         if not isinstance(found, (tuple, list)) or len(found) != 2:
             raise TypeError(
                 f"loss_fn returned {found!r}, but (sum of losses, their count) is needed, of which "

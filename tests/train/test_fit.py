@@ -15,12 +15,12 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from qlora_jax.data import Pair, Seq2SeqBatches
+from qlora_jax.data import Pair, Pairs, Seq2SeqBatches
 from qlora_jax.train import Checkpoints, Probe, TrainConfig, WandB, clock, fit
 from qlora_jax.train.callbacks import MetricsFile, TensorBoard, read_lines
 from qlora_jax.train.progress import ProgressDisplay
 from qlora_jax.train.run import _real_tokens
-from tests.train.toy import Toy, ToyBatches, adapters, toy_loss
+from tests.train.toy import VOCABULARY, Toy, ToyBatches, adapters, toy_loss
 
 CONFIG = TrainConfig(
     steps=12, learning_rate=3e-2, micro_batch_size=4, save_every=4, eval_every=5, log_every=5
@@ -310,6 +310,50 @@ def test_tensorboard_hides_what_is_computed_again(tmp_path, monkeypatch):
     for step in (0, 7):
         TensorBoard(tmp_path).start(step)
     assert opened == [{"purge_step": None}, {"purge_step": 8}]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("input_ids", 24), ("input_ids", -100), ("labels", 24), ("labels", -1)]
+)
+def test_tokens_that_the_model_has_no_row_for_are_refused(name, wrong, tmp_path):
+    class Wrong(ToyBatches):
+        def at(self, step):
+            batch = super().at(step)
+            getattr(batch, name)[2, 3] = wrong if step == 1 else -100 if name == "labels" else 0
+            return batch
+
+    model = Toy()
+    model.config = types.SimpleNamespace(vocab_size=VOCABULARY)
+    message = f"step 2 reads {name} with {wrong}, but the model knows the 24 tokens from 0 on"
+    with pytest.raises(ValueError, match=message):
+        _fit(tmp_path, model=model, batches=Wrong(4))
+    assert all(np.isfinite(array).all() for array in adapters(model))
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"batches": [ToyBatches(4).at(0)]},
+            r"batches is Batches, or what has .at\(step\), but a l",
+        ),
+        ({"config": {"steps": 3}}, "config is a TrainConfig, but a dict is given"),
+        (
+            {"eval_batches": ToyBatches(4)},
+            "eval_batches is Batches, or a list of batches, but a Toy",
+        ),
+        ({"eval_batches": Pairs()}, "eval_batches is Batches, or a list of batches, but a Pairs"),
+        ({"callbacks": [print]}, "callbacks is a list of Callback, but a builtin_function"),
+        ({"probes": [_Silent()]}, "probes is a list of Probe, but a _Silent is given"),
+    ],
+)
+def test_other_kinds_of_arguments_are_refused_before_anything_is_written(
+    options, message, tmp_path
+):
+    with pytest.raises(TypeError, match=message):
+        _fit(tmp_path / "run", **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_encoder_decoders_speed_counts_targets_too():

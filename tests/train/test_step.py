@@ -9,6 +9,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_jax.evaluate import perplexity
+from qlora_jax.nn import LoraConfig
 from qlora_jax.optim import paged
 from qlora_jax.train import TrainConfig, init_state, make_train_step
 from tests.train.toy import Toy, ToyBatch, ToyBatches, toy_loss
@@ -59,6 +61,63 @@ def test_loss_and_gradient_are_those_of_the_mean_over_trained_tokens():
     np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(gradient), rtol=1e-5)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+class _WithStreams(Toy):
+    """Drops out by streams of random keys of its own: Flax's, the layer's, and one for each row."""
+
+    def __init__(self):
+        super().__init__()
+        rngs = nnx.Rngs(7, rows=8)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head.adapt([LoraConfig(r=4, lora_dropout=0.5)], rngs, rngs)
+        self.rows = rngs.rows.split(4)
+
+    def __call__(self, input_ids, *, dropout_key=None):
+        embedded = self.dropout(self.embed(input_ids))
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.9, embedded.shape[1:]))
+        if not self.dropout.deterministic:
+            embedded *= kept(self.rows.key[...])
+        return self.head(embedded)
+
+
+def test_a_modules_own_dropout_goes_by_seed_and_step():
+    batch = ToyBatches(2, 4).at(0)
+    graphdef, lora, frozen = _split(_WithStreams())
+    tx = optax.sgd(0.0)
+    step = make_train_step(graphdef, tx, toy_loss)
+
+    def losses(steps, seed=0, begin=0):
+        state = init_state(jax.tree.map(jnp.copy, lora), tx, seed=seed)
+        state = state._replace(step=state.step + begin)
+        found = []
+        for _ in range(steps):
+            state, metrics = step(state, frozen, batch)
+            found.append(float(metrics.loss))
+        return found
+
+    first = losses(3)
+    assert len(set(first)) == 3
+    assert losses(3) == first
+    assert losses(1, begin=2) == first[2:]
+    assert losses(1, seed=1)[0] not in first
+    # Micro-batches of the same rows drop different units.
+    alike = jax.tree.map(lambda leaf: leaf[[0, 0]], batch)
+    state = init_state(jax.tree.map(jnp.copy, lora), tx, seed=0)
+    _, twice = step(state, frozen, alike)
+    state = init_state(jax.tree.map(jnp.copy, lora), tx, seed=0)
+    _, once = step(state, frozen, jax.tree.map(lambda leaf: leaf[:1], batch))
+    assert float(twice.loss) != float(once.loss)
+
+
+def test_nothing_drops_out_in_an_evaluation():
+    model = _WithStreams()
+    batches = [ToyBatches(4).at(0)]
+    found = [perplexity(model, batches, loss_fn=toy_loss).loss for _ in range(2)]
+    assert not model.dropout.deterministic
+    model.eval()
+    total, count = toy_loss(model, batches[0], None)
+    assert found[0] == found[1] == pytest.approx(float(total) / int(count), rel=1e-6)
 
 
 def test_a_count_may_be_pythons_own():
