@@ -309,7 +309,8 @@ def test_tensorboard_hides_what_is_computed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(TensorBoard, "available", staticmethod(lambda: True))
     for step in (0, 7):
         TensorBoard(tmp_path).start(step)
-    assert opened == [{"purge_step": None}, {"purge_step": 8}]
+    # What failed before its first checkpoint may have been another run.
+    assert opened == [{"purge_step": 0}, {"purge_step": 8}]
 
 
 def test_an_encoder_decoders_speed_counts_targets_too():
