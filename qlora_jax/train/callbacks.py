@@ -132,8 +132,8 @@ class TensorBoard:
         return importlib.util.find_spec("tensorboardX") is not None
 
     def start(self, step: int) -> None:
-        """Open a new event file; TensorBoard hides what an earlier one holds after `step` (all, where
-        the run begins anew)."""
+        """Open a new event file; TensorBoard hides what an earlier one holds after `step`: all of
+        it, where the run begins anew."""
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else 0)
