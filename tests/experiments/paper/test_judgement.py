@@ -16,6 +16,7 @@ from qlora_jax.evaluate import (
     MmluResult,
     Percent,
     Rating,
+    Ratings,
     make_matches,
     read_answers,
     read_questions,
@@ -223,6 +224,7 @@ def test_the_tables_hold_what_elo_found(tmp_path, monkeypatch):
     assert [line["system"] for line in lines] == ["b", "a", "c"]
     assert float(lines[0]["per judgement"]) == float(lines[0]["per question"]) == 1020
     rated = [Rating("1", first, second, (1, 0)) for first, second in ("ab", "bc")]
+    assert not elo.judged_twice(Ratings(tuple(rated), {}))
     table = elo.elo_table("own", "", {"b": 1030}, {"judgement": played(make_matches(rated))})
     assert table.rows[0][:2] == ("b", 1030)
     assert table.rows[0][2:] == (1020.0, pytest.approx(1.96 * 20), "1001 to 1039", "-10.0")
