@@ -198,6 +198,14 @@ def test_a_packed_vocabulary_takes_the_compilers_bytes():
     assert base(None) - base(4) == pytest.approx(1.96 - 0.55, abs=0.01)
 
 
+@pytest.mark.parametrize(("remat", "products"), [("full", 4), ("none", 3)])
+def test_of_an_adapters_weights_the_gradient_is_computed_too(remat, products):
+    config = llama("huggyllama/llama-7b")
+    flops = [flops_per_token(config, LoraConfig(r=r), 512, remat) for r in (64, 32)]
+    half = adapter_parameters(config, LoraConfig(r=32))
+    assert flops[0] - flops[1] == pytest.approx(half * 2 * products)
+
+
 def test_utilisation_is_within_what_was_measured():
     config = llama("huggyllama/llama-7b")
     reached = [

@@ -152,6 +152,11 @@ def test_answers_are_the_adapters_and_as_asked(
     assert f"{tiny_model}, adapter {'d' * 12}, nf4, float32, {style}, " in row["model_id"]
     assert row["model_id"].endswith(", T=0.7, p=0.8, 6 tokens, seed 5")
     assert row["generation_truncated"] == "text"
+    # What goes on asks what has no answer yet, in whatever order the questions are now.
+    questions.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS[::-1]))
+    assert answer(tiny_model, questions, out, "--format", style, *flags[:-2]) == 0
+    rows = map(json.loads, out.read_text().splitlines())
+    assert [row["question_id"] for row in rows] == [1, 3, 2]
 
 
 def test_a_kill_while_a_half_line_is_taken_off_costs_no_answer(tmp_path, monkeypatch):
