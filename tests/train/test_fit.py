@@ -303,14 +303,20 @@ def test_wandb_gets_the_same_numbers(monkeypatch, tmp_path):
 
 
 def test_tensorboard_hides_what_is_computed_again(tmp_path, monkeypatch):
-    opened = []
-    fake = types.SimpleNamespace(SummaryWriter=lambda folder, **options: opened.append(options))
+    opened, written = [], []
+    writer = types.SimpleNamespace(add_scalar=lambda *given: written.append(given))
+    fake = types.SimpleNamespace(
+        SummaryWriter=lambda folder, **options: opened.append(options) or writer
+    )
     monkeypatch.setitem(sys.modules, "tensorboardX", fake)
     monkeypatch.setattr(TensorBoard, "available", staticmethod(lambda: True))
     for step in (0, 7):
-        TensorBoard(tmp_path).start(step)
+        outlet = TensorBoard(tmp_path)
+        outlet.start(step)
     # What failed before its first checkpoint may have been another run.
     assert opened == [{"purge_step": 0}, {"purge_step": 8}]
+    outlet.log(8, {"loss": 2.0, "eval_loss": 1.5})
+    assert written == [("train/loss", 2.0, 8), ("eval/loss", 1.5, 8)]
 
 
 def test_an_encoder_decoders_speed_counts_targets_too():
@@ -325,7 +331,7 @@ def test_tensorboard_needs_its_package(tmp_path, monkeypatch):
         TensorBoard(tmp_path)
 
 
-def test_plain_lines_say_where_a_run_resumed():
+def test_plain_lines_say_where_a_run_resumed_begins_and_ends():
     output = io.StringIO()
     display = ProgressDisplay(20, console=Console(file=output), log_every=10)
     display.start(7)
@@ -335,3 +341,8 @@ def test_plain_lines_say_where_a_run_resumed():
         "resumed after step 7 of 20",
         "step 10/20: loss 1.5000 · 1,234 tokens/s · 61 s left",
     ]
+    display = ProgressDisplay(15, console=Console(file=output), log_every=10)
+    for step in range(1, 16):
+        display.log(step, {"loss": 1.0})
+    told = [line.split(":")[0] for line in output.getvalue().splitlines()[2:]]
+    assert told == ["step 1/15", "step 10/15", "step 15/15"]
