@@ -178,6 +178,31 @@ def test_cells_are_the_product_of_all_lists():
     assert next(c for c in sweep.cells if c.labels["model"] == "stdlib-1m").run.train.steps == 5
 
 
+def test_what_wins_where_several_say_something():
+    length = "data.target_max_len"
+    mine = {"source": "x.json", "target_max_len": 2, "columns": {"input": "question"}}
+    tree = {
+        "data": {"target_max_len": 1, "columns": {"output": "answer"}},
+        "datasets": {"mine": mine, "theirs": {"source": "y.json"}},
+    }
+    rules = [{"when": {"dataset": "mine"}, "set": {length: n}} for n in (3, 4)]
+    axes = {"length": {"six": {length: 6}, "any": {}}}
+
+    def found(settings=None, **more):
+        return [cell.run.data for cell in build_sweep({**tree, **more}, "a test", settings).cells]
+
+    assert [data.columns for data in found()] == [
+        {"output": "answer", "input": "question"}, {"output": "answer"}
+    ]  # fmt: skip
+    for data, expected in (
+        (found(), [2, 1]),
+        (found(rules=rules), [4, 1]),
+        (found({length: 5}, rules=rules), [5, 5]),
+        (found({length: 5}, rules=rules, axes=axes), [6, 5, 6, 5]),
+    ):
+        assert [one.target_max_len for one in data] == expected
+
+
 def test_a_section_of_an_axis_leaves_the_rest_of_the_files_section():
     methods = {"wide": {"lora": {"r": 16}}, "FP4": {"quant": {"quant_type": "fp4"}}, "4": {}}
     tree = {"lora": {"alpha": 32}, "quant": {"blocksize": 128}, "axes": {"method": methods}}

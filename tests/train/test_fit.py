@@ -346,3 +346,7 @@ def test_plain_lines_say_where_a_run_resumed_begins_and_ends():
         display.log(step, {"loss": 1.0})
     told = [line.split(":")[0] for line in output.getvalue().splitlines()[2:]]
     assert told == ["step 1/15", "step 10/15", "step 15/15"]
+    bar = ProgressDisplay(20, console=Console(file=output, force_terminal=True), log_every=10)
+    bar.start(7)
+    assert bar._bar.tasks[0].completed == 7
+    bar.close()
