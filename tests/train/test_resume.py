@@ -354,5 +354,18 @@ def test_a_checkpoint_of_other_adapters_is_refused(tmp_path):
         checkpoints.restore(wide)
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    adam, _, _ = _state(10**9)
+    plain = adam._replace(opt_state=())
+    for name, one, other, words in (
+        ("more", adam, plain, r"opt_state\S+ \(saved \S+, expected nothing\), .* …; resume with"),
+        ("less", plain, adam, r"opt_state\S+ \(saved nothing, expected \S+\), .* …; resume with"),
+    ):
+        with Checkpoints(tmp_path / name, keep=1) as checkpoints:
+            checkpoints.save(one)
+            with pytest.raises(ValueError, match=words):
+                checkpoints.restore(other)
+
+
 def test_default_config_pages_only_large_moments():
     assert TrainConfig().page_min_size == 100_000
