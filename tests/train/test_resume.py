@@ -87,6 +87,7 @@ def test_a_run_broken_off_by_an_error_resumes_bit_identical(tmp_path, broken_at,
         run(Broken(2, 4))
     kept = adapters_by_step(tmp_path / "run")
     assert list(kept) == [step for step in (5, 10) if step <= broken_at]
+    (tmp_path / "run" / "adapters" / ".DS_Store").touch()  # as a file manager does
     last = max(kept)
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=2) as checkpoints:
         saved = checkpoints._manager.restore(last, args=ocp.args.StandardRestore())

@@ -154,7 +154,7 @@ def test_only_how_a_run_is_watched_may_change(tmp_path):
     free = {"eval_every", "save_every", "keep_checkpoints", "log_every", "update_in_backward"}
     free |= {"paged", "page_min_size", "gradients_on_host"}
     begun = describe_run(TrainConfig(), {})
-    check_or_write_config(tmp_path, begun, started=False)
+    check_or_write_config(tmp_path, begun, started=True)  # of which it was lost
     for name in begun["train"]:
         other = {**begun, "train": {**begun["train"], name: 1 if name == "steps" else "another"}}
         if name in free:
