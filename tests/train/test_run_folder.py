@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,6 +126,15 @@ def test_a_run_that_died_under_another_host_name_is_taken_over(
         assert json.loads((tmp_path / "run.lock").read_text())["host"] == socket.gethostname()
     told = capsys.readouterr().err
     assert "by process 7 on host elsewhere, which did not finish, and shows no sign of" in told
+
+
+def test_a_lock_that_is_taken_away_was_a_living_holders(tmp_path, monkeypatch):
+    path = tmp_path / "run.lock"
+    assert run_folder._is_touched(path)  # between our opening it and our looking at it
+    path.touch()
+    clock = SimpleNamespace(monotonic=lambda: 0, sleep=lambda _: path.unlink())
+    monkeypatch.setattr(run_folder, "time", clock)
+    assert run_folder._is_touched(path)
 
 
 def test_an_unwritable_folder_is_one_sentence(tmp_path):
