@@ -132,9 +132,22 @@ def test_probes_see_the_model_as_it_trains(tmp_path):
     lines = read_lines(tmp_path / "metrics.jsonl")
     found = [(line["step"], line["mmlu_micro"]) for line in lines if "mmlu_micro" in line]
     assert found == [(5, 0.05), (10, 0.1), (12, 0.12)]
+    assert ["loss" in line for line in lines if line["step"] == 5] == [True, False]
     told = [(line["rows"], line["of_numpy"]) for line in lines if "rows" in line]
     assert told == [(5, 0.5), (10, 0.5), (12, 0.5)]
     assert "step 10: mmlu_micro 0.1" in text
+
+
+def test_an_interrupt_while_a_model_is_examined_does_not_keep_the_step(tmp_path):
+    """A run that goes on from it would lack what was to be found."""
+
+    def examine(model, step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _fit(tmp_path, probes=[Probe(5, examine)])
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 4
 
 
 class _Epochs:
