@@ -9,6 +9,7 @@ for every shape of step, kept for the next time.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ from experiments.config import RunConfig
 from experiments.embedded import DATASETS, MODELS
 from experiments.estimate import flops_per_token, hours, memory
 from experiments.presets import SHAPES
-from experiments.room import workload
+from experiments.room import check_lengths, row_length, workload
 from experiments.rows import context_length, examples_of, longest_allowed, model_config
 from experiments.run import dated, is_finished
 from pallas_kernels.cards import Card
-from qlora_jax.data import INSTRUCT, Pairs
+from qlora_jax.data import INSTRUCT, Pairs, load_tokenizer
+from qlora_jax.data.packing import pack
 from qlora_jax.models import DecoderConfig
 from qlora_jax.plan import USABLE, find_config, plan
 
@@ -106,17 +108,39 @@ def _shape(run: RunConfig, folder: Path | None) -> DecoderConfig | None:
 
 
 def _lengths(run: RunConfig, folder: Path | None) -> tuple[int | None, float | None, int | None]:
-    """(rows, mean tokens of an example, tokens of the longest): counted, or what is allowed."""
+    """(training rows, tokens in the mean of what a batch counts as a row, tokens of the longest,
+    padding included): counted, or what is allowed."""
     data = run.data
     local = data.files if data.source in INSTRUCT else data.source
-    there = data.source in DATASETS or (local is not None and Path(local).expanduser().exists())
-    if folder is not None and there:
-        train, *_ = examples_of(data, folder, data.max_len or context_length(folder))
+    held_out = data.validation_source or local
+    rows_are_there = _is_at_hand(local) and _is_at_hand(held_out)
+    if folder is not None and rows_are_there and _has_tokenizer(folder):
+        train, validation, _ = examples_of(data, folder, data.max_len or context_length(folder))
+        check_lengths(data, train, validation)
         if isinstance(train, Pairs):
             return len(train), None, None
-        return len(train), train.tokens / len(train), int(train.lengths.max())
+        length = row_length(data, int(train.lengths.max()))
+        rows = len(pack(train.lengths, length)) if data.packing else len(train)
+        return len(train), train.tokens / rows, length
     most = longest_allowed(data)
-    return None, None if most is None else float(most), most
+    if most is None:
+        return None, None, None
+    length = row_length(data, most)
+    return None, float(length if data.packing else most), length
+
+
+def _is_at_hand(source: str | None) -> bool:
+    return source in DATASETS or (source is not None and Path(source).expanduser().exists())
+
+
+@functools.cache
+def _has_tokenizer(folder: Path) -> bool:
+    """Of a hub model there may be no more than its config.json."""
+    try:
+        load_tokenizer(folder)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _compiled(run: RunConfig, config: DecoderConfig, length: int, card: Card) -> tuple[int, int]:

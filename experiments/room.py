@@ -26,10 +26,14 @@ def row_lengths(data: DataConfig, examples: Examples | Pairs) -> tuple[int, int 
         # As `Seq2SeqBatches` chooses them.
         longest = length_buckets(target, smallest=32)[-1]
         return max(data.buckets or length_buckets(source)), longest
-    longest = int(examples.lengths.max())
+    return row_length(data, int(examples.lengths.max())), None
+
+
+def row_length(data: DataConfig, longest: int) -> int:
+    """Tokens of the row that a decoder's longest example is padded to, or packed into."""
     if data.packing:
-        return data.packed_length or -(-longest // 64) * 64, None
-    return max(data.buckets or length_buckets(longest)), None
+        return data.packed_length or -(-longest // 64) * 64
+    return max(data.buckets or length_buckets(longest))
 
 
 def check_lengths(data: DataConfig, train: Examples | Pairs, validation: Examples | Pairs) -> None:

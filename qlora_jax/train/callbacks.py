@@ -132,10 +132,11 @@ class TensorBoard:
         return importlib.util.find_spec("tensorboardX") is not None
 
     def start(self, step: int) -> None:
-        """Open a new event file; TensorBoard hides what an earlier one holds after `step`."""
+        """Open a new event file; TensorBoard hides what an earlier one holds after `step`: all of
+        it, where the run begins anew."""
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else 0)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One scalar per name, eval_x under eval/x, all others under train/."""

@@ -147,14 +147,15 @@ def _touched(descriptor: int) -> Iterator[None]:
 
 def _is_touched(path: Path) -> bool:
     """Whether somebody touches the file, or takes it away, within `SILENCE`."""
-    before, until = path.stat().st_mtime_ns, time.monotonic() + SILENCE
-    while time.monotonic() < until:
-        time.sleep(BEAT / 10)
-        try:
+    until = time.monotonic() + SILENCE
+    try:
+        before = path.stat().st_mtime_ns
+        while time.monotonic() < until:
+            time.sleep(BEAT / 10)
             if path.stat().st_mtime_ns != before:
                 return True
-        except FileNotFoundError:
-            return True
+    except FileNotFoundError:
+        return True
     return False
 
 

@@ -85,6 +85,12 @@ def test_a_resolved_run_comes_back_from_its_yaml():
         ({"lora": {"dtype": []}}, "a dtype such as float32"),
         ({"lora": {"dtype": "float16"}}, "eps=1e-08, by which AdamW divides, is 0 in lora.dtype"),
         ({"mmlu": {"split": "dev"}}, "whose questions are shown with their answers"),
+        ({"mmlu": {"shots": 6}}, "shots=6 must be 0 to 5"),
+        ({"mmlu": {"batch_size": 0}}, "batch_size=0 must be 1 or more"),
+        ({"mmlu": {"limit": 0}}, "limit=0 must be 1 or more; null asks all"),
+        ({"devices": {"count": 3}}, "devices.count=3 does not divide train.micro_batch_size=16"),
+        ({"model": {"loss_chunk": 0}}, "loss_chunk=0 must be 1 token or more; null for all"),
+        ({"quant": None, "lora": {"init_lora_weights": "loftq"}}, "but quant is null: leave one"),
         ({"data": 7}, "describe, implement, chat"),
         ({"data": {"group_by_length": "yes please"}}, "should be true or false"),
     ],
@@ -176,6 +182,31 @@ def test_cells_are_the_product_of_all_lists():
     }
     assert decayed == {("b", "0"), ("b", "1")}
     assert next(c for c in sweep.cells if c.labels["model"] == "stdlib-1m").run.train.steps == 5
+
+
+def test_what_wins_where_several_say_something():
+    length = "data.target_max_len"
+    mine = {"source": "x.json", "target_max_len": 2, "columns": {"input": "question"}}
+    tree = {
+        "data": {"target_max_len": 1, "columns": {"output": "answer"}},
+        "datasets": {"mine": mine, "theirs": {"source": "y.json"}},
+    }
+    rules = [{"when": {"dataset": "mine"}, "set": {length: n}} for n in (3, 4)]
+    axes = {"length": {"six": {length: 6}, "any": {}}}
+
+    def found(settings=None, **more):
+        return [cell.run.data for cell in build_sweep({**tree, **more}, "a test", settings).cells]
+
+    assert [data.columns for data in found()] == [
+        {"output": "answer", "input": "question"}, {"output": "answer"}
+    ]  # fmt: skip
+    for data, expected in (
+        (found(), [2, 1]),
+        (found(rules=rules), [4, 1]),
+        (found({length: 5}, rules=rules), [5, 5]),
+        (found({length: 5}, rules=rules, axes=axes), [6, 5, 6, 5]),
+    ):
+        assert [one.target_max_len for one in data] == expected
 
 
 def test_a_section_of_an_axis_leaves_the_rest_of_the_files_section():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -197,6 +198,14 @@ def test_a_packed_vocabulary_takes_the_compilers_bytes():
     assert base(None) - base(4) == pytest.approx(1.96 - 0.55, abs=0.01)
 
 
+@pytest.mark.parametrize(("remat", "products"), [("full", 4), ("none", 3)])
+def test_of_an_adapters_weights_the_gradient_is_computed_too(remat, products):
+    config = llama("huggyllama/llama-7b")
+    flops = [flops_per_token(config, LoraConfig(r=r), 512, remat) for r in (64, 32)]
+    half = adapter_parameters(config, LoraConfig(r=32))
+    assert flops[0] - flops[1] == pytest.approx(half * 2 * products)
+
+
 def test_utilisation_is_within_what_was_measured():
     config = llama("huggyllama/llama-7b")
     reached = [
@@ -232,6 +241,32 @@ def test_a_run_with_rows_at_hand_counts_their_tokens():
     assert _epochs(run, None) == _epochs(packed, 700) == "?"
     unknown = estimate(RunConfig(model=ModelConfig(source="some/model")))
     assert (unknown.rows, unknown.flops, unknown.device_bytes) == (None, None, None)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_dry_run_counts_rows_as_long_as_batches_have_them(there):
+    """Packed ones are nearly full, and padded ones as long as their bucket."""
+
+    def found(**data):
+        model = ModelConfig() if there else ModelConfig(source="huggyllama/llama-7b")
+        return estimate(RunConfig(model, DataConfig(**data), train=TrainConfig(steps=3)))
+
+    packed, padded, plain = found(packing=True, packed_length=512), found(buckets=(512,)), found()
+    assert 0.9 * 3 * 16 * 512 < packed.tokens <= 3 * 16 * 512
+    assert (packed.rows, padded.tokens) == (plain.rows, plain.tokens)
+    assert packed.device_bytes == padded.device_bytes
+    assert (plain.device_bytes < padded.device_bytes) == there  # all of 512 are allowed
+    with pytest.raises(ValueError, match=r"but data\.buckets holds at most 8"):
+        estimate(RunConfig(data=DataConfig(buckets=(8,))))
+
+
+def test_a_dry_run_fetches_nothing(tmp_path, tiny_model):
+    run = RunConfig(data=DataConfig(validation_source="some/rows", validation_split="test"))
+    assert estimate(run).rows is None
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    bare = estimate(RunConfig(ModelConfig(source=str(tmp_path))))
+    assert (bare.rows, bare.tokens) == (None, 1_000 * 16 * 512)
+    assert bare.flops is not None
 
 
 @pytest.mark.parametrize(("width", "tables"), [(80, 2), (140, 1)])

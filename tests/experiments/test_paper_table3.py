@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from experiments.embedded import MODELS
+from experiments.embedded import MODELS, ROOT
 from experiments.finetune import main as finetune
 from experiments.paper import glue, superni, table3
-from experiments.paper.glue_tasks import TASKS, load_split
+from experiments.paper.glue_tasks import TASKS, Row, load_split
 from experiments.paper.superni_rows import Instance, by_task, prompt
 from experiments.paper.superni_rows import load_split as load_superni
 from experiments.paper.table3 import METHODS, PUBLISHED, SIZES, Cell, fill_in, read_recipe
@@ -24,12 +24,13 @@ from qlora_jax.train import TrainConfig
 from qlora_jax.train.run_folder import check_or_write_config, describe_run
 from tests.shared import shared_path
 
-COLA = 'src\t1\t\tThe list is long.\nsrc\t0\t*\tList the is "long.\n'
+COLA = 'src\t1\t\tThe list is long.\nsrc\t0\t*\t"List the is long.\n'
 QNLI = "index\tquestion\tsentence\tlabel\n0\tWho?\tHe did.\tnot_entailment\n"
 STSB = (
     "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
     "0\tg\tf\ty\t1\ta\tb\tA plane.\tAn air plane.\t5.000\n"
 )
+QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\tTorn\n3\t4\t5\tWho?\tHe?\t1\n"
 MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tHe said so.\tSo he said.\n"
 
 
@@ -40,6 +41,7 @@ def glue_folder(tmp_path):
         "CoLA/train.tsv": COLA * 8,
         "CoLA/dev.tsv": COLA,
         "QNLI/train.tsv": QNLI,
+        "QQP/train.tsv": QQP,
         "STS-B/train.tsv": STSB,
         "STS-B/dev.tsv": STSB,
         "MRPC/train.tsv": MRPC,
@@ -59,9 +61,10 @@ def test_glues_files_and_the_hubs_columns(glue_folder):
     # No quoting in GLUE's files: a quotation mark is a character.
     assert load_split("cola", glue_folder, "validation") == [
         (("The list is long.",), 1),
-        (('List the is "long.',), 0),
+        (('"List the is long.',), 0),
     ]
     assert load_split("qnli", glue_folder, "train") == [(("Who?", "He did."), 1)]
+    assert load_split("qqp", glue_folder, "train") == [(("Who?", "He?"), 1)]
     assert load_split("stsb", glue_folder, "train") == [(("A plane.", "An air plane."), 5.0)]
     assert load_split("mrpc", glue_folder, "train") == [(("He said so.", "So he said."), 1)]
     assert load_split("mnli", glue_folder, "validation_matched") == [(("a", "b"), 1)]
@@ -72,8 +75,9 @@ def test_glues_files_and_the_hubs_columns(glue_folder):
         load_split("rte", glue_folder, "train")
     with pytest.raises(ValueError, match="but premise or sentence1 is needed"):
         TASKS["mnli"].row({"sentence": "x", "label": 1}, "row 1")
-    with pytest.raises(ValueError, match="the label is 7, but RTE has"):
-        TASKS["rte"].row({"sentence1": "x", "sentence2": "y", "label": 7}, "row 1")
+    for label in (2, 7, -1):
+        with pytest.raises(ValueError, match=f"the label is {label}, but RTE has"):
+            TASKS["rte"].row({"sentence1": "x", "sentence2": "y", "label": label}, "row 1")
     for label in ("nan", "much", [5]):
         with pytest.raises(ValueError, match=r"row 1: the label is .*, but STS-B has numbers"):
             TASKS["stsb"].row({"sentence1": "x", "sentence2": "y", "label": label}, "row 1")
@@ -139,12 +143,12 @@ def test_glue_resumed_and_reported(rows, glue_folder, tmp_path, capsys):
 
 def test_a_recipe_decides_how_a_cell_trains(monkeypatch):
     changed = {"batch_size": 8, "accumulation": 2, "epochs": 1.5, "max_grad_norm": 0.7}
-    recipe = replace(glue.RECIPE, **changed, warmup=0.25, compute_dtype="float32")
+    recipe = replace(glue.RECIPE, **changed, warmup=0.3, compute_dtype="float32")
     expected = TrainConfig(
         steps=12,  # 62 · 1.5 / 8 is nearer to it than to 11
         learning_rate=2e-4,
         schedule="linear",
-        warmup_steps=3,
+        warmup_steps=3,  # of 3.6
         micro_batch_size=4,
         gradient_accumulation_steps=2,
         max_grad_norm=0.7,
@@ -246,14 +250,22 @@ def test_tables_hold_means_over_seeds_and_over_all_tasks():
     # Of some tasks there is no mean.
     partial = glue.table(results, ["cola", "rte", "sst2"])
     assert "| QLoRA NF4+DQ | 60.0 | 90.0 | – | – | – |\n" in partial
-    results = {Cell("t5", "bf16", seed): {"score": score} for seed, score in ((0, 0.2), (1, 0.3))}
-    assert "| BF16 | 25.0 | 40.1 | 42.1 | 48.0 | 54.3 | 62.0 |\n" in superni.table(results, ["t5"])
+    scores = enumerate((0.2, 0.3, 0.7))
+    results = {Cell("t5", "bf16", seed): {"score": score} for seed, score in scores}
+    assert "| BF16 | 40.0 | 40.1 | 42.1 | 48.0 | 54.3 | 62.0 |\n" in superni.table(results, ["t5"])
     asked = [Instance(task, "", (), "", ("a",)) for task in "bab"]
     assert by_task(asked, [0.5, 1.0, 0.75]) == {"a": 1.0, "b": 0.625}
     # What goes into the mean.
     assert {name: task.score for name, task in TASKS.items() if task.score != "accuracy"} == {
         "cola": "matthews", "stsb": "pearson"
     }  # fmt: skip
+
+
+def test_short_rows_are_padded_little():
+    rows = [Row(("A list. " * times,), 0) for times in (1, 10, 60)]
+    tokenizer = load_tokenizer(ROOT / "tokenizer")
+    batches = glue._batches(rows, tokenizer, 100, batch_size=1)
+    assert {batch.input_ids.shape for batch in batches.one_epoch()} == {(1, 32), (1, 64), (1, 100)}
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
@@ -299,6 +311,8 @@ def test_superni_prompts_and_tasks(tmp_path):
     with pytest.raises(ValueError, match="has the columns instruction, input, output, but topic"):
         load_superni(flat, per_task=3, held_out_tasks=0)
     whole = {"task": "t", "instruction": "x", "input": "y", "output": "z"}
+    flat.write_text(json.dumps(whole))
+    assert load_superni(flat, per_task=3, held_out_tasks=0)[0][0].task == "t"
     for odd in ({"output": []}, {"output": 5}, {"output": ["a", None]}, {"input": 5}, {"task": 5}):
         flat.write_text(json.dumps(whole | odd))
         with pytest.raises(ValueError, match=r"row 0 .* are needed as texts, and output as a text"):

@@ -99,6 +99,10 @@ def test_what_was_before_and_after_and_the_mean_over_seeds():
     assert shown["change"][:2] == ["[green]−50.0 %[/]", "[green]−25.0 %[/]"]
     assert shown["perplexity"][:2] == ["54.6 → 7.4", "54.6 → 7.4"]
     assert shown["time"][:2] == ["1 min 43 s", "1 min 43 s"]
+    page = render("a test", [report(0, 2.0), *reports[1:]], command="", about="")
+    assert "2 of 3 cells finished, 1 not finished: 1 datasets" in page
+    mean = '<span>4.000 → <b>2.500</b></span><span class="change down">−37.5 %</span>'
+    assert page.count(mean) == 1
     (matrix,) = terminal_matrices("a test", [report(0, 2.0), report(1, 3.0), reports[-1]])
     assert [list(column.cells) for column in matrix.columns] == [["chat"], ["2.500"]]
 

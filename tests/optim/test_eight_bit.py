@@ -65,6 +65,17 @@ def test_an_array_of_the_threshold_is_coded_and_of_one_less_is_not():
     size = PARAMS["large"].size
     assert kind(size) is SignedState
     assert kind(size + 1) is not SignedState
+    # bitsandbytes' own, where none is given.
+    params = {"large": jnp.zeros((64, 64)), "less": jnp.zeros(4095)}
+    state = jax.eval_shape(eight_bit(optax.lion(1e-3)).init, params)
+    assert type(state[0].mu["large"]) is SignedState
+    assert type(state[0].mu["less"]) is not SignedState
+
+
+def test_moments_of_16_bits_are_left_alone():
+    params = {"large": jnp.zeros((64, 64), jnp.bfloat16)}
+    state = jax.eval_shape(eight_bit(optax.lion(1e-3)).init, params)
+    assert state[0].mu["large"].dtype == jnp.bfloat16
 
 
 def test_a_single_number_is_not_coded():

@@ -1,11 +1,14 @@
 """LoRA+: B's updates, and no other, are those of a higher rate."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from qlora_jax.optim import decay_mask, eight_bit, loraplus, master_weights, paged
+from tests.train.toy import Toy
 
 PARAMS = {
     "layers": {"q_proj": {"lora_A": np.ones((2, 4, 8)), "lora_B": np.full((2, 8, 4), 0.5)}},
@@ -44,6 +47,15 @@ def test_inside_of_other_wrappers(wrapper):
     np.testing.assert_array_equal(apart["lora_A"], alike["lora_A"])
     moved, plain = (tree["lora_B"] - before["lora_B"] for tree in (apart, alike))
     np.testing.assert_allclose(moved, 4 * plain, rtol=1e-4)
+
+
+def test_b_is_found_in_a_models_own_state():
+    """Flax gives a path's last step a name of its own, by version."""
+    lora = nnx.state(Toy(), nnx.LoRAParam)
+    tx = loraplus(optax.sgd(1.0), 16.0)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, lora), tx.init(lora))
+    assert set(np.unique(updates["head"]["lora_A"][...])) == {-1}
+    assert set(np.unique(updates["head"]["lora_B"][...])) == {-16}
 
 
 @pytest.mark.usefixtures("as_users_run_it")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.optim import decay_mask, paged, resting_shardings
+from qlora_jax.optim.paged import _turns
 from qlora_jax.optim.per_parameter import owners
 
 # Bits of two programs are compared, so they are compiled as a user's are.
@@ -246,3 +247,19 @@ def test_every_state_but_the_last_is_awaited():
     moments = [made_by[var] for var in jaxpr.outvars[len(params) :] if var.aval.ndim]
     assert moments.count("device_put") == 2
     assert moments.count("optimization_barrier") == len(moments) - 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "waits"),
+    [
+        # Two of middling size are together; a third is fetched when the first is back.
+        ([4, 4, 4, 4], [[], [], [0], [1]]),
+        # One much larger comes alone, though two of the others are no more than it is.
+        ([4, 12, 4, 4], [[], [], [0], [2, 3]]),
+        ([], []),
+    ],
+)
+def test_two_states_are_fetched_at_once_where_they_are_no_larger_than_others(sizes, waits):
+    turns = _turns(sizes)
+    assert [index for index, _ in turns] == sorted(range(len(sizes)), key=lambda i: sizes[i])
+    assert [awaited for _, awaited in turns] == waits

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax.evaluate import split_adapters
 from qlora_jax.train import TrainConfig, init_state, make_train_step
-from qlora_jax.train.accumulate import accumulated
+from qlora_jax.train.accumulate import _in_turn, accumulated
 from tests.train.toy import Toy, ToyBatches, toy_loss
 
 # Bits of two programs are compared, so they are compiled as a user's are.
@@ -54,6 +54,19 @@ def test_only_large_sums_rest_on_the_host():
     assert (float(total), int(tokens)) == (66.0, 12)
     assert mean["a"].dtype == jnp.bfloat16
     np.testing.assert_allclose(mean["b"], np.arange(12.0).reshape(3, 4).sum(0) / 12)
+
+
+def test_two_sums_at_most_visit_the_device():
+    """A leaf is fetched once the one before last, of those on the host, is done with."""
+    leaves = [jnp.zeros(size) for size in range(1, 6)]
+    moves = [True, False, True, True, True]
+    jaxpr = jax.make_jaxpr(lambda leaves: _in_turn(lambda _, leaf: leaf + 1, leaves, moves))(leaves)
+    waits = [
+        tuple(var.aval.size for var in eqn.invars)
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "optimization_barrier"
+    ]
+    assert waits == [(4, 1), (5, 3)]
 
 
 def test_the_default_keeps_them_on_the_device():

@@ -132,9 +132,22 @@ def test_probes_see_the_model_as_it_trains(tmp_path):
     lines = read_lines(tmp_path / "metrics.jsonl")
     found = [(line["step"], line["mmlu_micro"]) for line in lines if "mmlu_micro" in line]
     assert found == [(5, 0.05), (10, 0.1), (12, 0.12)]
+    assert ["loss" in line for line in lines if line["step"] == 5] == [True, False]
     told = [(line["rows"], line["of_numpy"]) for line in lines if "rows" in line]
     assert told == [(5, 0.5), (10, 0.5), (12, 0.5)]
     assert "step 10: mmlu_micro 0.1" in text
+
+
+def test_an_interrupt_while_a_model_is_examined_does_not_keep_the_step(tmp_path):
+    """A run that goes on from it would lack what was to be found."""
+
+    def examine(model, step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _fit(tmp_path, probes=[Probe(5, examine)])
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 4
 
 
 class _Epochs:
@@ -303,13 +316,20 @@ def test_wandb_gets_the_same_numbers(monkeypatch, tmp_path):
 
 
 def test_tensorboard_hides_what_is_computed_again(tmp_path, monkeypatch):
-    opened = []
-    fake = types.SimpleNamespace(SummaryWriter=lambda folder, **options: opened.append(options))
+    opened, written = [], []
+    writer = types.SimpleNamespace(add_scalar=lambda *given: written.append(given))
+    fake = types.SimpleNamespace(
+        SummaryWriter=lambda folder, **options: opened.append(options) or writer
+    )
     monkeypatch.setitem(sys.modules, "tensorboardX", fake)
     monkeypatch.setattr(TensorBoard, "available", staticmethod(lambda: True))
     for step in (0, 7):
-        TensorBoard(tmp_path).start(step)
-    assert opened == [{"purge_step": None}, {"purge_step": 8}]
+        outlet = TensorBoard(tmp_path)
+        outlet.start(step)
+    # What failed before its first checkpoint may have been another run.
+    assert opened == [{"purge_step": 0}, {"purge_step": 8}]
+    outlet.log(8, {"loss": 2.0, "eval_loss": 1.5})
+    assert written == [("train/loss", 2.0, 8), ("eval/loss", 1.5, 8)]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +388,7 @@ def test_tensorboard_needs_its_package(tmp_path, monkeypatch):
         TensorBoard(tmp_path)
 
 
-def test_plain_lines_say_where_a_run_resumed():
+def test_plain_lines_say_where_a_run_resumed_begins_and_ends():
     output = io.StringIO()
     display = ProgressDisplay(20, console=Console(file=output), log_every=10)
     display.start(7)
@@ -378,3 +398,12 @@ def test_plain_lines_say_where_a_run_resumed():
         "resumed after step 7 of 20",
         "step 10/20: loss 1.5000 · 1,234 tokens/s · 61 s left",
     ]
+    display = ProgressDisplay(15, console=Console(file=output), log_every=10)
+    for step in range(1, 16):
+        display.log(step, {"loss": 1.0})
+    told = [line.split(":")[0] for line in output.getvalue().splitlines()[2:]]
+    assert told == ["step 1/15", "step 10/15", "step 15/15"]
+    bar = ProgressDisplay(20, console=Console(file=output, force_terminal=True), log_every=10)
+    bar.start(7)
+    assert bar._bar.tasks[0].completed == 7
+    bar.close()

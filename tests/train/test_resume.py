@@ -87,6 +87,7 @@ def test_a_run_broken_off_by_an_error_resumes_bit_identical(tmp_path, broken_at,
         run(Broken(2, 4))
     kept = adapters_by_step(tmp_path / "run")
     assert list(kept) == [step for step in (5, 10) if step <= broken_at]
+    (tmp_path / "run" / "adapters" / ".DS_Store").touch()  # as a file manager does
     last = max(kept)
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=2) as checkpoints:
         saved = checkpoints._manager.restore(last, args=ocp.args.StandardRestore())
@@ -352,6 +353,19 @@ def test_a_checkpoint_of_other_adapters_is_refused(tmp_path):
         pytest.raises(ValueError, match=r"lora.head.lora_A \(saved float32\[4, 64\], expected"),
     ):
         checkpoints.restore(wide)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    adam, _, _ = _state(10**9)
+    plain = adam._replace(opt_state=())
+    for name, one, other, words in (
+        ("more", adam, plain, r"opt_state\S+ \(saved \S+, expected nothing\), .* …; resume with"),
+        ("less", plain, adam, r"opt_state\S+ \(saved nothing, expected \S+\), .* …; resume with"),
+    ):
+        with Checkpoints(tmp_path / name, keep=1) as checkpoints:
+            checkpoints.save(one)
+            with pytest.raises(ValueError, match=words):
+                checkpoints.restore(other)
 
 
 def test_default_config_pages_only_large_moments():

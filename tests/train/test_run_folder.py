@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,6 +128,15 @@ def test_a_run_that_died_under_another_host_name_is_taken_over(
     assert "by process 7 on host elsewhere, which did not finish, and shows no sign of" in told
 
 
+def test_a_lock_that_is_taken_away_was_a_living_holders(tmp_path, monkeypatch):
+    path = tmp_path / "run.lock"
+    assert run_folder._is_touched(path)  # between our opening it and our looking at it
+    path.touch()
+    clock = SimpleNamespace(monotonic=lambda: 0, sleep=lambda _: path.unlink())
+    monkeypatch.setattr(run_folder, "time", clock)
+    assert run_folder._is_touched(path)
+
+
 def test_an_unwritable_folder_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with (
@@ -154,7 +164,7 @@ def test_only_how_a_run_is_watched_may_change(tmp_path):
     free = {"eval_every", "save_every", "keep_checkpoints", "log_every", "update_in_backward"}
     free |= {"paged", "page_min_size", "gradients_on_host"}
     begun = describe_run(TrainConfig(), {})
-    check_or_write_config(tmp_path, begun, started=False)
+    check_or_write_config(tmp_path, begun, started=True)  # of which it was lost
     for name in begun["train"]:
         other = {**begun, "train": {**begun["train"], name: 1 if name == "steps" else "another"}}
         if name in free:

@@ -45,8 +45,11 @@ def test_accumulation_equals_the_large_batch(step, cut):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_loss_and_gradient_are_those_of_the_mean_over_trained_tokens():
+@pytest.mark.parametrize("trained", [1, 32])
+def test_loss_and_gradient_are_those_of_the_mean_over_trained_tokens(trained):
     batch = ToyBatches(1, 4).at(3)
+    labels = np.where(np.arange(32).reshape(1, 4, 8) < trained, batch.input_ids, -100)
+    batch = batch._replace(labels=labels.astype(np.int32))
     graphdef, lora, frozen = _split(Toy())
 
     def mean(lora):
@@ -190,7 +193,10 @@ def test_one_trace_and_one_compile_per_bucket_shape():
     )
     batches = ToyBatches(1, 4, lengths=(8, 16))
     for i in range(10):
+        before = state
         state, metrics = step(state, frozen, batches.at(i))
+        # No second copy of adapters or moments is there.
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.lora, before.opt_state)))
         assert float(metrics.learning_rate) == pytest.approx(
             float(config.learning_rates()(i)), rel=1e-6
         )

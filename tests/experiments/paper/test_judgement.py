@@ -16,6 +16,7 @@ from qlora_jax.evaluate import (
     MmluResult,
     Percent,
     Rating,
+    Ratings,
     make_matches,
     read_answers,
     read_questions,
@@ -151,6 +152,11 @@ def test_answers_are_the_adapters_and_as_asked(
     assert f"{tiny_model}, adapter {'d' * 12}, nf4, float32, {style}, " in row["model_id"]
     assert row["model_id"].endswith(", T=0.7, p=0.8, 6 tokens, seed 5")
     assert row["generation_truncated"] == "text"
+    # What goes on asks what has no answer yet, in whatever order the questions are now.
+    questions.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS[::-1]))
+    assert answer(tiny_model, questions, out, "--format", style, *flags[:-2]) == 0
+    rows = map(json.loads, out.read_text().splitlines())
+    assert [row["question_id"] for row in rows] == [1, 3, 2]
 
 
 def test_a_kill_while_a_half_line_is_taken_off_costs_no_answer(tmp_path, monkeypatch):
@@ -223,6 +229,7 @@ def test_the_tables_hold_what_elo_found(tmp_path, monkeypatch):
     assert [line["system"] for line in lines] == ["b", "a", "c"]
     assert float(lines[0]["per judgement"]) == float(lines[0]["per question"]) == 1020
     rated = [Rating("1", first, second, (1, 0)) for first, second in ("ab", "bc")]
+    assert not elo.judged_twice(Ratings(tuple(rated), {}))
     table = elo.elo_table("own", "", {"b": 1030}, {"judgement": played(make_matches(rated))})
     assert table.rows[0][:2] == ("b", 1030)
     assert table.rows[0][2:] == (1020.0, pytest.approx(1.96 * 20), "1001 to 1039", "-10.0")
