@@ -10,46 +10,68 @@ NeurIPS 2023, arXiv 2305.14314.
 """
 
 import importlib
-from typing import Any
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
-from qlora_jax.checkpoints import load_adapter, read_adapter_config, save_adapter
+from qlora_jax.checkpoints import load_adapter, read_adapter_config, save_adapter, save_model
 from qlora_jax.models import add_tokens, resize_token_embeddings, train_tokens
 from qlora_jax.nn import (
     FrozenParam,
     LoraConfig,
     QuantDense,
+    QuantDenseGeneral,
     add_lora,
     merge_lora,
     quantize_module,
 )
-from qlora_jax.optim import paged
+from qlora_jax.optim import paged, resting_shardings
 from qlora_jax.pretrained import load_pretrained
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize, quantized_matmul
+
+if TYPE_CHECKING:
+    from qlora_jax import plan
+    from qlora_jax.train import TrainConfig, fit
+
+__version__ = importlib.metadata.version("qlora-jax")
 
 __all__ = [
     "FrozenParam",
     "LoraConfig",
     "QuantConfig",
     "QuantDense",
+    "QuantDenseGeneral",
     "QuantizedTensor",
+    "TrainConfig",
     "add_lora",
     "add_tokens",
+    "fit",
     "load_adapter",
     "load_pretrained",
     "merge_lora",
     "paged",
+    "plan",
     "quantize",
     "quantize_module",
     "quantized_matmul",
     "read_adapter_config",
     "resize_token_embeddings",
+    "resting_shardings",
     "save_adapter",
+    "save_model",
     "train_tokens",
 ]
 
+# Imported when they are asked for: they bring the trainer along, a second's work.
+_LATE = ("TrainConfig", "fit")
+
 
 def __getattr__(name: str) -> Any:
-    """`ql.plan`, imported when it is asked for: it brings the trainer along, a second's work."""
     if name == "plan":
         return importlib.import_module("qlora_jax.plan")
+    if name in _LATE:
+        return getattr(importlib.import_module("qlora_jax.train"), name)
     raise AttributeError(f"module 'qlora_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,10 +1,17 @@
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from huggingface_hub import errors
 
+import qlora_jax as ql
+from experiments.embedded import MODELS
 from qlora_jax import pretrained
 from qlora_jax.pretrained import find_folder, load_pretrained
 from tests.shared import shared_path
@@ -24,6 +31,24 @@ def test_model_and_tokenizer_of_a_folder():
     ids = jnp.asarray([tokenizer.encode("Once upon a time")])
     best = int(model(ids)[0, -1].argmax())
     assert tokenizer.decode([*map(int, ids[0]), best]).startswith("Once upon a time,")
+
+
+def test_a_saved_model_loads_with_its_tokenizer(tmp_path):
+    model, tokenizer = ql.load_pretrained(MODELS["stdlib-1m"], lora=None)
+    ql.save_model(tmp_path, model, tokenizer=tokenizer)
+    again, its = ql.load_pretrained(tmp_path, lora=None)
+    assert its.encode("def f(x):") == tokenizer.encode("def f(x):")
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+
+
+def test_every_public_name_is_there():
+    code = (
+        "import sys, qlora_jax as ql; assert 'qlora_jax.train' not in sys.modules; "
+        "assert [getattr(ql, name) for name in dir(ql)]; from qlora_jax import *; "
+        "assert fit is ql.fit and plan.plan and ql.__version__"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not hasattr(ql, "train_model")
 
 
 @pytest.mark.parametrize(

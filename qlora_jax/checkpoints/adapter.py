@@ -64,7 +64,7 @@ def save_adapter(
     folder: str | Path,
     model: Any,
     lora_config: LoraConfig,
-    base_name: str,
+    base_name: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
 ) -> None:
@@ -109,7 +109,7 @@ def save_adapter(
         lora_config = whole_lora(lora_config, adapted_modules(model, lora_config))
     config = config_to_json(
         lora_config,
-        base_name=base_name,
+        base_name=str(base_name),
         targets=_targets(model, lora_config),
         task_type=_TASKS[type(model).__name__],
     )

@@ -21,6 +21,7 @@ from qlora_jax.checkpoints.dense_modules import skip_modules, with_kept_dense
 from qlora_jax.checkpoints.folder import INDEX, SINGLE
 from qlora_jax.checkpoints.matching import is_vocabulary, node_at
 from qlora_jax.checkpoints.safetensors_writer import ShardedWriter, parse_size
+from qlora_jax.data import Tokenizer
 from qlora_jax.files import new_folder
 from qlora_jax.models import FAMILIES
 from qlora_jax.nn import TrainedParam
@@ -59,6 +60,7 @@ def save_model(
     folder: str | Path,
     model: Any,
     *,
+    tokenizer: Tokenizer | None = None,
     dtype: Any = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
@@ -68,6 +70,7 @@ def save_model(
         folder: made if missing; each file is put in place whole or not at all, the config last, and
             takes the place of a model's that was there.
         model: without adapters.
+        tokenizer: written beside; without one, `load_pretrained` finds none in a new folder.
         dtype: of the dense weights in the file; None keeps each one's own.
         max_shard_size: as in `save_checkpoint`.
 
@@ -91,6 +94,8 @@ def save_model(
             path.replace(folder / path.name)
         for name in stale - {path.name for path in written}:
             (folder / name).unlink()
+    if tokenizer is not None:
+        tokenizer.save(folder)
 
 
 def model_checkpoint(model: Any) -> Checkpoint:

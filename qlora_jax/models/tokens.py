@@ -11,6 +11,7 @@ trained rows as PEFT's `trainable_token_indices` do.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,7 +34,10 @@ def add_tokens(model: Any, tokenizer: Tokenizer, tokens: Sequence[str]) -> Token
 
     Raises:
         ValueError: no token is given, or one is empty; the embedding is trained whole already.
+        TypeError: `tokens` is one text.
     """
+    if isinstance(tokens, str):
+        raise TypeError(f"tokens is the text {tokens!r}, each letter a token: give [{tokens!r}].")
     if not tokens:
         raise ValueError("tokens is empty: name at least one token to add.")
     extended = tokenizer.with_tokens(tokens)
@@ -82,7 +86,12 @@ def train_tokens(model: Any, ids: Sequence[int]) -> None:
 
     Raises:
         ValueError: no id, or one outside of the vocabulary; embeddings that are trained whole.
+        TypeError: `ids` holds something else than whole numbers.
     """
+    if not all(isinstance(id_, Integral) for id_ in ids):
+        raise TypeError(
+            f"ids is {ids!r}, but whole numbers are needed: tokenizer.token_id gives a token's."
+        )
     if not ids:
         raise ValueError("ids is empty: name at least one token to train.")
     for name, embedding in _growable(model).items():

@@ -126,7 +126,9 @@ def test_a_module_of_ones_own_is_told_of_orbax(saved, tmp_path):
 
 def test_rank_stabilised_scaling_travels(tmp_path):
     lora = LoraConfig(r=4, alpha=8, use_rslora=True, target_modules=("q_proj",), dtype=jnp.bfloat16)
-    save_adapter(tmp_path, model(lora), lora, "base")
+    save_adapter(tmp_path, model(lora), lora, tmp_path / "base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == f"{tmp_path}/base"
     assert read_adapter_config(tmp_path).scaling == 4.0
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert {str(t.dtype) for t in tensors.values()} == {"bfloat16"}

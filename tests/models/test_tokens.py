@@ -196,9 +196,13 @@ def test_optax_and_paged_take_the_rows(tokenizer) -> None:
     assert jax.tree.structure(updates) == jax.tree.structure(lora)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (lambda m, t: ql.add_tokens(m, t, "<x>"), r"tokens is the text '<x>'.*give \['<x>'\]"),
+        (lambda m, t: ql.train_tokens(m, ["<x>"]), "tokenizer.token_id gives"),
+        (lambda m, t: ql.train_tokens(m, [1.5]), "whole numbers are needed"),
         (lambda m, t: ql.add_tokens(m, t, []), "tokens is empty"),
         (lambda m, t: ql.add_tokens(m, t, [""]), "at least a character"),
         (lambda m, t: ql.train_tokens(m, []), "ids is empty"),
@@ -207,5 +211,5 @@ def test_optax_and_paged_take_the_rows(tokenizer) -> None:
     ],
 )
 def test_bad_input(call, words: str, tokenizer) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         call(model(), tokenizer)
