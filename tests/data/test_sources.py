@@ -220,7 +220,9 @@ def test_without_a_network_the_hub_says_so(tmp_path, monkeypatch):
         ("a.json", "", r"\(split train\) is empty: there is not one row"),
         ("a.json", "[]", r"a.json \(split train\) is empty: there is not one row"),
         ("a.csv", "a,b\n", r"a.csv \(split train\) is empty: there is not one row"),
-        ("a.json", "null", "begins with null, but rows are JSON objects"),
+        ("a.json", "null", "a.json cannot be read as a dataset: it begins with null, but rows are"),
+        ("a.jsonl", "\ufeffnull\n{}", "begins with null"),
+        ("a.jsonl.gz", gzip.compress(b"null"), "begins with null"),
         ("a.json", '{"a": 1,', "a.json cannot be read as a dataset: JSON parse error"),
         ("a.jsonl", '{"a": 1}\n{"a"', r"a.jsonl cannot be read as a dataset"),
         ("a.parquet", "PAR0", r"a.parquet cannot be read as a dataset"),
@@ -228,12 +230,16 @@ def test_without_a_network_the_hub_says_so(tmp_path, monkeypatch):
         ("b.csv", "a,b\n1,2,3\n4,5,6\n", r"b.csv cannot be read.*more cells than the first"),
         ("c.tsv", "a\tb\n1\t2\t3\n4\t5\n", r"c.tsv cannot be read.*more cells than the first"),
         ("a.jsonl.gz", "not gzip", r"a.jsonl.gz cannot be read as a dataset"),
+        ("a.csv.bz2", "not bz2", r"a.csv.bz2 cannot be read as a dataset: Invalid data stream"),
+        ("a.jsonl.xz", "not xz", r"a.jsonl.xz cannot be read as a dataset: Input format"),
+        ("a.csv.gz", gzip.compress(b"a,b")[:-12] + bytes(12), r"a.csv.gz cannot be read as a data"),
         ("a.xlsx", "a", r"no ending that tells its format: expected \.json"),
         ("a", "a", "no ending that tells its format"),
     ],
 )
 def test_unreadable_files_are_refused(name, content, message, tmp_path, cache):
-    (tmp_path / name).write_text(content)
+    content = content.encode() if isinstance(content, str) else content
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
         load_rows(tmp_path / name, cache_dir=cache)
     assert "\n" not in str(caught.value)
