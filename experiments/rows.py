@@ -194,8 +194,8 @@ def told_of_cuts(data: DataConfig, examples: Examples | Pairs) -> str:
 
 def _split_rows(data: DataConfig, folder: Path) -> tuple[Any, Any, Format]:
     """Training rows, held-out rows, and the format of both."""
+    parts = None if data.hub_files is None else list(data.hub_files)
     if data.source in INSTRUCT:
-        parts = None if data.hub_files is None else list(data.hub_files)
         rows, form, _ = load_instruct(data.source, data.files, data.split, data_files=parts)
     else:
         split = data.split or ("train" if data.source in DATASETS else None)
@@ -211,7 +211,10 @@ def _split_rows(data: DataConfig, folder: Path) -> tuple[Any, Any, Format]:
         return train, held_out, form
     if data.source in INSTRUCT:
         files = data.validation_source or data.files
-        held_out, other, _ = load_instruct(data.source, files, data.validation_split)
+        parts = None if data.validation_source else parts
+        held_out, other, _ = load_instruct(
+            data.source, files, data.validation_split, data_files=parts
+        )
         if other != form:
             raise ValueError(
                 f"the validation rows of {data.source} are in another schema than its training "

@@ -151,4 +151,4 @@ def _sample(base: Checkpoint, path: Path | None, tokens: int) -> np.ndarray:
             ) from error
     longest = family.read_config(base.config).max_position_embeddings
     ids = checkpoint_tokenizer(base).encode(text)
-    return windows(ids, min(256, longest, tokens), tokens)
+    return windows(ids, min(256, longest), tokens)

@@ -120,9 +120,9 @@ class ClassificationBatches:
             accumulation=accumulation,
             shuffle=shuffle,
         )
-        values = [example.label for example in examples]
-        regression = any(isinstance(value, float) for value in values)
-        self.labels = np.array(values, np.float32 if regression else np.int32)
+        labels = np.array([example.label for example in examples])
+        regression = labels.dtype.kind == "f"
+        self.labels = labels.astype(np.float32 if regression else np.int32)
         self._nothing = np.nan if regression else IGNORE
 
     @property

@@ -9,11 +9,15 @@ is an error. Datasets that are programs (loading scripts) are never run: `datase
 not know how to, and `trust_remote_code` is not passed.
 """
 
+import bz2
+import codecs
 import gzip
+import lzma
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +40,12 @@ _READERS = {
 }
 # What `Dataset.save_to_disk` writes beside its Arrow files.
 _SAVED = ("state.json", "dataset_info.json")
-_COMPRESSIONS = (".gz", ".bz2", ".xz")
+# File ending -> what opens a compressed file.
+_COMPRESSIONS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PREFIX = "hub:"
 
@@ -162,11 +171,11 @@ def _load_local(
             options["sep"] = "\t"
         if path.stat().st_size == 0:
             raise ValueError(_empty(str(path), split))
+    try:
         if reader == "json" and _begins_with_null(path):
             raise ValueError(
-                f"{path} begins with null, but rows are JSON objects, one on a line or in a list."
+                "it begins with null, but rows are JSON objects, a line each or listed."
             )
-    try:
         if reader == "csv":
             options |= _cells_as_text(path, options.get("sep", ","))
         with _quietly(), _whole_lines():
@@ -180,9 +189,10 @@ def _load_local(
     except (
         datasets.exceptions.DatasetGenerationError,
         pyarrow.ArrowException,
-        FileNotFoundError,  # a folder without data files
-        EOFError,  # a compressed file cut short
-        gzip.BadGzipFile,
+        OSError,  # a folder without data files, a file that is not compressed as its name says
+        EOFError,  # a compressed file cut short, and damaged ones
+        lzma.LZMAError,
+        zlib.error,
         ValueError,
     ) as error:
         if "corresponds to no data" in str(error):
@@ -214,8 +224,8 @@ def _saved_files(folder: Path) -> list[str]:
 
 def _begins_with_null(path: Path) -> bool:
     """What pyarrow's JSON reader dies of, and the process with it."""
-    with path.open("rb") as file:
-        return file.read(4096).lstrip().startswith(b"null")
+    with _COMPRESSIONS.get(path.suffix.lower(), open)(path, "rb") as file:
+        return bool(file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"))
 
 
 def _cells_as_text(path: Path, separator: str) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class PairFormat:
     def segments(self, row: Row, train_on: TrainOn = "response") -> tuple[Segment, ...]:
         """Input (source), separator and output (target)."""
         given, answer = text_of(row, self.input, self.name), text_of(row, self.output, self.name)
-        if given and not given[-1].isspace() and not answer[:1].isspace():
+        if given and answer and not given[-1].isspace() and not answer[0].isspace():
             answer = self.separator + answer
         return (Segment(given, trains_on_all(train_on), "source"), Segment(answer, True))
 

@@ -69,12 +69,13 @@ def order_agreement(ratings: Iterable[Rating]) -> tuple[float, int]:
 
     The categories are a win of the alphabetically first system, its defeat, and a draw.
     """
-    verdicts: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    verdicts: dict[tuple[str, str, str], dict[bool, int]] = defaultdict(dict)
     for question, first, second, (a, b) in ratings:
-        verdict = int(np.sign(a - b))
-        if first > second:
+        verdict, turned = int(np.sign(a - b)), first > second
+        if turned:
             first, second, verdict = second, first, -verdict
-        verdicts[question, first, second].append(verdict)
-    both = [pair for pair in verdicts.values() if len(pair) == 2]
+        # Of a pair that was read twice in one order, the last time counts.
+        verdicts[question, first, second][turned] = verdict
+    both = [list(orders.values()) for orders in verdicts.values() if len(orders) == 2]
     counts = np.array([[pair.count(v) for v in (1, -1, 0)] for pair in both], np.int64)
     return fleiss_kappa(counts.reshape(-1, 3)), len(both)

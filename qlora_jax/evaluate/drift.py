@@ -46,15 +46,15 @@ def windows(ids: Sequence[int], length: int, limit: int) -> Int[np.ndarray, "win
     """A text's tokens as rows of one length, at most `limit` tokens; what is left over is dropped.
 
     Raises:
-        ValueError: the text is shorter than two tokens.
+        ValueError: the text, a row or the limit is shorter than two tokens.
     """
-    length = min(length, len(ids))
+    length = min(length, limit, len(ids))
     if length < 2:
         raise ValueError(
-            f"The sample has {len(ids)} tokens, but at least 2 are needed: one to read and one to "
+            f"The sample has {length} tokens, but at least 2 are needed: one to read and one to "
             "predict; give a longer text."
         )
-    count = max(1, min(len(ids), limit) // length)
+    count = min(len(ids), limit) // length
     return np.asarray(ids[: count * length], np.int32).reshape(count, length)
 
 

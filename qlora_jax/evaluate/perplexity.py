@@ -119,7 +119,7 @@ def evaluate(
 def perplexity_of(loss: float) -> float:
     """exp(loss), the loss in nats per token."""
     # Beyond 700 nats a float64 exponential overflows; such a model has no finite perplexity.
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def perplexity(

@@ -63,6 +63,11 @@ def test_by_hand(source):
     assert [s.text for s in segments if not s.special] == ["Hi", "Hello.", "</s>?", "An end."]
     assert text(form.segments({"messages": HELLO}, "all")) == text(segments)
     assert all(s.trained for s in form.segments({"messages": HELLO}, "all"))
+    # An answer that begins where it is prompted for is the last one, too.
+    prompt = "{% if add_generation_prompt %}[assistant] {% endif %}"
+    prompted = form_of(source.removesuffix(prompt) + prompt)
+    segments = prompted.segments({"messages": HELLO}, "last")
+    assert [s.text for s in segments if s.trained] == ["An end.", "</s>"]
 
 
 def test_smollm2_by_hand_and_to_ids():
@@ -98,6 +103,10 @@ def test_a_template_writes_its_own_bos(tmp_path):
     assert list(example.input_ids).count(stories.bos_token_id) == 1
     assert list(example.input_ids).count(stories.eos_token_id) == 1
     assert example.labels[-1] == stories.eos_token_id
+    # What ends an earlier turn does not end the text.
+    (example,) = tokenize_rows([{"messages": HELLO[:3]}], form_of(TRIMMED), stories)
+    assert list(example.input_ids).count(stories.eos_token_id) == 2
+    assert (example.input_ids[-1], example.labels[-1]) == (stories.eos_token_id, IGNORE)
 
 
 CHARACTERS = st.characters(exclude_characters="\ufdd0\ufdd1\ufdd2\ufdd3")
@@ -283,6 +292,22 @@ def test_tools_calls_and_reasoning_are_written_and_trained(tmp_path):
         )
 
 
+def test_a_column_of_tools_may_have_gaps():
+    def written(tools):
+        return text(form_of(TOOLS).segments({"tools": tools, "messages": HELLO[:1]}))
+
+    assert written([{"name": "add", "strict": None}]) == '[tools] [{"name":"add"}][user] Hi'
+    assert [written(nothing) for nothing in (None, "", [])] == ["[user] Hi"] * 3
+
+
+def test_names_that_templates_know():
+    source = (
+        "{{ documents is none }} {{ messages[0].thinking }} {{ messages[0].reasoning_content }}"
+    )
+    for key in ("reasoning_content", "thinking", "reasoning"):
+        assert ChatTemplate(source).render([{"role": "assistant", key: "Hm."}]) == "True Hm. Hm."
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -303,6 +328,15 @@ def test_a_template_writes_the_date_it_is_given():
     today = datetime.datetime.now()
     written = datetime.datetime.strptime(ChatTemplate(source).render(HELLO), "%d %b %Y, %H:%M")
     assert abs(written - today) < datetime.timedelta(minutes=5)
+
+
+def test_lines_that_hold_a_block_alone_are_not_written():
+    """As transformers has it, whose loops may break off, too."""
+    source = (
+        "{% for m in messages %}\n  {% if not loop.first %}\n    {% break %}\n  {% endif %}\n"
+        "{{ m['content'] }}\n{% endfor %}\n"
+    )
+    assert ChatTemplate(source).render(HELLO) == "Hi\n"
 
 
 def test_templates_run_in_a_sandbox():
@@ -346,9 +380,11 @@ def test_where_templates_are_found(tmp_path):
     several = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
     config = {"chat_template": several, "eos_token": {"content": "</s>"}, "pad_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    token_map = {"eos_token": "<end>", "bos_token": "<s>"}  # the configuration speaks first
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(token_map))
     assert load_chat_template(tmp_path).source == "a"
     assert load_chat_template(tmp_path, "tool_use").source == "b"
-    assert load_chat_template(tmp_path).special_tokens == {"eos_token": "</s>"}
+    assert load_chat_template(tmp_path).special_tokens == TOKENS
     with pytest.raises(ValueError, match=r"'rag' \(it has default, tool_use\)"):
         load_chat_template(tmp_path, "rag")
     (tmp_path / "chat_template.jinja").write_text("c")

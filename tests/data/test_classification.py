@@ -49,9 +49,9 @@ def test_the_longer_text_is_cut_first(lengths, room, kept):
     assert _cut(lengths, room) == kept
 
 
-@pytest.mark.parametrize("kind", [int, float])
+@pytest.mark.parametrize("kind", [int, float, np.float32])
 def test_labels_stay_with_their_texts(kind):
-    examples = [Labelled(np.full(i + 1, i + 3, np.int32), kind(i)) for i in range(5)]
+    examples = [Labelled(np.full(i + 1, i + 3, np.int32), kind(1.5 * i)) for i in range(5)]
     batches = ClassificationBatches(
         examples, batch_size=2, pad_token_id=1, buckets=(8,), seed=1, accumulation=2
     )
@@ -71,7 +71,7 @@ def test_labels_stay_with_their_texts(kind):
             else:
                 found[float(label)] = ids[mask].tolist()
                 assert (ids[~mask] == 1).all()
-    assert found == {float(i): [i + 3] * (i + 1) for i in range(5)}
+    assert found == {float(kind(1.5 * i)): [i + 3] * (i + 1) for i in range(5)}
 
 
 def test_which_texts_a_step_sees_is_decided_as_in_batches():

@@ -57,7 +57,9 @@ def test_an_epoch_holds_every_example_in_a_segment_of_its_own():
     made = examples()
     batches = PackedBatches(made, batch_size=2, length=16, seed=3)
     found = []
-    for batch in batches.one_epoch(1):
+    second = [batches.at(batches.steps_per_epoch + i) for i in range(batches.steps_per_epoch)]
+    jax.tree.map(np.testing.assert_array_equal, list(batches.one_epoch(1)), second)
+    for batch in second:
         for ids, labels, segments, positions in zip(*batch, strict=True):
             for number in range(1, segments.max() + 1):
                 own = segments == number
@@ -80,6 +82,9 @@ def test_which_rows_a_step_sees_is_decided_as_in_batches():
     assert 2 * packed.steps_per_epoch == 2 * plain.steps_per_epoch == len(rows) - 1
     for step in range(2 * plain.steps_per_epoch):
         np.testing.assert_array_equal(packed.at(step).input_ids, plain.at(step).input_ids)
+    in_order = PackedBatches(made, length=16, batch_size=1, shuffle=False).one_epoch(3)
+    for batch, row in zip(in_order, rows, strict=True):
+        np.testing.assert_array_equal(batch.input_ids[batch.attention_mask], row)
     # The examples themselves are left as they were.
     jax.tree.map(np.testing.assert_array_equal, made, examples(11))
 
@@ -119,5 +124,7 @@ def test_loss_and_gradients_are_those_of_the_unpacked_examples(attention):
 
 
 def test_an_example_longer_than_a_row_is_refused():
-    with pytest.raises(ValueError, match="a packed row holds 4"):
-        PackedBatches(examples(), batch_size=1, length=4)
+    longest = max(len(ids) for ids, _ in examples())
+    assert PackedBatches(examples(), batch_size=1, length=longest).length == longest
+    with pytest.raises(ValueError, match=f"a packed row holds {longest - 1}"):
+        PackedBatches(examples(), batch_size=1, length=longest - 1)

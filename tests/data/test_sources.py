@@ -67,12 +67,11 @@ def test_cells_of_a_csv_file_are_the_text_that_stands_there(tmp_path, cache):
     ]
 
 
-def test_text_files_are_one_row_a_line(tmp_path, cache):
+def test_text_files_are_one_row_a_line(tmp_path, cache, monkeypatch):
     (tmp_path / "rows.txt").write_text("one\ntwo\n")
-    assert list(load_rows(tmp_path / "rows.txt", cache_dir=cache)) == [
-        {"text": "one"},
-        {"text": "two"},
-    ]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in (tmp_path / "rows.txt", "~/rows.txt"):
+        assert list(load_rows(source, cache_dir=cache)) == [{"text": "one"}, {"text": "two"}]
 
 
 def test_a_changed_file_is_read_again(tmp_path, cache):
@@ -119,9 +118,11 @@ def test_a_real_parquet_file(cache):
 
 def test_the_bars_of_datasets_are_left_as_they_were(tmp_path, cache, capsys):
     write(tmp_path / "rows.json")
+    verbosity = datasets.logging.get_verbosity()
     assert not datasets.are_progress_bars_disabled()
     load_rows(tmp_path / "rows.json", cache_dir=cache)
     assert not datasets.are_progress_bars_disabled()
+    assert datasets.logging.get_verbosity() == verbosity
     assert "Generating" not in capsys.readouterr().err
 
 
@@ -220,7 +221,9 @@ def test_without_a_network_the_hub_says_so(tmp_path, monkeypatch):
         ("a.json", "", r"\(split train\) is empty: there is not one row"),
         ("a.json", "[]", r"a.json \(split train\) is empty: there is not one row"),
         ("a.csv", "a,b\n", r"a.csv \(split train\) is empty: there is not one row"),
-        ("a.json", "null", "begins with null, but rows are JSON objects"),
+        ("a.json", "null", "a.json cannot be read as a dataset: it begins with null, but rows are"),
+        ("a.jsonl", "\ufeffnull\n{}", "begins with null"),
+        ("a.jsonl.gz", gzip.compress(b"null", mtime=0), "begins with null"),
         ("a.json", '{"a": 1,', "a.json cannot be read as a dataset: JSON parse error"),
         ("a.jsonl", '{"a": 1}\n{"a"', r"a.jsonl cannot be read as a dataset"),
         ("a.parquet", "PAR0", r"a.parquet cannot be read as a dataset"),
@@ -228,12 +231,20 @@ def test_without_a_network_the_hub_says_so(tmp_path, monkeypatch):
         ("b.csv", "a,b\n1,2,3\n4,5,6\n", r"b.csv cannot be read.*more cells than the first"),
         ("c.tsv", "a\tb\n1\t2\t3\n4\t5\n", r"c.tsv cannot be read.*more cells than the first"),
         ("a.jsonl.gz", "not gzip", r"a.jsonl.gz cannot be read as a dataset"),
+        ("a.csv.bz2", "not bz2", r"a.csv.bz2 cannot be read as a dataset: Invalid data stream"),
+        ("a.jsonl.xz", "not xz", r"a.jsonl.xz cannot be read as a dataset: Input format"),
+        (
+            "a.csv.gz",
+            gzip.compress(b"a", mtime=0)[:10] + b"\xff" * 20,
+            "a.csv.gz cannot be read as a data",
+        ),
         ("a.xlsx", "a", r"no ending that tells its format: expected \.json"),
         ("a", "a", "no ending that tells its format"),
     ],
 )
 def test_unreadable_files_are_refused(name, content, message, tmp_path, cache):
-    (tmp_path / name).write_text(content)
+    content = content.encode() if isinstance(content, str) else content
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
         load_rows(tmp_path / name, cache_dir=cache)
     assert "\n" not in str(caught.value)

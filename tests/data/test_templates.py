@@ -71,6 +71,7 @@ def test_pairs_are_separated_only_where_they_would_run_together():
     assert joined(form.segments({"input": "Why?\n", "output": "So."})) == "Why?\nSo."
     assert joined(form.segments({"input": "Why?", "output": "\nSo."})) == "Why?\nSo."
     assert joined(form.segments({"input": "", "output": "So."})) == "So."
+    assert joined(form.segments({"input": "Why?", "output": ""})) == "Why?"
     for row in rows_of("longform_train.json"):
         segments = form.segments(row)
         # One of the answers brings its own space.
@@ -135,8 +136,9 @@ def test_chatml_by_hand():
 
 
 def test_sharegpt_names_mean_the_same():
-    row = {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
-    assert joined(FORMATS["messages"].segments(row)) == "### Human: Hi ### Assistant: Ho"
+    for asks, answers in (("human", "gpt"), ("prompter", "bot"), ("user", "assistant")):
+        row = {"messages": [{"from": asks, "value": "Hi"}, {"from": answers, "value": "Ho"}]}
+        assert joined(FORMATS["messages"].segments(row)) == "### Human: Hi ### Assistant: Ho"
 
 
 def test_a_system_text_stands_bare_in_guanaco_style():

@@ -144,6 +144,7 @@ def test_pairs_give_the_ids_of_the_papers_code_on_a_llama_tokenizer():
     rows = [{"input": r["input"].strip(), "output": r["output"].strip()} for r in rows]
     # Nothing is asked: the output begins the text, and has SentencePiece's space all the same.
     rows.append({"input": "", "output": rows[0]["output"]})
+    rows.append({"input": rows[0]["input"], "output": ""})
     examples = tokenize_rows(
         rows, FORMATS["input-output"], llama, source_max_len=512, target_max_len=1024
     )
@@ -196,8 +197,9 @@ def test_bad_input_is_refused(stories):
     assert len(tokenize_rows(rows, form, stories, max_len=64, target_max_len=63)) == 2
     with pytest.raises(ValueError, match="format 'alpaca' needs instruction, output"):
         tokenize_rows(rows, FORMATS["alpaca"], stories)
-    with pytest.raises(ValueError, match=r"^row 1 of x: format 'text' expects text.*holds None"):
-        tokenize_rows([{"text": "a"}, {"text": None}], form, stories, source="x")
+    many = [{"text": "a"}] * 1024  # a chunk, which the number counts, too
+    with pytest.raises(ValueError, match=r"^row 1024 of x: format 'text' expects text.*holds None"):
+        tokenize_rows([*many, {"text": None}], form, stories, source="x")
     with pytest.raises(ValueError, match="target_max_len must be at least 1 token"):
         tokenize_rows(rows, form, stories, target_max_len=0)
 

@@ -78,6 +78,7 @@ def test_t5_ids_known_from_elsewhere():
     assert (t5.eos_token_id, t5.pad_token_id) == (1, 0)
     with pytest.raises(ValueError, match="has no bos token: give load_tokenizer bos_token"):
         t5.encode("a", bos=True)
+    assert not load("tokenizers/t5", add_bos=True).add_bos
 
 
 def test_stories260k_against_the_recorded_batches():
@@ -266,6 +267,22 @@ def test_added_tokens(file, tmp_path):
         assert marked == [*once, x, *upon, y]
         assert "<|" not in tokenizer.decode(marked)
         assert tokenizer.decode(marked, skip_special=False).count("<|x|>") == 1
+
+
+def test_what_a_file_cuts_pads_and_puts_in_front_is_not_the_texts(tmp_path):
+    spec = {
+        "truncation": {"max_length": 2, "strategy": "LongestFirst", "stride": 0},
+        "padding": {
+            **{"strategy": {"Fixed": 6}, "direction": "Right", "pad_to_multiple_of": None},
+            **{"pad_id": 0, "pad_type_id": 0, "pad_token": "a"},
+        },
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+        "model": {"type": "BPE", "vocab": {"a": 0, "Ġ": 1}, "merges": []},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("aaa") == [1, 0, 0, 0]
+    assert tokenizer.encode("aaa", continues=True) == [0, 0, 0]
 
 
 def test_sentencepiece_itself_reads_added_tokens(tmp_path):

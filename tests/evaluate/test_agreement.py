@@ -45,7 +45,7 @@ def test_orders_as_two_judges():
         Rating("1", "a", "b", (1, 0)), Rating("1", "b", "a", (0, 1)),
         Rating("2", "a", "b", (1, 0)), Rating("2", "b", "a", (1, 0)),
         Rating("3", "a", "b", (0.5, 0.5)), Rating("3", "b", "a", (0.5, 0.5)),
-        Rating("4", "a", "b", (0, 1)),
+        Rating("4", "a", "b", (0, 1)), Rating("4", "a", "b", (1, 0)),
         Rating("5", "a", "b", (0, 1)), Rating("5", "b", "a", (1, 0)),
     ]  # fmt: skip
     ratings = [r._replace(points=tuple(map(float, r.points))) for r in ratings]

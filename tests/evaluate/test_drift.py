@@ -67,6 +67,7 @@ def test_a_text_is_cut_into_as_many_windows_as_the_limit_allows():
     assert windows(range(10), 4, limit=100).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert windows(range(10), 4, limit=7).tolist() == [[0, 1, 2, 3]]
     assert windows(range(3), 4, limit=100).tolist() == [[0, 1, 2]]
+    assert windows(range(10), 4, limit=3).tolist() == [[0, 1, 2]]
 
 
 def test_other_vocabularies_and_short_texts_are_refused():

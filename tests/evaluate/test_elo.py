@@ -84,6 +84,7 @@ def test_nothing_to_play_is_refused():
             elo(random_matches(), k=k)
     with pytest.raises(ValueError, match="there are 300 matches"):
         elo(random_matches(), length=301)
+    assert len(elo(random_matches(), orders=2, length=300).ratings) == 2
 
 
 def deviations(unit, **options):

@@ -160,6 +160,8 @@ def test_the_limit_of_answers_has_several_names(name):
 def test_options_of_generation_are_known_or_refused():
     plain = harness._generation({"until": ["", "a"], "num_beams": 1})
     assert (plain.stop, plain.greedy) == (("a",), True)
+    drawn = harness._generation({"do_sample": True, "top_p": 0.9, "top_k": 5})
+    assert (drawn.temperature, drawn.top_p, drawn.top_k) == (1.0, 0.9, 5)
     for strange in ({"num_beams": 4}, {"repetition_penalty": 1.2}, {"max_length": 90}):
         (name,) = strange
         with pytest.raises(ValueError, match=f"have {name}=.*, which is not supported here"):
@@ -247,6 +249,12 @@ def test_as_the_harnesss_own_class(model, stories):
         subject.loglikelihood([("Once", "")])
     with pytest.raises(ValueError, match="max_len=1 must be 2 or more"):
         Harness(model, stories, max_len=1)
+    with pytest.raises(ValueError, match="batch_size=0 1"):
+        Harness(model, stories, max_len=2, batch_size=0)
+    # Of a family without bos, a text without a context follows eos.
+    without = dataclasses.replace(stories, bos_token_id=None, pad_token_id=0)
+    eos = [without.eos_token_id]
+    assert Harness(model, without, max_len=2)._pair("", "Once").context == eos
 
 
 def test_a_task_under_the_harness_itself(model, stories, tmp_path):

@@ -60,7 +60,7 @@ def test_every_pair_is_judged_in_both_orders(tmp_path):
     assert report.spent.calls == 6
     assert (report.spent.prompt_tokens, report.spent.completion_tokens) == (600, 120)
     assert server.keys == [f"Bearer {KEY}"] * 6
-    assert server.requests[0]["temperature"] == 0.2
+    assert (server.requests[0]["temperature"], server.requests[0]["max_tokens"]) == (0.2, 1024)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "cat-vs-dog-stand_in-reviewer-threeclass.jsonl",
         "dog-vs-cat-stand_in-reviewer-threeclass.jsonl",
@@ -141,8 +141,10 @@ def test_no_wait_is_longer_than_a_day(tmp_path, header, least, most):
 def test_what_stays_without_a_verdict_is_recorded_as_missing(tmp_path, trouble, reason):
     with stand_in(prefers_cats, [trouble] * 3) as server:
         where = endpoint(server)
-        first = judge(PAIRS, where, tmp_path, attempts=3, concurrency=1, sleep=lambda _: None)
+        waits = []
+        first = judge(PAIRS, where, tmp_path, attempts=3, concurrency=1, sleep=waits.append)
         assert (first.judged, first.missing) == (5, 1)
+        assert len(waits) == 2  # and not behind the last attempt
         missing = next(row for row in rows(tmp_path) if row["score"] == -1)
         assert reason in missing["metadata"]["missing"]
         assert (missing["metadata"]["attempts"], first.spent.calls) == (3, 3 + 5)

@@ -60,3 +60,5 @@ def test_a_hopeless_model_has_infinite_perplexity():
     found = perplexity(Toy(), [ToyBatches(4).at(0)], loss_fn=loss)
     assert found.perplexity == math.inf
     assert perplexity_of(699.0) == math.exp(699)
+    # One that has come to nothing is not called infinitely bad.
+    assert math.isnan(perplexity_of(math.nan))

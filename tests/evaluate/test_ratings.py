@@ -23,14 +23,14 @@ def test_the_order_is_that_of_the_ids_not_of_the_name(tmp_path):
     x = [(1, "G1", "X1", [9, 4]), (2, "G2", "X2", [8, 8])]
     y = [(1, "Y1", "G1", [7, 7]), (2, "Y2", "G2", [-1, -1])]
     write(tmp_path, "x-vs-gpt-3.5-gpt4-reviewer.jsonl", x)
-    write(tmp_path, "gpt-3.5-vs-x-gpt4-reviewer.jsonl", [(1, "X1", "G1", [5, 9])])
+    write(tmp_path, "gpt-3.5-vs-x-gpt4-reviewer.jsonl", [(1, "X1", "G1", [0, 9])])
     write(tmp_path, "y-vs-gpt-3.5-gpt4-reviewer.jsonl", y)
     found = read_ratings(tmp_path.iterdir())
     # G1 and G2 are gpt-3.5's, which x's files and y's have in common; the rest follows.
     assert {(r.question, r.first, r.second, r.points) for r in found.ratings} == {
         ("1", "gpt-3.5", "x", (9.0, 4.0)),
         ("2", "gpt-3.5", "x", (8.0, 8.0)),
-        ("1", "x", "gpt-3.5", (5.0, 9.0)),
+        ("1", "x", "gpt-3.5", (0.0, 9.0)),
         ("1", "y", "gpt-3.5", (7.0, 7.0)),
     }
     assert found.unreadable == {"y-vs-gpt-3.5-gpt4-reviewer.jsonl": 1}

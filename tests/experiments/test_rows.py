@@ -160,6 +160,19 @@ def test_rows_are_held_against_an_embedded_dataset(tiny_model, tmp_path):
     assert len(set(lengths)) > 1
 
 
+def test_rows_of_some_files_of_the_hub_are_held_against_rows_of_these(tiny_model, monkeypatch):
+    asked = []
+
+    def answer(hub_name, *, split, data_files, **options):
+        asked.append((split, data_files))
+        return datasets.Dataset.from_list([{"inputs": "a", "targets": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    parts = {"split": "train[9:]", "validation_split": "train[:9]"}
+    examples_of(DataConfig("flan-v2", hub_files=("cot*",), **parts), tiny_model, None)
+    assert asked == [("train[9:]", ["cot*"]), ("train[:9]", ["cot*"])]
+
+
 def test_the_same_rows_are_held_out_of_a_list_as_of_a_dataset():
     rows = [{"n": n} for n in range(30)]
     of_list = _held_out(rows, 4)

@@ -11,6 +11,7 @@ import pytest
 
 from qlora_jax.generate import PAPER_SAMPLING, GenerationConfig, check_prompts, generate
 from qlora_jax.generate.decode import advance, start
+from qlora_jax.generate.generate import _slots
 from qlora_jax.models.rope import RopeConfig
 from tests.generate.fake import Recurrent
 from tests.random_decoder import ONE_LAYER, random_decoder
@@ -148,6 +149,13 @@ def test_a_prompt_that_comes_twice_gets_two_samples():
     assert first != second
 
 
+def test_every_token_is_drawn_anew():
+    flat = Recurrent()
+    flat.head[...] *= 0
+    (found,) = generate(flat, [[5, 6]], SAMPLED, key=jax.random.key(0), batch_size=4)
+    assert len({*found.tokens}) > 5
+
+
 def test_watching_changes_nothing_and_sees_everything():
     seen = {i: [] for i in range(len(PROMPTS))}
     found = generate(
@@ -176,6 +184,18 @@ def test_the_watcher_may_end_rows():
     assert found[1].finish == "stop"
     assert found[1].tokens == greedy(PROMPTS[1], 5)
     assert found[0].tokens == greedy(PROMPTS[0], 10)
+    # Where it ends all of them, that is the end.
+    found = generate(MODEL, PROMPTS, GREEDY, batch_size=4, on_tokens=lambda *_: True)
+    assert [g.tokens for g in found] == [greedy(prompt, 1) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("longest", "positions", "slots"),
+    [(1, None, 16), (16, None, 16), (17, None, 32), (17, 30, 20), (20, 30, 20)],
+)
+def test_a_batch_is_padded_to_a_bucket_that_leaves_room(longest, positions, slots):
+    shape = types.SimpleNamespace(max_position_embeddings=positions)
+    assert _slots(longest, shape, GREEDY) == slots
 
 
 def test_one_program_serves_all_prompts_of_a_bucket():
@@ -202,6 +222,7 @@ def test_no_prompts_no_generations():
         ([[1]], SAMPLED, {}, "give key="),
         ([[1]], GenerationConfig(stop=("x",)), {}, "call generate_text"),
         ([[1]], GenerationConfig(), {"batch_size": 0}, "must be 1 or more"),
+        ([[1]], GenerationConfig(), {"every": 0}, "must be 1 or more"),
     ],
 )
 def test_bad_input_is_refused(prompts, config, options, message):

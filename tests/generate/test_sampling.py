@@ -151,6 +151,10 @@ def test_greedy_takes_the_most_likely():
     np.testing.assert_array_equal(tokens, LOGITS.argmax(-1))
 
 
+def test_the_bounds_of_options_are_possible():
+    GenerationConfig(max_new_tokens=4, min_new_tokens=4, top_k=1, top_p=1.0)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -158,6 +162,8 @@ def test_greedy_takes_the_most_likely():
         ({"max_new_tokens": 4, "min_new_tokens": 5}, "0 to max_new_tokens=4"),
         ({"temperature": 1e-50}, "temperature=1e-50 is too near to 0"),
         ({"temperature": -0.1}, "0 \\(greedy\\) or more"),
+        ({"temperature": float("inf")}, "a finite number"),
+        ({"temperature": float("nan")}, "a finite number"),
         ({"top_k": 0}, "None for no limit"),
         ({"top_p": 0.0}, "at most 1"),
         ({"top_p": 1.1}, "at most 1"),

@@ -168,6 +168,9 @@ def test_a_chat_is_asked_through_its_template():
             asked.append((text, options))
             return super().encode(text, **options)
 
+        def decode(self, ids, **options):
+            return " " + super().decode(ids, **options)
+
     answer = chat(
         MODEL,
         Noting(),
@@ -179,7 +182,7 @@ def test_a_chat_is_asked_through_its_template():
     prompt = [ord(c) for c in "uhi;a"]
     first = int(jnp.argmax(MODEL.logits_after(prompt)))
     assert "".join(pieces).strip() == answer
-    assert "".join(pieces)[0] == chr(first)
+    assert answer[0] == chr(first)
     # The template has written bos itself where the model wants it, and its markers are read.
     assert asked == [("uhi;a", {"bos": False, "special": True})]
 
@@ -193,6 +196,8 @@ def test_the_oldest_turns_make_room_and_no_others():
     for room, begins, tokens in ((None, 1, 19), (19, 1, 19), (18, 3, 13), (13, 3, 13), (12, 5, 7)):
         kept = [messages[0], *messages[begins:]]
         assert newest_turns(Ascii(), messages, template, room) == (kept, tokens)
+    # Nobody has asked anything: there is no turn to leave out.
+    assert newest_turns(Ascii(), messages[2:3], template, 1) == (messages[2:3], 4)
     # The last turn stays, whatever it takes.
     assert newest_turns(Ascii(), messages, template, 1) == ([messages[0], messages[5]], 7)
 
@@ -213,4 +218,5 @@ def test_end_tokens_of_a_folder(tmp_path):
         file.write_text(f'{{"eos_token_id": {odd}}}')
         with pytest.raises(ValueError, match=r"eos_token_id .*, but a token id or a list of them"):
             read_eos_token_ids(tmp_path)
-    assert GREEDY.with_eos((7, 9)).with_eos((1,)).eos_token_ids == (7, 9)
+    for ends in ((7,), (7, 9)):
+        assert GREEDY.with_eos(ends).with_eos((1,)).eos_token_ids == ends
