@@ -23,7 +23,12 @@ class InStack(NamedTuple):
 
 
 def layer_of(layer: Int[Array, ""], *stacks: Any) -> tuple[Any, ...]:
-    """The layer's part of every stack; None stays None."""
+    """The layer's part of every stack; None stays None.
+
+    Raises:
+        ValueError, TypeError: a number that no layer of the first stack has.
+    """
+    check_layer(layer, len(stacks[0]))
     return tuple(
         None if stack is None else jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
         for stack in stacks
