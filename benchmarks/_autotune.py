@@ -43,7 +43,7 @@ from benchmarks._programs import (
 )
 from pallas_kernels import dispatch
 from pallas_kernels._arguments import Layout
-from pallas_kernels.nf4_gemv.api import MAX_ROWS
+from pallas_kernels.dispatch import MAX_ROWS
 
 if TYPE_CHECKING:
     from benchmarks.gpu_kernels import Run

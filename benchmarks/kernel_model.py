@@ -38,8 +38,8 @@ from pallas_kernels._mosaic import BLOCK, SMS
 from pallas_kernels._table import config_type
 from pallas_kernels._triton_config import TritonConfig
 from pallas_kernels.cards import CARDS, Card
+from pallas_kernels.dispatch import MAX_ROWS
 from pallas_kernels.nf4_gemv import mosaic_plan as gemv_plan
-from pallas_kernels.nf4_gemv.api import MAX_ROWS
 from pallas_kernels.nf4_matmul import mosaic_plan as matmul_plan
 from pallas_kernels.nf4_matmul.mosaic_plan import COMPUTE
 

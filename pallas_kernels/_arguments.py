@@ -8,15 +8,17 @@ is shared by 256 blocks and whose mean (`offset`) was subtracted first.
 """
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from pallas_kernels._stack import layer_types
 from pallas_kernels.codebooks import BLOCKSIZES, CODEBOOKS, NESTED_BLOCKSIZE
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -33,6 +35,24 @@ class Layout:
     quant_type: str
     blocksize: int
     double_quant: bool
+
+    def __post_init__(self) -> None:
+        """An error for what no weight can be, naming the field; sizes become Python's integers."""
+        quant_type, blocksize = self.quant_type, whole(self.blocksize)
+        if not isinstance(quant_type, str) or quant_type not in CODEBOOKS:
+            raise ValueError(f"quant_type is {quant_type!r}; expected one of {sorted(CODEBOOKS)}")
+        if blocksize not in BLOCKSIZES:
+            raise ValueError(f"blocksize is {self.blocksize!r}; expected one of {list(BLOCKSIZES)}")
+        try:
+            shape = tuple(map(operator.index, self.shape))
+        except TypeError:
+            raise TypeError(
+                f"shape is {self.shape!r}; expected a tuple of whole numbers, such as (n, k)"
+            ) from None
+        if not shape or min(shape) < 1:
+            raise ValueError(f"shape is {shape}; expected one or more dimensions, each at least 1")
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "blocksize", blocksize)
 
     @property
     def size(self) -> int:
@@ -65,6 +85,14 @@ class Layout:
         return self.shape[-1] % self.blocksize == 0
 
 
+def whole(value: Any) -> int | None:
+    """A whole number, NumPy's or JAX's too, as Python's; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
 def check_fields(config: Any, **right: tuple[bool, str]) -> None:
     """Refuse a config of which a field is not right; `right` says of each whether, and what is."""
     for name, (is_right, wanted) in right.items():
@@ -85,44 +113,64 @@ def check_float(name: str, dtype: DTypeLike) -> None:
         )
 
 
+def check_array(name: str, value: Any) -> None:
+    """Refuse what is no array of JAX or NumPy, nor anything that has shape and dtype."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        given = "None" if value is None else f"of type {type(value).__name__}"
+        raise TypeError(f"{name} is {given}; expected an array, as jax.numpy.asarray makes one")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is no truth value."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {value!r}; expected True or False")
+
+
 def check_packed(
-    codes: Array | jax.ShapeDtypeStruct,
-    absmax: Array | jax.ShapeDtypeStruct,
-    nested_absmax: Array | jax.ShapeDtypeStruct | None,
-    offset: Array | jax.ShapeDtypeStruct | None,
+    codes: Array,
+    absmax: Array,
+    nested_absmax: Array | None,
+    offset: Array | None,
+    layer: Any = None,
     *,
     shape: tuple[int, ...] | None,
     quant_type: str,
     blocksize: int,
 ) -> Layout:
-    """Check that the parts of a packed weight belong together and return its layout.
+    """Check that the parts of a packed weight, or of a stack of them of which `layer` is one,
+    belong together and return the weight's layout.
 
     Raises:
-        ValueError: in one sentence, naming the argument that does not fit.
+        ValueError, TypeError: in one sentence, naming the argument that does not fit.
     """
-    if quant_type not in CODEBOOKS:
-        raise ValueError(f"quant_type is {quant_type!r}; expected one of {sorted(CODEBOOKS)}")
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize is {blocksize!r}; expected one of {list(BLOCKSIZES)}")
+    if isinstance(offset, float):
+        offset = np.float32(offset)
+    check_array("codes", codes)
+    check_array("absmax", absmax)
+    for name, value in (("nested_absmax", nested_absmax), ("offset", offset)):
+        if value is not None:
+            check_array(name, value)
+    if layer is not None:
+        codes, absmax, nested_absmax, offset = layer_types(
+            layer, codes, absmax, nested_absmax, offset
+        )
     if codes.dtype != jnp.uint8:
         raise ValueError(f"codes has dtype {codes.dtype}; expected uint8, packed bytes")
     per_byte = 1 if quant_type == "int8" else 2
     if shape is None:
-        if codes.ndim < 2:
+        # bitsandbytes keeps [bytes, 1], which does not tell n from k.
+        if codes.ndim < 2 or (codes.shape[-1] == 1 and per_byte == 2):
             raise ValueError(
                 f"codes has shape {codes.shape} and shape= is not given; "
                 "expected codes [n, k/2], or flat bytes together with shape=(n, k)"
             )
         shape = (*codes.shape[:-1], codes.shape[-1] * per_byte)
-    shape = tuple(int(d) for d in shape)
-    if not shape or min(shape) < 1:
-        raise ValueError(f"shape is {shape}; expected one or more dimensions, each at least 1")
 
     layout = Layout(shape, quant_type, blocksize, double_quant=absmax.dtype == jnp.uint8)
     if math.prod(codes.shape) != layout.nbytes:
         raise ValueError(
             f"codes has shape {codes.shape}, {math.prod(codes.shape)} bytes; "
-            f"expected {layout.nbytes} for a {quant_type} weight of shape {shape}"
+            f"expected {layout.nbytes} for a {quant_type} weight of shape {layout.shape}"
         )
     if absmax.dtype not in (jnp.uint8, jnp.float32):
         raise ValueError(
@@ -132,7 +180,7 @@ def check_packed(
     if absmax.shape != (layout.blocks,):
         raise ValueError(
             f"absmax has shape {absmax.shape}; expected ({layout.blocks},): one per block of "
-            f"{blocksize} elements of a weight of shape {shape}"
+            f"{layout.blocksize} elements of a weight of shape {layout.shape}"
         )
     if not layout.double_quant:
         for name, value in (("nested_absmax", nested_absmax), ("offset", offset)):
@@ -162,6 +210,7 @@ def check_matmul(name: str, x: Array, contracted: int, bias: Array | None, layou
     """
     if len(layout.shape) != 2:
         raise ValueError(f"shape is {layout.shape}; expected a matrix (n, k)")
+    check_array(name, x)
     check_float(f"{name}'s dtype", x.dtype)
     n = layout.shape[0]
     if x.ndim < 1 or x.shape[-1] != layout.shape[contracted]:
@@ -169,7 +218,10 @@ def check_matmul(name: str, x: Array, contracted: int, bias: Array | None, layou
             f"{name} has shape {x.shape}; expected [..., {layout.shape[contracted]}] "
             f"to go with a weight of shape {layout.shape}"
         )
-    if bias is not None and (bias.shape != (n,) or not jnp.issubdtype(bias.dtype, jnp.floating)):
+    if bias is None:
+        return
+    check_array("bias", bias)
+    if bias.shape != (n,) or not jnp.issubdtype(bias.dtype, jnp.floating):
         raise ValueError(f"bias is {bias.dtype} {bias.shape}; expected a float array ({n},)")
 
 
@@ -178,6 +230,8 @@ def check_lora(lora: LowRank, x: Array, layout: Layout) -> None:
     if not (isinstance(lora, tuple) and len(lora) == 2):
         raise ValueError(f"lora is a {type(lora).__name__}; expected a pair of arrays, (xa, b)")
     xa, b = lora
+    check_array("lora's xa", xa)
+    check_array("lora's b", b)
     if b.ndim != 2 or b.shape[0] != layout.shape[0] or b.shape[1] < 1:
         raise ValueError(
             f"lora's b has shape {b.shape}; expected ({layout.shape[0]}, r) "

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels import dispatch
-from pallas_kernels._arguments import Layout, is_symbolic, rows_of
+from pallas_kernels._arguments import Layout, check_flag, is_symbolic, rows_of
 from pallas_kernels._mesh import Call, Op, Parts, over_devices
 from pallas_kernels._triton_config import stack_is_addressable
 from pallas_kernels.nf4_matmul.reference import add_low_rank
@@ -76,7 +76,7 @@ def run(
         implementation = implementation or "xla"
     elif parts.x is not None:
         rows = rows_of(parts.x)
-    choice = dispatch.which_implementation(
+    choice = dispatch.choose(
         name,
         rows,
         layout,
@@ -84,6 +84,8 @@ def run(
         interpret=asked.interpret,
         dtype=dtype,
     )
+    if asked.fuse_lora is not None:
+        check_flag("fuse_lora", asked.fuse_lora)
     fuse = choice.fuse_lora if asked.fuse_lora is None else asked.fuse_lora
     options: dict[str, Any] = {"layout": layout}
     again: dict[str, Any] = {
@@ -97,8 +99,10 @@ def run(
         options["dtype"] = again["dtype"] = dtype
     if op == "forward":
         again["fuse_lora"] = fuse
+    # Without rows there is nothing to configure.
+    config = dispatch.config_for(name, choice, asked.config if rows else None)
     if choice.implementation != "xla":
-        options["config"] = dispatch.config_for(name, choice, asked.config)
+        options["config"] = config
     if choice.implementation == "triton":
         options["interpret"] = asked.interpret
     # A kernel or a config that was asked for is not exchanged for one that suits more rows.

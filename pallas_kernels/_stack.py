@@ -23,19 +23,55 @@ class InStack(NamedTuple):
 
 
 def layer_of(layer: Int[Array, ""], *stacks: Any) -> tuple[Any, ...]:
-    """The layer's part of every stack; None stays None."""
+    """The layer's part of every stack; None stays None.
+
+    Raises:
+        ValueError, TypeError: a number that no layer of the first stack has.
+    """
+    check_layer(layer, len(stacks[0]))
     return tuple(
         None if stack is None else jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
         for stack in stacks
     )
 
 
-def layer_types(*stacks: Any) -> tuple[Any, ...]:
-    """Shape and dtype of a layer's part of every stack; None stays None."""
+_AXES = {"codes": 2, "absmax": 2, "nested_absmax": 2, "offset": 1}
+"""The parts of a weight -> the axes that a stack of them has, at least."""
+
+
+def layer_types(layer: Any, *stacks: Any) -> tuple[Any, ...]:
+    """Shape and dtype of a layer's part of every stack, in `_AXES`' order; None stays None.
+
+    Raises:
+        ValueError, TypeError: these are no stacks of as many weights, or `layer` is in none.
+    """
+    codes = stacks[0]
+    for (name, axes), stack in zip(_AXES.items(), stacks, strict=True):
+        if stack is not None and (stack.ndim < axes or stack.shape[:1] != codes.shape[:1]):
+            raise ValueError(
+                f"layer is given, but {name} has shape {stack.shape}; expected a stack, with a "
+                f"leading axis as long as that of codes {codes.shape}: leave layer out to "
+                "multiply with one weight"
+            )
+    check_layer(layer, codes.shape[0])
     return tuple(
         None if stack is None else jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
         for stack in stacks
     )
+
+
+def check_layer(layer: Any, layers: int) -> None:
+    """Refuse what is not the number of one of so many layers; a traced one is taken at its word."""
+    try:
+        is_whole = jnp.ndim(layer) == 0 and jnp.issubdtype(jnp.result_type(layer), jnp.integer)
+    except TypeError:
+        is_whole = False
+    if not is_whole:
+        raise TypeError(f"layer is {layer!r}; expected a whole number, 0 to {layers - 1}")
+    if not isinstance(layer, jax.core.Tracer) and not 0 <= int(layer) < layers:
+        raise ValueError(
+            f"layer is {layer}; expected 0 to {layers - 1}, one of the {layers} in the stack"
+        )
 
 
 def reading_layer(

@@ -21,6 +21,7 @@ The Hopper gemv is taken as far as a card has measured it, to 8 rows and `max_x`
 """
 
 import dataclasses
+import difflib
 import functools
 import importlib.metadata
 from collections.abc import Sequence
@@ -30,13 +31,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels._arguments import Layout
+from pallas_kernels._arguments import Layout, check_flag, check_float, whole
 from pallas_kernels._mosaic import why_not_mosaic
 from pallas_kernels._table import TABLE, Config, Rule, config_type, cuts, rules
 from pallas_kernels._triton_config import TritonConfig, why_not_triton
 from pallas_kernels.cards import CARDS
 from pallas_kernels.nf4_gemv import mosaic_plan as gemv_plan
 from pallas_kernels.nf4_matmul import mosaic_plan as matmul_plan
+
+MAX_ROWS = 16
+"""Rows of x up to which `nf4_gemv` is the better kernel, and beyond which `nf4_matmul` is."""
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu", "jax_triton")
 
@@ -91,6 +95,11 @@ def config_for(op: str, choice: Choice, config: Config | None) -> Any:
     """The caller's config for a kernel where there is one, else the choice's."""
     if config is None:
         return choice.config
+    if choice.implementation == "xla":
+        raise ValueError(
+            f"config is a {type(config).__name__}, and {op} runs 'xla' here, which takes none "
+            f"({choice.reason}): pass config=None, or another implementation"
+        )
     wanted = config_type(op, choice.implementation)
     if not isinstance(config, wanted):
         raise ValueError(
@@ -120,6 +129,27 @@ def card_name(kind: str) -> str | None:
     return "other" if kind.startswith(("NVIDIA", "Tesla", "Quadro")) else None
 
 
+_OTHER_KINDS = ("cpu", "TPU ", "AMD ", "Radeon", "gfx", "Intel")
+"""How kinds of devices begin that are not NVIDIA's."""
+
+
+def _check_kind(kind: Any) -> None:
+    """Refuse what is no kind of device, such as a card's name misspelt."""
+    if isinstance(kind, str) and (card_name(kind) or kind.startswith(_OTHER_KINDS)):
+        return
+    if kind in [device.device_kind for device in jax.devices()]:
+        return
+    names = {
+        name.lower(): name for card in CARDS.values() for name in (card.name, card.description)
+    }
+    near = difflib.get_close_matches(str(kind).lower(), names, n=1)
+    meant = f"did you mean {names[near[0]]!r}?" if near else f"the cards are {list(CARDS)}"
+    raise ValueError(
+        f"kind is {kind!r}; expected a card's name, or a device kind as JAX reports it, such as "
+        f"'cpu' or 'NVIDIA H200': {meant}"
+    )
+
+
 def capability(kind: str) -> tuple[int, int] | None:
     """The compute capability of a kind of card, as CARDS or the card itself tells it, else None."""
     name = card_name(kind)
@@ -143,10 +173,10 @@ def which_implementation(
     kind: str | None = None,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> Choice:
-    """What `op` runs for `rows` rows of activations against a weight of this layout.
+    """What a call of `op` runs for `rows` rows of activations against a weight of this layout.
 
     Args:
-        op: a key of AVAILABLE.
+        op: a key of AVAILABLE; of 1 to 16 rows, "nf4_matmul" is "nf4_gemv", as the call is.
         rows: rows of x (1 for nf4_dequantize).
         layout: the weight, see `pallas_kernels.Layout`.
         implementation: what the caller asks for; None asks the table.
@@ -155,9 +185,39 @@ def which_implementation(
         dtype: of the activations, or of the dequantized weight.
 
     Raises:
-        ValueError: an op or an implementation that is unknown, or an implementation that cannot run
-            there, or not on this weight.
+        ValueError: an op, an implementation or a kind that is unknown, or an implementation that
+            cannot run there, or not on this weight.
+        TypeError: `layout` is no `Layout`, or `interpret` no truth value.
     """
+    if whole(rows) is None or rows < 0:
+        raise ValueError(f"rows is {rows!r}; expected a whole number, 0 or more")
+    if not isinstance(layout, Layout):
+        raise TypeError(
+            f"layout is of type {type(layout).__name__}; expected a pallas_kernels.Layout, such as "
+            "the layout of a QuantizedTensor"
+        )
+    check_float("dtype", dtype)
+    if kind is not None:
+        _check_kind(kind)
+    if op == "nf4_matmul" and 1 <= rows <= MAX_ROWS:
+        op = "nf4_gemv"
+    return choose(
+        op, rows, layout, implementation=implementation, interpret=interpret, kind=kind, dtype=dtype
+    )
+
+
+def choose(
+    op: str,
+    rows: int,
+    layout: Layout,
+    *,
+    implementation: str | None,
+    interpret: bool = False,
+    kind: str | None = None,
+    dtype: DTypeLike,
+) -> Choice:
+    """`which_implementation` for this very op and arguments that are checked."""
+    check_flag("interpret", interpret)
     if op not in AVAILABLE:
         raise ValueError(f"op is {op!r}; expected one of {list(AVAILABLE)}")
     if implementation is not None and implementation not in IMPLEMENTATIONS:

@@ -28,7 +28,8 @@ def nf4_dequantize(
 
     The bytes are bitsandbytes' own. With double quantization `absmax` holds uint8 codes, and block
     b's scale is `DYNAMIC_SIGNED[absmax[b]] · nested_absmax[b // 256] + offset`, product and sum
-    each rounded to float32.
+    each rounded to float32. The kernels have no gradients (codes are integers);
+    `qlora_jax.quantized_matmul` has those of x.
 
     Args:
         codes: packed codes, [n, k/2] (k even; the first of two in the high nibble), or, with
@@ -42,7 +43,7 @@ def nf4_dequantize(
         quant_type: a key of `pallas_kernels.CODEBOOKS`.
         blocksize: elements per scale, one of 32, 64, …, 4096.
         implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "jax_triton".
-        config: tile sizes for "triton"; None takes the table's.
+        config: tile sizes for "triton" and "jax_triton"; None takes the table's. "xla" takes none.
         interpret: run the kernel in Pallas' interpreter, on any machine: for tests.
 
     Returns:
@@ -50,6 +51,7 @@ def nf4_dequantize(
 
     Raises:
         ValueError: parts that do not belong together, or an implementation that cannot run.
+        TypeError: an argument of another kind.
     """
     layout = check_packed(
         codes,

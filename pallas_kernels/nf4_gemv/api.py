@@ -8,10 +8,7 @@ from pallas_kernels import dispatch
 from pallas_kernels._arguments import LowRank, check_lora, check_matmul, check_packed, rows_of
 from pallas_kernels._mesh import Parts
 from pallas_kernels._run import Asked, run
-from pallas_kernels._stack import layer_types
-
-MAX_ROWS = 16
-"""Rows of x beyond which `nf4_matmul` is the better kernel."""
+from pallas_kernels.dispatch import MAX_ROWS
 
 
 def nf4_gemv(
@@ -35,14 +32,17 @@ def nf4_gemv(
     """x · Wᵀ + xa · bᵀ + bias as `nf4_matmul`, for at most 16 rows of x: decoding token by token.
 
     `nf4_matmul` comes here by itself for so few rows. Arguments, result and errors are its own.
+    It has no gradients; `qlora_jax.quantized_matmul` has.
 
     Raises:
         ValueError: more than 16 rows, parts that do not belong together, or an implementation that
             cannot run.
+        TypeError: an argument of another kind.
     """
     weight = codes, absmax, nested_absmax, offset
     layout = check_packed(
-        *(weight if layer is None else layer_types(*weight)),
+        *weight,
+        layer,
         shape=shape,
         quant_type=quant_type,
         blocksize=blocksize,

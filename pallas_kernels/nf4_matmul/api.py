@@ -17,9 +17,9 @@ from pallas_kernels._arguments import (
 )
 from pallas_kernels._mesh import Parts
 from pallas_kernels._run import Asked, run
-from pallas_kernels._stack import layer_types
 from pallas_kernels._triton_config import TritonConfig, stack_is_addressable
-from pallas_kernels.nf4_gemv.api import MAX_ROWS, nf4_gemv
+from pallas_kernels.dispatch import MAX_ROWS
+from pallas_kernels.nf4_gemv.api import nf4_gemv
 from pallas_kernels.nf4_matmul.mosaic_plan import MatmulConfig
 
 
@@ -45,7 +45,7 @@ def nf4_matmul(
 
     W counts in x's dtype (one rounding of table[code] · absmax; kernels for few rows keep the
     float32 product, those of Hopper take the table in float16), sums are float32, and the result is
-    rounded once to x's dtype.
+    rounded once to x's dtype. It has no gradients; `qlora_jax.quantized_matmul` has.
 
     Args:
         x: [..., k] in bfloat16, float16 or float32.
@@ -54,13 +54,14 @@ def nf4_matmul(
         lora: an adapter's (xa, b), or None: xa [..., r] is s · x · Aᵀ and b [n, r] is B, both in
             x's dtype.
         layer: which weight, where codes, absmax, nested_absmax and offset are stacks with a leading
-            axis: the Triton-lowered kernels and the Hopper gemv read it where it lies.
+            axis, counted from 0: the Triton-lowered kernels and the Hopper gemv read it where it
+            lies. One that is traced is not checked.
         implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "mosaic_gpu", which
             is the Hopper gemv up to 16 rows and the Hopper matmul beyond.
         fuse_lora: add xa · bᵀ inside the kernel, to its float32 sums, instead of by a product of
             its own that is rounded and added afterwards; None lets the table choose.
         config: how the kernel cuts its work, a `TritonConfig` for "triton", for "mosaic_gpu" a
-            `MatmulConfig` (up to 16 rows a `GemvConfig`); None takes the table's.
+            `MatmulConfig` (up to 16 rows a `GemvConfig`); None takes the table's. "xla" takes none.
         interpret: run the kernel in Pallas' interpreter, on any machine: for tests.
 
     Returns:
@@ -68,10 +69,12 @@ def nf4_matmul(
 
     Raises:
         ValueError: parts that do not belong together, or an implementation that cannot run.
+        TypeError: an argument of another kind.
     """
     weight = codes, absmax, nested_absmax, offset
     layout = check_packed(
-        *(weight if layer is None else layer_types(*weight)),
+        *weight,
+        layer,
         shape=shape,
         quant_type=quant_type,
         blocksize=blocksize,
@@ -122,7 +125,7 @@ def reads_layers(
         layers: weights in the stack.
     """
     few = rows <= MAX_ROWS
-    choice = dispatch.which_implementation(
+    choice = dispatch.choose(
         "nf4_gemv" if few else "nf4_matmul",
         rows,
         layout,

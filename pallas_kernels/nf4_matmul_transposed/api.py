@@ -25,14 +25,15 @@ def nf4_matmul_transposed(
     """dy · W, with W [n, k] packed as in `nf4_dequantize`: the gradient of `nf4_matmul` in x.
 
     W counts in dy's dtype, sums are float32, and the result is rounded once to dy's dtype; where
-    devices have parts of W's rows, each rounds its part of the sum.
+    devices have parts of W's rows, each rounds its part of the sum. It has no gradients;
+    `qlora_jax.quantized_matmul` has, also twice.
 
     Args:
         dy: [..., n] in bfloat16, float16 or float32.
         codes, absmax, nested_absmax, offset, shape, quant_type, blocksize: as in `nf4_dequantize`.
         implementation: None (see `pallas_kernels.dispatch`), "xla", "triton" or "mosaic_gpu".
         config: how the kernel cuts its work, a `TritonConfig` for "triton", for "mosaic_gpu" a
-            `MatmulConfig`; None takes the table's.
+            `MatmulConfig`; None takes the table's. "xla" takes none.
         interpret: run the kernel in Pallas' interpreter, on any machine: for tests.
 
     Returns:
@@ -40,6 +41,7 @@ def nf4_matmul_transposed(
 
     Raises:
         ValueError: parts that do not belong together, or an implementation that cannot run.
+        TypeError: an argument of another kind.
     """
     layout = check_packed(
         codes,

@@ -4,10 +4,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 from qlora_jax.data.json_file import read_json_if_any
 from qlora_jax.data.json_kinds import IDS, check_kinds
+from qlora_jax.fields import as_tuple, check_numbers
 
 # Logits of many thousands, divided by less, leave float32.
 _COLDEST = 1e-30
@@ -37,11 +39,9 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         """ValueError for a value that no distribution or length can have."""
-        # One text is a sequence of texts, too: its letters.
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        ends = (self.eos_token_ids,) if isinstance(self.eos_token_ids, int) else self.eos_token_ids
-        for name, value in (("stop", stop), ("eos_token_ids", ends)):
-            object.__setattr__(self, name, tuple(value))
+        for name, kind, wanted in (("stop", str, "texts"), ("eos_token_ids", Integral, "ids")):
+            object.__setattr__(self, name, as_tuple(self, name, kind, wanted))
+        check_numbers(self)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be 1 or more.")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:

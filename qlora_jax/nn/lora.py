@@ -20,6 +20,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Key
 
 from pallas_kernels import vary_alike
+from qlora_jax.fields import as_tuple, check_numbers
 from qlora_jax.nn import targets
 
 ALL_LINEAR = targets.ALL_LINEAR
@@ -84,16 +85,15 @@ class LoraConfig:
         # Part of a module's static structure, so everything here has to hash.
         for name in ("rank_pattern", "alpha_pattern"):
             put(name, FrozenDict(getattr(self, name) or {}))
-        for name in ("modules_to_save", "layers_to_transform", "layers_pattern"):
-            value = getattr(self, name)
-            if isinstance(value, int | str):
-                put(name, (value,))
-            elif value is not None:
-                put(name, tuple(value) or None)
+        if self.layers_to_transform is not None:
+            layers = as_tuple(self, "layers_to_transform", Integral, "numbers of layers")
+            put("layers_to_transform", layers or None)
+        for name in ("modules_to_save", "layers_pattern"):
+            if getattr(self, name) is not None:
+                put(name, as_tuple(self, name, str, "names") or None)
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                put(name, tuple(value))
+            if not isinstance(getattr(self, name), str | None):
+                put(name, as_tuple(self, name, str, "names"))
         for rank in (self.r, *self.rank_pattern.values()):
             if not isinstance(rank, Integral) or not 1 <= rank < 2**31:
                 raise ValueError(
@@ -108,6 +108,7 @@ class LoraConfig:
                     f"alpha is {alpha}, but init_lora_weights={self.init_lora_weights!r} divides "
                     "the start by the scale; give a number above 0"
                 )
+        check_numbers(self)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; give a probability in [0, 1)")
         if self.bias not in ("none", "lora_only", "all"):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from pallas_kernels.codebooks import BLOCKSIZES, CODEBOOKS
+from qlora_jax.fields import check_numbers
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class QuantConfig:
     double_quant: bool = True
 
     def __post_init__(self) -> None:
-        if self.quant_type not in CODEBOOKS:
+        if not isinstance(self.quant_type, str) or self.quant_type not in CODEBOOKS:
             raise ValueError(
                 f"quant_type is {self.quant_type!r}; choose one of {', '.join(CODEBOOKS)}"
             )
@@ -31,3 +32,4 @@ class QuantConfig:
             raise ValueError(
                 f"blocksize is {self.blocksize}; choose one of {', '.join(map(str, BLOCKSIZES))}"
             )
+        check_numbers(self)

@@ -60,12 +60,22 @@ def quantized_matmul(
 
     Raises:
         ValueError: w is not a matrix, is a stack, or does not fit x.
+        TypeError: an argument of another kind.
     """
+    # Not isinstance: a Variable that holds one is taken, too.
+    if not hasattr(w, "stack_shape"):
+        raise TypeError(
+            f"w is of type {type(w).__name__}; expected a QuantizedTensor, as quantize makes it"
+        )
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        raise TypeError(
+            f"x is of type {type(x).__name__}; expected an array, as jax.numpy.asarray makes one"
+        )
     if w.ndim != 2 or w.stack_shape:
         raise ValueError(
             f"w is {w!r}; quantized_matmul takes one matrix: use jax.vmap or jax.lax.scan on stacks"
         )
-    if x.shape[-1] != w.shape[1]:
+    if x.shape[-1:] != w.shape[1:]:
         raise ValueError(f"x has shape {x.shape}, but w takes {w.shape[1]} inputs: {w!r}")
     kernel = _Kernel(implementation, fuse_lora)
     product = in_auto_axes(

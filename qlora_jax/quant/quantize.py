@@ -32,15 +32,19 @@ def quantize(
     quantization the tensor, stands for then depends on the device.
 
     Raises:
-        TypeError: the weight is not one of these dtypes, or `config` is none.
+        TypeError: the weight is no array of one of these dtypes (float64 is never narrowed
+            unasked), or `config` is no `QuantConfig`.
         ValueError: it is empty or has no dimension.
     """
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config is {config!r}; give a QuantConfig, such as QuantConfig('nf4')")
-    dtype = jnp.result_type(weight)
+    # Not jnp.result_type, to which NumPy's float64 is float32.
+    dtype = getattr(weight, "dtype", None)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        given = f"of type {type(weight).__name__}" if dtype is None else dtype.name
         raise TypeError(
-            f"weight is {dtype.name}; quantize takes float32, bfloat16 or float16: cast it first"
+            f"weight is {given}; quantize takes float32, bfloat16 or float16: cast it first, as "
+            "jax.numpy.asarray(weight, 'float32') does"
         )
     if jnp.ndim(weight) == 0 or jnp.size(weight) == 0:
         raise ValueError(

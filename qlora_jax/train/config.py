@@ -6,13 +6,13 @@ of 2e-4, Adam with b2 = 0.999, gradients clipped to a global norm of 0.3, 16 exa
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import optax
 
+from qlora_jax.fields import check_numbers
 from qlora_jax.nn.lora import SEEDS
 from qlora_jax.optim import (
     SCHEDULES,
@@ -118,19 +118,7 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            # A truth value is a number to Python, and a slip here.
-            flag = isinstance(value, bool)
-            if field.type is int and (flag or not isinstance(value, numbers.Integral)):
-                raise ValueError(f"{field.name}={value!r} must be a whole number.")
-            # YAML reads 2e-4, without a point, as a text.
-            optional = field.type == float | None and value is None
-            real = field.type in (float, float | None) and not optional
-            if real and (flag or not isinstance(value, numbers.Real)):
-                raise ValueError(f"{field.name}={value!r} must be a number, such as 2.0e-4.")
-            if field.type is bool and not flag:
-                raise ValueError(f"{field.name}={value!r} must be a truth value, True or False.")
+        check_numbers(self)
         at_least_one = (
             "steps",
             "micro_batch_size",

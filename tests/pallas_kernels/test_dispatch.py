@@ -141,6 +141,12 @@ def test_an_unknown_op_is_refused():
         which_implementation("gemv", 1, WEIGHT)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_few_rows_of_a_matmul_are_a_gemvs_as_in_the_call(rows):
+    ask = [chosen(op, rows, (4096, 4096)) for op in ("nf4_matmul", "nf4_gemv")]
+    assert (ask[0] == ask[1]) == (rows <= 16)
+
+
 @pytest.mark.parametrize("op", AVAILABLE)
 def test_weights_of_more_elements_than_31_bits_count_run_in_xla(op):
     huge = Layout((2**17, 2**14), "nf4", 64, double_quant=True)

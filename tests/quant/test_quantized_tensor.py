@@ -120,8 +120,11 @@ def test_orbax_round_trip(tmp_path: Path) -> None:
         (np.zeros((2, 2), np.int32), TypeError, "int32"),
         (np.zeros((0, 4), np.float32), ValueError, "at least one element"),
         (np.float32(1), ValueError, "at least one element"),
+        (np.zeros((2, 2)), TypeError, "weight is float64; quantize takes"),
+        ([[1.0, 2.0]], TypeError, "weight is of type list; quantize takes"),
     ],
 )
+@pytest.mark.usefixtures("as_users_run_it")
 def test_bad_weights(weight, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         ql.quantize(weight)
@@ -160,3 +163,22 @@ def test_matmul_refuses_stacks_and_misfits() -> None:
         ql.quantized_matmul(
             normal(4, 64), ql.QuantizedTensor(*leaves, shape=(4, 8, 64), dtype=flat.dtype)
         )
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_matmul_names_an_argument_of_another_kind() -> None:
+    w = ql.quantize(normal(32, 64))
+    with pytest.raises(TypeError, match=r"w is of type .*; expected a QuantizedTensor"):
+        ql.quantized_matmul(normal(4, 64), normal(32, 64))
+    with pytest.raises(TypeError, match="x is of type list; expected an array"):
+        ql.quantized_matmul([[1.0] * 64], w)
+    with pytest.raises(ValueError, match=r"x has shape \(\), but w takes 64 inputs"):
+        ql.quantized_matmul(jnp.float32(1), w)
+
+
+def test_a_layer_that_the_stack_has_not() -> None:
+    stack = jax.vmap(ql.quantize)(normal(2, 32, 64))
+    with pytest.raises(ValueError, match="layer is 2; expected 0 to 1"):
+        ql.quantized_matmul(normal(4, 64), stack.at_layer(jnp.int32(2)))
+    with pytest.raises(ValueError, match="layer is 2; expected 0 to 1"):
+        stack.at_layer(jnp.int32(2)).dequantize()
