@@ -40,15 +40,23 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile("repeatable")
 
 
+def _is_optimized(item: pytest.Item) -> bool:
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    return folder in OPTIMIZED or any(map(item.get_closest_marker, ("optimized", "slow")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is optimized comes first: each change from one to the other compiles anew."""
+    items.sort(key=_is_optimized, reverse=True)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compiles a test's programs, and its fixtures', as it wants them."""
     import jax
 
     plainly = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] not in ("0", "false", "")
-    folder = item.path.relative_to(Path(__file__).parent).parts[0]
-    if folder in OPTIMIZED or any(map(item.get_closest_marker, ("optimized", "slow"))):
-        plainly = False
+    plainly = plainly and not _is_optimized(item)
     if jax.config.read("jax_disable_most_optimizations") != plainly:
         jax.config.update("jax_disable_most_optimizations", plainly)
         # What is compiled already was compiled the other way.

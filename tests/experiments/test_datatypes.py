@@ -47,7 +47,7 @@ def test_losses_equal_bitsandbytes(tmp_path, capsys, types):
 
 def test_a_table_over_block_sizes_that_goes_on(tmp_path, capsys, monkeypatch):
     flags = ["--max-tokens", "256", "--window", "64", "--stride", "32"]
-    more = ["--types", "FP16", "INT8", "FP4-E3M0", "NF4", "--blocksizes", "64", "256"]
+    more = ["--types", "FP16", "INT8", "NF4", "--blocksizes", "64", "256"]
     assert datatypes.main(command(tmp_path, *flags, *more)) == 0
     results = json.loads((tmp_path / "datatypes.json").read_text())["results"]
     assert [(r["type"], r["blocksize"]) for r in results[:3]] == [
@@ -55,9 +55,10 @@ def test_a_table_over_block_sizes_that_goes_on(tmp_path, capsys, monkeypatch):
     ]  # fmt: skip
     assert all(r["tokens"] == 256 for r in results)
     loss = {(r["type"], r["blocksize"]): r["nll"] for r in results}
-    assert abs(loss["INT8", 64] - loss["FP16", None]) < 0.01
-    assert loss["NF4", 64] < loss["FP4-E3M0", 64]
-    assert (tmp_path / "datatypes.md").read_text().count("\n") == 2 + 7
+    for size in (64, 256):
+        assert abs(loss["INT8", size] - loss["FP16", None]) < 0.01
+        assert 0.1 < loss["NF4", size] - loss["FP16", None] < 0.2
+    assert (tmp_path / "datatypes.md").read_text().count("\n") == 2 + 5
     assert (tmp_path / "datatypes.png").read_bytes()[:4] == b"\x89PNG"
 
     def fail(*arguments, **options):

@@ -101,7 +101,8 @@ def test_decoding_in_float16_on_a_cpu():
 def test_weights_that_stay_in_their_stacks(monkeypatch):
     """As Triton's kernels read them: the same to the bit, here by XLA."""
     model = random_decoder(PLAIN, quant=QuantConfig(blocksize=32), lora=LoraConfig(r=2))
-    logits, cache = model.prefill(*padded("left"), cache_length=8)
+    prefill = jax.jit(lambda model: model.prefill(*padded("left"), cache_length=8))
+    logits, cache = prefill(model)
     tokens = logits.argmax(axis=-1).astype(jnp.int32)
     sliced = jax.jit(lambda model: model.decode_step(tokens, cache))(model)
     asked = []

@@ -116,7 +116,7 @@ def of_loss(model: Any) -> tuple[Any, tuple[Any, Any, Any]]:
 @pytest.mark.parametrize(
     "build",
     [
-        experts,
+        pytest.param(experts, marks=pytest.mark.slow),
         dense,
         alibi,
         pytest.param(streamed, marks=pytest.mark.slow),

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -337,6 +338,10 @@ def test_a_search_that_reaches_its_end_says_so(monkeypatch):
     module = sys.modules[report.__module__]
     monkeypatch.setattr(module, "LARGEST_BATCH", 2)
     monkeypatch.setattr(module, "LONGEST_SEQUENCE", 256)
+    made = plan(WORK, memory=2**40)
+    monkeypatch.setattr(module, "plan", lambda *_, **__: made)
+    small = types.SimpleNamespace(device=1, temporaries=1)
+    monkeypatch.setattr(module, "program_bytes", lambda *_: small)
     found = report("tiny", WORK, memory=2**40)
     assert (found.largest_batch, found.largest_sequence) == (2, 256)
     printed = text([found])

@@ -79,6 +79,7 @@ def test_a_quantized_decoder_is_finetuned_and_its_adapter_saved(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_neftune_is_in_the_training_loss_alone(tmp_path):
     def losses(folder: str, alpha: float | None, before: float | None):
         model = _decoder()
