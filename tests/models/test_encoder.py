@@ -57,8 +57,8 @@ def folder(tmp_path_factory):
     model = roberta()
     state = nnx.state(model)
     leaves, treedef = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    drawn = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    rng = np.random.default_rng(3)
+    drawn = [jnp.float32(x + 0.3 * rng.normal(size=x.shape)) for x in map(np.asarray, leaves)]
     nnx.update(model, jax.tree.unflatten(treedef, drawn))
     path = tmp_path_factory.mktemp("roberta")
     save_model(path, model)
@@ -153,9 +153,9 @@ def test_everything_else_is_frozen_until_it_is_not():
 
 
 def test_losses_of_classes_and_of_values():
-    model = roberta()
+    model, loss_of = roberta(), jax.jit(classification_loss)
     values = np.asarray(scores(model, IDS, MASK), np.float64)
-    loss = classification_loss(model, IDS, jnp.array([1, IGNORE]), MASK)
+    loss = loss_of(model, IDS, jnp.array([1, IGNORE]), MASK)
     expected = np.log(np.exp(values[0]).sum()) - values[0, 1]
     assert (float(loss.total), int(loss.examples)) == (pytest.approx(expected, rel=1e-5), 1)
     regression = roberta(dataclasses.replace(CONFIG, num_labels=1))
@@ -166,7 +166,7 @@ def test_losses_of_classes_and_of_values():
         loss = classification_loss(regression, IDS, labels, MASK)
         return loss.total, loss.examples
 
-    (found, count), slope = jax.value_and_grad(total, has_aux=True)(0.0)
+    (found, count), slope = jax.jit(jax.value_and_grad(total, has_aux=True))(0.0)
     assert (float(found), int(count)) == (pytest.approx((value - 2.5) ** 2, rel=1e-4), 1)
     assert float(slope) == pytest.approx(2 * (2.5 - value), rel=1e-4)
     with pytest.raises(ValueError, match="labels are int32, but a model with 1 label"):

@@ -65,6 +65,11 @@ def logits(model, source, read, mask=None, key=None):
     return model(source, read, mask, dropout_key=key)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def prefilled(model, cache_length):
+    return model.prefill(SOURCE, cache_length=cache_length)
+
+
 READ = shift_right(LABELS, start=0, pad=0)
 
 
@@ -126,7 +131,7 @@ def test_word_by_word_is_the_same_with_a_longer_cache():
     model = t5()
     whole = logits(model, SOURCE, READ)
     step = jax.jit(lambda model, tokens, cache: model.decode_step(tokens, cache))
-    found, cache = model.prefill(SOURCE, cache_length=9)
+    found, cache = prefilled(model, 9)
     for position in range(READ.shape[1]):
         np.testing.assert_allclose(found, whole[:, position], atol=2e-5)
         if position + 1 < READ.shape[1]:
@@ -136,7 +141,7 @@ def test_word_by_word_is_the_same_with_a_longer_cache():
 
 def test_a_token_too_many_is_loud():
     model = t5()
-    found, cache = model.prefill(SOURCE, cache_length=1)
+    found, cache = prefilled(model, 1)
     assert np.isfinite(found).all()
     found, _ = model.decode_step(READ[:, 1], cache)
     assert np.isnan(found).all()
@@ -144,7 +149,7 @@ def test_a_token_too_many_is_loud():
 
 def test_weights_that_stay_in_their_stacks(monkeypatch):
     model = t5(quant=QuantConfig(blocksize=32))
-    _, cache = model.prefill(SOURCE, cache_length=3)
+    _, cache = prefilled(model, 3)
     sliced = jax.jit(lambda model: model.decode_step(READ[:, 1], cache))(model)
     monkeypatch.setattr(QuantDense, "stays_in_stack", lambda _, rows: rows == len(READ))
     in_place = jax.jit(lambda model: model.decode_step(READ[:, 1], cache))(model)

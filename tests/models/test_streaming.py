@@ -150,7 +150,8 @@ as_users_do = pytest.mark.optimized
 
 
 @as_users_do
-@pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.slow), "offload"])
+@pytest.mark.slow  # each day a training step's are compared
+@pytest.mark.parametrize("remat", ["full", "offload"])
 def test_loss_and_gradients_are_the_residents_bit_for_bit(remat):
     expected = resident("full", dropout_seed=3)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(expected[1]))
