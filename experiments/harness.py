@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from yaml import YAMLError
 
+from experiments.answering import adapter_digest
 from experiments.cli import (
     COMPUTE_DTYPES,
     QUANT_HELP,
@@ -54,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=count, default=8, metavar="N", help="requests at once (8)")
     add("--chat-template", action="store_true", help="ask by the model's own chat template")
     add("--include", type=Path, metavar="FOLDER", help="a folder of further tasks")
-    add("--out", type=Path, metavar="FOLDER", help="(runs/harness/MODEL)")
+    add("--out", type=Path, metavar="FOLDER", help="(runs/harness/MODEL, with -ADAPTER)")
     return parser
 
 
@@ -87,7 +88,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
     context = decoder_context(folder)
     quant = read_quant(options.quant, folder)
     lora = None if options.adapter is None else check_adapter(options.adapter)
-    out = options.out or Path("runs") / "harness" / Path(options.model).name
+    adapter = None if options.adapter is None else adapter_digest(options.adapter)
+    # Of several adapters of one model each keeps its results.
+    name = Path(options.model).name + ("" if adapter is None else f"-{adapter[:8]}")
+    out = options.out or Path("runs") / "harness" / name
     keep_compiled_programs(out.parent / ".jax-cache")
     dtype = jnp.dtype(options.compute_dtype)
     model, tokenizer = load_pretrained(folder, quant=quant, lora=lora, compute_dtype=dtype)
@@ -125,6 +129,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
     told = {
         "model": options.model,
         "quant": "none" if quant is None else quant.quant_type,
+        "adapter": adapter,
+        "compute_dtype": options.compute_dtype,
+        "shots": options.shots,
+        "limit": options.limit,
+        "max_len": harness.max_len,
+        "chat_template": options.chat_template,
+        "lm_eval": lm_eval.__version__,
         "results": results,
     }
     write_whole(out / "harness.json", json.dumps(told, indent=1, default=str) + "\n")
