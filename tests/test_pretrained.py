@@ -1,3 +1,4 @@
+import inspect
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 from huggingface_hub import errors
 
 from qlora_jax import pretrained
+from qlora_jax.checkpoints import load_model
 from qlora_jax.pretrained import find_folder, load_pretrained
 from tests.shared import shared_path
 
@@ -79,6 +81,27 @@ def test_only_harmless_files_are_fetched(monkeypatch):
         "tokenizer.json",
         "tokenizer.model",
     }
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("load_in_4bit", r", but quant=QuantConfig\(\):"),
+        ("adapter", ", but lora=read_adapter_config"),
+        ("rematt", ", but remat=:"),
+        ("zzz", ": give some of .*, remat, "),
+        ("source", ":"),
+    ],
+)
+def test_an_option_that_it_has_not_is_told_from_those_it_has(option, meant):
+    with pytest.raises(TypeError, match=f"load_pretrained has no option '{option}'{meant}"):
+        load_pretrained("absent", **{option: True})
+
+
+def test_its_signature_tells_every_option():
+    own, passed_on = (inspect.signature(f).parameters for f in (load_pretrained, load_model))
+    assert own.keys() == (passed_on.keys() - {"source"}) | {"name_or_folder", "revision"}
+    assert all(own[name] == passed_on[name] for name in own.keys() & passed_on.keys())
 
 
 def test_neither_folder_nor_hub_name(tmp_path):
