@@ -1,5 +1,5 @@
-import inspect
 from fnmatch import fnmatch
+from inspect import signature
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def test_an_option_that_it_has_not_is_told_from_those_it_has(option, meant):
 
 
 def test_its_signature_tells_every_option():
-    own, passed_on = (inspect.signature(f).parameters for f in (load_pretrained, load_model))
+    own, passed_on = (signature(f).parameters for f in (load_pretrained, load_model))
     assert own.keys() == (passed_on.keys() - {"source"}) | {"name_or_folder", "revision"}
     assert all(own[name] == passed_on[name] for name in own.keys() & passed_on.keys())
 
