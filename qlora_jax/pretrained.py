@@ -6,7 +6,9 @@ through `huggingface_hub` into its cache (`HF_HOME`), or taken from there alone 
 `org/name/file.gguf`) and tokenizer files are ever fetched: no pickles, no code.
 """
 
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,19 @@ from qlora_jax.quant import QuantConfig
 # `model*` and not every safetensors file: some repositories carry the same weights a second time
 # under another name and in another layout.
 _FILES = ("config.json", "model*.safetensors", INDEX, *COMPANIONS)
+
+# What users of transformers and PEFT know by other names.
+_CALLED_HERE = {
+    "load_in_4bit": "quant=QuantConfig()",
+    "load_in_8bit": 'quant=QuantConfig("int8")',
+    "quantization_config": "quant=QuantConfig(...)",
+    "torch_dtype": "compute_dtype=",
+    "dtype": "compute_dtype=",
+    "device_map": "mesh=, for several devices",
+    "attn_implementation": "attention=",
+    "peft_config": "lora=",
+    "adapter": "lora=read_adapter_config(folder), and then load_adapter(folder, model)",
+}
 
 
 def load_pretrained(
@@ -56,12 +71,40 @@ def load_pretrained(
         PermissionError: the hub keeps the model behind a licence.
         ConnectionError: the hub cannot be reached and the cache lacks the model.
         ValueError: an unknown architecture or damaged files.
+        TypeError: an unknown option.
     """
+    _check_options(options)
     checkpoint = open_checkpoint(find_source(name_or_folder, revision=revision))
     model = load_model(
         checkpoint, quant=quant, lora=lora, compute_dtype=compute_dtype, seed=seed, **options
     )
     return model, checkpoint_tokenizer(checkpoint)
+
+
+def _with_options(own: inspect.Signature, options: inspect.Signature) -> inspect.Signature:
+    """A signature with what its `options` stand for in their place."""
+    every = own.parameters | options.parameters
+    names = [name for name in every if name not in ("options", "source")]
+    return own.replace(parameters=[every[name] for name in names])
+
+
+# What `help` and completion read.
+load_pretrained.__signature__ = _with_options(  # type: ignore[attr-defined]
+    inspect.signature(load_pretrained), inspect.signature(load_model)
+)
+
+
+def _check_options(options: Iterable[str]) -> None:
+    """TypeError for an option that `load_pretrained` has not, naming the one that is meant."""
+    known = list(inspect.signature(load_pretrained).parameters)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            here = _CALLED_HERE.get(name) or "".join(f"{option}=" for option in near)
+            meant = f", but {here}" if here else ""
+            raise TypeError(
+                f"load_pretrained has no option {name!r}{meant}: give some of {', '.join(known)}."
+            )
 
 
 def find_source(name_or_path: str | Path, *, revision: str | None = None) -> Path:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from fnmatch import fnmatch
+from inspect import signature
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from huggingface_hub import errors
 import qlora_jax as ql
 from experiments.embedded import MODELS
 from qlora_jax import pretrained
+from qlora_jax.checkpoints import load_model
 from qlora_jax.pretrained import find_folder, load_pretrained
 from tests.shared import shared_path
 
@@ -104,6 +106,27 @@ def test_only_harmless_files_are_fetched(monkeypatch):
         "tokenizer.json",
         "tokenizer.model",
     }
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("load_in_4bit", r", but quant=QuantConfig\(\):"),
+        ("adapter", ", but lora=read_adapter_config"),
+        ("rematt", ", but remat=:"),
+        ("zzz", ": give some of .*, remat, "),
+        ("source", ":"),
+    ],
+)
+def test_an_option_that_it_has_not_is_told_from_those_it_has(option, meant):
+    with pytest.raises(TypeError, match=f"load_pretrained has no option '{option}'{meant}"):
+        load_pretrained("absent", **{option: True})
+
+
+def test_its_signature_tells_every_option():
+    own, passed_on = (signature(f).parameters for f in (load_pretrained, load_model))
+    assert own.keys() == (passed_on.keys() - {"source"}) | {"name_or_folder", "revision"}
+    assert all(own[name] == passed_on[name] for name in own.keys() & passed_on.keys())
 
 
 def test_neither_folder_nor_hub_name(tmp_path):

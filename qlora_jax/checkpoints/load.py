@@ -9,6 +9,7 @@ compared with it, and only then are numbers read, straight into their places (`f
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ from qlora_jax.models import (
     streaming,
     unfreeze,
 )
+from qlora_jax.models.spread import check_mesh
 from qlora_jax.nn import LoraConfig, add_lora, start_from_weight
+from qlora_jax.nn.dense import check_dtype, check_matmul
+from qlora_jax.nn.lora import SEEDS
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 
 
@@ -99,13 +103,22 @@ def load_model(
 
     Raises:
         FileNotFoundError: the folder, its config or a shard is missing.
-        ValueError: an unknown architecture, a damaged file, tensors that contradict config.json or
-            hold NaN or infinities where 4-bit codes are needed, or a mesh that does not serve.
-        TypeError: quant or lora is no configuration.
+        ValueError: an unknown architecture, dtype, implementation or field, a damaged file, tensors
+            that contradict config.json or hold NaN or infinities where 4-bit codes are needed, or a
+            mesh that does not serve.
+        TypeError: quant or lora is no configuration, or mesh no mesh.
     """
     for name, given, kind in (("quant", quant, QuantConfig), ("lora", lora, LoraConfig)):
         if given is not None and not isinstance(given, kind):
             raise TypeError(f"{name} is {given!r}, but a {kind.__name__} or None is needed.")
+    check_dtype("compute_dtype", compute_dtype)
+    if param_dtype is not None:
+        check_dtype("param_dtype", param_dtype)
+    check_matmul("matmul", matmul)
+    if mesh is not None:
+        check_mesh(mesh)
+    if not isinstance(seed, Integral) or int(seed) not in SEEDS:
+        raise ValueError(f"seed is {seed!r}, but a whole number from 0 to {SEEDS[-1]} is needed.")
     if over is not None and mesh is None:
         raise ValueError(f"over is {over!r}, but names an axis of a mesh: give mesh=, too.")
     if trainable_base and quant is not None:
@@ -121,6 +134,13 @@ def load_model(
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     family = family_of(checkpoint.config)
     config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
+    fields = [field.name for field in dataclasses.fields(config)]
+    unknown = next((name for name in overrides or {} if name not in fields), None)
+    if unknown is not None:
+        raise ValueError(
+            f"overrides has {unknown!r}, which is no field of {type(config).__name__}: give some "
+            f"of {', '.join(fields)}."
+        )
     config = dataclasses.replace(config, **(overrides or {}))
     stored = checkpoint.quant
     if stored is not None and stored != quant:

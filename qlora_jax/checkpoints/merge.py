@@ -86,7 +86,12 @@ def merge(
         ValueError: an unknown mode, a 4-bit base where the original is needed, an adapter of
             another base, or LoftQ's of several rounds, which has mended an error that the original
             weights do not have.
+        TypeError: base is no checkpoint, but its folder, say.
     """
+    if not isinstance(base, Checkpoint):
+        raise TypeError(
+            f"base is {base!r}, but a Checkpoint is needed: give open_checkpoint(folder)."
+        )
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}.")
     lora = read_adapter_config(adapter)

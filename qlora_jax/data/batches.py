@@ -151,6 +151,14 @@ class Batches:
         # The order of the epoch asked for last: `at` walks through an epoch step by step.
         self._latest: tuple[int, list[np.ndarray]] | None = None
 
+    def __repr__(self) -> str:
+        """Counts and sizes, for a notebook."""
+        return (
+            f"Batches(examples={len(self._lengths)}, tokens={self._lengths.sum()}, batch_size="
+            f"{self.batch_size}, accumulation={self.accumulation}, buckets={self.buckets}, "
+            f"steps_per_epoch={self.steps_per_epoch})"
+        )
+
     @property
     def _step_size(self) -> int:
         return self.batch_size * self.accumulation

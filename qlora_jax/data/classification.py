@@ -125,6 +125,14 @@ class ClassificationBatches:
         self.labels = labels.astype(np.float32 if regression else np.int32)
         self._nothing = np.nan if regression else IGNORE
 
+    def __repr__(self) -> str:
+        """Counts and sizes, for a notebook."""
+        return (
+            f"ClassificationBatches(examples={len(self.labels)}, "
+            f"batch_size={self._order.batch_size}, accumulation={self._order.accumulation}, "
+            f"buckets={self._order.buckets}, steps_per_epoch={self.steps_per_epoch})"
+        )
+
     @property
     def steps_per_epoch(self) -> int:
         """Steps in one epoch, the same in every epoch."""

@@ -107,6 +107,11 @@ class Examples(Sequence[Example]):
         """The tokens of all examples that carry loss."""
         return int((self._labels != IGNORE).sum())
 
+    def __repr__(self) -> str:
+        """Counts, for a notebook."""
+        counts = f"tokens={self.tokens}, trained_tokens={self.trained_tokens}"
+        return f"Examples(examples={len(self)}, {counts})"
+
     def digest(self) -> str:
         """What tells these examples from others."""
         return digest((self.lengths, self._input_ids, self._labels))

@@ -138,6 +138,14 @@ class PackedBatches:
             shuffle=shuffle,
         )
 
+    def __repr__(self) -> str:
+        """Counts and sizes, for a notebook."""
+        return (
+            f"PackedBatches(examples={len(self._lengths)}, tokens={self._lengths.sum()}, "
+            f"rows={len(self.rows)}, length={self.length}, batch_size={self._batches.batch_size}, "
+            f"accumulation={self._batches.accumulation}, steps_per_epoch={self.steps_per_epoch})"
+        )
+
     @property
     def filled(self) -> float:
         """The share of the rows' tokens that is no padding."""

@@ -39,6 +39,10 @@ class Pairs(list[Pair]):
         """All tokens of all sources and targets."""
         return sum(len(pair.source) + len(pair.target) for pair in self)
 
+    def __repr__(self) -> str:
+        """Counts, for a notebook."""
+        return f"Pairs(pairs={len(self)}, tokens={self.tokens})"
+
     def digest(self) -> str:
         """What tells these pairs from others."""
         return digest(ids for pair in self for ids in pair)
@@ -89,6 +93,7 @@ def tokenize_pairs(
     Raises:
         ValueError: no rows, columns that the format cannot read, a row without a source (a
             conversation), a limit of no tokens, or a tokenizer without eos.
+        TypeError: form is no format, but the name of one, say.
     """
     check_rows(rows, source)
     check_limits(source_max_len=source_max_len, target_max_len=target_max_len)
@@ -177,6 +182,14 @@ class Seq2SeqBatches:
                 f"a target has {longest} tokens, but the largest bucket holds "
                 f"{self.target_buckets[-1]}: set target_max_len, or add a larger bucket."
             )
+
+    def __repr__(self) -> str:
+        """Counts and sizes, for a notebook."""
+        return (
+            f"Seq2SeqBatches(pairs={len(self._pairs)}, batch_size={self._order.batch_size}, "
+            f"accumulation={self._order.accumulation}, source_buckets={self._order.buckets}, "
+            f"target_buckets={self.target_buckets}, steps_per_epoch={self.steps_per_epoch})"
+        )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -82,7 +82,13 @@ def load_rows(
         FileNotFoundError: a path that does not exist, a hub dataset that does not exist.
         ConnectionError: the hub cannot be reached and the dataset is not in the cache.
         ValueError: a file that cannot be read, an unknown split, no rows, no such column.
+        TypeError: source is neither a text nor a path.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"source is a {type(source).__name__}, but a file, a folder or a hub name is needed: "
+            "rows that are at hand go to tokenize_rows as they are."
+        )
     text = os.fspath(source)
     hub_name = _hub_name(text)
     cache = None if cache_dir is None else os.fspath(cache_dir)

@@ -315,7 +315,13 @@ def detect_format(columns: Iterable[str], *, source: str = "the dataset") -> For
 
 
 def check_columns(columns: Iterable[str], form: Format, *, source: str = "the dataset") -> None:
-    """Refuses columns that the format cannot read; says which format would take them."""
+    """Refuses columns that the format cannot read, saying which format would take them, and what is
+    no format."""
+    if not isinstance(form, Format):
+        raise TypeError(
+            f"form is {form!r}, but a prompt format is needed: give FORMATS[name], where name is "
+            f"one of {', '.join(FORMATS)}, or a ChatTemplateFormat."
+        )
     found = list(columns)
     missing = [column for column in form.columns if column not in found]
     if not missing:

@@ -69,6 +69,7 @@ def tokenize_rows(
     Raises:
         ValueError: no rows, columns the format cannot read, an example longer than `max_len`,
             no example with a trained token, no eos token to append.
+        TypeError: form is no format, but the name of one, say.
     """
     check_rows(rows, source)
     check_limits(source_max_len=source_max_len, target_max_len=target_max_len, max_len=max_len)

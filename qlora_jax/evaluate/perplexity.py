@@ -122,16 +122,15 @@ def perplexity_of(loss: float) -> float:
     return math.inf if loss >= 700 else math.exp(loss)
 
 
-def perplexity(
-    model: nnx.Module, batches: Iterable[Any], *, loss_fn: LossFn = causal_lm_loss
-) -> Evaluation:
+def perplexity(model: nnx.Module, batches: Any, *, loss_fn: LossFn = causal_lm_loss) -> Evaluation:
     """Loss and perplexity of a model over batches.
 
     Args:
       model: any NNX module that `loss_fn` understands; by default a causal language model.
-      batches: `data.Batch`es [batch seq], for instance `Batches(..., shuffle=False).one_epoch()`.
+      batches: `data.Batches`, of which one epoch is read, or `data.Batch`es [batch seq].
       loss_fn: how a batch becomes a sum of token losses and a count of tokens.
     """
     graphdef, lora, frozen = split_adapters(model)
     step = make_eval_step(graphdef, loss_fn, compiler_options=options_for(model))
-    return evaluate(step, lora, frozen, batches)
+    epoch = batches.one_epoch() if hasattr(batches, "one_epoch") else batches
+    return evaluate(step, lora, frozen, epoch)

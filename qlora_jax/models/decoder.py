@@ -41,7 +41,7 @@ from qlora_jax.models.cache import (
 )
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_layer import DecoderLayer
-from qlora_jax.models.embedding import Embedding
+from qlora_jax.models.embedding import Embedding, check_ids
 from qlora_jax.models.neftune import with_noise
 from qlora_jax.models.norm import norm_for
 from qlora_jax.models.positions import positions_of
@@ -170,7 +170,9 @@ class Decoder(nnx.Module):
 
         Raises:
             ValueError: the sequence is longer than the learned positions.
+            TypeError: input_ids are no such array.
         """
+        check_ids(input_ids)
         mask = None if attention_mask is None else attention_mask.astype(bool)
         if positions is None:
             positions = positions_of(input_ids, mask, segments)
@@ -196,7 +198,9 @@ class Decoder(nnx.Module):
 
         Raises:
             ValueError: the cache is too short for the prompt, or longer than the learned positions.
+            TypeError: input_ids are no such array.
         """
+        check_ids(input_ids)
         length = input_ids.shape[1]
         if cache_length < length:
             raise ValueError(

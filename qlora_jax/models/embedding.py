@@ -26,6 +26,17 @@ from qlora_jax.quant import (
 )
 
 
+def check_ids(input_ids: Any) -> None:
+    """TypeError for a list of token ids, or for one row of them without its axis."""
+    array = hasattr(input_ids, "shape")
+    if not array or input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        kind = f"a {type(input_ids).__name__}"
+        given = f"{input_ids.dtype} {list(input_ids.shape)}" if array else kind
+        raise TypeError(
+            f"input_ids is {given}, but integers [batch, seq] are needed: give jnp.asarray([ids])."
+        )
+
+
 class Embedding(nnx.Module):
     """The vocabulary matrix `[vocab, embed]`: rows on the way in, scores on the way out.
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from qlora_jax.models.attention import AttentionName, check_attention
 from qlora_jax.models.dropped_attention import View, dropped_attention, key_mask, project_heads
-from qlora_jax.models.embedding import Embedding
+from qlora_jax.models.embedding import Embedding, check_ids
 from qlora_jax.models.encoder_config import EncoderConfig
 from qlora_jax.models.norm import LayerNorm
 from qlora_jax.models.stack import (
@@ -267,7 +267,9 @@ class EncoderClassifier(nnx.Module):
 
         Raises:
             ValueError: more tokens than the model has positions for.
+            TypeError: input_ids are no such array.
         """
+        check_ids(input_ids)
         if input_ids.shape[1] > self.config.max_length:
             raise ValueError(
                 f"input_ids have {input_ids.shape[1]} tokens, but the model has positions for "

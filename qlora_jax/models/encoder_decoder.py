@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from qlora_jax.models.attention import AttentionName, check_attention
 from qlora_jax.models.cache import Pair, kept, read, store
 from qlora_jax.models.dropped_attention import View, key_mask
+from qlora_jax.models.embedding import check_ids
 from qlora_jax.models.encoder_config import EncoderDecoderConfig
 from qlora_jax.models.encoder_decoder_layer import LAYER_KEYS, DecoderLayer, EncoderLayer
 from qlora_jax.models.norm import RMSNorm
@@ -194,6 +195,7 @@ class EncoderDecoder(nnx.Module):
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch source embed"]:
         """The encoder's output, normalised, in `compute_dtype`; arguments as in `hidden`."""
+        check_ids(input_ids)
         keys = draw(dropout_key, 3)
         rate, depth = self.config.dropout_rate, self.encoder.depth
         x = dropout(self._embed(input_ids), rate, next(keys))

@@ -91,7 +91,9 @@ def shardings_of(model: nnx.Module, mesh: _Mesh, *, over: str | None = None) -> 
 
     Raises:
         ValueError: an axis that the mesh does not have, or that is not of type Auto.
+        TypeError: mesh is no mesh.
     """
+    check_mesh(mesh)
     if over is not None and over not in mesh.axis_names:
         raise ValueError(
             f"over is {over!r}, but the mesh has the axes {', '.join(map(repr, mesh.axis_names))}: "
@@ -115,6 +117,15 @@ def shardings_of(model: nnx.Module, mesh: _Mesh, *, over: str | None = None) -> 
         for path, node in nnx.iter_graph(model)
         if isinstance(node, nnx.Variable)
     }
+
+
+def check_mesh(mesh: Any) -> None:
+    """TypeError for a number of devices, or a list of them, in the place of a mesh."""
+    if not isinstance(mesh, _Mesh):
+        raise TypeError(
+            f"mesh is {mesh!r}, but a jax.sharding.Mesh is needed: make one of 8 devices with "
+            'jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)).'
+        )
 
 
 def _shardings(value: PyTree, axes: tuple[int, ...], mesh: _Mesh, over: str | None) -> Any:

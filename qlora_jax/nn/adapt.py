@@ -15,7 +15,7 @@ from typing import Any
 from flax import nnx
 
 from qlora_jax.nn.convert import LINEAR, children, frozen_dense, listed, replace_layers
-from qlora_jax.nn.dense import Factors, QuantDense
+from qlora_jax.nn.dense import Factors, QuantDense, check_rngs
 from qlora_jax.nn.lora import LoraConfig
 from qlora_jax.nn.variables import FrozenParam, TrainedParam
 from qlora_jax.quant import QuantizedTensor
@@ -57,7 +57,9 @@ def add_lora(
             adapters already, which would be lost; a start from the weight is asked for but not
             given; a module to save is quantized, or is only a part of a stack. No layer has got an
             adapter then, so that the call may be mended and made again.
+        TypeError: rngs is no nnx.Rngs.
     """
+    check_rngs(rngs)
     called = {} if names is None else names
     seen: list[str] = []
     chosen: list[tuple[QuantDense, list[LoraConfig | None], list[Factors | None] | None]] = []

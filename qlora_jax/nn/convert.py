@@ -15,7 +15,7 @@ from typing import Any
 
 from flax import nnx
 
-from qlora_jax.nn.dense import QuantDense
+from qlora_jax.nn.dense import QuantDense, check_dtype, check_matmul
 from qlora_jax.nn.dense_general import QuantDenseGeneral
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 
@@ -57,8 +57,12 @@ def quantize_module(
         ValueError: there is no linear layer to replace, or one computes something else (it is of
             a subclass that has a `__call__` of its own, as `nnx.LoRALinear`, or has a `dot_general`
             or `precision` of its own); a layer has adapters already, on a weight that is not
-            quantized; a name in `skip` is no linear layer's. The module is as it was.
+            quantized; a name in `skip` is no linear layer's, or there is no such dtype or
+            implementation. The module is as it was.
     """
+    if compute_dtype is not None:
+        check_dtype("compute_dtype", compute_dtype)
+    check_matmul("implementation", implementation)
     linears = _layers(module, LINEAR)
     if not linears:
         raise ValueError(

@@ -163,7 +163,8 @@ class TrainConfig:
             )
         if self.optim not in OPTIMIZERS:
             raise ValueError(
-                f"optim={self.optim!r} is unknown; expected one of {', '.join(OPTIMIZERS)}."
+                f"optim={self.optim!r} is unknown; expected one of {', '.join(OPTIMIZERS)}, whose "
+                "state is paged by paged=True."
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(

@@ -310,6 +310,25 @@ def test_what_is_no_configuration_is_named(tmp_path, given):
         load_model(tmp_path, **given)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"compute_dtype": "bf16"}, "^compute_dtype is 'bf16', but float32, bfloat16 or"),
+        ({"compute_dtype": jnp.float64}, "^compute_dtype is .*float64"),
+        ({"param_dtype": "int8"}, "^param_dtype is 'int8'"),
+        ({"matmul": "cuda"}, "^matmul is 'cuda', but one of xla, .*, or None, is needed"),
+        ({"mesh": 8}, r"^mesh is 8, but .* is needed: make one .*jax.make_mesh\("),
+        ({"seed": "a"}, "^seed is 'a', but a whole number from 0 to"),
+        ({"seed": -1}, "^seed is -1, but a whole number from 0 to"),
+        ({"overrides": {"nope": 1}}, "^overrides has 'nope', which is no field of .*: give some"),
+    ],
+)
+def test_arguments_of_no_use_are_refused(folder, given, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        load_model(folder, **given)
+
+
 @pytest.mark.parametrize("given", [".", "adapter"])
 def test_an_adapter_is_no_model(tmp_path, given):
     """Nor a run folder, with the run's config.json."""

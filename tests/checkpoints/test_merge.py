@@ -99,6 +99,12 @@ def test_requantizing_an_untouched_weight_loses_nothing(trained):
     np.testing.assert_array_equal(checkpoint.read(name).codes, kernel.codes)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_folder_is_no_checkpoint():
+    with pytest.raises(TypeError, match=r"^base is 'base', but .* give open_checkpoint\(folder\)"):
+        merge("base", "adapter", "dequantized")
+
+
 def test_modes_of_a_folder_in_4_bits(trained, tmp_path):
     base, adapter, _ = trained
     save_checkpoint(tmp_path / "packed", merge(open_checkpoint(base), adapter, "requantized"))

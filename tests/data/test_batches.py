@@ -7,7 +7,18 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.data import IGNORE, Batches, Examples, length_buckets
+from qlora_jax.data import (
+    IGNORE,
+    Batches,
+    ClassificationBatches,
+    Examples,
+    Labelled,
+    PackedBatches,
+    Pair,
+    Pairs,
+    Seq2SeqBatches,
+    length_buckets,
+)
 
 BUCKETS = (4, 8, 16)
 
@@ -207,3 +218,28 @@ def test_negative_steps_are_refused():
         source.at(-1)
     with pytest.raises(ValueError, match="epoch must not be negative"):
         source.epoch(-1)
+
+
+def test_they_are_told_by_their_counts():
+    examples = make([3, 5, 8])
+    pairs = Pairs([Pair(ids, labels) for ids, labels in examples])
+    labelled = [Labelled(ids, 0) for ids, _ in examples]
+    assert [
+        repr(examples),
+        repr(pairs),
+        repr(Batches(examples, batch_size=2, accumulation=2, buckets=BUCKETS)),
+        repr(PackedBatches(examples, batch_size=2, length=8)),
+        repr(Seq2SeqBatches(pairs, batch_size=2, source_buckets=(8,), target_buckets=(4, 8))),
+        repr(ClassificationBatches(labelled, batch_size=2, pad_token_id=0, buckets=(8,))),
+    ] == [
+        "Examples(examples=3, tokens=16, trained_tokens=12)",
+        "Pairs(pairs=3, tokens=32)",
+        "Batches(examples=3, tokens=16, batch_size=2, accumulation=2, buckets=(4, 8, 16), "
+        "steps_per_epoch=1)",
+        "PackedBatches(examples=3, tokens=16, rows=2, length=8, batch_size=2, accumulation=1, "
+        "steps_per_epoch=1)",
+        "Seq2SeqBatches(pairs=3, batch_size=2, accumulation=1, source_buckets=(8,), "
+        "target_buckets=(4, 8), steps_per_epoch=2)",
+        "ClassificationBatches(examples=3, batch_size=2, accumulation=1, buckets=(8,), "
+        "steps_per_epoch=2)",
+    ]

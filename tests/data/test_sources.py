@@ -250,6 +250,12 @@ def test_unreadable_files_are_refused(name, content, message, tmp_path, cache):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
+def test_rows_at_hand_are_no_source():
+    with pytest.raises(TypeError, match=r"^source is a list, but a file, .* go to tokenize_rows"):
+        load_rows(ROWS)
+
+
 def test_options_of_the_hub_do_not_belong_to_files(tmp_path):
     write(tmp_path / "rows.json")
     with pytest.raises(ValueError, match="revision belongs to a hub dataset"):

@@ -212,6 +212,14 @@ def test_a_slice_of_a_dataset_is_told_to_be_columns(stories, tokenize):
         tokenize(rows[:1], FORMATS["alpaca"], stories)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("tokenize", [tokenize_rows, tokenize_pairs])
+def test_a_name_is_no_format(stories, tokenize):
+    message = r"^form is 'alpaca', but a prompt format is needed: give FORMATS\[name\], .* alpaca, "
+    with pytest.raises(TypeError, match=message):
+        tokenize([{"text": "a"}], "alpaca", stories)
+
+
 def test_many_rows_show_a_bar_and_keep_their_order(stories, capsys):
     rows = [{"text": f"story {i}"} for i in range(3000)]
     plain = tokenize_rows(rows, FORMATS["text"], stories)

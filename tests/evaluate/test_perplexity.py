@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from qlora_jax.data import Batches, Examples
 from qlora_jax.evaluate import evaluate, perplexity
 from qlora_jax.evaluate.perplexity import perplexity_of
 from tests.train.toy import Toy, ToyBatches, toy_loss
@@ -29,6 +30,14 @@ def test_every_token_counts_the_same():
     assert found.tokens == losses.size
     assert found.loss == pytest.approx(losses.mean(), rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-6)
+
+
+def test_batches_are_read_for_one_epoch():
+    examples = Examples.of([([1, 2, 3], [-100, 2, 3]), ([4, 5], [-100, 5]), ([6, 7], [-100, 7])])
+    batches = Batches(examples, batch_size=2)
+    found = perplexity(Toy(), batches, loss_fn=toy_loss)
+    assert found == perplexity(Toy(), list(batches.one_epoch()), loss_fn=toy_loss)
+    assert found.tokens == 4
 
 
 def test_sums_of_batches_are_added_in_64_bits():

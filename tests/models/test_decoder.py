@@ -350,3 +350,16 @@ def test_one_query_on_a_gpu(groups, softcap, monkeypatch):
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bgrs,bsgd->bgrd", weights, np.asarray(value, np.float64))
     np.testing.assert_allclose(mixed.reshape(expected.shape), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [([[1, 2, 3]], "a list"), (IDS[0], r"int32 \[6\]"), (IDS.astype(float), r"float32 \[2, 6\]")],
+)
+def test_what_is_no_batch_of_token_ids(given, told):
+    message = rf"^input_ids is {told}, but integers \[batch, seq\] are needed"
+    with pytest.raises(TypeError, match=message):
+        decoder()(given)
+    with pytest.raises(TypeError, match=message):
+        decoder().prefill(given, cache_length=8)

@@ -226,3 +226,9 @@ def test_label_names_are_kept_with_their_number():
 def test_configs_that_cannot_be(change, message):
     with pytest.raises(ValueError, match=message):
         ROBERTA.read_config(ROBERTA.write_config(CONFIG) | change)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_row_alone_is_no_batch():
+    with pytest.raises(TypeError, match=r"^input_ids is int32 \[6\], but integers"):
+        roberta()(IDS[0])

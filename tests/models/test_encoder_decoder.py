@@ -359,3 +359,9 @@ def test_the_papers_ranks():
             assert (t5_lora(config).r, t5_lora(config).alpha) == (rank, 64)
     eleven = EncoderDecoderConfig(32128, 1024, 128, 65536, 24, 24, 128)
     assert t5_lora(eleven).r == 64
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_row_alone_is_no_batch():
+    with pytest.raises(TypeError, match=r"^input_ids is int32 \[\d+\], but integers"):
+        t5()(SOURCE[0], READ)

@@ -123,3 +123,9 @@ def test_meshes_that_do_not_serve_are_refused():
     explicit = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with pytest.raises(ValueError, match=r"make it with axis_types=\(jax.sharding.AxisType.Auto,"):
         spread(decoder(), explicit)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_devices_are_no_mesh():
+    with pytest.raises(TypeError, match=r"^mesh is \[.*\], but a jax.sharding.Mesh is needed"):
+        spread(decoder(), jax.devices())

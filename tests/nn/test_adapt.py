@@ -173,18 +173,22 @@ def test_what_cannot_be_trained_is_refused(options: dict, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "rngs"),
+    ("options", "rngs", "words"),
     [
-        ({"modules_to_save": ("hed",)}, nnx.Rngs(1)),
-        ({"target_modules": ("head",), "modules_to_save": ("q_proj",)}, nnx.Rngs(1)),
-        ({}, nnx.Rngs(dropout=1)),
+        ({"modules_to_save": ("hed",)}, nnx.Rngs(1), "names no module"),
+        ({"target_modules": ("head",), "modules_to_save": ("q_proj",)}, nnx.Rngs(1), "quantized"),
+        ({}, nnx.Rngs(dropout=1), "'params'"),
+        ({}, 0, r"^rngs is 0, but Flax's streams are needed: give nnx.Rngs\(0\)"),
     ],
-    ids=["no_module", "quantized", "no_params_stream"],
+    ids=["no_module", "quantized", "no_params_stream", "a_seed"],
 )
-def test_a_call_that_was_refused_may_be_mended_and_made_again(options: dict, rngs) -> None:
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_call_that_was_refused_may_be_mended_and_made_again(
+    options: dict, rngs, words: str
+) -> None:
     model, mended = Stack(), ql.LoraConfig(r=2, target_modules=("q_proj", "head"))
     refused = ql.LoraConfig(**{"r": 2, "target_modules": ("q_proj", "head")} | options)
-    with pytest.raises((ValueError, AttributeError)):
+    with pytest.raises((TypeError, ValueError, AttributeError), match=words):
         ql.add_lora(model, refused, rngs=rngs, names=NAMES)
     ql.add_lora(model, mended, rngs=nnx.Rngs(1), names=NAMES)
     assert nnx.graphdef(model) == nnx.graphdef(adapted(mended))

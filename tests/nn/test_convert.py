@@ -69,6 +69,14 @@ def test_a_name_to_skip_that_is_no_linear_layers_is_refused(name: str) -> None:
     assert isinstance(model.blocks[0].value, nnx.Linear)
 
 
+@pytest.mark.parametrize("given", [{"compute_dtype": "bf16"}, {"implementation": "cuda"}])
+def test_a_dtype_or_kernel_that_is_not_there_is_refused(given: dict[str, str]) -> None:
+    model = Model(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^\w+ is '\w+', but .* is needed"):
+        ql.quantize_module(model, **given)
+    assert isinstance(model.blocks[0].query, nnx.Linear)
+
+
 def test_add_lora_gives_exactly_the_adapters() -> None:
     model = ql.quantize_module(Model(nnx.Rngs(0)))
     lora = ql.LoraConfig(r=4, target_modules=("query",))

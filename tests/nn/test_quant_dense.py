@@ -209,6 +209,29 @@ def test_a_layer_without_inputs_or_outputs(sizes: tuple[int, int]) -> None:
         ql.QuantDense(*sizes, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rngs": 0}, r"^rngs is 0, but Flax's streams are needed: give nnx.Rngs\(0\)"),
+        ({"rngs": jax.random.key(0)}, "^rngs is Array"),
+        ({"compute_dtype": "bf16"}, "^compute_dtype is 'bf16', but float32, bfloat16 or float16"),
+        ({"compute_dtype": None}, "^compute_dtype is None, but"),
+        ({"implementation": "cuda"}, "^implementation is 'cuda', but one of xla, triton, "),
+        ({"implementation": "jax_triton"}, "^implementation is 'jax_triton', but one of"),
+    ],
+)
+def test_arguments_of_no_use_are_refused(options: dict, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        ql.QuantDense(8, 4, **{"rngs": nnx.Rngs(0)} | options)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_list_is_no_array() -> None:
+    with pytest.raises(TypeError, match=r"^x is a list, but an array is needed: jnp.asarray\(x\)"):
+        ql.QuantDense(2, 4, rngs=nnx.Rngs(0))([1.0, 2.0])
+
+
 @pytest.mark.parametrize("lora", [None, ql.LoraConfig(r=2)])
 @pytest.mark.parametrize("quant", [None, ql.QuantConfig()])
 def test_inputs_of_another_width_and_stacks(

@@ -46,6 +46,11 @@ def test_bad_values_are_named(field, value):
         TrainConfig(**{field: value})
 
 
+def test_a_paged_optimizers_name_is_told_what_pages():
+    with pytest.raises(ValueError, match=r"adamw, adamw_8bit, .* is paged by paged=True"):
+        TrainConfig(optim="paged_adamw_32bit")
+
+
 @pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     ("field", "value"),
