@@ -41,7 +41,7 @@ from qlora_jax.models import (
 )
 from qlora_jax.models.spread import check_mesh
 from qlora_jax.nn import LoraConfig, add_lora, start_from_weight
-from qlora_jax.nn.dense import check_dtype, check_matmul
+from qlora_jax.nn.checks import check_dtype, check_matmul
 from qlora_jax.nn.lora import SEEDS
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 

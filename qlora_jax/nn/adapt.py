@@ -14,8 +14,9 @@ from typing import Any
 
 from flax import nnx
 
+from qlora_jax.nn.checks import check_rngs
 from qlora_jax.nn.convert import LINEAR, children, frozen_dense, listed, replace_layers
-from qlora_jax.nn.dense import Factors, QuantDense, check_rngs
+from qlora_jax.nn.dense import Factors, QuantDense
 from qlora_jax.nn.lora import LoraConfig
 from qlora_jax.nn.variables import FrozenParam, TrainedParam
 from qlora_jax.quant import QuantizedTensor

@@ -15,7 +15,8 @@ from typing import Any
 
 from flax import nnx
 
-from qlora_jax.nn.dense import QuantDense, check_dtype, check_matmul
+from qlora_jax.nn.checks import check_dtype, check_matmul
+from qlora_jax.nn.dense import QuantDense
 from qlora_jax.nn.dense_general import QuantDenseGeneral
 from qlora_jax.quant import QuantConfig, QuantizedTensor
 

@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
 from pallas_kernels import LowRank, in_auto_axes, product_spec, reads_layers, rows_as_cut
-from pallas_kernels.dispatch import AVAILABLE
+from qlora_jax.nn.checks import check_dtype, check_matmul, check_rngs
 from qlora_jax.nn.dora import adapted_squares, magnification, magnify, row_squares
 from qlora_jax.nn.lora import LoraConfig, dropout, init_lora_a, lora_hidden
 from qlora_jax.nn.variables import FrozenParam
@@ -41,34 +41,6 @@ _KERNEL_INIT = nnx.initializers.lecun_normal(in_axis=1, out_axis=0)
 
 Factors = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
 """A layer's A and B."""
-
-
-def check_dtype(name: str, dtype: Any) -> None:
-    """ValueError where an argument of that name is no dtype to compute in."""
-    try:
-        given = jnp.dtype(dtype)
-        wide = jnp.issubdtype(given, jnp.floating) and given.itemsize >= 2
-        # Without x64, JAX would take float32 for float64 and warn at every array.
-        known = dtype is not None and wide and jax.dtypes.canonicalize_dtype(given) == given
-    except TypeError:
-        known = False
-    if not known:
-        raise ValueError(f"{name} is {dtype!r}, but float32, bfloat16 or float16 is needed.")
-
-
-def check_matmul(name: str, implementation: str | None) -> None:
-    """ValueError where an argument of that name is no implementation of the 4-bit matmul."""
-    known = AVAILABLE["nf4_matmul"]
-    if implementation is not None and implementation not in known:
-        raise ValueError(
-            f"{name} is {implementation!r}, but one of {', '.join(known)}, or None, is needed."
-        )
-
-
-def check_rngs(rngs: Any) -> None:
-    """TypeError for a seed or a key in the place of Flax's streams of keys."""
-    if not isinstance(rngs, nnx.Rngs):
-        raise TypeError(f"rngs is {rngs!r}, but Flax's streams are needed: give nnx.Rngs(0).")
 
 
 class QuantDense(nnx.Module):

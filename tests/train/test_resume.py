@@ -259,7 +259,7 @@ def test_another_configuration_is_refused_naming_the_fields(tmp_path):
     assert "save_every" not in str(caught.value)
     assert (tmp_path / "config.json").read_text() == before
     run(dataclasses.replace(short, save_every=1, log_every=2), data="a")
-    assert set(json.loads(before)) == {"train", "run", "versions"}
+    assert set(json.loads(before)) == {"train", "run", "found", "versions"}
 
 
 def test_a_full_disk_is_told(tmp_path, monkeypatch):
