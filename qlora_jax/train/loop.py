@@ -155,18 +155,15 @@ def _check_kinds(
     of_batches = isinstance(eval_batches, EpochBatches | Sequence | None)
     # A sequence, too, but not of batches.
     of_rows = isinstance(eval_batches, Examples | Pairs)
-    for name, given, fits, needed in (
+    for name, given, fits, needs in (
         ("batches", batches, isinstance(batches, StepBatches), "Batches, or what has .at(step)"),
         ("config", config, isinstance(config, TrainConfig), "a TrainConfig"),
         ("eval_batches", eval_batches, of_batches and not of_rows, "Batches, or a list of batches"),
-        *(("probes", each, isinstance(each, Probe), "a list of Probe") for each in probes),
-        *(
-            ("callbacks", each, isinstance(each, Callback), "a list of Callback")
-            for each in callbacks
-        ),
+        *(("probes", each, isinstance(each, Probe), "Probes") for each in probes),
+        *(("callbacks", each, isinstance(each, Callback), "Callbacks") for each in callbacks),
     ):
         if not fits:
-            raise TypeError(f"{name} is {needed}, but a {type(given).__name__} is given.")
+            raise TypeError(f"{name} is given a {type(given).__name__}, but needs {needs}.")
 
 
 def _summary(result: FitResult) -> str:

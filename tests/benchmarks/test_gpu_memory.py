@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import gpu_memory
 from qlora_jax.plan.compiled import CACHE_VARIABLE
 
@@ -19,6 +21,7 @@ def test_a_step_that_does_not_fit_leaves_its_plan(tmp_path, monkeypatch):
     assert "RESOURCE_EXHAUSTED" in result["error"]
 
 
+@pytest.mark.slow
 def test_a_toy_step_is_planned_and_measured(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     arguments = ["--toy", "--sequence", "16", "--steps", "1", "--out"]

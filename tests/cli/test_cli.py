@@ -119,6 +119,7 @@ def test_merge_reports_on_a_base_that_names_no_context(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["tokens"] == 15
 
 
+@pytest.mark.slow
 def test_merge_reports_on_an_adapter_whose_start_took_from_the_base(tmp_path, capsys):
     base, adapter = shared_path("data/models/stories260K"), tmp_path / "adapter"
     lora = LoraConfig(r=4, target_modules=("up_proj",), init_lora_weights="pissa")

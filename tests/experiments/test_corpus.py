@@ -36,7 +36,7 @@ def rows(name: str, part: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("part", ["train", "validation"])
+@pytest.mark.parametrize("part", [pytest.param("train", marks=pytest.mark.slow), "validation"])
 def test_no_row_repeats_what_came_before_it(part, earlier):
     for row in rows("describe", part):
         assert squeezed(row["output"].rstrip(".")) not in earlier[part]

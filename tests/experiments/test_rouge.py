@@ -79,6 +79,7 @@ def test_the_score_is_of_what_the_saved_adapter_answers(packing, tmp_path, capsy
     assert [answer.text.strip() for answer in again] == [line["answer"] for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_answers_goes_on(tiny_model, tmp_path, monkeypatch, capsys):
     flags = ["--model", str(tiny_model), "--data", "describe", "--out", str(tmp_path)]
     asking = "rouge={limit: 5, max_new_tokens: 4, batch_size: 2}"

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 from qlora_jax.generate import GenerationConfig, generate
@@ -21,6 +22,7 @@ PROMPTS = [[3], [5, 6, 7, 8, 9], [1, 2], [10, 11, 12], [40] * 7]
 MESH = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
+@pytest.mark.slow
 def test_a_spread_model_writes_the_same():
     model = Decoder(
         CONFIG, quant=QuantConfig(), lora=None, compute_dtype=jnp.float32, rngs=nnx.Rngs(0)

@@ -48,6 +48,7 @@ def made_whole(in_backward: bool) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_no_array_of_all_layers_is_made():
     # Each layer's slice is written into the parameters and the moments where they lie.
     writes = {"dynamic-update-slice", "loop_dynamic_update_slice_fusion"}

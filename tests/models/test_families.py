@@ -69,12 +69,12 @@ def test_names_and_configs(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "mixtral-window",
+        pytest.param("mixtral-window", marks=pytest.mark.slow),
         pytest.param("qwen3_moe-shares", marks=pytest.mark.slow),
         pytest.param("gpt_neox-parallel", marks=pytest.mark.slow),
         pytest.param("bloom-even", marks=pytest.mark.slow),
         pytest.param("gemma3_text-scaled", marks=pytest.mark.slow),
-        pytest.param("opt-350m", marks=pytest.mark.slow),
+        "opt-350m",
         pytest.param("phi3-long", marks=pytest.mark.slow),
     ],
 )
@@ -104,7 +104,15 @@ def test_quantized_with_adapters(name):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("name", ["mixtral-window", "qwen3_moe-normed", "opt-350m", "bloom-even"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral-window",
+        "opt-350m",
+        pytest.param("qwen3_moe-normed", marks=pytest.mark.slow),
+        pytest.param("bloom-even", marks=pytest.mark.slow),
+    ],
+)
 def test_a_folder_in_4_bits_loads_byte_for_byte(name, tmp_path):
     save_model(tmp_path / "dense", random_decoder(VARIANTS[name]))
     base = open_checkpoint(tmp_path / "dense")

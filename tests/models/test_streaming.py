@@ -94,7 +94,13 @@ def test_large_frozen_leaves_rest_on_the_host_and_nothing_else_does():
     assert streaming.host_bytes(layers) == sum(x.nbytes for x in codes)
 
 
-@pytest.mark.parametrize("remat", sorted(set(REMAT) - {"none"}))
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param(remat, marks=[pytest.mark.slow] * (remat == "attention"))
+        for remat in sorted(set(REMAT) - {"none"})
+    ],
+)
 def test_remat_changes_nothing_beyond_rounding(remat):
     (expected, gradient), (found, ours) = (resident(each) for each in ("none", remat))
     np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -352,7 +352,8 @@ def test_a_search_that_reaches_its_end_says_so(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_kernels_that_cannot_run_here_are_planned(tmp_path, devices):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     out = tmp_path / "plan.json"
@@ -364,6 +365,7 @@ def test_kernels_that_cannot_run_here_are_planned(tmp_path, devices):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_the_command_says_nothing_of_devices_that_are_not_here(tmp_path):
     """Without JAX_PLATFORMS, JAX would look for GPUs with the plugin that is here to compile."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))

@@ -354,18 +354,12 @@ def test_tokens_that_the_model_has_no_row_for_are_refused(name, wrong, tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"batches": [ToyBatches(4).at(0)]},
-            r"batches is Batches, or what has .at\(step\), but a l",
-        ),
-        ({"config": {"steps": 3}}, "config is a TrainConfig, but a dict is given"),
-        (
-            {"eval_batches": ToyBatches(4)},
-            "eval_batches is Batches, or a list of batches, but a Toy",
-        ),
-        ({"eval_batches": Pairs()}, "eval_batches is Batches, or a list of batches, but a Pairs"),
-        ({"callbacks": [print]}, "callbacks is a list of Callback, but a builtin_function"),
-        ({"probes": [_Silent()]}, "probes is a list of Probe, but a _Silent is given"),
+        ({"batches": [3]}, r"batches is given a list, but needs Batches, or what has .at\(step\)"),
+        ({"config": {"steps": 3}}, "config is given a dict, but needs a TrainConfig"),
+        ({"eval_batches": ToyBatches(4)}, "eval_batches is given a ToyBatches, but needs Batches"),
+        ({"eval_batches": Pairs()}, "eval_batches is given a Pairs, but needs Batches, or a list"),
+        ({"callbacks": [print]}, "callbacks is given a builtin_function_or_method, but needs Call"),
+        ({"probes": [_Silent()]}, "probes is given a _Silent, but needs Probes"),
     ],
 )
 def test_other_kinds_of_arguments_are_refused_before_anything_is_written(
