@@ -136,8 +136,10 @@ def _adapter_of(source: Path, step: int | None) -> Path:
     for folder in (source / ADAPTER, *reversed(kept.values()), source):
         if (folder / CONFIG).is_file():
             return folder
+    begun = (source / "checkpoints").is_dir()
+    why = " (it is a run's, but fit was given no save_adapter=)" if begun else ""
     raise FileNotFoundError(
-        f"{source} holds no adapter: --format peft copies one out of a run folder, or out of "
+        f"{source} holds no adapter{why}: --format peft copies one out of a run folder, or out of "
         f"its own with {CONFIG}."
     )
 

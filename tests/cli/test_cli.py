@@ -235,6 +235,11 @@ def other_adapter(models):
         (None, [*SAFETENSORS, "--type", "F32"], "no such option: --dtype is that of safetensors"),
         (None, [*PEFT, "--adapter", "adapter"], "give the adapter's folder as SOURCE"),
         (None, [*PEFT], "base holds no adapter: --format peft"),
+        (
+            lambda folder: (folder / "base" / "checkpoints").mkdir(),
+            [*PEFT],
+            "base holds no adapter (it is a run's, but fit was given no save_adapter=): --format",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
