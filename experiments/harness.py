@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=count, default=8, metavar="N", help="requests at once (8)")
     add("--chat-template", action="store_true", help="ask by the model's own chat template")
     add("--include", type=Path, metavar="FOLDER", help="a folder of further tasks")
-    add("--out", type=Path, metavar="FOLDER", help="(runs/harness/MODEL, with -ADAPTER)")
+    add("--out", type=Path, metavar="FOLDER", help="(runs/harness/MODEL or MODEL-DIGEST)")
     return parser
 
 

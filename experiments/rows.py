@@ -179,7 +179,7 @@ def told_of_cuts(data: DataConfig, examples: Examples | Pairs) -> str:
         return ""
     limit = f"data.target_max_len={data.target_max_len}"
     if data.target_max_len == "auto":
-        limit += f" ({_RESPONSE} tokens, of conversations and texts {_WHOLE})"
+        limit += f" ({_RESPONSE} tokens, of conversations and texts at most {_WHOLE})"
     told = [
         f"{what}: {count:,}"
         for count, what in (

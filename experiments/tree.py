@@ -171,9 +171,10 @@ def _convert_union(value: Any, kinds: tuple[Any, ...], key: str, where: str) -> 
             errors.append(error)
     if optional and value in ("none", "None"):
         raise ValueError(f"{key} in {where} is {value!r}: in YAML that is null.")
-    words = [w for kind in kinds[1:] if typing.get_origin(kind) is Literal for w in kind.__args__]
-    if words:
-        raise ValueError(f"{str(errors[0]).removesuffix('.')} or {', '.join(words)}.")
+    literals = [kind for kind in kinds[1:] if typing.get_origin(kind) is Literal]
+    if literals:
+        words = ", ".join(str(word) for kind in literals for word in typing.get_args(kind))
+        raise ValueError(f"{str(errors[0]).removesuffix('.')} or {words}.")
     raise errors[0]
 
 

@@ -46,7 +46,7 @@ def fill(
         checkpoint: what is read.
         slots: by the name of each of its tensors, the place in the model.
         quant: how dense tensors of the file are quantized; None where they are packed already.
-        prepare: (name, path, tensor) -> what to store of it; sees every tensor first.
+        prepare: (name, path, tensor) -> what to store of it; sees all but a vocabulary to pack.
         progress: shows a bar on standard error, if that is a terminal.
         stream_weights: the large leaves of stacks become arrays in pinned host memory.
         places: where on several devices the arrays of each path lie (`models.shardings_of`).

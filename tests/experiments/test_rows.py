@@ -73,7 +73,9 @@ def test_limits_by_default(row, form, context, cut_to, tiny_model, tmp_path):
     (train,), (held_out,), _ = examples_of(data, tiny_model, context)
     assert len(train.input_ids) == len(held_out.input_ids) == cut_to
     told = told_of_cuts(data, examples_of(data, tiny_model, context)[0])
-    assert "data.target_max_len=auto (128 tokens, of conversations and texts 512): 1" in told
+    assert (
+        "data.target_max_len=auto (128 tokens, of conversations and texts at most 512): 1" in told
+    )
 
 
 @pytest.mark.parametrize(
