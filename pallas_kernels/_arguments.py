@@ -7,9 +7,9 @@ or, with double quantization, a uint8 code into the dynamic map, whose own scale
 is shared by 256 blocks and whose mean (`offset`) was subtracted first.
 """
 
+import dataclasses
 import math
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ LowRank = tuple[Array, Array]
 """An adapter's part of a product, (xa, b): xa [..., r] is s · x · Aᵀ, and b [n, r] is B."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """The static description of a packed weight: everything about it but its bytes."""
 
@@ -91,6 +91,16 @@ def whole(value: Any) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
+
+
+def check_kinds(config: Any) -> None:
+    """Refuse a config of which a field that holds a whole number, or a truth value, holds none."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int:
+            check_fields(config, **{field.name: (whole(value) is not None, "a whole number")})
+        elif field.type is bool:
+            check_fields(config, **{field.name: (isinstance(value, bool), "True or False")})
 
 
 def check_fields(config: Any, **right: tuple[bool, str]) -> None:

@@ -6,7 +6,7 @@ kernels would still run.
 
 import dataclasses
 
-from pallas_kernels._arguments import Layout, check_fields
+from pallas_kernels._arguments import Layout, check_fields, check_kinds
 
 DECODERS = ("pairs", "table")
 """The ways from a byte to two weights, see `pallas_kernels._triton_decoder`."""
@@ -47,6 +47,7 @@ class TritonConfig:
 
     def __post_init__(self) -> None:
         """A ValueError for what the compiler answers with an abort, or not at all."""
+        check_kinds(self)
         block, several = "a power of 2", "1 or more"
         check_fields(
             self,

@@ -199,6 +199,8 @@ def which_implementation(
     check_float("dtype", dtype)
     if kind is not None:
         _check_kind(kind)
+    if op == "nf4_gemv" and rows > MAX_ROWS:
+        raise ValueError(f"rows is {rows}, but nf4_gemv takes up to {MAX_ROWS}: ask of nf4_matmul")
     if op == "nf4_matmul" and 1 <= rows <= MAX_ROWS:
         op = "nf4_gemv"
     return choose(

@@ -68,6 +68,6 @@ def nf4_dequantize(
         Parts(None, codes, absmax, nested_absmax, offset),
         op="dequantize",
         layout=layout,
-        dtype=dtype,
+        dtype=jnp.dtype(dtype),
         asked=Asked(implementation, config, interpret),
     )

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import jax
 
-from pallas_kernels._arguments import check_fields
+from pallas_kernels._arguments import check_fields, check_kinds
 from pallas_kernels._mosaic import SHARED_LIMIT, SMS
 from pallas_kernels._mosaic_decoder import TABLE_BYTES
 
@@ -60,6 +60,7 @@ class GemvConfig:
 
     def __post_init__(self) -> None:
         """A ValueError for what would be refused, or misaligned, on the card."""
+        check_kinds(self)
         check_fields(
             self,
             warps=(self.warps in range(4, 33, 4), "a multiple of 4, up to 32"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels._arguments import check_fields
+from pallas_kernels._arguments import check_fields, check_kinds
 from pallas_kernels._mosaic import BLOCK, SHARED_LIMIT, SMS
 
 COMPUTE = 2
@@ -50,6 +50,7 @@ class MatmulConfig:
 
     def __post_init__(self) -> None:
         """A ValueError for what would be undefined, or would wait forever, on the card."""
+        check_kinds(self)
         check_fields(
             self,
             rows=(self.rows % 8 == 0 and 16 <= self.rows <= 256, "a multiple of 8, 16 to 256"),

@@ -69,6 +69,14 @@ class Checkpoint:
         return next((info.quant for info in self.tensors.values() if info.quant), None)
 
 
+def check_checkpoint(name: str, value: Any) -> None:
+    """TypeError for an argument of that name that is none, but its folder, say."""
+    if not isinstance(value, Checkpoint):
+        raise TypeError(
+            f"{name} is {value!r}, but a Checkpoint is needed: give open_checkpoint(folder)."
+        )
+
+
 def dtype_name(dtype: Any) -> str:
     """safetensors' name of a float dtype, however it is given ("bfloat16", "BF16", jnp.bfloat16).
 

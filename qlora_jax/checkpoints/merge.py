@@ -40,6 +40,7 @@ from qlora_jax.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
     TensorInfo,
+    check_checkpoint,
     dense,
     dtype_name,
     quantized,
@@ -88,10 +89,7 @@ def merge(
             weights do not have.
         TypeError: base is no checkpoint, but its folder, say.
     """
-    if not isinstance(base, Checkpoint):
-        raise TypeError(
-            f"base is {base!r}, but a Checkpoint is needed: give open_checkpoint(folder)."
-        )
+    check_checkpoint("base", base)
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}.")
     lora = read_adapter_config(adapter)
@@ -170,7 +168,9 @@ def merged(checkpoint: Checkpoint, adapter: str | Path, *, dtype: Any = None) ->
     Raises:
         FileNotFoundError: the adapter's files are missing.
         ValueError: the adapter belongs to another base, or holds what cannot be merged.
+        TypeError: checkpoint is none, but its folder, say.
     """
+    check_checkpoint("checkpoint", checkpoint)
     file = AdapterFile(adapter, checkpoint)
     tensors = {
         name: TensorInfo(

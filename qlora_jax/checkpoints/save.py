@@ -16,7 +16,14 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.checkpoints.bitsandbytes import QUANT_TYPES, packed_tensors, quantization_config
-from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, cast, dtype_name
+from qlora_jax.checkpoints.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    TensorInfo,
+    cast,
+    check_checkpoint,
+    dtype_name,
+)
 from qlora_jax.checkpoints.dense_modules import skip_modules, with_kept_dense
 from qlora_jax.checkpoints.folder import INDEX, SINGLE
 from qlora_jax.checkpoints.matching import is_vocabulary, node_at
@@ -46,7 +53,9 @@ def save_checkpoint(
     Raises:
         FileExistsError: the folder exists.
         ValueError: a quantization that bitsandbytes has no format for.
+        TypeError: checkpoint is none, but its folder, say.
     """
+    check_checkpoint("checkpoint", checkpoint)
     parse_size(max_shard_size)
     checkpoint = with_kept_dense(checkpoint)
     _refuse_unwritable(checkpoint)
@@ -77,6 +86,7 @@ def save_model(
     Raises:
         ValueError: the model has adapters, which these files cannot hold, or a quantization that
             bitsandbytes has no format for.
+        TypeError: the model is none of load_pretrained's.
     """
     checkpoint = model_checkpoint(model)
     if dtype is not None:
@@ -106,7 +116,14 @@ def model_checkpoint(model: Any) -> Checkpoint:
 
     Raises:
         ValueError: the model has adapters: merge them, or save them with `save_adapter`.
+        TypeError: the model is none of load_pretrained's.
     """
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise TypeError(
+            f"model is a {type(model).__name__}, but only the models of load_pretrained have a "
+            "format of Hugging Face's: save and restore nnx.state(model) of a module of your own "
+            "with Orbax."
+        )
     adapters = nnx.All(nnx.LoRAParam, nnx.Not(TrainedParam))
     if jax.tree.leaves(nnx.state(model, adapters)):
         raise ValueError(

@@ -102,9 +102,15 @@ def evaluate(
     frozen: PyTree,
     batches: Iterable[Any],
 ) -> Evaluation:
-    """Run `make_eval_step`'s step over all batches. ValueError where no token is trained on."""
+    """Run `make_eval_step`'s step over all batches.
+
+    Raises:
+      ValueError: no token has a label, or batches are cut into micro-batches.
+    """
     # float64 on the host: a float32 sum over millions of tokens would lose the last digits.
-    sums = jax.device_get([step(lora, frozen, spread_rows(batch, lora)) for batch in batches])
+    sums = jax.device_get(
+        [step(lora, frozen, spread_rows(_one_batch(batch), lora)) for batch in batches]
+    )
     total = math.fsum(float(np.float64(loss)) for loss, _ in sums)
     tokens = sum(int(count) for _, count in sums)
     if tokens == 0:
@@ -114,6 +120,17 @@ def evaluate(
         )
     loss = total / tokens
     return Evaluation(loss, perplexity_of(loss), tokens)
+
+
+def _one_batch(batch: Any) -> Any:
+    """A batch as it is, unless it is a training step's, [accumulation batch seq]."""
+    shape = getattr(getattr(batch, "input_ids", None), "shape", ())
+    if len(shape) == 3:
+        raise ValueError(
+            f"An evaluation batch has input_ids of shape {shape}, but [batch, seq] is needed: "
+            "make its Batches with accumulation=1."
+        )
+    return batch
 
 
 def perplexity_of(loss: float) -> float:

@@ -138,7 +138,7 @@ class QuantizedTensor:
         Returns:
             An array [*stack_shape, *shape].
         """
-        dtype = self.dtype if dtype is None else jnp.dtype(dtype)
+        dtype = self.dtype if dtype is None else dtype
 
         def one(leaves: tuple) -> jax.Array:
             return nf4_dequantize(

@@ -103,6 +103,16 @@ def test_requantizing_an_untouched_weight_loses_nothing(trained):
 def test_a_folder_is_no_checkpoint():
     with pytest.raises(TypeError, match=r"^base is 'base', but .* give open_checkpoint\(folder\)"):
         merge("base", "adapter", "dequantized")
+    with pytest.raises(TypeError, match=r"^checkpoint is 'base', but .* give open_checkpoint"):
+        merged("base", "adapter")
+    with pytest.raises(TypeError, match=r"^checkpoint is 'base', but"):
+        save_checkpoint("out", "base")
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_folder_is_no_model(tmp_path):
+    with pytest.raises(TypeError, match=r"^model is a str, but only the models of load_pretrained"):
+        save_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), str(tmp_path))
 
 
 def test_modes_of_a_folder_in_4_bits(trained, tmp_path):

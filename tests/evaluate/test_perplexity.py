@@ -61,6 +61,12 @@ def test_batches_without_labels_are_refused():
         perplexity(Toy(), [batch], loss_fn=toy_loss)
 
 
+def test_micro_batches_of_a_training_step_are_refused():
+    batches = Batches(Examples.of([([1, 2, 3], [-100, 2, 3])]), batch_size=1, accumulation=2)
+    with pytest.raises(ValueError, match=r"shape \(2, 1, \d+\), but .* with accumulation=1"):
+        perplexity(Toy(), batches, loss_fn=toy_loss)
+
+
 def test_a_hopeless_model_has_infinite_perplexity():
     def loss(model, batch, key, /):
         total, count = toy_loss(model, batch, key)

@@ -174,17 +174,21 @@ def test_an_adapter_is_a_pair():
     ("make", "field", "value"),
     [
         (GemvConfig, "warps", 6),
+        (GemvConfig, "warps", 8.0),
+        (GemvConfig, "early", 1),
         (GemvConfig, "steps", 3),  # 24 bytes of x a lane, which no 16-byte load may begin at
         (GemvConfig, "selects", 9),
         (GemvConfig, "segments", 3),
         (MatmulConfig, "rows", 100),
         (MatmulConfig, "stages", 2),  # a warpgroup would wait for a slot that it holds itself
         (MatmulConfig, "split", 0),
+        (MatmulConfig, "stages", "4"),
         (functools.partial(MatmulConfig, team=True), "stages", 9),  # a group would be overwritten
         (functools.partial(MatmulConfig, team=True), "split", 2),
         (functools.partial(MatmulConfig, team=True), "wide", True),
         (functools.partial(TritonConfig, 16, 16), "block_k", 48),
         (functools.partial(TritonConfig, 16, 16), "block_k", 16),  # half of a run of bytes
+        (functools.partial(TritonConfig, 16, 16), "block_k", "64"),
         (functools.partial(TritonConfig, 16, 16, 64), "num_warps", 64),  # 1024 threads are most
         (functools.partial(TritonConfig, 16, 16, 64), "num_warps", 3),  # Triton aborts the process
         (functools.partial(TritonConfig, 16, 16, 64), "decoder", "tabel"),
@@ -203,6 +207,7 @@ LAYOUT = Layout((8, 128), "nf4", 64, double_quant=True)
     [
         ({"rows": -4}, ValueError, "rows is -4; expected a whole number, 0 or more"),
         ({"rows": 4.5}, ValueError, r"rows is 4\.5"),
+        ({"op": "nf4_gemv", "rows": 17}, ValueError, "rows is 17, but nf4_gemv takes up to 16"),
         ({"layout": GOOD}, TypeError, "layout is of type dict; expected a pallas_kernels.Layout"),
         ({"dtype": jnp.int32}, ValueError, "dtype is int32; expected bfloat16"),
         ({"kind": "H200"}, ValueError, "kind is 'H200'; .* did you mean 'h200'"),

@@ -44,6 +44,8 @@ def test_shapes_and_repr() -> None:
     assert tensor.shape == (48, 64)
     assert tensor.dequantize().dtype == jnp.bfloat16
     assert tensor.dequantize(jnp.float16).dtype == jnp.float16
+    with pytest.raises(ValueError, match="dtype is 'bf16'; expected bfloat16, float16"):
+        tensor.dequantize("bf16")
     assert repr(tensor) == "QuantizedTensor([48, 64] bfloat16: nf4 blocksize=64 double_quant)"
 
 
