@@ -178,12 +178,8 @@ def _load_local(
         if path.stat().st_size == 0:
             raise ValueError(_empty(str(path), split))
     try:
-        if reader == "json" and _begins_with_null(path):
-            raise ValueError(
-                "it begins with null, but rows are JSON objects, a line each or listed."
-            )
-        if reader == "csv":
-            options |= _cells_as_text(path, options.get("sep", ","))
+        builder = datasets.load_dataset_builder(reader, cache_dir=cache_dir, **options)
+        options |= _more_options(builder)
         with _quietly(), _whole_lines():
             rows = _one_split(
                 datasets.load_dataset(reader, split=split, cache_dir=cache_dir, **options),
@@ -229,9 +225,28 @@ def _saved_files(folder: Path) -> list[str]:
 
 
 def _begins_with_null(path: Path) -> bool:
-    """What pyarrow's JSON reader dies of, and the process with it."""
+    """What pyarrow's JSON reader dies of."""
     with _COMPRESSIONS.get(path.suffix.lower(), open)(path, "rb") as file:
         return bool(file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"))
+
+
+def _more_options(builder: "datasets.DatasetBuilder") -> dict[str, Any]:
+    """What the reader of local files has to be told besides, by what is in them.
+
+    Raises:
+        ValueError: pyarrow's JSON reader would die of a file, and the process with it.
+    """
+    config = builder.config
+    files = [Path(file) for files in (config.data_files or {}).values() for file in files]
+    if builder.name == "json":
+        for file in filter(_begins_with_null, files):
+            raise ValueError(
+                f"{file.name} begins with null, but rows are JSON objects, a line each or listed."
+            )
+    # What a folder's README says of its columns stands.
+    if builder.name == "csv" and files and builder.info.features is None:
+        return _cells_as_text(files[0], config.sep)
+    return {}
 
 
 def _cells_as_text(path: Path, separator: str) -> dict[str, Any]:

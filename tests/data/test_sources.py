@@ -67,6 +67,41 @@ def test_cells_of_a_csv_file_are_the_text_that_stands_there(tmp_path, cache):
     ]
 
 
+def test_so_are_those_of_a_folder_of_csv_files(tmp_path, cache):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "train.csv").write_text("input,output\n1.50,007\n,NA\n")
+    (folder / "test.csv").write_text("output,input\n01,x\n")
+    (folder / "notes.txt").write_text("how they were made")
+    expected = [{"input": "1.50", "output": "007"}, {"input": "", "output": "NA"}]
+    assert list(load_rows(folder, cache_dir=cache)) == expected
+    held_out = [{"input": "x", "output": "01"}]
+    assert list(load_rows(folder, "test", cache_dir=cache)) == held_out
+    assert list(load_rows(folder, data_files="test.csv", cache_dir=cache)) == held_out
+
+
+@pytest.mark.parametrize(("types", "cell"), [("", "07"), ("int64", 7)])
+def test_a_readme_says_how_a_folder_is_read(types, cell, tmp_path, cache):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    how = "configs:\n- config_name: default\n  data_files: rows.csv\n  sep: ;\n"
+    if types:
+        columns = "".join(f"  - {{name: {name}, dtype: {types}}}\n" for name in "ab")
+        how += f"dataset_info:\n  features:\n{columns}"
+    (folder / "README.md").write_text(f"---\n{how}---\n")
+    (folder / "rows.csv").write_text("a;b\n5;07\n")
+    assert load_rows(folder, cache_dir=cache)[0]["b"] == cell
+
+
+def test_a_folder_with_a_file_that_pyarrow_dies_of(tmp_path, cache):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"a": 1}\n')
+    (folder / "b.json").write_text("null")
+    with pytest.raises(ValueError, match=r"rows cannot be read as a dataset: b.json begins with"):
+        load_rows(folder, cache_dir=cache)
+
+
 def test_text_files_are_one_row_a_line(tmp_path, cache, monkeypatch):
     (tmp_path / "rows.txt").write_text("one\ntwo\n")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -221,7 +256,7 @@ def test_without_a_network_the_hub_says_so(tmp_path, monkeypatch):
         ("a.json", "", r"\(split train\) is empty: there is not one row"),
         ("a.json", "[]", r"a.json \(split train\) is empty: there is not one row"),
         ("a.csv", "a,b\n", r"a.csv \(split train\) is empty: there is not one row"),
-        ("a.json", "null", "a.json cannot be read as a dataset: it begins with null, but rows are"),
+        ("a.json", "null", "a.json cannot be read as a dataset: a.json begins with null, but rows"),
         ("a.jsonl", "\ufeffnull\n{}", "begins with null"),
         ("a.jsonl.gz", gzip.compress(b"null", mtime=0), "begins with null"),
         ("a.json", '{"a": 1,', "a.json cannot be read as a dataset: JSON parse error"),
