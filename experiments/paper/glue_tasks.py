@@ -1,8 +1,8 @@
 """GLUE's eight tasks (arXiv 1804.07461, without WNLI): where their rows are and what they score.
 
 Rows are read from GLUE's own folders of .tsv files, from .jsonl, .json, .csv or .parquet files with
-the hub's columns, or from the hub. GLUE's .tsv files know no quoting: a quotation mark is a
-character.
+the hub's columns (a copy of the hub's folder, too), or from the hub. GLUE's .tsv files know no
+quoting: a quotation mark is a character.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from qlora_jax.data import load_rows
 from qlora_jax.evaluate import Metric, Scores, accuracy, accuracy_and_f1, correlations, matthews
 
 _ENDINGS = (".tsv", ".jsonl", ".json", ".csv", ".parquet")
+# How the hub's files end: each split is one.
+_ONE_SHARD = "-00000-of-00001"
 _SPLITS = {
     "train": ("train",),
     "validation": ("dev", "validation"),
@@ -160,9 +162,10 @@ def _find(folder: Path, task: str, split: str) -> Path:
     patterns += [f"{task}*{word}" for word in _SPLITS[split]]
     for pattern in patterns:
         for file in sorted(folder.glob(f"{pattern}*")):
+            stem = file.stem.removesuffix(_ONE_SHARD)
             if file.suffix in _ENDINGS and (
-                file.stem.endswith(pattern.rpartition("/")[2])
-                or file.stem.endswith(pattern.rpartition("*")[2])
+                stem.endswith(pattern.rpartition("/")[2])
+                or stem.endswith(pattern.rpartition("*")[2])
             ):
                 return file
     raise FileNotFoundError(

@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 from rich.console import Console
@@ -81,6 +83,16 @@ def test_glues_files_and_the_hubs_columns(glue_folder):
     for label in ("nan", "much", [5]):
         with pytest.raises(ValueError, match=r"row 1: the label is .*, but STS-B has numbers"):
             TASKS["stsb"].row({"sentence1": "x", "sentence2": "y", "label": label}, "row 1")
+
+
+def test_a_copy_of_the_hubs_folder(tmp_path):
+    for split in ("train", "validation_matched"):
+        columns = {"premise": ["a"], "hypothesis": [split], "label": [1], "idx": [0]}
+        (tmp_path / "mnli").mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), tmp_path / f"mnli/{split}-00000-of-00001.parquet")
+    assert load_split("mnli", tmp_path, "train") == [(("a", "train"), 1)]
+    matched = load_split("mnli", tmp_path, "validation_matched")
+    assert matched == [(("a", "validation_matched"), 1)]
 
 
 def test_a_tiny_model_broken_off_is_made_again(tmp_path, monkeypatch):
