@@ -34,6 +34,9 @@ from qlora_jax.optim.per_parameter import by_path, only, owners, shapes, wrapped
 _HOST = jax.memory.Space.Host
 _DEVICE = jax.memory.Space.Device
 
+# 32 MiB of a float32 moment: as much as 32 matrices A of rank 64 and 4096 inputs.
+_GROUP = 2**23
+
 PAGED_STATE = "paged_state"
 """The name (`jax.named_scope`) of the copies, for whoever counts or profiles them."""
 
@@ -84,13 +87,12 @@ def paged(
     def init(params: PyTree) -> PyTree:
         whole = jax.eval_shape(inner.init, params)
         owner = owners(inner, params, whole, needed_by="paged")
-        # Leaf by leaf, so that the card never holds the whole state.
-        count = len(jax.tree.leaves(params))
         parts = [dict(by_path(inner.init(only(params, ()))))]
-        for index in range(count):
-            part = dict(by_path(inner.init(only(params, (index,)))))
+        # Group by group, so that the card never holds the whole state.
+        for group in _groups([leaf.size for leaf in jax.tree.leaves(params)], _GROUP):
+            part = dict(by_path(inner.init(only(params, group))))
             parts.append(
-                {p: moved(jnp.asarray(v), _HOST) for p, v in part.items() if owner[p] == index}
+                {p: moved(jnp.asarray(v), _HOST) for p, v in part.items() if owner[p] in group}
             )
         leaves = {path: leaf for part in parts for path, leaf in part.items()}
         return jax.tree.unflatten(jax.tree.structure(whole), [leaves[p] for p in owner])
@@ -163,6 +165,17 @@ def resting_shardings(tree: PyTree) -> PyTree:
         return sharding if elsewhere else None
 
     return jax.tree.map(rest, tree)
+
+
+def _groups(sizes: list[int], room: int) -> list[range]:
+    """Parameters that are initialised together: as many in a row as `room` elements hold."""
+    groups, start, held = [], 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and held + size > room:
+            groups.append(range(start, index))
+            start, held = index, 0
+        held += size
+    return [*groups, range(start, len(sizes))] if sizes else []
 
 
 def _turns(sizes: list[int]) -> list[tuple[int, list[int]]]:

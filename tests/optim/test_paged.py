@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.optim import decay_mask, paged, resting_shardings
-from qlora_jax.optim.paged import _turns
+from qlora_jax.optim.paged import _groups, _turns
 from qlora_jax.optim.per_parameter import owners
 
 # Bits of two programs are compared, so they are compiled as a user's are.
@@ -223,6 +223,12 @@ def test_few_questions_tell_whose_a_leaf_is():
 def test_negative_threshold_is_refused():
     with pytest.raises(ValueError, match="min_size"):
         paged(optax.adamw(1e-3), min_size=-1)
+
+
+def test_small_parameters_are_initialised_together_and_large_ones_alone():
+    together = [range(2), range(2, 3), range(3, 4), range(4, 5), range(5, 7)]
+    assert _groups([3, 5, 1, 9, 20, 2, 6], room=8) == together
+    assert _groups([], room=8) == []
 
 
 def test_the_state_of_small_parameters_comes_first():
