@@ -6,6 +6,7 @@
     answers.jsonl    those to the held-out rows' prompts   (with `rouge` configured)
     checkpoints/     what a killed run resumes from        (qlora_jax.train)
     adapters/        the adapter as of each checkpoint     (likewise)
+    best/            with `train.keep_best`, the one of the lowest held-out loss
     adapter/         the trained adapter in PEFT's format
     result.json      held-out loss before and after, speed, memory; written last, when all is done
     error.txt        instead, where it failed
@@ -276,7 +277,8 @@ def _saved(folder: Path) -> RunConfig | None:
 
 
 def is_finished(run: RunConfig, folder: Path) -> bool:
-    """Whether a run folder holds this run (`dated`), finished; one that has fewer steps is not.
+    """Whether a run folder holds this run (`dated`), finished; one that has fewer steps is not, nor
+    one that ended early by another `patience`.
 
     Raises:
         ValueError: it holds another run; the message says what differs.
@@ -295,7 +297,11 @@ def is_finished(run: RunConfig, folder: Path) -> bool:
             f"{folder} holds a run with other options ({'; '.join(other)}): choose another --out, "
             "set them back, or give --overwrite to delete it."
         )
-    return (folder / RESULT).is_file() and not further
+    if further or not (folder / RESULT).is_file():
+        return False
+    # One that was out of patience may have more now.
+    ended = json.loads((folder / RESULT).read_text())["steps"]
+    return ended >= run.train.steps or run.train.patience == saved.train.patience
 
 
 def _described(devices: DevicesConfig) -> str:
@@ -306,6 +312,8 @@ def _result(model: nnx.Module, folder: Path, labels: Mapping[str, str]) -> dict[
     """From the metrics on disk, so that a run in several pieces tells the same as one in one."""
     metrics = read_metrics(folder / METRICS)
     evaluations = [line for line in metrics if "eval_loss" in line]
+    # The first is the base's.
+    best = min(evaluations[1:], key=lambda line: line["eval_loss"])
     steps = [line for line in metrics if "loss" in line]
     speeds = [line["tokens_per_second"] for line in steps if "tokens_per_second" in line]
     lora, frozen = nnx.state(model, nnx.LoRAParam), nnx.state(model, FrozenParam)
@@ -317,6 +325,7 @@ def _result(model: nnx.Module, folder: Path, labels: Mapping[str, str]) -> dict[
         "labels": dict(labels),
         "before": evaluation(evaluations[0]),
         "after": evaluation(evaluations[-1]),
+        "best": {"step": best["step"], **evaluation(best)},
         "steps": steps[-1]["step"],
         "trained_tokens": sum(line["tokens"] for line in steps),
         "tokens_per_second": speeds[-1] if speeds else 0.0,

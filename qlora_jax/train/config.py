@@ -26,12 +26,13 @@ from qlora_jax.optim import (
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "lion", "lion_8bit")
 
-# How often a run looks at itself and where its optimizer's state and gradients rest changes no bit
-# of what it computes, and when in a step it updates nothing beyond rounding: free to differ on
-# resuming.
+# How often a run looks at itself, when it has seen enough, and where its optimizer's state and
+# gradients rest changes no bit of what it computes, and when in a step it updates nothing beyond
+# rounding: free to differ on resuming.
 FREE_ON_RESUME = frozenset(
     {
         "eval_every",
+        "patience",
         "save_every",
         "keep_checkpoints",
         "log_every",
@@ -83,6 +84,9 @@ class TrainConfig:
         max_grad_norm=None, one micro-batch, and moments in 32 bits.
       seed: decides dropout, step by step (and, in the experiments, data order and adapters).
       eval_every: steps between evaluations; 0 evaluates only before and after the run.
+      patience: the run ends after so many evaluations in a row without a lower held-out loss; 0
+        for none. One that it has ended goes on with more patience.
+      keep_best: keep the adapter of the lowest held-out loss, as of `eval_every`, in `best`.
       save_every: steps between checkpoints; 0 saves only at the end.
       keep_checkpoints: how many of the latest checkpoints are kept.
       log_every: steps between plain lines where the output is no terminal; metrics.jsonl has
@@ -113,6 +117,8 @@ class TrainConfig:
     update_in_backward: bool = False
     seed: int = 0
     eval_every: int = 0
+    patience: int = 0
+    keep_best: bool = False
     save_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 10
@@ -129,7 +135,7 @@ class TrainConfig:
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("eval_every", "save_every", "page_min_size", "warmup_steps"):
+        for name in ("eval_every", "patience", "save_every", "page_min_size", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
         if self.seed not in SEEDS:
@@ -170,7 +176,12 @@ class TrainConfig:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}."
             )
-
+        for name in ("patience", "keep_best"):
+            if getattr(self, name) and not self.eval_every:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} goes by evaluations during the run: set "
+                    "eval_every to the steps between two."
+                )
         self._check_update_in_backward()
 
     def _single(self, name: str) -> float:

@@ -18,7 +18,8 @@ from rich.console import Console
 from qlora_jax.data import Examples, Pairs
 from qlora_jax.evaluate import LossFn, causal_lm_loss
 from qlora_jax.processes import is_first, on_first
-from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard
+from qlora_jax.train.best import Best
+from qlora_jax.train.callbacks import Callback, MetricsFile, Probe, TensorBoard, read_lines
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.fingerprint import fingerprint
@@ -27,6 +28,7 @@ from qlora_jax.train.run import EpochBatches, FitResult, Run, StepBatches
 from qlora_jax.train.run_folder import (
     ADAPTER,
     ADAPTERS,
+    METRICS,
     check_or_write_config,
     describe_run,
     forget_adapters,
@@ -68,7 +70,7 @@ def fit(
       folder_is_locked: the caller holds it (`run_folder.locked_run_folder`); else it is held here,
         while this call lasts.
       eval_batches: held-out data, looked at before the first step, every `config.eval_every`
-        steps, and after the last.
+        steps, and after the last; by it `config.patience` ends the run.
       loss_fn: (model, batch, dropout key) -> (sum of token losses, token count).
       tx: the optimizer instead of `config.optimizer()`; name it in `identity`. What is logged as
         `learning_rate` is `config`'s all the same.
@@ -79,8 +81,9 @@ def fit(
         for those that are not here.
       identity_free: dotted names in `identity` that may differ on resuming; "adapters",
         "quantized", "first_batch" of what is read.
-      save_adapter: called at the end with `run_folder/adapter` and the model, and beside each
-        checkpoint before with `run_folder/adapters/STEP`, for instance
+      save_adapter: called at the end with `run_folder/adapter` and the model, beside each
+        checkpoint before with `run_folder/adapters/STEP`, and with `run_folder/best` where
+        `config.keep_best` asks for it, for instance
         `lambda folder, model: ql.save_adapter(folder, model, lora_config, base_name)`.
       probes: further examinations of the model, such as MMLU's.
       callbacks: see `train.callbacks`, beside metrics.jsonl, the progress display, and TensorBoard
@@ -92,12 +95,13 @@ def fit(
 
     Raises:
       ValueError: the folder holds a run with another configuration; the model has no adapters; a
-        batch does not have the configured shape.
+        batch does not have the configured shape; what goes by evaluations has none.
       TypeError: an argument is of another kind than these.
       RuntimeError: another process is writing the folder.
       FloatingPointError: loss or gradients became NaN or infinite, naming the step.
     """
     _check_kinds(batches, config, eval_batches, probes, callbacks)
+    _check_evaluations(config, eval_batches, save_adapter)
     folder = Path(run_folder)
     with contextlib.ExitStack() as stack:
         if not folder_is_locked:
@@ -105,13 +109,13 @@ def fit(
         checkpoints = stack.enter_context(
             Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
         )
-        started = checkpoints.latest_step() is not None
+        resumed = checkpoints.latest_step()
         described = describe_run(config, identity or {}, fingerprint(model, batches))
         on_first(
             lambda: check_or_write_config(
                 folder,
                 described,
-                started=started,
+                started=resumed is not None,
                 defaults=identity_defaults,
                 free=identity_free,
                 # An optimizer of the caller's may have a schedule of its own.
@@ -122,23 +126,33 @@ def fit(
         display = ProgressDisplay(config.steps, console=console, log_every=config.log_every)
         outlets: list[Callback] = []
         if is_first():
-            outlets += [MetricsFile(folder / "metrics.jsonl"), display, *callbacks]
+            outlets += [MetricsFile(folder / METRICS), display, *callbacks]
         if is_first() and TensorBoard.available():
             outlets.append(TensorBoard(folder / "tensorboard"))
         for outlet in outlets:
             stack.callback(outlet.close)
         tx = tx or config.optimizer()
 
-        def keep_adapter(lora: Any, step: int | None = None) -> None:
+        def keep_adapter(lora: Any, where: str = ADAPTER) -> None:
             if save_adapter is None:
                 return
             nnx.update(model, lora)
-            save_adapter(folder / (ADAPTER if step is None else f"{ADAPTERS}/{step}"), model)
-            if step is not None:
+            save_adapter(folder / where, model)
+            if where.startswith(ADAPTERS):
                 on_first(lambda: forget_adapters(folder, keep=config.keep_checkpoints))
 
+        known = on_first(lambda: read_lines(folder / METRICS)) if resumed else []
         run = Run(
-            model, config, loss_fn, tx, checkpoints, outlets, probes, display.say, keep_adapter
+            model,
+            config,
+            loss_fn,
+            tx,
+            checkpoints,
+            outlets,
+            probes,
+            display.say,
+            keep_adapter,
+            Best.of(known, upto=resumed or 0),
         )
         # The step uses up the model's own arrays, so it is given the trained ones however it ends.
         stack.callback(lambda: nnx.update(model, run.state.lora))
@@ -166,12 +180,23 @@ def _check_kinds(
             raise TypeError(f"{name} is given a {type(given).__name__}, but needs {needs}.")
 
 
+def _check_evaluations(config: TrainConfig, eval_batches: Any, save_adapter: Any) -> None:
+    """Refuses what goes by evaluations where there are none, or nothing to keep by them."""
+    for name, given in (("patience", config.patience), ("keep_best", config.keep_best)):
+        if given and eval_batches is None:
+            raise ValueError(f"{name}={given} goes by held-out loss: give eval_batches.")
+    if config.keep_best and save_adapter is None:
+        raise ValueError("keep_best=True keeps an adapter: give save_adapter, which writes it.")
+
+
 def _summary(result: FitResult) -> str:
     parts = [f"{result.step} steps"]
     if result.first_eval is not None and result.last_eval is not None:
         parts.append(f"held-out loss {result.first_eval.loss:.4f} → {result.last_eval.loss:.4f}")
     elif result.last_eval is not None:
         parts.append(f"held-out loss {result.last_eval.loss:.4f}")
+    if result.best is not None and result.best.since:
+        parts.append(f"lowest {result.best.loss:.4f} at step {result.best.step}")
     if result.tokens_per_second is not None:
         parts.append(f"{result.tokens_per_second:,.0f} tokens/s")
     parts.append(f"peak host memory {result.peak_host_bytes / 2**30:.2f} GiB")

@@ -23,11 +23,13 @@ from qlora_jax.evaluate import Evaluation, LossFn, evaluate, make_eval_step, spl
 from qlora_jax.models import check_remat, spread_rows, streaming
 from qlora_jax.models.neftune import set_noise
 from qlora_jax.processes import are_several
+from qlora_jax.train.best import Best
 from qlora_jax.train.callbacks import Callback, Probe
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.clock import Clock
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.peak import peak_device_bytes, peak_host_bytes
+from qlora_jax.train.run_folder import ADAPTERS, BEST
 from qlora_jax.train.step import StepMetrics, init_state, make_train_step
 from qlora_jax.train.traffic import HostTraffic, host_traffic
 
@@ -57,6 +59,7 @@ class FitResult:
       train_loss: of the last update, before it; None where this call made none.
       first_eval, last_eval: held-out loss before the first update and after the last (None
         without evaluation data; `first_eval` also where this call resumed a run).
+      best: the lowest held-out loss after an update; None without evaluation data.
       tokens_per_second: real (unpadded) tokens, targets included, over time in steps, without
         compiling; None where too few steps ran to tell.
       peak_host_bytes: resident set of this process at its largest, so far.
@@ -69,6 +72,7 @@ class FitResult:
     train_loss: float | None
     first_eval: Evaluation | None
     last_eval: Evaluation | None
+    best: Best | None
     tokens_per_second: float | None
     peak_host_bytes: int
     peak_device_bytes: int | None
@@ -88,7 +92,8 @@ class Run:
         outlets: Sequence[Callback],
         probes: Sequence[Probe],
         say: Callable[[str], None],
-        keep_adapter: Callable[[Any, int], None],
+        keep_adapter: Callable[[Any, str], None],
+        best: Best,
     ) -> None:
         set_noise(model, config.neftune_noise_alpha)
         graphdef, lora, self.frozen = split_adapters(model)
@@ -117,7 +122,7 @@ class Run:
         self.eval_step = make_eval_step(graphdef, loss_fn, compiler_options=options)
         self.vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
         self.graphdef, self.probes, self.say = graphdef, probes, say
-        self.keep_adapter = keep_adapter
+        self.keep_adapter, self.best = keep_adapter, best
         self.clock = Clock()
         # What the program of each shape of batches moves over the bus; a new shape compiles one.
         self.compiled: dict[Any, HostTraffic] = {}
@@ -128,6 +133,8 @@ class Run:
         # The last step to have been read, and the last with all that follows a step.
         self.read = self.done = int(self.state.step)
         self.train_loss: float | None = None
+        # The step at which the run ends.
+        self.last = self.done if self.is_out_of_patience else config.steps
 
     def train(
         self, batches: StepBatches, eval_batches: EpochBatches | Sequence[Any] | None
@@ -146,7 +153,9 @@ class Run:
         if eval_batches is not None and not self.resumed:
             evaluations.append(self.evaluate(eval_batches, first))
         try:
-            for step in range(first + 1, config.steps + 1):
+            step = first
+            while step < self.last:
+                step += 1
                 self.dispatch(step, _stacked(batches.at(step - 1), config))
                 if eval_batches is not None and self.due(step, config.eval_every):
                     evaluations.append(self.evaluate(eval_batches, step))
@@ -159,7 +168,7 @@ class Run:
         except KeyboardInterrupt:
             self.keep(config.eval_every if eval_batches is not None else 0)
             raise
-        if eval_batches is not None and first >= config.steps:
+        if eval_batches is not None and first >= self.last:
             # Already on record: a finished run's files do not change.
             evaluations.append(self.held_out(eval_batches))
         return FitResult(
@@ -167,6 +176,7 @@ class Run:
             train_loss=self.train_loss,
             first_eval=evaluations[0] if evaluations and not self.resumed else None,
             last_eval=evaluations[-1] if evaluations else None,
+            best=self.best if self.best.step else None,
             tokens_per_second=self.clock.tokens_per_second,
             peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=peak_device_bytes(),
@@ -223,12 +233,25 @@ class Run:
         self.log(step, values)
 
     def evaluate(self, batches: EpochBatches | Sequence[Any], step: int) -> Evaluation:
-        """Held-out loss of the state after `step`, logged."""
+        """Held-out loss of the state after `step`, logged and compared with those before."""
         self.report()
         found = self.held_out(batches)
         self.log(step, {f"eval_{name}": value for name, value in found._asdict().items()})
+        if step and self.best.see(step, found.loss) and self.config.keep_best:
+            self.keep_adapter(self.state.lora, BEST)
+        if self.is_out_of_patience and step < self.last:
+            self.last = step
+            self.say(
+                f"the run ends at step {step}: the held-out loss was lowest at step "
+                f"{self.best.step}, and {self.best.since} evaluations since were not lower"
+            )
         self.clock.pause()
         return found
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether there were as many evaluations without a better one as there may be."""
+        return 0 < self.config.patience <= self.best.since
 
     def probe(self, probe: Probe, step: int) -> None:
         """The numbers of one examination, logged."""
@@ -255,8 +278,8 @@ class Run:
         for outlet in self.outlets:
             outlet.flush()
         self.checkpoints.save(self.state)
-        if step < self.config.steps:  # the caller keeps the last
-            self.keep_adapter(self.state.lora, step)
+        if step < self.last:  # the caller keeps the last
+            self.keep_adapter(self.state.lora, f"{ADAPTERS}/{step}")
         self.clock.pause()
 
     def keep(self, eval_every: int) -> None:
@@ -277,7 +300,7 @@ class Run:
 
     def due(self, step: int, every: int) -> bool:
         """Whether something that is done every so many steps, and at the end, is now."""
-        return step == self.config.steps or (every > 0 and step % every == 0)
+        return step == self.last or (every > 0 and step % every == 0)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """To every outlet."""

@@ -5,6 +5,7 @@
     run/checkpoints/    Orbax, one folder per saved step
     run/metrics.jsonl   one line per step and evaluation
     run/adapters/       one folder per saved step: the adapter as of then
+    run/best/           with keep_best, the one of the lowest held-out loss
     run/adapter/        the trained adapter, written at the end
 
 The lock is `flock` on run.lock: the kernel gives it back when its holder dies, however it dies, so
@@ -36,8 +37,10 @@ from qlora_jax.files import write_whole
 from qlora_jax.train.config import FREE_ON_RESUME, TrainConfig, goes_further
 
 LOCK = "run.lock"
+METRICS = "metrics.jsonl"
 ADAPTER = "adapter"
 ADAPTERS = "adapters"
+BEST = "best"
 BEAT = 10.0
 """Seconds after which the holder of a lock touches it again."""
 SILENCE = 90.0

@@ -115,6 +115,19 @@ def test_switches_of_memory_may_be_turned(tmp_path, begin, capsys):
         begin(model={"embedding_bits": 8}, **dry)
 
 
+@pytest.mark.parametrize(
+    ("ended", "patience", "finished"), [(30, 2, True), (30, 3, False), (40, 3, True)]
+)
+def test_a_run_that_was_out_of_patience_is_unfinished_with_another(
+    ended, patience, finished, tmp_path
+):
+    train = {"steps": 40, "eval_every": 10, "patience": 2}
+    (tmp_path / "config.yaml").write_text(to_yaml(build_run({"train": train}, "here")))
+    (tmp_path / "result.json").write_text(json.dumps({"steps": ended}))
+    run = build_run({"train": {**train, "patience": patience}}, "here")
+    assert runs.is_finished(run, tmp_path) is finished
+
+
 def test_tiles_are_another_run_where_units_are_dropped_by_tile(tmp_path, begin):
     write(tmp_path, list("abcdefgh"))
     begin(lora={"lora_dropout": 0.1})

@@ -102,10 +102,10 @@ def test_a_result_is_of_the_whole_run(tmp_path):
         return {"eval_loss": loss, "eval_perplexity": 10 * loss, "eval_tokens": 9}
 
     lines = [
-        {"step": 0, **evaluation(4.0)},
+        {"step": 0, **evaluation(1.0)},
         {"step": 1, "loss": 3.5, "tokens": 5},
         {"step": 2, "loss": 3.0, "tokens": 7, "tokens_per_second": 10.0},
-        {"step": 2, **evaluation(3.0)},
+        {"step": 2, **evaluation(1.5)},
         {"step": 3, "loss": 2.5, "tokens": 11, "tokens_per_second": 20.0},
         {"step": 3, "mmlu_val_micro": 0.25},
         {"step": 3, **evaluation(2.0)},
@@ -113,7 +113,8 @@ def test_a_result_is_of_the_whole_run(tmp_path):
     (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     model = Toy()
     result = runs._result(model, tmp_path, {"seed": "1"})
-    assert result["before"] == {"loss": 4.0, "perplexity": 40.0, "tokens": 9}
+    assert result["before"] == {"loss": 1.0, "perplexity": 10.0, "tokens": 9}
+    assert result["best"] == {"step": 2, "loss": 1.5, "perplexity": 15.0, "tokens": 9}
     assert result["after"] == {"loss": 2.0, "perplexity": 20.0, "tokens": 9}
     assert (result["steps"], result["trained_tokens"], result["tokens_per_second"]) == (3, 23, 20.0)
     assert result["adapter_parameters"] == sum(leaf.size for leaf in adapters(model))

@@ -159,10 +159,10 @@ def test_a_run_goes_on_after_fields_were_added(tmp_path):
 
 
 def test_only_how_a_run_is_watched_may_change(tmp_path):
-    """And where things rest, to the same bits, and when in a step it updates, to the same numbers
-    but for rounding."""
+    """And for how long, and where things rest, to the same bits, and when in a step it updates, to
+    the same numbers but for rounding."""
     free = {"eval_every", "save_every", "keep_checkpoints", "log_every", "update_in_backward"}
-    free |= {"paged", "page_min_size", "gradients_on_host"}
+    free |= {"paged", "page_min_size", "gradients_on_host", "patience"}
     begun = describe_run(TrainConfig(), {})
     check_or_write_config(tmp_path, begun, started=True)  # of which it was lost
     for name in begun["train"]:
