@@ -41,6 +41,13 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument("--top-p", type=float, default=0.9)
     sampling.add_argument("--top-k", type=count)
+    sampling.add_argument("--min-p", type=float, default=0.0)
+    sampling.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="above 1: less is said twice",
+    )
     sampling.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
         "--16-bit", dest="dense", action="store_true", help="do not quantize the base"
@@ -63,6 +70,8 @@ def load_writer(
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
         stop=stop,
     ).with_eos(read_eos_token_ids(path))
     checkpoint = open_checkpoint(path)

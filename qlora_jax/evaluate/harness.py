@@ -38,7 +38,8 @@ from qlora_jax.models.streaming import options_for
 _MAX_NEW_TOKENS = 256
 # What tasks call the limit of an answer; the first that a task names counts, as in the harness.
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_OPTIONS = {"until", "do_sample", "temperature", "top_p", "top_k", *_LIMITS}
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_OPTIONS = {"until", "do_sample", *_SAMPLING, *_LIMITS}
 
 
 class _Scored(NamedTuple):
@@ -113,7 +114,8 @@ class Harness:
         """For each (context, options): the text that follows, cut before the first of `until`.
 
         Options: `until` (a text or several), `max_gen_toks` (or one of its other names), and
-        `do_sample`, `temperature`, `top_p`, `top_k`; greedy without `do_sample` and a temperature.
+        `do_sample`, `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`; greedy without
+        `do_sample` and a temperature.
 
         Raises:
             ValueError: an option that is not known here, or no room for a context.
@@ -296,6 +298,8 @@ def _generation(options: Mapping[str, Any]) -> GenerationConfig:
         temperature=float(1.0 if temperature is None else temperature) if sampled else 0.0,
         top_p=float(options.get("top_p", 1.0)),
         top_k=options.get("top_k"),
+        min_p=float(options.get("min_p") or 0.0),
+        repetition_penalty=float(options.get("repetition_penalty", 1.0)),
         stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
     )
 

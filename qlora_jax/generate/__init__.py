@@ -10,9 +10,11 @@ from qlora_jax.generate.config import PAPER_SAMPLING, GenerationConfig, read_eos
 from qlora_jax.generate.decode import Generative
 from qlora_jax.generate.generate import Generation, check_prompts, generate, prompt_room
 from qlora_jax.generate.sampling import (
+    keep_min_p,
     keep_top_k,
     keep_top_p,
     next_tokens,
+    penalize_repetition,
     shaped_logits,
     with_temperature,
 )
@@ -28,10 +30,12 @@ __all__ = [
     "check_prompts",
     "generate",
     "generate_text",
+    "keep_min_p",
     "keep_top_k",
     "keep_top_p",
     "newest_turns",
     "next_tokens",
+    "penalize_repetition",
     "prompt_room",
     "read_eos_token_ids",
     "shaped_logits",

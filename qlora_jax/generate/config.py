@@ -11,7 +11,7 @@ from qlora_jax.data.json_file import read_json_if_any
 from qlora_jax.data.json_kinds import IDS, check_kinds
 from qlora_jax.fields import as_tuple, check_numbers
 
-# Logits of many thousands, divided by less, leave float32.
+# Logits of many thousands, divided by less (or multiplied by 1 over it), leave float32.
 _COLDEST = 1e-30
 
 
@@ -25,6 +25,10 @@ class GenerationConfig:
         temperature: 0 takes the most likely token each time (greedy).
         top_k: draw among the k most likely; None for all.
         top_p: draw among the most likely that together reach this probability; 1 for all.
+        min_p: draw among those with at least this share of the most likely one's probability; 0 for
+            all.
+        repetition_penalty: above 1, makes tokens less likely that the prompt (of an encoder–decoder
+            the answer alone) or the answer has already; 1 for none.
         eos_token_ids: ids, or one, of which the first ends a row; none: it runs to its length.
         stop: texts, or one, that end an answer, which is cut before the first one.
     """
@@ -34,6 +38,8 @@ class GenerationConfig:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     eos_token_ids: Sequence[int] | int = ()
     stop: Sequence[str] = ()
 
@@ -62,6 +68,13 @@ class GenerationConfig:
             raise ValueError(f"top_k={self.top_k} must be 1 or more, or None for no limit.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1.")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must be 0 to 1.")
+        if not _COLDEST <= self.repetition_penalty <= 1 / _COLDEST:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} must be a finite number above 0, "
+                "such as 1.1; 1 is none."
+            )
         if "" in self.stop:
             raise ValueError("stop holds an empty text, which every answer begins with.")
 

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from qlora_jax.generate.config import GenerationConfig
-from qlora_jax.generate.sampling import next_tokens
+from qlora_jax.generate.sampling import next_tokens, penalize_repetition
 from qlora_jax.nn import settle_adapters
 
 
@@ -48,11 +48,17 @@ class Generative(Protocol):
         ...
 
 
+def reads_source(model: Generative) -> bool:
+    """Whether the prompt is read by an encoder, so that the cache holds the answer alone."""
+    return hasattr(model, "encoder")
+
+
 class Written(NamedTuple):
     """A batch in the middle of being written.
 
     `tokens` [batch max_new_tokens] are valid up to `length` [batch]; `ended` rows write no more.
     `step` counts the tokens written by the rows that have not ended. `keys` are the rows' own.
+    `seen` says which tokens a text has already, where repeating them is penalized.
     """
 
     tokens: Int[Array, "batch new"]
@@ -61,6 +67,7 @@ class Written(NamedTuple):
     step: Int[Array, ""]
     keys: Key[Array, " batch"]
     cache: PyTree
+    seen: Bool[Array, "batch vocab"] | None = None
 
 
 @partial(jax.jit, static_argnames=("graphdef", "config", "cache_length"))
@@ -87,6 +94,9 @@ def start(
         keys=keys,
         cache=cache,
     )
+    if config.repetition_penalty != 1:
+        read = attention_mask & (not reads_source(model))
+        written = written._replace(seen=_with(jnp.zeros(logits.shape, bool), input_ids, read))
     return _write(written, logits, config)
 
 
@@ -122,12 +132,17 @@ def _write(
     """One token into every row that goes on; a row that writes an end token ends with it."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(written.keys, written.step)
     eos = jnp.array(config.eos_token_ids, jnp.int32)
+    if written.seen is not None:
+        logits = penalize_repetition(logits, written.seen, config.repetition_penalty)
     if config.min_new_tokens:
         too_early = written.step < config.min_new_tokens
         logits = logits.at[:, eos].add(jnp.where(too_early, -jnp.inf, 0.0))
     token = next_tokens(logits, keys, config)
     goes_on = ~written.ended
     ends = jnp.any(token[:, None] == eos, axis=1)
+    if written.seen is not None:
+        seen = _with(written.seen, token[:, None], goes_on[:, None])
+        written = written._replace(seen=seen)
     return written._replace(
         tokens=jax.lax.dynamic_update_slice_in_dim(
             written.tokens, token[:, None], written.step, axis=1
@@ -136,3 +151,10 @@ def _write(
         ended=written.ended | ends,
         step=written.step + 1,
     )
+
+
+# Row by row, so that rows that are spread over devices stay where they are.
+@partial(jnp.vectorize, signature="(v),(s),(s)->(v)")
+def _with(seen: Array, tokens: Array, real: Array) -> Array:
+    """What was seen, and those of these tokens that are `real`."""
+    return seen.at[tokens].max(real)

@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int, Int32, Key, UInt32
 
 from qlora_jax.generate.config import GenerationConfig
-from qlora_jax.generate.decode import Generative, Written, advance, start
+from qlora_jax.generate.decode import Generative, Written, advance, reads_source, start
 from qlora_jax.models import spread_rows
 from qlora_jax.processes import whole
 
@@ -191,11 +191,6 @@ def prompt_room(shape: Any, config: GenerationConfig) -> int | None:
     where nothing limits it: an encoder–decoder's are distances."""
     limit = getattr(shape, "max_position_embeddings", None)
     return None if limit is None else limit - config.max_new_tokens
-
-
-def reads_source(model: Generative) -> bool:
-    """Whether the prompt is read by an encoder, so that the cache holds the answer alone."""
-    return hasattr(model, "encoder")
 
 
 def _cache_length(model: Generative, prompt: int, config: GenerationConfig) -> int:

@@ -1,26 +1,39 @@
-"""From logits to the next token: temperature, top-k and nucleus (top-p) sampling.
+"""From logits to the next token: penalties, temperature, top-k, nucleus (top-p) and min-p sampling.
 
 Each is a pure function of logits [..., vocab]; a token that may not come has the logit -inf. They
-are applied in the order of the Hugging Face library: temperature, then top-k, then top-p, each to
-what the one before left over.
+are applied in the order of the Hugging Face library: the penalty of repetition, temperature, then
+top-k, top-p and min-p, each to what the one before left over.
 
+- A penalty of repetition (Keskar et al., arXiv 1909.05858) divides the logits of tokens that the
+  text has already; those below 0 it multiplies, as in the Hugging Face library.
 - Temperature T divides the logits; T → 0 is the most likely token alone, which is what 0 means.
 - Top-k (Fan et al., arXiv 1805.04833) keeps the k largest logits, and those that tie with the last.
 - Top-p (Holtzman et al., arXiv 1904.09751) keeps the smallest set of most likely tokens whose
   probabilities reach p. QLoRA's paper generates with p = 0.9, T = 0.7.
+- Min-p (Nguyen et al., arXiv 2407.01082) keeps what has at least p times the probability of the
+  most likely token.
 
 Every row has its own key, so that what one prompt says does not depend on its neighbours.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from qlora_jax.generate.config import GenerationConfig
 
 Logits = Float[Array, "*batch vocab"]
+
+
+def penalize_repetition(
+    logits: Logits, seen: Bool[Array, "*batch vocab"], penalty: float
+) -> Logits:
+    """Tokens that were `seen` less likely for a penalty above 1, more likely below."""
+    penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    return jnp.where(seen, penalized, logits)
 
 
 def with_temperature(logits: Logits, temperature: float) -> Logits:
@@ -49,6 +62,12 @@ def keep_top_p(logits: Logits, p: float) -> Logits:
     return jnp.where(_put_back(kept, order), logits, -jnp.inf)
 
 
+def keep_min_p(logits: Logits, p: float) -> Logits:
+    """What has at least p times the probability of the most likely token."""
+    least = logits.max(-1, keepdims=True) + math.log(p)
+    return jnp.where(logits < least, -jnp.inf, logits)
+
+
 # Row by row: jnp.put_along_axis would gather rows that are spread over devices.
 @partial(jnp.vectorize, signature="(v),(v)->(v)")
 def _put_back(ordered: Array, order: Array) -> Array:
@@ -61,7 +80,9 @@ def shaped_logits(logits: Logits, config: GenerationConfig) -> Logits:
     logits = with_temperature(logits, config.temperature)
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)
-    return keep_top_p(logits, config.top_p) if config.top_p < 1 else logits
+    if config.top_p < 1:
+        logits = keep_top_p(logits, config.top_p)
+    return keep_min_p(logits, config.min_p) if config.min_p else logits
 
 
 def next_tokens(

@@ -9,7 +9,8 @@ from jaxtyping import Array, Key
 
 from qlora_jax.data import ChatTemplate
 from qlora_jax.generate.config import GenerationConfig
-from qlora_jax.generate.generate import generate, reads_source
+from qlora_jax.generate.decode import reads_source
+from qlora_jax.generate.generate import generate
 
 OnText = Callable[[int, str], None]
 """(index of the prompt, the text that is new): what a stream calls."""

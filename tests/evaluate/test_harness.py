@@ -162,7 +162,9 @@ def test_options_of_generation_are_known_or_refused():
     assert (plain.stop, plain.greedy) == (("a",), True)
     drawn = harness._generation({"do_sample": True, "top_p": 0.9, "top_k": 5})
     assert (drawn.temperature, drawn.top_p, drawn.top_k) == (1.0, 0.9, 5)
-    for strange in ({"num_beams": 4}, {"repetition_penalty": 1.2}, {"max_length": 90}):
+    less = harness._generation({"min_p": 0.05, "repetition_penalty": 1.2})
+    assert (less.min_p, less.repetition_penalty, less.greedy) == (0.05, 1.2, True)
+    for strange in ({"num_beams": 4}, {"length_penalty": 1.2}, {"max_length": 90}):
         (name,) = strange
         with pytest.raises(ValueError, match=f"have {name}=.*, which is not supported here"):
             harness._generation(strange)

@@ -43,6 +43,30 @@ def test_greedy_equals_a_plain_loop(batch_size):
     assert [g.tokens for g in found] == [greedy(prompt, 10) for prompt in unlike]
 
 
+class _Translator(Recurrent):
+    """One that reads its prompt with an encoder, so that the answer begins anew."""
+
+    encoder = None
+
+
+@pytest.mark.parametrize("model", [MODEL, _Translator()], ids=["decoder", "encoder-decoder"])
+def test_what_a_text_has_already_becomes_less_likely(model):
+    config = dataclasses.replace(GREEDY, repetition_penalty=1.5)
+
+    def expected(prompt):
+        written = []
+        while len(written) < 10:
+            scores = np.array(MODEL.logits_after([*prompt, *written]))
+            seen = sorted({*written, *(() if model is not MODEL else prompt)})
+            scores[seen] = np.where(scores[seen] < 0, scores[seen] * 1.5, scores[seen] / 1.5)
+            written.append(int(scores.argmax()))
+        return tuple(written)
+
+    found = [one.tokens for one in generate(model, PROMPTS, config, batch_size=4)]
+    assert found == [expected(prompt) for prompt in PROMPTS]
+    assert found != [greedy(prompt, 10) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize(("prompt", "new"), [(18, 14), (18, 15), (3, 30)])
 def test_padding_makes_no_text_a_long_one(prompt, new):
     """A Phi-3 turns texts beyond its first length by other factors; 32 tokens are not beyond 32."""

@@ -10,9 +10,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.generate import (
     GenerationConfig,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
     next_tokens,
+    penalize_repetition,
     shaped_logits,
     with_temperature,
 )
@@ -49,6 +51,22 @@ def test_top_k_keeps_the_k_largest(k):
     kept = np.asarray(keep_top_k(jnp.asarray(LOGITS), k))
     for row, found in zip(LOGITS, kept, strict=True):
         assert set(np.flatnonzero(np.isfinite(found))) == set(np.argsort(-row)[:k])
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.05, 0.3, 1.0])
+def test_min_p_keeps_a_share_of_the_most_likely(p):
+    kept = np.asarray(keep_min_p(jnp.asarray(LOGITS), p))
+    for row, found in zip(LOGITS, kept, strict=True):
+        chances = softmax(row)
+        expected = np.where(chances >= p * chances.max(), row, -np.inf)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_what_was_seen_is_less_likely_whatever_its_sign():
+    logits = jnp.array([[2.0, -2.0, 3.0, -jnp.inf]])
+    seen = jnp.array([[True, True, False, True]])
+    found = penalize_repetition(logits, seen, 2.0)
+    np.testing.assert_array_equal(found, [[1.0, -4.0, 3.0, -np.inf]])
 
 
 def test_ties_with_the_last_one_stay():
@@ -121,6 +139,7 @@ def test_temperature_divides():
         GenerationConfig(temperature=0.7, top_p=0.9),
         GenerationConfig(temperature=1.5, top_k=4),
         GenerationConfig(temperature=1.3, top_k=6, top_p=0.8),
+        GenerationConfig(temperature=1.3, min_p=0.2),
     ],
     ids=str,
 )
@@ -137,6 +156,8 @@ def test_draws_follow_the_distribution(config):
     # The nucleus is one of the k largest: of all tokens it would hold two more.
     left = set(np.flatnonzero(np.isfinite(scaled)))
     members = nucleus(scaled, config.top_p) if config.top_p < 1 else left
+    if config.min_p:
+        members = {t for t in left if softmax(scaled)[t] >= config.min_p * softmax(scaled).max()}
     assert set(np.flatnonzero(expected)) == members
     found = np.bincount(tokens, minlength=len(row)) / draws
     # Five standard deviations of a share.
@@ -152,7 +173,7 @@ def test_greedy_takes_the_most_likely():
 
 
 def test_the_bounds_of_options_are_possible():
-    GenerationConfig(max_new_tokens=4, min_new_tokens=4, top_k=1, top_p=1.0)
+    GenerationConfig(max_new_tokens=4, min_new_tokens=4, top_k=1, top_p=1.0, min_p=1.0)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +188,10 @@ def test_the_bounds_of_options_are_possible():
         ({"top_k": 0}, "None for no limit"),
         ({"top_p": 0.0}, "at most 1"),
         ({"top_p": 1.1}, "at most 1"),
+        ({"min_p": -0.1}, "min_p=-0.1 must be 0 to 1"),
+        ({"min_p": 1.1}, "min_p=1.1 must be 0 to 1"),
+        ({"repetition_penalty": 0.0}, "above 0, such as 1.1; 1 is none"),
+        ({"repetition_penalty": float("inf")}, "must be a finite number"),
         ({"stop": ("",)}, "empty text"),
     ],
 )

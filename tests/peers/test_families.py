@@ -65,3 +65,22 @@ def test_transformers_writes_the_same_texts(name, vectors):
     model = load_model(folder, quant=None, lora=None, compute_dtype=jnp.float32)
     ours = generate(model, prompts, GenerationConfig(max_new_tokens=12, temperature=0.0))
     assert [list(one.tokens) for one in ours] == written[:, 5:].tolist()
+
+
+def test_transformers_repeats_itself_as_little(vectors):
+    folder = vectors("bloom-even")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = load_model(folder, quant=None, lora=None, compute_dtype=jnp.float32)
+    options = {"max_new_tokens": 12, "repetition_penalty": 1.3}
+    prompts, texts = [[5, 6, 7, 8, 9], [3, 4]], []
+    for prompt in prompts:
+        with torch.no_grad():
+            # Alone: in a batch it penalizes the padding, too.
+            text = theirs.generate(
+                torch.tensor([prompt]), do_sample=False, eos_token_id=None, **options
+            )
+        texts.append(text[0, len(prompt) :].tolist())
+    ours = generate(model, prompts, GenerationConfig(**options))
+    assert [list(one.tokens) for one in ours] == texts
+    plain = generate(model, prompts, GenerationConfig(max_new_tokens=12))
+    assert [one.tokens for one in ours] != [one.tokens for one in plain]
