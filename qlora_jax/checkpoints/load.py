@@ -108,40 +108,13 @@ def load_model(
             mesh that does not serve.
         TypeError: quant or lora is no configuration, or mesh no mesh.
     """
-    for name, given, kind in (("quant", quant, QuantConfig), ("lora", lora, LoraConfig)):
-        if given is not None and not isinstance(given, kind):
-            raise TypeError(f"{name} is {given!r}, but a {kind.__name__} or None is needed.")
-    check_dtype("compute_dtype", compute_dtype)
-    if param_dtype is not None:
-        check_dtype("param_dtype", param_dtype)
-    check_matmul("matmul", matmul)
-    if mesh is not None:
-        check_mesh(mesh)
-    if not isinstance(seed, Integral) or int(seed) not in SEEDS:
-        raise ValueError(f"seed is {seed!r}, but a whole number from 0 to {SEEDS[-1]} is needed.")
-    if over is not None and mesh is None:
-        raise ValueError(f"over is {over!r}, but names an axis of a mesh: give mesh=, too.")
-    if trainable_base and quant is not None:
-        raise ValueError(
-            f"trainable_base is set together with quant={quant}, but codes cannot be trained: give "
-            "quant=None."
-        )
-    if trainable_base and embedding_bits is not None:
-        raise ValueError(
-            f"trainable_base is set together with embedding_bits={embedding_bits}, but codes "
-            "cannot be trained: leave embedding_bits out."
-        )
+    _check_kinds(quant, lora, compute_dtype, param_dtype, matmul, seed, mesh, over)
+    if trainable_base:
+        _check_trainable(quant, embedding_bits)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     family = family_of(checkpoint.config)
     config = family.for_weights(family.read_config(checkpoint.config), checkpoint.tensors)
-    fields = [field.name for field in dataclasses.fields(config)]
-    unknown = next((name for name in overrides or {} if name not in fields), None)
-    if unknown is not None:
-        raise ValueError(
-            f"overrides has {unknown!r}, which is no field of {type(config).__name__}: give some "
-            f"of {', '.join(fields)}."
-        )
-    config = dataclasses.replace(config, **(overrides or {}))
+    config = _replaced(config, overrides or {})
     stored = checkpoint.quant
     if stored is not None and stored != quant:
         raise ValueError(
@@ -150,38 +123,15 @@ def load_model(
         )
     if param_dtype is None:
         param_dtype = jnp.float32 if trainable_base else compute_dtype
-    switches: dict[str, Any] = {"stream_weights": stream_weights, "mlp_tile": mlp_tile}
-    # Not all that is false: `mlp_tile=0` is refused where it is used.
-    switches = {
-        name: value for name, value in switches.items() if not (value is None or value is False)
-    }
-    if switches and family.build is not Decoder:
-        raise ValueError(
-            f"{' and '.join(switches)} is set, but {checkpoint.source} is a "
-            f"{family.build.__name__}, and a Decoder alone has that switch: leave it out."
-        )
-    if embedding_bits is not None and family.build is EncoderClassifier:
-        raise ValueError(
-            f"embedding_bits is {embedding_bits}, but {checkpoint.source} is an EncoderClassifier, "
-            "which has no head over the vocabulary and keeps its embedding dense: leave it out."
-        )
-    if embedding_bits is not None:
-        switches["embedding_bits"] = embedding_bits
+    switches = _switches(
+        family.build,
+        checkpoint.source,
+        stream_weights=stream_weights,
+        mlp_tile=mlp_tile,
+        embedding_bits=embedding_bits,
+    )
     if attention is None:
-        softcap = getattr(config, "attn_logit_softcapping", None)
-        backend = jax.default_backend()
-        biased = getattr(config, "score_bias", False)
-        attention = attention_for(
-            backend,
-            compute_dtype,
-            config.head_dim,
-            softcap=softcap,
-            bias=biased,
-            alibi=getattr(config, "alibi", False),
-            packed=packed,
-            longest=longest,
-            compute_capability=capability_here(),
-        )
+        attention = _attention(config, compute_dtype, packed, longest)
 
     def build(key: Key[Array, ""]) -> Any:
         return family.build(
@@ -227,6 +177,87 @@ def load_model(
     if trainable_base:
         unfreeze(model)
     return model
+
+
+def _check_kinds(
+    quant: Any,
+    lora: Any,
+    compute_dtype: Any,
+    param_dtype: Any,
+    matmul: str | None,
+    seed: Any,
+    mesh: Any,
+    over: str | None,
+) -> None:
+    """Refuses what is wrong whatever the checkpoint holds."""
+    for name, given, kind in (("quant", quant, QuantConfig), ("lora", lora, LoraConfig)):
+        if given is not None and not isinstance(given, kind):
+            raise TypeError(f"{name} is {given!r}, but a {kind.__name__} or None is needed.")
+    check_dtype("compute_dtype", compute_dtype)
+    if param_dtype is not None:
+        check_dtype("param_dtype", param_dtype)
+    check_matmul("matmul", matmul)
+    if mesh is not None:
+        check_mesh(mesh)
+    if not isinstance(seed, Integral) or int(seed) not in SEEDS:
+        raise ValueError(f"seed is {seed!r}, but a whole number from 0 to {SEEDS[-1]} is needed.")
+    if over is not None and mesh is None:
+        raise ValueError(f"over is {over!r}, but names an axis of a mesh: give mesh=, too.")
+
+
+def _check_trainable(quant: QuantConfig | None, embedding_bits: int | None) -> None:
+    """Refuses codes in a base that is to be trained."""
+    for name, given in (("quant", quant), ("embedding_bits", embedding_bits)):
+        if given is not None:
+            raise ValueError(
+                f"trainable_base is set together with {name}={given}, but codes cannot be trained: "
+                f"give {name}=None."
+            )
+
+
+def _replaced(config: Any, overrides: Mapping[str, Any]) -> Any:
+    """A model's configuration with some fields replaced."""
+    fields = [field.name for field in dataclasses.fields(config)]
+    unknown = next((name for name in overrides if name not in fields), None)
+    if unknown is not None:
+        raise ValueError(
+            f"overrides has {unknown!r}, which is no field of {type(config).__name__}: give some "
+            f"of {', '.join(fields)}."
+        )
+    return dataclasses.replace(config, **overrides)
+
+
+def _switches(build: type, source: Path, **switches: Any) -> dict[str, Any]:
+    """Those that are on, as arguments of `build`; refuses those that it does not have."""
+    # Not all that is false: `mlp_tile=0` is refused where it is used.
+    on = {name: value for name, value in switches.items() if not (value is None or value is False)}
+    of_decoders = [name for name in on if name != "embedding_bits"]
+    if of_decoders and build is not Decoder:
+        raise ValueError(
+            f"{' and '.join(of_decoders)} is set, but {source} is a {build.__name__}, and a "
+            "Decoder alone has that switch: leave it out."
+        )
+    if "embedding_bits" in on and build is EncoderClassifier:
+        raise ValueError(
+            f"embedding_bits is {on['embedding_bits']}, but {source} is an EncoderClassifier, "
+            "which has no head over the vocabulary and keeps its embedding dense: leave it out."
+        )
+    return on
+
+
+def _attention(config: Any, dtype: Any, packed: bool, longest: int | None) -> AttentionName:
+    """The implementation for a model of this configuration on JAX's default device."""
+    return attention_for(
+        jax.default_backend(),
+        dtype,
+        config.head_dim,
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        bias=getattr(config, "score_bias", False),
+        alibi=getattr(config, "alibi", False),
+        packed=packed,
+        longest=longest,
+        compute_capability=capability_here(),
+    )
 
 
 def _preparation(
