@@ -164,6 +164,25 @@ def check_packed(
         codes, absmax, nested_absmax, offset = layer_types(
             layer, codes, absmax, nested_absmax, offset
         )
+    layout = _layout(codes, absmax, shape, quant_type, blocksize)
+    if absmax.dtype not in (jnp.uint8, jnp.float32):
+        raise ValueError(
+            f"absmax has dtype {absmax.dtype}; "
+            "expected float32, or uint8 codes of double quantization"
+        )
+    if absmax.shape != (layout.blocks,):
+        raise ValueError(
+            f"absmax has shape {absmax.shape}; expected ({layout.blocks},): one per block of "
+            f"{layout.blocksize} elements of a weight of shape {layout.shape}"
+        )
+    _check_nested(layout, nested_absmax, offset)
+    return layout
+
+
+def _layout(
+    codes: Array, absmax: Array, shape: tuple[int, ...] | None, quant_type: str, blocksize: int
+) -> Layout:
+    """What the codes of one weight hold."""
     if codes.dtype != jnp.uint8:
         raise ValueError(f"codes has dtype {codes.dtype}; expected uint8, packed bytes")
     per_byte = 1 if quant_type == "int8" else 2
@@ -175,42 +194,33 @@ def check_packed(
                 "expected codes [n, k/2], or flat bytes together with shape=(n, k)"
             )
         shape = (*codes.shape[:-1], codes.shape[-1] * per_byte)
-
     layout = Layout(shape, quant_type, blocksize, double_quant=absmax.dtype == jnp.uint8)
     if math.prod(codes.shape) != layout.nbytes:
         raise ValueError(
             f"codes has shape {codes.shape}, {math.prod(codes.shape)} bytes; "
             f"expected {layout.nbytes} for a {quant_type} weight of shape {layout.shape}"
         )
-    if absmax.dtype not in (jnp.uint8, jnp.float32):
-        raise ValueError(
-            f"absmax has dtype {absmax.dtype}; "
-            "expected float32, or uint8 codes of double quantization"
-        )
-    if absmax.shape != (layout.blocks,):
-        raise ValueError(
-            f"absmax has shape {absmax.shape}; expected ({layout.blocks},): one per block of "
-            f"{layout.blocksize} elements of a weight of shape {layout.shape}"
-        )
-    if not layout.double_quant:
-        for name, value in (("nested_absmax", nested_absmax), ("offset", offset)):
+    return layout
+
+
+def _check_nested(layout: Layout, nested_absmax: Array | None, offset: Array | None) -> None:
+    """Check the second level of quantization, which is there if the first is codes."""
+    for name, value, wanted in (
+        ("nested_absmax", nested_absmax, (layout.nested_blocks,)),
+        ("offset", offset, ()),
+    ):
+        if not layout.double_quant:
             if value is not None:
                 raise ValueError(
                     f"{name} is given but absmax is float32; "
                     "expected it only with uint8 absmax codes"
                 )
-        return layout
-    for name, value, wanted in (
-        ("nested_absmax", nested_absmax, (layout.nested_blocks,)),
-        ("offset", offset, ()),
-    ):
-        if value is None:
+        elif value is None:
             raise ValueError(f"{name} is missing; uint8 absmax codes need it as float32 {wanted}")
-        if jnp.shape(value) != wanted or jnp.result_type(value) != jnp.float32:
+        elif jnp.shape(value) != wanted or jnp.result_type(value) != jnp.float32:
             raise ValueError(
                 f"{name} is {jnp.result_type(value)} {jnp.shape(value)}; expected float32 {wanted}"
             )
-    return layout
 
 
 def check_matmul(name: str, x: Array, contracted: int, bias: Array | None, layout: Layout) -> None:

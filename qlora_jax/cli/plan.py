@@ -111,37 +111,8 @@ def run(args: argparse.Namespace) -> int:
     if args.card is not None and not args.measure and not os.environ.get("JAX_PLATFORMS"):
         # Nothing runs on an accelerator here, and JAX would look for one with that plugin.
         jax.config.update("jax_platforms", "cpu")
-    if args.card is None and jax.default_backend() != "gpu":
-        raise ValueError(
-            f"this machine has no GPU: name one or more cards with --card, of {', '.join(CARDS)}."
-        )
-    if args.measure and jax.default_backend() != "gpu":
-        raise ValueError("--measure runs the step on a GPU, and this machine has none.")
-    if args.measure and args.devices > 1:
-        raise ValueError(
-            f"--measure runs on one card, and --devices is {args.devices}: leave one out."
-        )
+    _check(args)
     cards = [None] if args.card is None else [find_card(name) for name in args.card]
-    if args.card is not None and not gpu_compiler_available():
-        raise ModuleNotFoundError(f"{PLUGIN_HINT} (140 MB, no driver needed).")
-    for name in ("decode_batch", "decode_length", "devices"):
-        if getattr(args, name) < 1:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} is {getattr(args, name)}, but 1 or more is needed.")
-    # Before minutes of compiling.
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file is not None and not file.parent.is_dir():
-            raise FileNotFoundError(f"{option} is {file}, but there is no folder {file.parent}.")
-        if file is not None and file.is_dir():
-            raise ValueError(f"{option} is {file}, which is a folder: name a file.")
-    if args.plot is not None:
-        check_plot(args.plot)
-    configs = [find_config(model) for model in args.models]
-    if args.target is not None and not any(isinstance(c, EncoderDecoderConfig) for c in configs):
-        raise ValueError(
-            f"--target is {args.target}, but {', '.join(args.models)} reads one sequence: leave it "
-            "out."
-        )
     reports: list[Report] = []
     for model in args.models:
         work = _workload(model, args)
@@ -159,16 +130,56 @@ def run(args: argparse.Namespace) -> int:
                 print(text([found]), end="\n\n", flush=True)
     if args.measure:
         _compare(reports[-1])
-    if args.json is not None:
+    _write(reports, args.json, args.plot)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses what is wrong before minutes of compiling."""
+    if args.card is None and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"this machine has no GPU: name one or more cards with --card, of {', '.join(CARDS)}."
+        )
+    if args.measure and jax.default_backend() != "gpu":
+        raise ValueError("--measure runs the step on a GPU, and this machine has none.")
+    if args.measure and args.devices > 1:
+        raise ValueError(
+            f"--measure runs on one card, and --devices is {args.devices}: leave one out."
+        )
+    for name in args.card or ():
+        find_card(name)
+    if args.card is not None and not gpu_compiler_available():
+        raise ModuleNotFoundError(f"{PLUGIN_HINT} (140 MB, no driver needed).")
+    for name in ("decode_batch", "decode_length", "devices"):
+        if getattr(args, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is {getattr(args, name)}, but 1 or more is needed.")
+    for option, file in (("--json", args.json), ("--plot", args.plot)):
+        if file is not None and not file.parent.is_dir():
+            raise FileNotFoundError(f"{option} is {file}, but there is no folder {file.parent}.")
+        if file is not None and file.is_dir():
+            raise ValueError(f"{option} is {file}, which is a folder: name a file.")
+    if args.plot is not None:
+        check_plot(args.plot)
+    configs = [find_config(model) for model in args.models]
+    if args.target is not None and not any(isinstance(c, EncoderDecoderConfig) for c in configs):
+        raise ValueError(
+            f"--target is {args.target}, but {', '.join(args.models)} reads one sequence: leave it "
+            "out."
+        )
+
+
+def _write(reports: list[Report], json_file: Path | None, plot_file: Path | None) -> None:
+    """Everything as JSON, where - is the standard output, and as bars."""
+    if json_file is not None:
         written = json.dumps([item.as_dict() for item in reports], indent=1)
-        if str(args.json) == "-":
+        if str(json_file) == "-":
             print(written)
         else:
-            args.json.write_text(written + "\n", encoding="utf-8")
-    if args.plot is not None:
-        plot(reports, args.plot)
-        print(f"wrote {args.plot}", file=sys.stderr)
-    return 0
+            json_file.write_text(written + "\n", encoding="utf-8")
+    if plot_file is not None:
+        plot(reports, plot_file)
+        print(f"wrote {plot_file}", file=sys.stderr)
 
 
 def _workload(model: str, args: argparse.Namespace) -> Workload:
