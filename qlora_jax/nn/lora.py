@@ -79,10 +79,26 @@ class LoraConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
+        self._settle()
+        self._check_numbers()
+        if self.bias not in ("none", "lora_only", "all"):
+            raise ValueError(f"bias is {self.bias!r}; choose one of none, lora_only, all")
+        if self.init_lora_weights not in _INITS:
+            raise ValueError(
+                f"init_lora_weights is {self.init_lora_weights!r}; choose one of "
+                f"{', '.join(map(repr, _INITS))}"
+            )
+        if not _is_float(self.dtype):
+            raise ValueError(f"dtype is {self.dtype}; give a float, such as float32 or bfloat16")
+        self._check_expressions()
+        self._check_layers()
+
+    def _settle(self) -> None:
+        """Fields in one form: part of a module's static structure, so everything has to hash."""
+
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        # Part of a module's static structure, so everything here has to hash.
         for name in ("rank_pattern", "alpha_pattern"):
             put(name, FrozenDict(getattr(self, name) or {}))
         if self.layers_to_transform is not None:
@@ -94,6 +110,9 @@ class LoraConfig:
         for name in ("target_modules", "exclude_modules"):
             if not isinstance(getattr(self, name), str | None):
                 put(name, as_tuple(self, name, str, "names"))
+
+    def _check_numbers(self) -> None:
+        """Refuses ranks, alphas and so on that there cannot be."""
         for rank in (self.r, *self.rank_pattern.values()):
             if not isinstance(rank, Integral) or not 1 <= rank < 2**31:
                 raise ValueError(
@@ -111,18 +130,11 @@ class LoraConfig:
         check_numbers(self)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; give a probability in [0, 1)")
-        if self.bias not in ("none", "lora_only", "all"):
-            raise ValueError(f"bias is {self.bias!r}; choose one of none, lora_only, all")
-        if self.init_lora_weights not in _INITS:
-            raise ValueError(
-                f"init_lora_weights is {self.init_lora_weights!r}; choose one of "
-                f"{', '.join(map(repr, _INITS))}"
-            )
-        if not _is_float(self.dtype):
-            raise ValueError(f"dtype is {self.dtype}; give a float, such as float32 or bfloat16")
-        self._check_expressions()
         if self.loftq_iter < 1:
             raise ValueError(f"loftq_iter is {self.loftq_iter}; LoftQ takes at least one round")
+
+    def _check_layers(self) -> None:
+        """Refuses choices of layers that would mean nothing."""
         chosen_by_text = isinstance(self.target_modules, str)
         if self.layers_to_transform and chosen_by_text and self.target_modules != ALL_LINEAR:
             raise ValueError(

@@ -125,6 +125,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        self._check_counts()
+        self._check_optimizer()
+        self._check_schedule()
+        self._check_update_in_backward()
+
+    def _check_counts(self) -> None:
+        """Refuses numbers of steps, rows and so on that there cannot be."""
         at_least_one = (
             "steps",
             "micro_batch_size",
@@ -140,6 +147,20 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
         if self.seed not in SEEDS:
             raise ValueError(f"seed={self.seed} must be 0 to {SEEDS[-1]}.")
+        for name in ("patience", "keep_best"):
+            if getattr(self, name) and not self.eval_every:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} goes by evaluations during the run: set "
+                    "eval_every to the steps between two."
+                )
+
+    def _check_optimizer(self) -> None:
+        """Refuses an optimizer that is none, and numbers by which it would not work."""
+        if self.optim not in OPTIMIZERS:
+            raise ValueError(
+                f"optim={self.optim!r} is unknown; expected one of {', '.join(OPTIMIZERS)}, whose "
+                "state is paged by paged=True."
+            )
         for name in ("learning_rate", "weight_decay"):
             if not 0 <= self._single(name) < math.inf:
                 raise ValueError(
@@ -163,26 +184,17 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < self._single(name) < math.inf:
                 raise ValueError(f"{name}={value} must be a finite number above 0; {plain}.")
+
+    def _check_schedule(self) -> None:
+        """Refuses a schedule that is none, or is all warmup."""
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule={self.schedule!r} is unknown; expected one of {', '.join(SCHEDULES)}."
-            )
-        if self.optim not in OPTIMIZERS:
-            raise ValueError(
-                f"optim={self.optim!r} is unknown; expected one of {', '.join(OPTIMIZERS)}, whose "
-                "state is paged by paged=True."
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}."
             )
-        for name in ("patience", "keep_best"):
-            if getattr(self, name) and not self.eval_every:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} goes by evaluations during the run: set "
-                    "eval_every to the steps between two."
-                )
-        self._check_update_in_backward()
 
     def _single(self, name: str) -> float:
         """A field as the optimizer computes with it: in float32, where 1e-50 is 0."""
