@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -61,29 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Asks the tasks and writes OUT/harness.json."""
-    try:
-        import lm_eval
-        import lm_eval.tasks
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "the evaluation harness is not installed: pip install 'qlora-jax[eval]'."
-        ) from error
-    for name, value, least in (("--limit", options.limit, 1), ("--shots", options.shots, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}, but {least} or more is needed.")
-    include = None if options.include is None else str(options.include)
-    if include is not None and not options.include.is_dir():
-        raise FileNotFoundError(f"--include is {include}, but there is no such folder.")
-    tasks = lm_eval.tasks.TaskManager(include_path=include)
-    try:
-        # Before a model is read; by the name that it has in older versions of lm-eval, or in newer.
-        (getattr(tasks, "load", None) or tasks.load_task_or_group)(options.tasks)
-    except (KeyError, TypeError, YAMLError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise ValueError(
-            f"--tasks {' '.join(options.tasks)}: {reason}. Give names that `lm-eval ls tasks` "
-            "lists, tasks of --include, or YAML files."
-        ) from error
+    tasks = _known_tasks(options)  # before a model is read
+    import lm_eval
+
     folder = find_model(options.model)
     context = decoder_context(folder)
     quant = read_quant(options.quant, folder)
@@ -115,17 +97,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         log_samples=False,
     )
     results = found["results"]
-    table = Table(title=f"{options.model}: lm-eval {lm_eval.__version__}", title_justify="left")
-    for name in ("task", "metric", "value", "±"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
-    for task, metrics in results.items():
-        for name, value in metrics.items():
-            metric, _, filtered = name.partition(",")
-            if isinstance(value, float) and not metric.endswith("_stderr"):
-                deviation = metrics.get(f"{metric}_stderr,{filtered}")
-                shown = f"{deviation:.4f}" if isinstance(deviation, float) else ""
-                table.add_row(task, metric, f"{value:.4f}", shown)
-    console.print(table)
+    console.print(_table(results, f"{options.model}: lm-eval {lm_eval.__version__}"))
     told = {
         "model": options.model,
         "quant": "none" if quant is None else quant.quant_type,
@@ -141,6 +113,53 @@ def run(options: argparse.Namespace, console: Console) -> int:
     write_whole(out / "harness.json", json.dumps(told, indent=1, default=str) + "\n")
     console.print(str(out / "harness.json"), highlight=False)
     return 0
+
+
+def _known_tasks(options: argparse.Namespace) -> Any:
+    """The harness's tasks, among them those that are asked for.
+
+    Raises:
+        ValueError: the harness is not installed, or has no such task.
+        FileNotFoundError: there is no such folder of further tasks.
+    """
+    try:
+        import lm_eval.tasks
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "the evaluation harness is not installed: pip install 'qlora-jax[eval]'."
+        ) from error
+    for name, value, least in (("--limit", options.limit, 1), ("--shots", options.shots, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}, but {least} or more is needed.")
+    include = None if options.include is None else str(options.include)
+    if include is not None and not options.include.is_dir():
+        raise FileNotFoundError(f"--include is {include}, but there is no such folder.")
+    tasks = lm_eval.tasks.TaskManager(include_path=include)
+    try:
+        # By the name that it has in older versions of lm-eval, or in newer.
+        (getattr(tasks, "load", None) or tasks.load_task_or_group)(options.tasks)
+    except (KeyError, TypeError, YAMLError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"--tasks {' '.join(options.tasks)}: {reason}. Give names that `lm-eval ls tasks` "
+            "lists, tasks of --include, or YAML files."
+        ) from error
+    return tasks
+
+
+def _table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    """Each task's scores, and their standard errors."""
+    table = Table(title=title, title_justify="left")
+    for name in ("task", "metric", "value", "±"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if isinstance(value, float) and not metric.endswith("_stderr"):
+                deviation = metrics.get(f"{metric}_stderr,{filtered}")
+                shown = f"{deviation:.4f}" if isinstance(deviation, float) else ""
+                table.add_row(task, metric, f"{value:.4f}", shown)
+    return table
 
 
 def main(arguments: list[str] | None = None) -> int:

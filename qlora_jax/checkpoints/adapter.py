@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors needs)
 import numpy as np
-from flax import nnx
 from safetensors.numpy import save_file
 
 from qlora_jax.checkpoints.adapter_config import CONFIG, config_to_json
@@ -30,6 +28,7 @@ from qlora_jax.checkpoints.adapter_parts import (
     adapted_layers,
     adapted_modules,
     base_tensors,
+    put,
     token_modules,
     trained_parts,
 )
@@ -48,7 +47,7 @@ from qlora_jax.models import (
 )
 from qlora_jax.nn import LoraConfig, TrainedParam
 from qlora_jax.nn.targets import ALSO_CALLED
-from qlora_jax.processes import distribute, is_first, whole
+from qlora_jax.processes import is_first, whole
 
 # The second name under which PEFT wants a trained embedding that is its head, too.
 _TIED = "lm_head.weight"
@@ -187,66 +186,88 @@ def load_adapter(folder: str | Path, model: Any) -> None:
         tensors.pop(_TIED, None)
     _check_same(model, adapter.config, str(folder), advice)
     _check_whole(model, adapter.config, str(folder), advice)
-    rows = [
-        (embedding, ids, tensors.pop(f"{module}.{TOKENS}", None), module)
-        for module, embedding in token_modules(model).items()
-        for named, ids in adapter.token_ids.items()
-        if module == named or module.endswith(f".{named}")
-    ]
-    tokens = {f"{module}.{TOKENS}" for module in token_modules(model)}
-    for embedding, ids, found, module in rows:
-        expected = (len(ids), embedding.weight.get_value().shape[1])
-        if found is None or found.shape != expected:
-            shape = "missing" if found is None else f"of shape {list(found.shape)}"
-            raise ValueError(
-                f"{folder}: the rows of {len(ids)} trained tokens of {module!r} are {shape}, but "
-                f"{list(expected)} is needed: the adapter is of another base model, or damaged."
-            )
-    parts = []
-    for part in trained_parts(model, adapter.config):
-        if part.names[0] in tokens:
-            continue
-        name = next((name for name in part.names if name in tensors), None)
-        if name is None:
-            raise ValueError(
-                f"{folder} lacks {part.names[0]!r}, but the model trains it: {advice}."
-            )
-        copies = {name: tensors.pop(name) for name in part.names if name in tensors}
-        tensor = copies[name]
-        apart = next((n for n, x in copies.items() if not np.array_equal(x, tensor)), None)
-        if apart is not None:
-            raise ValueError(
-                f"{folder} has trained {name!r} and {apart!r} apart, which are one matrix here: "
-                "use the adapter in PEFT."
-            )
-        if tensor.shape != part.shape:
-            raise ValueError(
-                f"{folder}: {name!r} has shape {list(tensor.shape)}, but the model's is "
-                f"{list(part.shape)}: the adapter was trained with another rank or on "
-                "another base model."
-            )
-        parts.append((part, tensor))
-    if "lm_head.lora_A.weight" in tensors:
-        raise ValueError(
-            f"{folder} has an adapter of 'lm_head', but linear layers below the head alone take "
-            "one here: merge it into its base, with `qlora-jax merge --no-report`."
-        )
-    check_head_rows(folder, tensors, token_modules(model))
-    if tensors:
-        raise ValueError(
-            f"{folder} holds {sorted(tensors)[0]!r} (and {len(tensors) - 1} more) that the model "
-            "does not adapt: build it with read_adapter_config(folder), on the adapter's own base."
-        )
-    _put(parts)
-    largest = max((max(ids) for _, ids, _, _ in rows), default=-1)
+    rows = _token_rows(model, adapter, tensors)
+    parts = _parts(model, adapter, tensors, advice)
+    _refuse_left(folder, tensors, token_modules(model))
+    put(parts)
+    largest = max((max(ids) for _, ids, _ in rows), default=-1)
     if largest >= model.config.vocab_size:
         resize_token_embeddings(model, largest + 1)
-    for embedding, ids, found, _ in rows:
+    for embedding, ids, found in rows:
         train_rows_of(embedding, ids)
         order = embedding.token_ids.get_value().tolist()
         places = jnp.asarray([order.index(id_) for id_ in ids])
         values = embedding.token_rows.get_value()
         embedding.token_rows.set_value(values.at[places].set(jnp.asarray(found, values.dtype)))
+
+
+def _token_rows(
+    model: Any, adapter: PeftAdapter, tensors: dict[str, np.ndarray]
+) -> list[tuple[Any, tuple[int, ...], np.ndarray]]:
+    """(embedding, ids, rows) of the tokens that an adapter trained, taken out of its tensors."""
+    taken = []
+    for module, embedding in token_modules(model).items():
+        for named, ids in adapter.token_ids.items():
+            if module != named and not module.endswith(f".{named}"):
+                continue
+            found = tensors.pop(f"{module}.{TOKENS}", None)
+            expected = (len(ids), embedding.weight.get_value().shape[1])
+            if found is None or found.shape != expected:
+                shape = "missing" if found is None else f"of shape {list(found.shape)}"
+                raise ValueError(
+                    f"{adapter.folder}: the rows of {len(ids)} trained tokens of {module!r} are "
+                    f"{shape}, but {list(expected)} is needed: the adapter is of another base "
+                    "model, or damaged."
+                )
+            taken.append((embedding, ids, found))
+    return taken
+
+
+def _parts(
+    model: Any, adapter: PeftAdapter, tensors: dict[str, np.ndarray], advice: str
+) -> list[tuple[Part, np.ndarray]]:
+    """What the model trains, token rows left out, and an adapter's numbers for it, taken out of its
+    tensors."""
+    tokens = {f"{module}.{TOKENS}" for module in token_modules(model)}
+    taken = []
+    for part in trained_parts(model, adapter.config):
+        if part.names[0] in tokens:
+            continue
+        copies = {name: tensors.pop(name) for name in part.names if name in tensors}
+        if not copies:
+            raise ValueError(
+                f"{adapter.folder} lacks {part.names[0]!r}, but the model trains it: {advice}."
+            )
+        (name, tensor), *others = copies.items()
+        apart = next((other for other, x in others if not np.array_equal(x, tensor)), None)
+        if apart is not None:
+            raise ValueError(
+                f"{adapter.folder} has trained {name!r} and {apart!r} apart, which are one matrix "
+                "here: use the adapter in PEFT."
+            )
+        if tensor.shape != part.shape:
+            raise ValueError(
+                f"{adapter.folder}: {name!r} has shape {list(tensor.shape)}, but the model's is "
+                f"{list(part.shape)}: the adapter was trained with another rank or on another base "
+                "model."
+            )
+        taken.append((part, tensor))
+    return taken
+
+
+def _refuse_left(folder: str | Path, tensors: dict[str, np.ndarray], modules: Any) -> None:
+    """Refuses an adapter of which something has no place in the model."""
+    if "lm_head.lora_A.weight" in tensors:
+        raise ValueError(
+            f"{folder} has an adapter of 'lm_head', but linear layers below the head alone take "
+            "one here: merge it into its base, with `qlora-jax merge --no-report`."
+        )
+    check_head_rows(folder, tensors, modules)
+    if tensors:
+        raise ValueError(
+            f"{folder} holds {sorted(tensors)[0]!r} (and {len(tensors) - 1} more) that the model "
+            "does not adapt: build it with read_adapter_config(folder), on the adapter's own base."
+        )
 
 
 def _tensors(adapter: PeftAdapter, model: Any) -> dict[str, np.ndarray]:
@@ -267,29 +288,6 @@ def _check_model(model: Any) -> None:
             "load_pretrained's models alone: save and restore nnx.state(model, nnx.LoRAParam) of "
             "a module of your own with Orbax."
         )
-
-
-def _put(parts: list[tuple[Part, np.ndarray]]) -> None:
-    """Writes tensors into their places; one transfer for each array of the model."""
-    arrays: dict[int, tuple[nnx.Variable, np.ndarray]] = {}
-    for part, tensor in parts:
-        if id(part.variable) not in arrays:
-            value = np.array(whole(part.variable.get_value()))
-            # What fills a smaller rank up has to be zero; what no tensor is for stays.
-            arrays[id(part.variable)] = (
-                part.variable,
-                value if part.axis is None else np.zeros_like(value),
-            )
-        room = arrays[id(part.variable)][1][part.place or ...]
-        if part.axis == 0:
-            room = room[: part.length]
-        elif part.axis == 1:
-            room = room[:, : part.length]
-        room[...] = tensor
-    for variable, array in arrays.values():
-        sharding = variable.get_value().sharding
-        is_spread = isinstance(sharding, jax.sharding.NamedSharding)
-        variable.set_value(distribute(array, sharding) if is_spread else jnp.asarray(array))
 
 
 def _check_same(model: Any, lora: LoraConfig, what: str, advice: str) -> None:

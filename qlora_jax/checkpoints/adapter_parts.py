@@ -7,6 +7,8 @@ what fills the smaller ones up is left out.
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -15,6 +17,7 @@ from qlora_jax.checkpoints.matching import node_at
 from qlora_jax.models import FAMILIES, module_names, vocabularies
 from qlora_jax.nn import LoraConfig, QuantDense, TrainedParam
 from qlora_jax.nn.targets import ALL_LINEAR, ALSO_CALLED
+from qlora_jax.processes import distribute, whole
 
 
 class Part(NamedTuple):
@@ -166,3 +169,26 @@ def check_vocabulary(model: Any, lora: LoraConfig | None) -> None:
             f"modules_to_save is {lora.modules_to_save!r}, but this model's head is its embedding: "
             f"name {embeddings[0].rpartition('.')[2]!r} instead, and both are trained."
         )
+
+
+def put(parts: list[tuple[Part, np.ndarray]]) -> None:
+    """Writes tensors into their places; one transfer for each array of the model."""
+    arrays: dict[int, tuple[nnx.Variable, np.ndarray]] = {}
+    for part, tensor in parts:
+        if id(part.variable) not in arrays:
+            value = np.array(whole(part.variable.get_value()))
+            # What fills a smaller rank up has to be zero; what no tensor is for stays.
+            arrays[id(part.variable)] = (
+                part.variable,
+                value if part.axis is None else np.zeros_like(value),
+            )
+        room = arrays[id(part.variable)][1][part.place or ...]
+        if part.axis == 0:
+            room = room[: part.length]
+        elif part.axis == 1:
+            room = room[:, : part.length]
+        room[...] = tensor
+    for variable, array in arrays.values():
+        sharding = variable.get_value().sharding
+        is_spread = isinstance(sharding, jax.sharding.NamedSharding)
+        variable.set_value(distribute(array, sharding) if is_spread else jnp.asarray(array))
