@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qlora_jax.checkpoints import WeightFolder
+from qlora_jax.checkpoints import Checkpoint, WeightFolder
+from qlora_jax.checkpoints.open import _beside, read_companions
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
 
@@ -108,3 +109,34 @@ def test_no_weights_or_no_folder(tmp_path):
         WeightFolder(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"is no folder"):
         WeightFolder(tmp_path / "absent")
+
+
+def test_small_files_go_where_the_model_goes(tmp_path):
+    small = {
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "spiece.model",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    }
+    for name in small | {"config.json", "training_args.bin", "modeling.py"}:
+        (tmp_path / name).write_text(name)
+    assert read_companions(tmp_path) == {name: name.encode() for name in small}
+
+
+def test_a_gguf_keeps_its_tokenizer_unless_one_lies_beside_it(tmp_path):
+    own = {"tokenizer.model": b"own"}
+    file = Checkpoint(tmp_path / "x.gguf", {}, {}, own.__getitem__, lambda: own)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert _beside(tmp_path, file).companions() == own
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert _beside(tmp_path, file).companions().keys() == {
+        "generation_config.json",
+        "tokenizer.json",
+    }

@@ -2,6 +2,7 @@ import dataclasses
 import gc
 import json
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from qlora_jax.checkpoints import (
     save_checkpoint,
     save_model,
 )
+from qlora_jax.checkpoints.save import model_checkpoint
 from qlora_jax.models import Decoder, streaming
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
@@ -50,14 +52,22 @@ def test_saved_model_reads_back_bit_for_bit(original):
 
 
 @pytest.mark.parametrize("sizes", [("2KB", "5GB"), ("5GB", "2KB"), ("2KB", "40KB")])
-def test_a_model_takes_the_place_of_another(sizes, original, tmp_path):
-    """Of other files too: nothing of an earlier model's shards or index is read."""
+def test_a_model_takes_the_place_of_another(sizes, original, tmp_path, monkeypatch):
+    """Of other files too: nothing of an earlier model's shards or index is read, and what says
+    which files there are comes last."""
     earlier = random_decoder(CONFIG, seed=1)
+    moved, replace = [], Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: moved.append(self.suffix) or replace(self, to)
+    )
     for model, size in zip((earlier, original[1]), sizes, strict=True):
         save_model(tmp_path, model, max_shard_size=size)
     same(load_model(tmp_path, **DENSE), original[1])
+    moved.clear()
     save_model(tmp_path / "fresh", original[1], max_shard_size=sizes[1])
+    assert ".safetensors" not in moved[moved.index(".json") :]
     left = {path.name for path in tmp_path.iterdir()} - {"fresh"}
+    assert ("model.safetensors" in left) == (sizes[1] == "5GB")
     assert left == {path.name for path in (tmp_path / "fresh").iterdir()}
 
 
@@ -183,6 +193,8 @@ def test_adapters_are_drawn_from_the_seed(original):
 def test_dtypes(original):
     folder, _ = original
     model = load_model(folder, lora=None)
+    # Norms are wider than the rest.
+    assert model_checkpoint(model).config["torch_dtype"] == "float32"
     assert model.embed_tokens.weight.get_value().dtype == jnp.bfloat16
     assert model.layers.mlp.up_proj.kernel.get_value().dtype == jnp.bfloat16
     model = load_model(folder, quant=None, lora=None, trainable_base=True)
@@ -190,6 +202,8 @@ def test_dtypes(original):
     params = nnx.state(model, nnx.Param)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     assert not jax.tree.leaves(nnx.state(model, FrozenParam))
+    # What is trained whole is no adapter.
+    assert {info.dtype for info in model_checkpoint(model).tensors.values()} == {"F32"}
 
 
 def test_16_bit_file(original, tmp_path):

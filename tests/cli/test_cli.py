@@ -170,6 +170,16 @@ def test_push_shows_its_card(models, capsys):
     assert "license: mit" in capsys.readouterr().out
 
 
+def test_push_hands_over_what_it_is_told(models, capsys, monkeypatch):
+    told = {}
+    monkeypatch.setattr("qlora_jax.cli.push.push", lambda *given, **more: told.update(more) or "at")
+    options = ["--private", "--revision", "v1", "--message", "first", "--license", "mit"]
+    assert main(["push", str(models / "adapter"), "me/x", *options]) == 0
+    assert capsys.readouterr().out == "at\n"
+    assert told.pop("facts")["license"] == "mit"
+    assert told == {"private": True, "revision": "v1", "message": "first"}
+
+
 def pickle_only(models):
     (models / "base" / "model.safetensors").rename(models / "base" / "pytorch_model.bin")
 
@@ -314,6 +324,8 @@ def test_the_drift_report_is_of_decoders(tmp_path, capsys):
     names = module_names(FAMILIES["roberta"].weight_names(ROBERTA))
     adapted = add_lora(model, lora, rngs=nnx.Rngs(0), names=names)
     save_adapter(tmp_path / "adapter", adapted, lora, "base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS"
     arguments = ["merge", *(str(tmp_path / n) for n in ("base", "adapter", "out"))]
     assert main([*arguments, "--mode", "original"]) == 2
     assert "is a 'roberta': give --no-report" in capsys.readouterr().err
