@@ -107,6 +107,7 @@ def test_requantizing_a_16_bit_base_rounds_once(trained):
     np.testing.assert_array_equal(found.codes, expected.codes)
     np.testing.assert_array_equal(found.absmax, expected.absmax)
     assert (checkpoint.tensors[name].dtype, found.dtype) == ("BF16", jnp.bfloat16)
+    assert dequantized(checkpoint).read(name).dtype == jnp.bfloat16
 
 
 def test_requantizing_an_untouched_weight_loses_nothing(trained):

@@ -172,7 +172,7 @@ def test_push_shows_its_card(models, capsys):
 
 def test_push_hands_over_what_it_is_told(models, capsys, monkeypatch):
     told = {}
-    monkeypatch.setattr("qlora_jax.cli.push.push", lambda *given, **more: told.update(more) or "at")
+    monkeypatch.setattr("qlora_jax.cli.push.push", lambda *_, **more: told.update(more) or "at")
     options = ["--private", "--revision", "v1", "--message", "first", "--license", "mit"]
     assert main(["push", str(models / "adapter"), "me/x", *options]) == 0
     assert capsys.readouterr().out == "at\n"

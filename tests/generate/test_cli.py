@@ -201,7 +201,31 @@ def test_every_option_reaches_the_model_and_its_sampling(folder, tmp_path, capsy
         return [SimpleNamespace(text="!") for _ in prompts]
 
     monkeypatch.setattr("qlora_jax.cli.generate.generate_text", write)
-    options = ["--revision", "v1", "--dtype", "float16", "--max-new-tokens", "5", "--temperature", "0.5", "--top-p", "0.75", "--top-k", "3", "--seed", "9", "--quant-type", "fp4", "--blocksize", "32", "--no-double-quant", "--embedding-bits", "8", "--stop", "END"]
+    options = [
+        "--revision",
+        "v1",
+        "--dtype",
+        "float16",
+        "--max-new-tokens",
+        "5",
+        "--temperature",
+        "0.5",
+        "--top-p",
+        "0.75",
+        "--top-k",
+        "3",
+        "--seed",
+        "9",
+        "--quant-type",
+        "fp4",
+        "--blocksize",
+        "32",
+        "--no-double-quant",
+        "--embedding-bits",
+        "8",
+        "--stop",
+        "END",
+    ]
     assert main(["generate", str(folder), "A", "B", "--adapter", str(tmp_path), *options]) == 0
     (folder / "generation_config.json").unlink()
     assert capsys.readouterr().out == "A!\n\nB!\n\n"

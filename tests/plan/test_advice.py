@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from qlora_jax.data import IGNORE
 from qlora_jax.models import DecoderConfig
 from qlora_jax.models.streaming import HOST_LIMIT
 from qlora_jax.nn import LoraConfig
-from qlora_jax.plan import Workload, compiled, find_config, memory
+from qlora_jax.plan import Workload, check_fits, compiled, find_config, memory, preflight
 from qlora_jax.plan.advice import SWITCHES, Advice
 from qlora_jax.plan.devices import with_cut_weights
 from qlora_jax.plan.measure import random_batch
@@ -183,6 +184,18 @@ def made(total: int, memory: int | None = 100 * GIB, **changes) -> Plan:
     """A plan of so many bytes."""
     device = Components(0, 0, 0, 0, 0, 0, temporaries=total)
     return Plan(work_with(**changes), "l40", memory, device, 0, HostTraffic(), ())
+
+
+def test_the_pinned_pool_is_of_all_cards_that_are_here(monkeypatch):
+    asked = []
+    monkeypatch.setattr(preflight, "check_host_memory_limit", lambda *given: asked.append(given[0]))
+    monkeypatch.setattr(
+        preflight, "plan", lambda *_, **__: dataclasses.replace(made(1), host=10 * GIB)
+    )
+    here = jax.local_device_count()
+    for devices in (1, 2, 2 * here):
+        check_fits(work_with(micro_batch_size=devices, devices=devices), memory=GIB)
+    assert asked == [10 * GIB, 20 * GIB, here * 10 * GIB]
 
 
 def test_a_twentieth_of_a_card_is_not_a_programs():
