@@ -47,6 +47,13 @@ def test_tensors_come_in_the_order_of_their_bytes(tmp_path):
     assert list(WeightFolder(tmp_path)) == sorted(places, key=places.__getitem__)
 
 
+def test_a_tensor_that_the_index_does_not_name_is_none_of_the_models(tmp_path):
+    save_file(TENSORS, tmp_path / "both.safetensors")
+    index = {"weight_map": {"a": "both.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert list(WeightFolder(tmp_path)) == ["a"]
+
+
 @pytest.mark.parametrize(
     "shard",
     [

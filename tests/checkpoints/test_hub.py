@@ -50,6 +50,7 @@ def run(tmp_path):
             "model": {"source": "HuggingFaceTB/SmolLM2-135M-Instruct"},
             "data": {"source": "tatsu-lab/alpaca", "format": "alpaca | or not"},
             "quant": {"quant_type": "nf4"},
+            "lora": {"r": 64},
         },
         "versions": {"python": "3.11.7", "jax": "0.10.2"},
     }
@@ -86,6 +87,7 @@ def test_the_card_tells_base_data_hyperparameters_metrics_and_environment(run):
         "| device | cpu |",
     ]:
         assert line in text.splitlines()
+    assert "lora.r" not in text, "the adapter says it"
 
 
 def test_the_card_of_a_folder_alone(run, tmp_path):

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import (
     WeightFolder,
+    cast,
     load_model,
     open_checkpoint,
     save_checkpoint,
@@ -192,7 +193,8 @@ def test_adapters_are_drawn_from_the_seed(original):
 
 def test_dtypes(original):
     folder, _ = original
-    model = load_model(folder, lora=None)
+    model = load_model(folder, lora=None, remat="dots", matmul="xla")
+    assert (model.remat, model.layers.mlp.up_proj.implementation) == ("dots", "xla")
     # Norms are wider than the rest.
     assert model_checkpoint(model).config["torch_dtype"] == "float32"
     assert model.embed_tokens.weight.get_value().dtype == jnp.bfloat16
@@ -209,6 +211,9 @@ def test_dtypes(original):
 def test_16_bit_file(original, tmp_path):
     save_model(tmp_path, original[1], dtype=jnp.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    # As transformers 5 has it.
+    newer = dataclasses.replace(open_checkpoint(tmp_path), config={"dtype": "bfloat16"})
+    assert cast(newer, jnp.float16).config == {"dtype": "float16"}
     model = load_model(tmp_path, **DENSE)
     expected = original[1].embed_tokens.weight[...].astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_array_equal(model.embed_tokens.weight[...], expected)
@@ -336,11 +341,38 @@ def test_what_is_no_configuration_is_named(tmp_path, given):
         ({"seed": "a"}, "^seed is 'a', but a whole number from 0 to"),
         ({"seed": -1}, "^seed is -1, but a whole number from 0 to"),
         ({"overrides": {"nope": 1}}, "^overrides has 'nope', which is no field of .*: give some"),
+        (
+            {"trainable_base": True, "quant": None, "embedding_bits": 8},
+            "together with embedding_bits=8, but codes cannot be trained: leave embedding_bits out",
+        ),
     ],
 )
 def test_arguments_of_no_use_are_refused(folder, given, message):
     with pytest.raises((TypeError, ValueError), match=message):
         load_model(folder, **given)
+
+
+def test_attention_is_chosen_for_what_will_be_read(original, monkeypatch):
+    asked = []
+
+    def choose(*given, **case):
+        asked.append((given[1:], case))
+        raise LookupError
+
+    monkeypatch.setattr("qlora_jax.checkpoints.load.attention_for", choose)
+    monkeypatch.setattr("qlora_jax.checkpoints.load.capability_here", lambda: (7, 5))
+    capped = {"attn_logit_softcapping": 5.0, "alibi": True, "rope": None}
+    with pytest.raises(LookupError):
+        load_model(original[0], packed=True, longest=9, overrides=capped)
+    case = {
+        "softcap": 5.0,
+        "bias": False,
+        "alibi": True,
+        "packed": True,
+        "longest": 9,
+        "compute_capability": (7, 5),
+    }
+    assert asked == [((jnp.bfloat16, CONFIG.head_dim), case)]
 
 
 @pytest.mark.parametrize("given", [".", "adapter"])

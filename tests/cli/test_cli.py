@@ -138,6 +138,8 @@ def test_export(models, tmp_path, capsys):
     out = tmp_path / "model.gguf"
     assert main(["export", stories, str(out), "--format", "gguf", "--type", "F16"]) == 0
     assert open_checkpoint(out).tensors["model.embed_tokens.weight"].dtype == "F16"
+    # Its vectors are float32, as in every such file.
+    assert open_checkpoint(out).config["torch_dtype"] == "float16"
     merged = ["--adapter", adapter, "--mode", "dequantized", "--dtype", "bfloat16"]
     assert main(["export", base, str(tmp_path / "m"), "--format", "safetensors", *merged]) == 0
     assert open_checkpoint(tmp_path / "m").tensors["lm_head.weight"].dtype == "BF16"
