@@ -67,9 +67,11 @@ def test_new_rows_are_the_mean_and_the_vocabulary_grows(tied: bool, tokenizer) -
     assert added(jnp.asarray([[1, 24]])).shape == (1, 2, 25)
 
 
-def test_only_the_rows_are_trained_and_the_head_follows(tokenizer) -> None:
+def test_only_the_rows_are_trained_and_the_head_follows(tokenizer, tmp_path) -> None:
     added = model(tied=True)
     ql.add_tokens(added, tokenizer, ["<|x|>", "c"])
+    save_adapter(tmp_path, added, LORA, "base")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["ensure_weight_tying"]
     graphdef, lora, rest = nnx.split(added, nnx.LoRAParam, ...)
     assert set(lora["embed_tokens"]) == {"token_rows"}
     ids = jnp.asarray([[1, 22, 5, 2]])
@@ -92,7 +94,7 @@ def test_saved_and_read_with_the_adapter(tokenizer, tmp_path) -> None:
     added = model()
     extended = ql.add_tokens(added, tokenizer, ["<|x|>", "<|y|>", "<|z|>"])
     for matrix in (added.embed_tokens, added.lm_head):
-        matrix.token_rows[...] = matrix.token_rows[...] + 0.5
+        matrix.token_rows[...] = matrix.token_rows[...] + jnp.asarray([[0.5], [0.25], [1]])
     save_adapter(tmp_path, added, LORA, "base", tokenizer=extended)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == {
