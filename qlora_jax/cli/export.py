@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
         if args.format == "gguf":
             save_gguf(args.out, checkpoint, args.type or "Q8_0")
         else:
-            checkpoint = dequantized(checkpoint)
+            # In one step: not through the dtype that they had before they were quantized.
+            checkpoint = dequantized(checkpoint, args.dtype)
             checkpoint = checkpoint if args.dtype is None else cast(checkpoint, args.dtype)
             save_checkpoint(args.out, checkpoint, max_shard_size=args.max_shard_size)
     print(f"{args.out}: {readable(folder_bytes(args.out))}")

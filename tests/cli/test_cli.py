@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import load_model, open_checkpoint, save_adapter, save_model
+from qlora_jax.checkpoints.checkpoint import dense
 from qlora_jax.cli import SUBCOMMANDS, main
 from qlora_jax.models import FAMILIES, EncoderClassifier, module_names
 from qlora_jax.nn import LoraConfig, add_lora
@@ -134,6 +135,15 @@ def test_merge_reports_on_an_adapter_whose_start_took_from_the_base(tmp_path, ca
 def test_export(models, tmp_path, capsys):
     base, adapter = str(models / "base"), str(models / "adapter")
     assert main(["export", base, str(tmp_path / "b"), "--format", "safetensors"]) == 0
+    # Codes stand for float32 numbers, whatever they were before.
+    packed, wide = str(tmp_path / "p"), str(tmp_path / "w")
+    assert main(["quantize", base, packed, "--dtype", "bfloat16"]) == 0
+    flags = ["--format", "safetensors", "--dtype", "float32", "--max-shard-size", "9KB"]
+    assert main(["export", packed, wide, *flags]) == 0
+    assert (tmp_path / "w" / "model.safetensors.index.json").is_file()
+    stored, name = open_checkpoint(packed), "model.layers.1.mlp.up_proj.weight"
+    assert {info.dtype for info in stored.tensors.values()} == {"BF16"}
+    np.testing.assert_array_equal(open_checkpoint(wide).read(name), dense(stored.read(name)))
     stories = str(shared_path("data/models/stories260K"))
     out = tmp_path / "model.gguf"
     assert main(["export", stories, str(out), "--format", "gguf", "--type", "F16"]) == 0
