@@ -129,12 +129,14 @@ def test_a_switch_changes_what_it_names_and_nothing_else(name, given, made):
     [
         ("l40", {}, "chunked", None, ["training takes cuDNN's, which needs about as much"]),
         ("l40", {"attention": "xla"}, "xla", None, []),
-        (
-            "l40",
-            {"config": dataclasses.replace(CONFIG, attn_logit_softcapping=50.0)},
-            "xla",
-            None,
-            ["attention: xla, since cuDNN's does not take this model."],
+        *(
+            ("l40", taken, "xla", None, ["attention: xla, since cuDNN's does not take this model."])
+            for taken in (
+                {"config": dataclasses.replace(CONFIG, attn_logit_softcapping=50.0)},
+                {"config": dataclasses.replace(CONFIG, rope=None, alibi=True)},
+                {"config": T5},
+                {"packed": True},
+            )
         ),
         (
             "t4",
