@@ -205,6 +205,14 @@ def test_the_models_own_dropout():
     assert float(jnp.abs(one - still).max()) > 1e-3
 
 
+def test_written_out_attention_sees_itself_and_no_later_word():
+    """In training; each word has a value of its own, so that a row tells whom it sees."""
+    still, value = jnp.zeros((1, 3, 1, 3)), jnp.eye(3)[None, :, None]
+    options = {"causal": True, "scale": 1.0, "rate": 1e-9, "implementation": "xla"}
+    seen = dropped_attention(still, still, value, dropout_key=jax.random.key(0), **options)
+    np.testing.assert_allclose(seen[0, :, 0], np.tri(3) / [[1], [2], [3]], rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_written_out_attention_is_attention():
     keys = jax.random.split(jax.random.key(0), 4)
