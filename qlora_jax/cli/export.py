@@ -17,6 +17,7 @@ from qlora_jax.checkpoints import (
 from qlora_jax.checkpoints.adapter import CONFIG, WEIGHTS
 from qlora_jax.checkpoints.card import CARD, model_card, read_facts
 from qlora_jax.checkpoints.gguf import FILE_TYPES
+from qlora_jax.checkpoints.open import read_companions
 from qlora_jax.cli import SUBCOMMANDS
 from qlora_jax.cli.arguments import (
     add_mode,
@@ -146,11 +147,14 @@ def _adapter_of(source: Path, step: int | None) -> Path:
 
 
 def _export_adapter(folder: Path, out: Path) -> None:
-    """An adapter's folder, with a card beside it."""
+    """An adapter's folder, and the tokenizer in it, with a card beside them."""
     check_adapter(folder)  # whole, or nothing is written
     facts = read_facts(folder)
     with new_folder(out) as partial:
         for name in (CONFIG, WEIGHTS):
             shutil.copyfile(folder / name, partial / name)
+        # The tokenizer, where tokens were added to it.
+        for name, content in read_companions(folder).items():
+            (partial / name).write_bytes(content)
         text = model_card(out.name, facts)
         (partial / CARD).write_text(text, encoding="utf-8")

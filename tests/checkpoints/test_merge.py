@@ -229,6 +229,12 @@ def test_adapter_of_another_base_is_refused_before_a_weight_is_read(copied, chan
     assert "\n" not in str(error.value)
 
 
+def test_a_tokenizer_beside_an_adapter_that_has_trained_no_tokens_is_left_there(copied):
+    base, adapter = copied
+    (adapter / "tokenizer.json").write_text("the base's own, perhaps with a token too many")
+    assert "tokenizer.json" not in merged(open_checkpoint(base), adapter).companions()
+
+
 def test_damaged_adapter(copied):
     base, adapter = copied
     path = adapter / "adapter_model.safetensors"
@@ -435,6 +441,16 @@ def test_trained_token_rows_are_merged_and_new_ones_grow_the_vocabulary(tmp_path
     ids = IDS.at[0, :3].set(jnp.asarray([3, size, size + 1]))
     assert again(ids).shape[-1] == size + 2
     np.testing.assert_allclose(again(ids), model(ids), rtol=0, atol=3e-6)
+    # The tokens' texts are the adapter's to say.
+    for folder, names in {
+        base: ("tokenizer.model", "tokenizer_config.json", "generation_config.json"),
+        adapter: ("tokenizer.json", "tokenizer_config.json"),
+    }.items():
+        for file in names:
+            (folder / file).write_text(folder.name)
+    texts = merge(open_checkpoint(base), adapter, mode).companions()
+    ours = dict.fromkeys(("tokenizer.json", "tokenizer_config.json"), b"adapter")
+    assert texts == {"generation_config.json": b"base"} | ours
     # As PEFT's users name them: by the end of the module's name.
     ends = {"embed_tokens": [3, size, size + 1], "lm_head": [3, size, size + 1]}
     change_config(adapter, file="adapter_config.json", trainable_token_indices=ends)

@@ -153,9 +153,11 @@ def test_export(models, tmp_path, capsys):
     merged = ["--adapter", adapter, "--mode", "dequantized", "--dtype", "bfloat16"]
     assert main(["export", base, str(tmp_path / "m"), "--format", "safetensors", *merged]) == 0
     assert open_checkpoint(tmp_path / "m").tensors["lm_head.weight"].dtype == "BF16"
+    (models / "adapter" / "tokenizer.json").write_text("with tokens that were added")
     assert main(["export", adapter, str(tmp_path / "a"), "--format", "peft"]) == 0
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert names == files
 
 
 def test_the_adapter_of_an_unfinished_run_is_exported(models, tmp_path, capsys):

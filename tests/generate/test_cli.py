@@ -17,6 +17,7 @@ from experiments.paper.glue import tiny_roberta
 from qlora_jax.checkpoints import save_model
 from qlora_jax.checkpoints.adapter_config import WEIGHTS, config_to_json
 from qlora_jax.cli import main
+from qlora_jax.data import load_tokenizer
 from qlora_jax.generate import GenerationConfig
 from qlora_jax.models import DecoderConfig
 from qlora_jax.nn import LoraConfig
@@ -183,6 +184,7 @@ def test_every_option_reaches_the_model_and_its_sampling(folder, tmp_path, capsy
     config = config_to_json(lora, base_name="", targets=("q_proj",), task_type="CAUSAL_LM")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file({"lora_A.weight": np.zeros((2, 2), np.float32)}, tmp_path / WEIGHTS)
+    load_tokenizer(folder).with_tokens(["<|x|>"]).save(tmp_path)
     (folder / "generation_config.json").write_text('{"eos_token_id": [7]}')
     seen = {}
     monkeypatch.setattr(
@@ -197,7 +199,7 @@ def test_every_option_reaches_the_model_and_its_sampling(folder, tmp_path, capsy
     )
 
     def write(model, tokenizer, prompts, config, *, key, batch_size):
-        seen.update(config=config, key=key)
+        seen.update(config=config, key=key, added=tokenizer.token_id("<|x|>"))
         return [SimpleNamespace(text="!") for _ in prompts]
 
     monkeypatch.setattr("qlora_jax.cli.generate.generate_text", write)
@@ -232,6 +234,7 @@ def test_every_option_reaches_the_model_and_its_sampling(folder, tmp_path, capsy
     assert jax.random.key_data(seen.pop("key")).tolist() == [0, 9]
     assert seen == {
         "revision": "v1",
+        "added": 2048,
         "quant": QuantConfig("fp4", 32, False),
         "lora": lora,
         "compute_dtype": np.dtype(np.float16),
