@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax.checkpoints import load_model, open_checkpoint, save_adapter, save_model
+from qlora_jax.checkpoints import load_model, merge, open_checkpoint, save_adapter, save_model
 from qlora_jax.checkpoints.checkpoint import dense
 from qlora_jax.cli import SUBCOMMANDS, main
 from qlora_jax.models import FAMILIES, EncoderClassifier, module_names
 from qlora_jax.nn import LoraConfig, add_lora
-from qlora_jax.quant import QuantizedTensor
+from qlora_jax.quant import QuantConfig, QuantizedTensor
 from tests.checkpoints.tiny import CONFIG, change_config, write_model
 from tests.models.test_encoder import CONFIG as ROBERTA
 from tests.shared import shared_path
@@ -73,6 +73,19 @@ def test_quantize(models, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(ours))
 
 
+def test_inspect_tells_apart_what_is_stored_otherwise(tmp_path, capsys):
+    layers = {f"layers.{i}.w": np.zeros((2, 3), kind) for i, kind in enumerate("fe")}
+    save_file(layers | {"ids": np.zeros(4, np.int64)}, tmp_path / "model.safetensors")
+    (tmp_path / "x.gguf").touch()  # of a folder with both, safetensors are read
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {(row["name"], row["tensors"], row["stored"], row["nbytes"]) for row in rows} == {
+        ("layers.*.w", 1, "f32", 24),
+        ("layers.*.w", 1, "f16", 12),
+        ("ids", 1, "i64", 32),
+    }
+
+
 def test_inspect_counts_what_is_stored(models, tmp_path, capsys):
     main(["quantize", str(models / "base"), str(tmp_path / "packed")])
     capsys.readouterr()
@@ -84,6 +97,11 @@ def test_inspect_counts_what_is_stored(models, tmp_path, capsys):
     assert row["stored"] == "nf4+dq, block 64"
     checkpoint = open_checkpoint(tmp_path / "packed")
     assert sum(row["tensors"] for row in rows) == len(checkpoint.tensors)
+    stored = load_file(tmp_path / "packed" / "model.safetensors").items()
+    named = sum(x.nbytes for n, x in stored if ".mlp.up_proj.weight" in n)
+    # With its scales, its tables and the text about them.
+    assert row["nbytes"] == named
+    assert row["bits_per_weight"] == 8 * named / (2 * 48 * 32)
     assert main(["inspect", str(models / "adapter")]) == 0
     assert "lora_A.weight" in capsys.readouterr().out
     assert main(["inspect", str(models / "base"), "--layers"]) == 0
@@ -153,6 +171,10 @@ def test_export(models, tmp_path, capsys):
     merged = ["--adapter", adapter, "--mode", "dequantized", "--dtype", "bfloat16"]
     assert main(["export", base, str(tmp_path / "m"), "--format", "safetensors", *merged]) == 0
     assert open_checkpoint(tmp_path / "m").tensors["lm_head.weight"].dtype == "BF16"
+    merged = [*merged[:4], "--quant-type", "fp4"]
+    assert main(["export", base, str(tmp_path / "f"), "--format", "safetensors", *merged]) == 0
+    trained_on = merge(open_checkpoint(base), adapter, "dequantized", quant=QuantConfig("fp4"))
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "f").read(name), trained_on.read(name))
     (models / "adapter" / "tokenizer.json").write_text("with tokens that were added")
     assert main(["export", adapter, str(tmp_path / "a"), "--format", "peft"]) == 0
     names = {path.name for path in (tmp_path / "a").iterdir()}
@@ -258,6 +280,11 @@ def other_adapter(models):
         (None, [*GGUF, "--dtype", "float32"], "no such option: --type is that of a GGUF file"),
         (None, [*SAFETENSORS, "--type", "F32"], "no such option: --dtype is that of safetensors"),
         (None, [*PEFT, "--adapter", "adapter"], "give the adapter's folder as SOURCE"),
+        (
+            None,
+            [*SAFETENSORS, "--adapter", "adapter", "--mode", "requantized"],
+            "makes a 4-bit folder, but --format is safetensors",
+        ),
         (None, [*PEFT], "base holds no adapter: --format peft"),
         (
             lambda folder: (folder / "base" / "checkpoints").mkdir(),

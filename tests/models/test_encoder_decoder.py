@@ -67,7 +67,11 @@ def logits(model, source, read, mask=None, key=None):
 
 @functools.partial(jax.jit, static_argnums=1)
 def prefilled(model, cache_length):
-    return model.prefill(SOURCE, cache_length=cache_length)
+    """With padding in front of the source."""
+    front = ((0, 0), (2, 0))
+    mask = jnp.pad(jnp.ones_like(SOURCE), front)
+    ids = jnp.pad(SOURCE, front, constant_values=7)
+    return model.prefill(ids, mask, cache_length=cache_length)
 
 
 READ = shift_right(LABELS, start=0, pad=0)

@@ -469,6 +469,8 @@ def test_layers_that_slide_where_a_file_does_not_say():
     assert [layer for layer, slides in enumerate(seen) if not slides] == [5, 11, 17, 23, 29]
     late = {"model_type": "qwen2", "use_sliding_window": True}
     config = FAMILIES["qwen2"].read_config(deep | late)
+    every = FAMILIES["qwen2"].read_config(deep | late | {"max_window_layers": 0})
+    assert all(every.sliding_layers)
     assert (config.sliding_window, config.sliding_layers.index(True)) == (4096, 28)
 
 
