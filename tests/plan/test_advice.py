@@ -1,6 +1,8 @@
 """What a plan advises and tells, and its small parts, without compiling anything."""
 
 import dataclasses
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,12 @@ from qlora_jax.plan.devices import with_cut_weights
 from qlora_jax.plan.measure import random_batch
 from qlora_jax.plan.memory import Components, Plan
 from qlora_jax.plan.report import LONGEST_SEQUENCE, Report, _positions, text
-from qlora_jax.plan.workload import batch_shapes
+from qlora_jax.plan.workload import Program, batch_shapes
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import Crossing, HostTraffic, TrainConfig
 from tests.plan.test_plan import TINY, TINY_T5
 
+report_module = sys.modules[Report.__module__]  # whose name in the package is a function's
 GIB = 2**30
 CONFIG, T5 = find_config(TINY), find_config(TINY_T5)
 OPT = find_config(
@@ -192,7 +195,7 @@ def test_the_pinned_pool_is_of_all_cards_that_are_here(monkeypatch):
     asked = []
     monkeypatch.setattr(preflight, "check_host_memory_limit", lambda *given: asked.append(given[0]))
     monkeypatch.setattr(
-        preflight, "plan", lambda *_, **__: dataclasses.replace(made(1), host=10 * GIB)
+        preflight, "plan", lambda *_, **__: dataclasses.replace(made(GIB), host=10 * GIB)
     )
     here = jax.local_device_count()
     for devices in (1, 2, 2 * here):
@@ -275,6 +278,58 @@ def test_a_workload_that_cannot_be_is_refused(changes, message):
 def test_a_program_needs_its_arguments_and_what_it_makes():
     found = compiled.ProgramBytes(1, 2, 4, 8, 16, 32, 64, 128)
     assert (found.device, found.host) == (1 + 2 - 4 + 8, 16 + 32 - 64 + 128)
+
+
+def test_an_answer_is_of_its_program_its_card_its_options_and_the_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv(compiled.CACHE_VARIABLE, str(tmp_path))
+    asked = []
+    buffers = ("argument", "output", "alias", "temp")
+    memory = {f"{where}{b}_size_in_bytes": 1 for where in ("", "host_") for b in buffers}
+
+    def compiles(lowered, options):
+        asked.append((lowered, options))
+        return SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**memory))
+
+    monkeypatch.setattr(
+        compiled, "lower_for", lambda card, fn, **_: SimpleNamespace(as_text=lambda: fn)
+    )
+    monkeypatch.setattr(compiled, "compile_lowered", compiles)
+
+    def count(text="a", card="l40", **more):
+        """How often was asked so far."""
+        compiled.program_bytes(Program(text, (), **more), CARDS[card])
+        return len(asked)
+
+    assert [count(), count(), count("b"), count(card="h100")] == [1, 1, 2, 3]
+    assert count(options=(("x", True),)) == 4
+    # Of several cards an address stands in the text, and what it leads to does not.
+    here, there = ({"text": f'backend_config = "{n}"', "devices": 2} for n in (1, 2))
+    assert [count(**here), count(**there)] == [5, 5]
+    monkeypatch.setattr(compiled, "_kernel_sources", lambda: "others")
+    assert [count(**there), count()] == [6, 6]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_other")
+    assert count() == 7
+    # What another version kept under the name is asked anew.
+    for file in compiled.cache_folder().iterdir():
+        file.write_text("{}")
+    assert [count(), count()] == [8, 8]
+
+
+def test_what_is_searched_fits_and_is_asked_as_it_would_run(monkeypatch):
+    asked = []
+
+    def planned(work, card, *, memory):
+        asked.append((work.train.micro_batch_size, work.sequence))
+        assert memory == 10_000
+        return made(work.train.micro_batch_size * work.sequence, memory)
+
+    monkeypatch.setattr(report_module, "plan", planned)
+    start = planned(work_with(devices=2, sequence=256), None, memory=10_000)
+    start = dataclasses.replace(start, work=work_with(devices=2, sequence=256))
+    asked.clear()
+    # Of 9500 bytes that are usable: rows of 256 in pairs, and two rows in steps of 256.
+    assert report_module._largest(start, None) == (36, 4608)
+    assert all(rows % 2 == 0 if tokens == 256 else rows == 2 for rows, tokens in asked)
 
 
 def test_where_answers_are_kept(monkeypatch, tmp_path):
