@@ -20,7 +20,7 @@ from qlora_jax.plan.devices import with_cut_weights
 from qlora_jax.plan.measure import random_batch
 from qlora_jax.plan.memory import Components, Plan
 from qlora_jax.plan.report import LONGEST_SEQUENCE, Report, _positions, text
-from qlora_jax.plan.workload import Program, batch_shapes
+from qlora_jax.plan.workload import Program, batch_shapes, decoding_step, model_shapes
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import Crossing, HostTraffic, TrainConfig
 from tests.plan.test_plan import TINY, TINY_T5
@@ -330,6 +330,27 @@ def test_what_is_searched_fits_and_is_asked_as_it_would_run(monkeypatch):
     # Of 9500 bytes that are usable: rows of 256 in pairs, and two rows in steps of 256.
     assert report_module._largest(start, None) == (36, 4608)
     assert all(rows % 2 == 0 if tokens == 256 else rows == 2 for rows, tokens in asked)
+
+
+def test_gradients_are_of_one_layer_where_each_is_updated_at_once():
+    lora = {
+        "layers": {"A": jax.ShapeDtypeStruct((3, 5), jnp.float32)},
+        "head": {"A": jax.ShapeDtypeStruct((7,), jnp.float32)},
+    }
+    assert memory._gradients(work_with(), lora) == 4 * (3 * 5 + 7)
+    assert memory._gradients(work_with(**BACKWARD), lora) == 4 * (5 + 7)
+
+
+def test_a_run_that_adds_noise_and_starts_from_the_weights_is_planned():
+    started = LoraConfig(r=2, target_modules=("q_proj",), init_lora_weights="loftq")
+    model = model_shapes(work_with(neftune_noise_alpha=5.0, lora=started))
+    assert model.neftune_noise_alpha == 5.0
+
+
+def test_a_decoding_t5_keeps_keys_of_its_source_and_of_its_own_words():
+    program = decoding_step(work_with(config=T5), batch=3, length=8)
+    cache = program.args[3]
+    assert (cache.key.shape, cache.source_key.shape) == ((2, 3, 2, 8, 32), (2, 3, 2, 32, 32))
 
 
 def test_where_answers_are_kept(monkeypatch, tmp_path):
