@@ -20,7 +20,13 @@ from qlora_jax.plan.devices import with_cut_weights
 from qlora_jax.plan.measure import random_batch
 from qlora_jax.plan.memory import Components, Plan
 from qlora_jax.plan.report import LONGEST_SEQUENCE, Report, _positions, text
-from qlora_jax.plan.workload import Program, batch_shapes, decoding_step, model_shapes
+from qlora_jax.plan.workload import (
+    Program,
+    batch_shapes,
+    decoding_step,
+    largest_dense,
+    model_shapes,
+)
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import Crossing, HostTraffic, TrainConfig
 from tests.plan.test_plan import TINY, TINY_T5
@@ -343,8 +349,15 @@ def test_gradients_are_of_one_layer_where_each_is_updated_at_once():
 
 def test_a_run_that_adds_noise_and_starts_from_the_weights_is_planned():
     started = LoraConfig(r=2, target_modules=("q_proj",), init_lora_weights="loftq")
-    model = model_shapes(work_with(neftune_noise_alpha=5.0, lora=started))
+    work = work_with(neftune_noise_alpha=5.0, lora=started, param_dtype="float32")
+    model = model_shapes(work)
     assert model.neftune_noise_alpha == 5.0
+    assert model.embed_tokens.weight.get_value().dtype == jnp.float32
+
+
+def test_a_vocabulary_is_the_largest_tensor_that_is_loaded_as_it_is():
+    """What is in stacks comes layer by layer."""
+    assert largest_dense(work_with(quant=None)) == 2 * 256 * 128
 
 
 def test_a_decoding_t5_keeps_keys_of_its_source_and_of_its_own_words():
