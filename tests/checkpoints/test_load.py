@@ -344,7 +344,7 @@ def test_what_is_no_configuration_is_named(tmp_path, given):
         ({"overrides": {"nope": 1}}, "^overrides has 'nope', which is no field of .*: give some"),
         (
             {"trainable_base": True, "quant": None, "embedding_bits": 8},
-            "together with embedding_bits=8, but codes cannot be trained: leave embedding_bits out",
+            "together with embedding_bits=8, but codes cannot be trained",
         ),
     ],
 )
