@@ -139,7 +139,8 @@ def push(
             repo_id=name,
             revision=revision,
             commit_message=message or f"Upload {folder.name}",
-            allow_patterns=list(PUBLISHED),
+            # By name: the hub's patterns mean what lies in folders inside, too.
+            allow_patterns=sorted({path.name for own in PUBLISHED for path in folder.glob(own)}),
         )
     return str(commit.commit_url)
 

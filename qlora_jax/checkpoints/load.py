@@ -151,8 +151,11 @@ def load_model(
     check_vocabulary(model, lora)
     keep_dense(model, checkpoint, family.weight_names(config), param_dtype)
     if stream_weights:
-        copies = mesh.size if mesh is not None and over is None else 1
-        needed = copies * streaming.host_bytes(model.layers)
+        needed = streaming.host_bytes(model.layers)
+        if mesh is not None:
+            # The pool is a process's own, and serves its devices alone.
+            parts = 1 if over is None else mesh.shape[over]
+            needed = needed * len(mesh.local_devices) // parts
         streaming.check_host_memory_limit(needed, jax.default_backend())
     slots = matching(checkpoint, family, model)
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):

@@ -36,6 +36,7 @@ from qlora_jax.checkpoints.adapter_file import (
     open_weights,
     token_indices,
 )
+from qlora_jax.checkpoints.adapter_tokenizer import with_adapter_tokenizer
 from qlora_jax.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -158,7 +159,8 @@ def merged(checkpoint: Checkpoint, adapter: str | Path, *, dtype: Any = None) ->
     """The checkpoint, dense, with an adapter added to its weights as they are read.
 
     The sum is taken in float32 and rounded once. Quantized weights that the adapter leaves alone
-    are dequantized.
+    are dequantized. A tokenizer beside an adapter that has trained rows, or modules whole, takes
+    the place of the base's: it has the tokens that were added.
 
     Args:
         checkpoint: the base.
@@ -172,6 +174,9 @@ def merged(checkpoint: Checkpoint, adapter: str | Path, *, dtype: Any = None) ->
     """
     check_checkpoint("checkpoint", checkpoint)
     file = AdapterFile(adapter, checkpoint)
+    if file.grown or file.replaced:
+        # Of tokens that were added.
+        checkpoint = with_adapter_tokenizer(checkpoint, adapter)
     tensors = {
         name: TensorInfo(
             file.grown.get(name) or file.replaced.get(name, info.shape),

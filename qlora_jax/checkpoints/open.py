@@ -36,6 +36,8 @@ COMPANIONS = (
     "chat_template.json",
 )
 """Small files that belong to a model whatever its weights' format: they go where it goes."""
+VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "spiece.model"})
+"""Those of them that are a tokenizer, and not about one."""
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -83,7 +85,7 @@ def _beside(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
     if (folder / "config.json").is_file():
         checkpoint = replace(checkpoint, config=read_json(folder / "config.json"))
     files = read_companions(folder)
-    if {"tokenizer.json", "tokenizer.model"} & files.keys():
+    if VOCABULARIES & files.keys():
         checkpoint = replace(checkpoint, companions=lambda: files)
     return checkpoint
 

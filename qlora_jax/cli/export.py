@@ -17,6 +17,7 @@ from qlora_jax.checkpoints import (
 from qlora_jax.checkpoints.adapter import CONFIG, WEIGHTS
 from qlora_jax.checkpoints.card import CARD, model_card, read_facts
 from qlora_jax.checkpoints.gguf import FILE_TYPES
+from qlora_jax.checkpoints.open import read_companions
 from qlora_jax.cli import SUBCOMMANDS
 from qlora_jax.cli.arguments import (
     add_mode,
@@ -88,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         if args.format == "gguf":
             save_gguf(args.out, checkpoint, args.type or "Q8_0")
         else:
-            checkpoint = dequantized(checkpoint)
+            # In one step: not through the dtype that they had before they were quantized.
+            checkpoint = dequantized(checkpoint, args.dtype)
             checkpoint = checkpoint if args.dtype is None else cast(checkpoint, args.dtype)
             save_checkpoint(args.out, checkpoint, max_shard_size=args.max_shard_size)
     print(f"{args.out}: {readable(folder_bytes(args.out))}")
@@ -145,11 +147,14 @@ def _adapter_of(source: Path, step: int | None) -> Path:
 
 
 def _export_adapter(folder: Path, out: Path) -> None:
-    """An adapter's folder, with a card beside it."""
+    """An adapter's folder, and the tokenizer in it, with a card beside them."""
     check_adapter(folder)  # whole, or nothing is written
     facts = read_facts(folder)
     with new_folder(out) as partial:
         for name in (CONFIG, WEIGHTS):
             shutil.copyfile(folder / name, partial / name)
+        # The tokenizer, where tokens were added to it.
+        for name, content in read_companions(folder).items():
+            (partial / name).write_bytes(content)
         text = model_card(out.name, facts)
         (partial / CARD).write_text(text, encoding="utf-8")

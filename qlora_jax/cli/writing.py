@@ -15,6 +15,7 @@ from qlora_jax.checkpoints import (
     load_model,
     open_checkpoint,
 )
+from qlora_jax.checkpoints.adapter_tokenizer import adapter_tokenizer
 from qlora_jax.checkpoints.checkpoint import DTYPES, dtype_name
 from qlora_jax.cli.arguments import SOURCE_HELP, add_quant, count, quant_config, seed
 from qlora_jax.data import Tokenizer
@@ -78,7 +79,10 @@ def load_writer(
     family = family_of(checkpoint.config)
     if not issubclass(family.build, Generative):
         raise ValueError(f"{path} is a {family.model_type!r}, which writes no texts.")
-    tokenizer = checkpoint_tokenizer(checkpoint)
+    if args.adapter is None:
+        tokenizer = checkpoint_tokenizer(checkpoint)
+    else:
+        tokenizer = adapter_tokenizer(args.adapter, checkpoint)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     check_prompts(ids, config, family.read_config(checkpoint.config))
     model = load_model(

@@ -36,7 +36,9 @@ def check_fits(work: Workload, *, memory: int | None = None) -> Plan | None:
     # The device's own limit is what its allocator gives out: all of it is usable.
     missing = made.device.total - memory
     if missing <= 0:
-        check_host_memory_limit(made.host, jax.default_backend())
+        # The plan is of one card; the pool is the process's, and serves all that are here.
+        here = min(work.devices, jax.local_device_count())
+        check_host_memory_limit(here * made.host, jax.default_backend())
         return made
     helpful = advise(made, None)
     ways = "; ".join(f"{item.switch.name} (-{gib(item.saves)} GiB)" for item in helpful)

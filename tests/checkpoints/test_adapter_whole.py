@@ -26,6 +26,7 @@ from qlora_jax.checkpoints import (
     save_model,
 )
 from qlora_jax.checkpoints.adapter import _targets
+from qlora_jax.checkpoints.adapter_config import config_from_json, config_to_json
 from qlora_jax.checkpoints.matching import node_at
 from qlora_jax.models import (
     FAMILIES,
@@ -116,6 +117,37 @@ def test_round_trip(kind: str, dense: Decoder, tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, once, again)
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        *KINDS.values(),
+        LoraConfig(lora_dropout=0.1, layers_to_transform=(0, 2), layers_pattern=("h", "layers")),
+        LoraConfig(target_modules=("q",), init_lora_weights="loftq", loftq_iter=3),
+        LoraConfig(target_modules=("q",), init_lora_weights="pissa"),
+    ],
+)
+def test_a_configuration_is_read_as_it_was_written(lora: LoraConfig) -> None:
+    config = config_to_json(
+        lora, base_name="base", targets=lora.target_modules, task_type="CAUSAL_LM"
+    )
+    written = json.loads(json.dumps(config))
+    assert config_from_json(written, Path("adapter_config.json")) == lora
+
+
+def test_a_start_that_leaves_the_base_alone_is_not_told_to_peft() -> None:
+    """Which would quantize the base and start again, wherever it loads the adapter."""
+    for start in ("gaussian", "loftq"):
+        lora = LoraConfig(init_lora_weights=start)
+        config = config_to_json(lora, base_name="", targets=("q",), task_type="CAUSAL_LM")
+        assert config["init_lora_weights"] is True
+
+
+def test_other_ways_to_write_a_configuration() -> None:
+    given = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "ALL-LINEAR"}
+    read = config_from_json(given | {"layers_to_transform": 1}, Path("adapter_config.json"))
+    assert read == LoraConfig(r=2, alpha=4, layers_to_transform=(1,))
+
+
 def test_a_settled_dora_model_is_refused(dense: Decoder, tmp_path: Path) -> None:
     """At a scale of 1 its factors would pass for magnitudes."""
     lora = LoraConfig(r=2, alpha=2, use_dora=True, target_modules=("q_proj",))
@@ -202,7 +234,14 @@ def test_ranks_in_the_file_are_each_layers_own(dense: Decoder, tmp_path: Path) -
 
 def test_names_in_the_file_are_pefts(dense: Decoder, tmp_path: Path) -> None:
     dora = names_of(dense, tmp_path / "dora", KINDS["dora"])
-    assert f"{PREFIX}.1.mlp.up_proj.lora_magnitude_vector" in dora
+    magnitude = f"{PREFIX}.1.mlp.up_proj.lora_magnitude_vector"
+    # The name that it has inside of PEFT since 0.11.
+    older = {f"{n}.weight" if n.endswith("vector") else n: x for n, x in dora.items()}
+    save_file(older, tmp_path / "dora" / "adapter_model.safetensors")
+    again = adapted(dense, KINDS["dora"])
+    load_adapter(tmp_path / "dora", again)
+    found = again.layers.mlp.up_proj.lora_magnitude_vector[...][1]
+    np.testing.assert_array_equal(found, dora[magnitude])
     assert not any("layers.0.mlp.up_proj" in name for name in dora)
     biases = names_of(dense, tmp_path / "biases", KINDS["all biases"])
     assert f"{PREFIX}.0.self_attn.q_proj.base_layer.bias" in biases
@@ -296,6 +335,9 @@ def test_pissa_is_made_while_loading(base: Path, tmp_path: Path) -> None:
     plain = dataclasses.replace(lora, init_lora_weights=True)
     with pytest.raises(ValueError, match="which leave different base weights"):
         load_adapter(tmp_path, load_model(base, lora=plain, quant=quant))
+    change_config(tmp_path, file="adapter_config.json", init_lora_weights=True)
+    with pytest.raises(ValueError, match="which leave different base weights"):
+        load_adapter(tmp_path, start)
 
 
 def test_loftq_needs_the_original(base: Path) -> None:
@@ -411,8 +453,14 @@ def test_what_transformers_calls_otherwise_is_saved_under_all_its_names(
         ({"target_parameters": ["experts.up"]}, "target_parameters"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8}}, "only 4-bit"),
+        *(
+            ({"init_lora_weights": start}, "path_initial_model_for_weight_conversion")
+            for start in ("olora", "corda", "lora_ga", "pissa_niter_4")
+        ),
+        *(
+            ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": bits}}, "only 4-bit")
+            for bits in (2, 8)
+        ),
         ({"r": None}, "has r None"),
         ({"r": 2.5}, "has r 2.5, but a whole number"),
         ({"lora_dropout": "much"}, "lora_dropout 'much', but a number"),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qlora_jax.checkpoints import WeightFolder
+from qlora_jax.checkpoints import Checkpoint, WeightFolder
+from qlora_jax.checkpoints.open import _beside, read_companions
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
 
@@ -44,6 +45,13 @@ def test_tensors_come_in_the_order_of_their_bytes(tmp_path):
     header.pop("__metadata__", None)
     places = {name: tensor["data_offsets"] for name, tensor in header.items()}
     assert list(WeightFolder(tmp_path)) == sorted(places, key=places.__getitem__)
+
+
+def test_a_tensor_that_the_index_does_not_name_is_none_of_the_models(tmp_path):
+    save_file(TENSORS, tmp_path / "both.safetensors")
+    index = {"weight_map": {"a": "both.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert list(WeightFolder(tmp_path)) == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -108,3 +116,34 @@ def test_no_weights_or_no_folder(tmp_path):
         WeightFolder(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"is no folder"):
         WeightFolder(tmp_path / "absent")
+
+
+def test_small_files_go_where_the_model_goes(tmp_path):
+    small = {
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "spiece.model",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    }
+    for name in small | {"config.json", "training_args.bin", "modeling.py"}:
+        (tmp_path / name).write_text(name)
+    assert read_companions(tmp_path) == {name: name.encode() for name in small}
+
+
+def test_a_gguf_keeps_its_tokenizer_unless_one_lies_beside_it(tmp_path):
+    own = {"tokenizer.model": b"own"}
+    file = Checkpoint(tmp_path / "x.gguf", {}, {}, own.__getitem__, lambda: own)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert _beside(tmp_path, file).companions() == own
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert _beside(tmp_path, file).companions().keys() == {
+        "generation_config.json",
+        "tokenizer.json",
+    }

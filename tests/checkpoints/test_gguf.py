@@ -25,7 +25,12 @@ from qlora_jax.checkpoints import (
 )
 from qlora_jax.checkpoints.gguf import FILE_TYPES
 from qlora_jax.checkpoints.gguf.architecture import swap_rows, to_config, to_metadata
-from qlora_jax.checkpoints.gguf.vocabulary import from_files, from_metadata, tokenizer_files
+from qlora_jax.checkpoints.gguf.vocabulary import (
+    _from_json,
+    from_files,
+    from_metadata,
+    tokenizer_files,
+)
 from qlora_jax.checkpoints.gguf.vocabulary import to_metadata as vocabulary_metadata
 from qlora_jax.checkpoints.tokenizer import tokenizer_from_files
 from qlora_jax.data import load_tokenizer
@@ -301,6 +306,11 @@ def test_sentencepiece_scores_from_a_list_of_merges():
     own = load_tokenizer(folder / "tokenizer.model")
     text = shared_path("data/text/tinyshakespeare.txt").read_text()[:30000]
     assert made.encode(text) == own.encode(text)
+    # Of several merges that make a piece, the first is the one that makes it.
+    vocab = {piece: number for number, piece in enumerate(["a", "b", "c", "ab", "bc", "abc"])}
+    merges = ["a b", "b c", "ab c", "a bc"]
+    model = {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": merges}
+    assert _from_json({"model": model})["scores"] == [-4, -4, -4, 0, -1, -2]
 
 
 def test_model_and_tokenizer_of_a_real_file(tmp_path):

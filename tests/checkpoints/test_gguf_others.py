@@ -236,6 +236,9 @@ def test_keys_of_a_tokenizer_that_old_files_lack():
         keys = {"tokenizer.ggml.model": model, "tokenizer.ggml.tokens": ["a", "b"]}
         words = from_metadata(keys)
         assert (words.add_bos, words.add_space_prefix, words.types) == (adds, adds, [1, 1])
+    for said, adds in (({}, True), ({"tokenizer.ggml.add_bos_token": False}, False)):
+        words = from_metadata(keys | {"tokenizer.ggml.pre": "llama-bpe"} | said)
+        assert (words.add_bos, words.add_space_prefix) == (adds, False)
 
 
 def test_tokenizers_that_are_not_read_or_written():

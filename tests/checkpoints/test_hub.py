@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from huggingface_hub import HfApi, ModelCard, errors
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 
 from qlora_jax.checkpoints import model_card, push
@@ -50,6 +51,7 @@ def run(tmp_path):
             "model": {"source": "HuggingFaceTB/SmolLM2-135M-Instruct"},
             "data": {"source": "tatsu-lab/alpaca", "format": "alpaca | or not"},
             "quant": {"quant_type": "nf4"},
+            "lora": {"r": 64},
         },
         "versions": {"python": "3.11.7", "jax": "0.10.2"},
     }
@@ -86,6 +88,7 @@ def test_the_card_tells_base_data_hyperparameters_metrics_and_environment(run):
         "| device | cpu |",
     ]:
         assert line in text.splitlines()
+    assert "lora.r" not in text, "the adapter says it"
 
 
 def test_the_card_of_a_folder_alone(run, tmp_path):
@@ -107,6 +110,13 @@ def test_the_card_names_adapted_parameters(run):
 
 
 def test_push_uploads_the_folder_and_a_card(run):
+    for name in (
+        "optimizer.py",
+        "checkpoint-5/adapter_model.safetensors",
+        "checkpoint-5/state.json",
+    ):
+        (run / "adapter" / name).parent.mkdir(exist_ok=True)
+        (run / "adapter" / name).touch()
     api = StandIn()
     url = push(run / "adapter", "me/adapter", private=True, revision="v1", api=api)
     assert url == "https://hub/commit/1"
@@ -119,7 +129,11 @@ def test_push_uploads_the_folder_and_a_card(run):
     )  # fmt: skip
     upload = api.named("upload_folder")
     assert (upload["repo_id"], upload["revision"]) == ("me/adapter", "v1")
-    assert not {"*", "*.bin", "*.py", "*.pt"} & set(upload["allow_patterns"])
+    kept = {"adapter_config.json", "adapter_model.safetensors"}
+    files = [
+        str(f.relative_to(run / "adapter")) for f in (run / "adapter").rglob("*") if f.is_file()
+    ]
+    assert set(filter_repo_objects(files, allow_patterns=upload["allow_patterns"])) == kept
 
 
 def test_a_card_that_is_there_is_kept(run):

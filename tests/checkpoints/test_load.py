@@ -2,6 +2,7 @@ import dataclasses
 import gc
 import json
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import (
     WeightFolder,
+    cast,
     load_model,
     open_checkpoint,
     save_checkpoint,
     save_model,
 )
+from qlora_jax.checkpoints.save import model_checkpoint
 from qlora_jax.models import Decoder, streaming
 from qlora_jax.nn import FrozenParam, LoraConfig
 from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
@@ -50,14 +53,22 @@ def test_saved_model_reads_back_bit_for_bit(original):
 
 
 @pytest.mark.parametrize("sizes", [("2KB", "5GB"), ("5GB", "2KB"), ("2KB", "40KB")])
-def test_a_model_takes_the_place_of_another(sizes, original, tmp_path):
-    """Of other files too: nothing of an earlier model's shards or index is read."""
+def test_a_model_takes_the_place_of_another(sizes, original, tmp_path, monkeypatch):
+    """Of other files too: nothing of an earlier model's shards or index is read, and what says
+    which files there are comes last."""
     earlier = random_decoder(CONFIG, seed=1)
+    moved, replace = [], Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: moved.append(self.suffix) or replace(self, to)
+    )
     for model, size in zip((earlier, original[1]), sizes, strict=True):
         save_model(tmp_path, model, max_shard_size=size)
     same(load_model(tmp_path, **DENSE), original[1])
+    moved.clear()
     save_model(tmp_path / "fresh", original[1], max_shard_size=sizes[1])
+    assert ".safetensors" not in moved[moved.index(".json") :]
     left = {path.name for path in tmp_path.iterdir()} - {"fresh"}
+    assert ("model.safetensors" in left) == (sizes[1] == "5GB")
     assert left == {path.name for path in (tmp_path / "fresh").iterdir()}
 
 
@@ -65,6 +76,7 @@ def test_tied_model_has_no_head_in_its_file(tmp_path):
     config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
     model = write_model(tmp_path, config)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.gguf").touch()  # beside safetensors none is looked at
     same(load_model(tmp_path, **DENSE), model)
     # Some writers store the tied head a second time.
     change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
@@ -182,7 +194,10 @@ def test_adapters_are_drawn_from_the_seed(original):
 
 def test_dtypes(original):
     folder, _ = original
-    model = load_model(folder, lora=None)
+    model = load_model(folder, lora=None, remat="dots", matmul="xla")
+    assert (model.remat, model.layers.mlp.up_proj.implementation) == ("dots", "xla")
+    # Norms are wider than the rest.
+    assert model_checkpoint(model).config["torch_dtype"] == "float32"
     assert model.embed_tokens.weight.get_value().dtype == jnp.bfloat16
     assert model.layers.mlp.up_proj.kernel.get_value().dtype == jnp.bfloat16
     model = load_model(folder, quant=None, lora=None, trainable_base=True)
@@ -190,11 +205,16 @@ def test_dtypes(original):
     params = nnx.state(model, nnx.Param)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     assert not jax.tree.leaves(nnx.state(model, FrozenParam))
+    # What is trained whole is no adapter.
+    assert {info.dtype for info in model_checkpoint(model).tensors.values()} == {"F32"}
 
 
 def test_16_bit_file(original, tmp_path):
     save_model(tmp_path, original[1], dtype=jnp.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    # As transformers 5 has it.
+    newer = dataclasses.replace(open_checkpoint(tmp_path), config={"dtype": "bfloat16"})
+    assert cast(newer, jnp.float16).config == {"dtype": "float16"}
     model = load_model(tmp_path, **DENSE)
     expected = original[1].embed_tokens.weight[...].astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_array_equal(model.embed_tokens.weight[...], expected)
@@ -322,11 +342,38 @@ def test_what_is_no_configuration_is_named(tmp_path, given):
         ({"seed": "a"}, "^seed is 'a', but a whole number from 0 to"),
         ({"seed": -1}, "^seed is -1, but a whole number from 0 to"),
         ({"overrides": {"nope": 1}}, "^overrides has 'nope', which is no field of .*: give some"),
+        (
+            {"trainable_base": True, "quant": None, "embedding_bits": 8},
+            "together with embedding_bits=8, but codes cannot be trained",
+        ),
     ],
 )
 def test_arguments_of_no_use_are_refused(folder, given, message):
     with pytest.raises((TypeError, ValueError), match=message):
         load_model(folder, **given)
+
+
+def test_attention_is_chosen_for_what_will_be_read(original, monkeypatch):
+    asked = []
+
+    def choose(*given, **case):
+        asked.append((given[1:], case))
+        raise LookupError
+
+    monkeypatch.setattr("qlora_jax.checkpoints.load.attention_for", choose)
+    monkeypatch.setattr("qlora_jax.checkpoints.load.capability_here", lambda: (7, 5))
+    capped = {"attn_logit_softcapping": 5.0, "alibi": True, "rope": None}
+    with pytest.raises(LookupError):
+        load_model(original[0], packed=True, longest=9, overrides=capped)
+    case = {
+        "softcap": 5.0,
+        "bias": False,
+        "alibi": True,
+        "packed": True,
+        "longest": 9,
+        "compute_capability": (7, 5),
+    }
+    assert asked == [((jnp.bfloat16, CONFIG.head_dim), case)]
 
 
 @pytest.mark.parametrize("given", [".", "adapter"])

@@ -132,6 +132,29 @@ def test_an_axis_without_a_mesh_is_refused(folder):
         load_model(folder, over="data")
 
 
+def test_weights_that_stream_to_all_devices_rest_in_one_pool(folder, monkeypatch):
+    asked = []
+
+    def ask(needed: int, platform: str) -> None:
+        asked.append(needed)
+        raise LookupError
+
+    monkeypatch.setattr(streaming, "MIN_STREAM_BYTES", 2**10)
+    monkeypatch.setattr(streaming, "check_host_memory_limit", ask)
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    square = jax.make_mesh((2, 2), ("rows", "data"), axis_types=auto)
+    for placed in (
+        {},
+        {"mesh": MESH},
+        {"mesh": MESH, "over": "data"},
+        {"mesh": square, "over": "data"},
+    ):
+        with pytest.raises(LookupError):
+            load_model(folder, stream_weights=True, **placed)
+    alone, whole, cut, both = asked
+    assert (whole, cut, both) == (4 * alone, alone, 2 * alone)
+
+
 def test_an_adapter_goes_where_the_models_own_lay(folder, tmp_path):
     model = load_model(folder, lora=LORA, mesh=MESH, over="data")
     save_adapter(tmp_path, model, LORA, str(folder))

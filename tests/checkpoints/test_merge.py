@@ -9,6 +9,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints import (
+    cast,
     dequantized,
     linear_weights,
     load_adapter,
@@ -26,7 +27,7 @@ from qlora_jax.checkpoints.adapter_file import TOKENS, WEIGHTS, token_indices
 from qlora_jax.checkpoints.text_part import text_config, whole_lora
 from qlora_jax.models import resize_token_embeddings, train_tokens
 from qlora_jax.nn import LoraConfig, merge_lora
-from qlora_jax.quant import QuantConfig, QuantizedTensor
+from qlora_jax.quant import QuantConfig, QuantizedTensor, quantize
 from tests.checkpoints.tiny import CONFIG, IDS, change_config, write_model
 from tests.models.variants import VARIANTS
 from tests.random_decoder import random_decoder
@@ -91,6 +92,24 @@ def test_requantized_merge_is_nf4_again_and_written_as_such(trained, tmp_path):
     assert 1e-3 < float(jnp.abs(again(IDS) - model(IDS)).max()) < 0.2
 
 
+def test_requantizing_a_16_bit_base_rounds_once(trained):
+    """To four bits: not to the base's 16 on the way, which is what the codes stand for all the
+    same."""
+    base, adapter, _ = trained
+    narrow = cast(open_checkpoint(base), "bfloat16")
+    checkpoint = merge(narrow, adapter, "requantized")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    own = quantize(narrow.read(name), QuantConfig())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{name[:-7]}.lora_{x}.weight"] for x in "AB")
+    expected = quantize(np.asarray(own.dequantize(jnp.float32)) + 2 * (b @ a), QuantConfig())
+    found = checkpoint.read(name)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    np.testing.assert_array_equal(found.absmax, expected.absmax)
+    assert (checkpoint.tensors[name].dtype, found.dtype) == ("BF16", jnp.bfloat16)
+    assert dequantized(checkpoint).read(name).dtype == jnp.bfloat16
+
+
 def test_requantizing_an_untouched_weight_loses_nothing(trained):
     base, adapter, model = trained
     checkpoint = merge(open_checkpoint(base), adapter, "requantized")
@@ -123,7 +142,9 @@ def test_modes_of_a_folder_in_4_bits(trained, tmp_path):
         merge(packed, adapter, "original")
     with pytest.raises(ValueError, match="choose one of original, dequantized, requantized"):
         merge(packed, adapter, "fp16")
-    assert merge(packed, adapter, "dequantized").quant is None
+    dense = merge(packed, adapter, "dequantized")
+    assert dense.quant is None
+    assert "quantization_config" not in dense.config
 
 
 PISSA = LoraConfig(r=4, alpha=8, target_modules=("up_proj",), init_lora_weights="pissa")
@@ -180,6 +201,7 @@ def copied(trained, tmp_path):
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B = A.replace("lora_A", "lora_B")
+K = A.replace("q_proj", "k_proj")
 
 
 @pytest.mark.parametrize(
@@ -188,6 +210,14 @@ B = A.replace("lora_A", "lora_B")
         (lambda t: t.update({A: np.ones((4, 16), np.float32)}), r"as \[32, 16\], but .* another"),
         (lambda t: t.update({A.replace(".0.", ".7."): t[A]}), "layers.7.*does not have: .*another"),
         (lambda t: t.pop(A), "holds only B of"),
+        (
+            lambda t: t.update({K: t[A], K.replace("_A", "_B"): np.ones((16, 4), np.float32)}),
+            "adapts '.*k_proj.weight', which its adapter_config.json does not target",
+        ),
+        (
+            lambda t: t.update({"base_model.model.model.norm.weight": np.ones(48, np.float32)}),
+            r"replaces 'model.norm.weight' by \[48\], but in .* it is \[32\]: .* another base",
+        ),
         (lambda t: (t.pop(A), t.pop(B)), r"lacks the adapter of '.*0\.self_attn\.q_proj.* targets"),
     ],
 )
@@ -199,6 +229,12 @@ def test_adapter_of_another_base_is_refused_before_a_weight_is_read(copied, chan
     assert "\n" not in str(error.value)
 
 
+def test_a_tokenizer_beside_an_adapter_that_has_trained_no_tokens_is_left_there(copied):
+    base, adapter = copied
+    (adapter / "tokenizer.json").write_text("the base's own, perhaps with a token too many")
+    assert "tokenizer.json" not in merged(open_checkpoint(base), adapter).companions()
+
+
 def test_damaged_adapter(copied):
     base, adapter = copied
     path = adapter / "adapter_model.safetensors"
@@ -208,6 +244,25 @@ def test_damaged_adapter(copied):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"has no adapter_model.safetensors"):
         merged(open_checkpoint(base), adapter)
+
+
+def test_a_row_of_zeros_has_no_direction_for_doras_magnitude(copied):
+    base, adapter = open_checkpoint(copied[0]), copied[1]
+
+    def with_magnitudes(tensors):
+        tensors[B] = np.concatenate([np.zeros((1, 4), np.float32), tensors[B][1:]])
+        for name in [name for name in tensors if name.endswith("B.weight")]:
+            rows = np.ones(len(tensors[name]), np.float32)
+            tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = rows
+
+    change_adapter(adapter, with_magnitudes)
+    change_config(adapter, file="adapter_config.json", use_dora=True)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    rows = np.array(base.read(name))
+    rows[0] = 0
+    zeroed = dataclasses.replace(base, read=lambda n: rows if n == name else base.read(n))
+    lengths = np.linalg.norm(merged(zeroed, adapter).read(name), axis=1)
+    np.testing.assert_allclose(lengths, [0, *[1] * 31], atol=1e-6)
 
 
 def test_whole_modules_take_the_place_of_the_bases(copied):
@@ -331,6 +386,8 @@ def test_what_an_adapter_says_in_the_names_of_the_larger_model():
         for field in ("rank_pattern", "alpha_pattern"):
             said = text_config({field: {f"{part}.{layer}": 2}})
             assert said == {field: {f"model.{layer}": 2}}
+        for field in ("target_modules", "exclude_modules", "modules_to_save"):
+            assert text_config({field: [f"{part}.{layer}"]}) == {field: [f"model.{layer}"]}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -384,6 +441,16 @@ def test_trained_token_rows_are_merged_and_new_ones_grow_the_vocabulary(tmp_path
     ids = IDS.at[0, :3].set(jnp.asarray([3, size, size + 1]))
     assert again(ids).shape[-1] == size + 2
     np.testing.assert_allclose(again(ids), model(ids), rtol=0, atol=3e-6)
+    # The tokens' texts are the adapter's to say.
+    for folder, names in {
+        base: ("tokenizer.model", "tokenizer_config.json", "generation_config.json"),
+        adapter: ("tokenizer.json", "tokenizer_config.json"),
+    }.items():
+        for file in names:
+            (folder / file).write_text(folder.name)
+    texts = merge(open_checkpoint(base), adapter, mode).companions()
+    ours = dict.fromkeys(("tokenizer.json", "tokenizer_config.json"), b"adapter")
+    assert texts == {"generation_config.json": b"base"} | ours
     # As PEFT's users name them: by the end of the module's name.
     ends = {"embed_tokens": [3, size, size + 1], "lm_head": [3, size, size + 1]}
     change_config(adapter, file="adapter_config.json", trainable_token_indices=ends)

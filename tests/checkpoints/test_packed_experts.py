@@ -192,9 +192,9 @@ def test_patterns_and_layers_mean_what_they_mean_in_peft(name: str, tmp_path: Pa
     packed.is_read(tmp_path)
 
 
-@pytest.mark.parametrize("version", [None, "0.18.1", "0.19.1", "0.21.2"])
+@pytest.mark.parametrize("version", [None, "0.19.0", "0.19.1", "0.21.2"])
 def test_where_shapes_do_not_tell_the_layout_the_version_does(version, tmp_path: Path) -> None:
-    older = version in (None, "0.18.1")
+    older = version in (None, "0.19.0")
     packed = Packed("mixtral-window", older=older, intermediate_size=32)
     for layer in range(packed.model.num_hidden_layers):
         packed.add(layer, "down_proj", 2, 3)

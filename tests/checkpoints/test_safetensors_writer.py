@@ -50,10 +50,10 @@ def test_any_tensors_come_back_aligned_and_in_shards_of_the_size(tmp_path_factor
 
 
 def test_a_shard_grows_to_its_size_and_no_further(tmp_path):
-    for name, limit, files in (("one", 16, 1), ("two", 15, 2)):
+    for name, limit, files in (("one", 32, 1), ("two", 16, 2), ("four", 15, 4)):
         (tmp_path / name).mkdir()
-        with ShardedWriter(tmp_path / name, ["a", "b"], limit) as writer:
-            for tensor in "ab":
+        with ShardedWriter(tmp_path / name, list("abcd"), limit) as writer:
+            for tensor in "abcd":
                 writer.add({tensor: np.zeros(2, np.float32)})
         assert len(list((tmp_path / name).glob("*.safetensors"))) == files
 

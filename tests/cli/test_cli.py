@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax.checkpoints import load_model, open_checkpoint, save_adapter, save_model
+from qlora_jax.checkpoints import load_model, merge, open_checkpoint, save_adapter, save_model
+from qlora_jax.checkpoints.checkpoint import dense
 from qlora_jax.cli import SUBCOMMANDS, main
 from qlora_jax.models import FAMILIES, EncoderClassifier, module_names
 from qlora_jax.nn import LoraConfig, add_lora
-from qlora_jax.quant import QuantizedTensor
+from qlora_jax.quant import QuantConfig, QuantizedTensor
 from tests.checkpoints.tiny import CONFIG, change_config, write_model
 from tests.models.test_encoder import CONFIG as ROBERTA
 from tests.shared import shared_path
@@ -72,6 +73,19 @@ def test_quantize(models, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(ours))
 
 
+def test_inspect_tells_apart_what_is_stored_otherwise(tmp_path, capsys):
+    layers = {f"layers.{i}.w": np.zeros((2, 3), kind) for i, kind in enumerate("fe")}
+    save_file(layers | {"ids": np.zeros(4, np.int64)}, tmp_path / "model.safetensors")
+    (tmp_path / "x.gguf").touch()  # of a folder with both, safetensors are read
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {(row["name"], row["tensors"], row["stored"], row["nbytes"]) for row in rows} == {
+        ("layers.*.w", 1, "f32", 24),
+        ("layers.*.w", 1, "f16", 12),
+        ("ids", 1, "i64", 32),
+    }
+
+
 def test_inspect_counts_what_is_stored(models, tmp_path, capsys):
     main(["quantize", str(models / "base"), str(tmp_path / "packed")])
     capsys.readouterr()
@@ -83,6 +97,11 @@ def test_inspect_counts_what_is_stored(models, tmp_path, capsys):
     assert row["stored"] == "nf4+dq, block 64"
     checkpoint = open_checkpoint(tmp_path / "packed")
     assert sum(row["tensors"] for row in rows) == len(checkpoint.tensors)
+    stored = load_file(tmp_path / "packed" / "model.safetensors").items()
+    named = sum(x.nbytes for n, x in stored if ".mlp.up_proj.weight" in n)
+    # With its scales, its tables and the text about them.
+    assert row["nbytes"] == named
+    assert row["bits_per_weight"] == 8 * named / (2 * 48 * 32)
     assert main(["inspect", str(models / "adapter")]) == 0
     assert "lora_A.weight" in capsys.readouterr().out
     assert main(["inspect", str(models / "base"), "--layers"]) == 0
@@ -134,16 +153,33 @@ def test_merge_reports_on_an_adapter_whose_start_took_from_the_base(tmp_path, ca
 def test_export(models, tmp_path, capsys):
     base, adapter = str(models / "base"), str(models / "adapter")
     assert main(["export", base, str(tmp_path / "b"), "--format", "safetensors"]) == 0
+    # Codes stand for float32 numbers, whatever they were before.
+    packed, wide = str(tmp_path / "p"), str(tmp_path / "w")
+    assert main(["quantize", base, packed, "--dtype", "bfloat16"]) == 0
+    flags = ["--format", "safetensors", "--dtype", "float32", "--max-shard-size", "9KB"]
+    assert main(["export", packed, wide, *flags]) == 0
+    assert (tmp_path / "w" / "model.safetensors.index.json").is_file()
+    stored, name = open_checkpoint(packed), "model.layers.1.mlp.up_proj.weight"
+    assert {info.dtype for info in stored.tensors.values()} == {"BF16"}
+    np.testing.assert_array_equal(open_checkpoint(wide).read(name), dense(stored.read(name)))
     stories = str(shared_path("data/models/stories260K"))
     out = tmp_path / "model.gguf"
     assert main(["export", stories, str(out), "--format", "gguf", "--type", "F16"]) == 0
     assert open_checkpoint(out).tensors["model.embed_tokens.weight"].dtype == "F16"
+    # Its vectors are float32, as in every such file.
+    assert open_checkpoint(out).config["torch_dtype"] == "float16"
     merged = ["--adapter", adapter, "--mode", "dequantized", "--dtype", "bfloat16"]
     assert main(["export", base, str(tmp_path / "m"), "--format", "safetensors", *merged]) == 0
     assert open_checkpoint(tmp_path / "m").tensors["lm_head.weight"].dtype == "BF16"
+    merged = [*merged[:4], "--quant-type", "fp4"]
+    assert main(["export", base, str(tmp_path / "f"), "--format", "safetensors", *merged]) == 0
+    trained_on = merge(open_checkpoint(base), adapter, "dequantized", quant=QuantConfig("fp4"))
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "f").read(name), trained_on.read(name))
+    (models / "adapter" / "tokenizer.json").write_text("with tokens that were added")
     assert main(["export", adapter, str(tmp_path / "a"), "--format", "peft"]) == 0
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert names == files
 
 
 def test_the_adapter_of_an_unfinished_run_is_exported(models, tmp_path, capsys):
@@ -168,6 +204,16 @@ def test_the_adapter_of_an_unfinished_run_is_exported(models, tmp_path, capsys):
 def test_push_shows_its_card(models, capsys):
     assert main(["push", str(models / "adapter"), "me/x", "--dry-run", "--license", "mit"]) == 0
     assert "license: mit" in capsys.readouterr().out
+
+
+def test_push_hands_over_what_it_is_told(models, capsys, monkeypatch):
+    told = {}
+    monkeypatch.setattr("qlora_jax.cli.push.push", lambda *_, **more: told.update(more) or "at")
+    options = ["--private", "--revision", "v1", "--message", "first", "--license", "mit"]
+    assert main(["push", str(models / "adapter"), "me/x", *options]) == 0
+    assert capsys.readouterr().out == "at\n"
+    assert told.pop("facts")["license"] == "mit"
+    assert told == {"private": True, "revision": "v1", "message": "first"}
 
 
 def pickle_only(models):
@@ -234,6 +280,11 @@ def other_adapter(models):
         (None, [*GGUF, "--dtype", "float32"], "no such option: --type is that of a GGUF file"),
         (None, [*SAFETENSORS, "--type", "F32"], "no such option: --dtype is that of safetensors"),
         (None, [*PEFT, "--adapter", "adapter"], "give the adapter's folder as SOURCE"),
+        (
+            None,
+            [*SAFETENSORS, "--adapter", "adapter", "--mode", "requantized"],
+            "makes a 4-bit folder, but --format is safetensors",
+        ),
         (None, [*PEFT], "base holds no adapter: --format peft"),
         (
             lambda folder: (folder / "base" / "checkpoints").mkdir(),
@@ -314,6 +365,8 @@ def test_the_drift_report_is_of_decoders(tmp_path, capsys):
     names = module_names(FAMILIES["roberta"].weight_names(ROBERTA))
     adapted = add_lora(model, lora, rngs=nnx.Rngs(0), names=names)
     save_adapter(tmp_path / "adapter", adapted, lora, "base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS"
     arguments = ["merge", *(str(tmp_path / n) for n in ("base", "adapter", "out"))]
     assert main([*arguments, "--mode", "original"]) == 2
     assert "is a 'roberta': give --no-report" in capsys.readouterr().err

@@ -3,15 +3,25 @@
 import io
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from experiments.embedded import ROOT
 from experiments.paper.glue import tiny_roberta
 from qlora_jax.checkpoints import save_model
+from qlora_jax.checkpoints.adapter_config import WEIGHTS, config_to_json
 from qlora_jax.cli import main
+from qlora_jax.data import load_tokenizer
+from qlora_jax.generate import GenerationConfig
 from qlora_jax.models import DecoderConfig
+from qlora_jax.nn import LoraConfig
+from qlora_jax.quant import QuantConfig
 from tests.random_decoder import random_decoder
 
 SMALL = ["--max-new-tokens", "5", "--temperature", "0", "--dtype", "float32", "--16-bit"]
@@ -81,10 +91,11 @@ def test_chat_answers_turn_by_turn(chatting, capsys, monkeypatch):
 def test_a_conversation_that_outgrows_the_model_forgets_its_oldest_turns(
     chatting, capsys, monkeypatch
 ):
-    seen = []
+    seen, keys = [], set()
 
-    def answer(model, tokenizer, messages, *_, **__):
+    def answer(model, tokenizer, messages, *_, key, **__):
         seen.append([message["content"] for message in messages])
+        keys.add(str(jax.random.key_data(key)))
         return "yes"
 
     turns = ["one " * 20, "two " * 20, "three " * 70, "four " * 4, "five"]
@@ -98,6 +109,7 @@ def test_a_conversation_that_outgrows_the_model_forgets_its_oldest_turns(
         ["Be brief.", four],
         ["Be brief.", four, "yes", five],
     ]
+    assert len(keys) == len(seen)
     forgotten, refused, again = capsys.readouterr().err.splitlines()
     assert forgotten == again
     assert "its oldest 2 messages are forgotten" in again
@@ -165,6 +177,78 @@ def test_what_is_wrong_is_told_before_the_model_is_read(folder, capsys, tmp_path
     ):
         assert main(["generate", str(model), *SMALL, *options]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_every_option_reaches_the_model_and_its_sampling(folder, tmp_path, capsys, monkeypatch):
+    lora = LoraConfig(r=2, alpha=4, target_modules=("q_proj",))
+    config = config_to_json(lora, base_name="", targets=("q_proj",), task_type="CAUSAL_LM")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"lora_A.weight": np.zeros((2, 2), np.float32)}, tmp_path / WEIGHTS)
+    load_tokenizer(folder).with_tokens(["<|x|>"]).save(tmp_path)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    seen = {}
+    monkeypatch.setattr(
+        "qlora_jax.cli.generate.find_source",
+        lambda name, revision: seen.update(revision=revision) or Path(name),
+    )
+    monkeypatch.setattr(
+        "qlora_jax.cli.writing.load_model", lambda _, **options: seen.update(options) or "model"
+    )
+    monkeypatch.setattr(
+        "qlora_jax.cli.writing.load_adapter", lambda *loaded: seen.update(loaded=loaded)
+    )
+
+    def write(model, tokenizer, prompts, config, *, key, batch_size):
+        seen.update(config=config, key=key, added=tokenizer.token_id("<|x|>"))
+        return [SimpleNamespace(text="!") for _ in prompts]
+
+    monkeypatch.setattr("qlora_jax.cli.generate.generate_text", write)
+    options = [
+        "--revision",
+        "v1",
+        "--dtype",
+        "float16",
+        "--max-new-tokens",
+        "5",
+        "--temperature",
+        "0.5",
+        "--top-p",
+        "0.75",
+        "--top-k",
+        "3",
+        "--seed",
+        "9",
+        "--quant-type",
+        "fp4",
+        "--blocksize",
+        "32",
+        "--no-double-quant",
+        "--embedding-bits",
+        "8",
+        "--stop",
+        "END",
+    ]
+    assert main(["generate", str(folder), "A", "B", "--adapter", str(tmp_path), *options]) == 0
+    (folder / "generation_config.json").unlink()
+    assert capsys.readouterr().out == "A!\n\nB!\n\n"
+    assert jax.random.key_data(seen.pop("key")).tolist() == [0, 9]
+    assert seen == {
+        "revision": "v1",
+        "added": 2048,
+        "quant": QuantConfig("fp4", 32, False),
+        "lora": lora,
+        "compute_dtype": np.dtype(np.float16),
+        "embedding_bits": 8,
+        "loaded": (tmp_path, "model"),
+        "config": GenerationConfig(
+            max_new_tokens=5,
+            temperature=0.5,
+            top_k=3,
+            top_p=0.75,
+            stop=("END",),
+            eos_token_ids=(7,),
+        ),
+    }
 
 
 def test_a_folder_in_4_bits_is_taken_as_it_is(folder, capsys, tmp_path):

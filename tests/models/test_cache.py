@@ -30,8 +30,11 @@ MIXED = dataclasses.replace(
     local_rope=RopeConfig(rope_theta=100.0),
     attn_logit_softcapping=5.0,
 )
+# A Mistral: no layer sees everything.
+NEAR = dataclasses.replace(PLAIN, sliding_window=3)
 ALIBI = dataclasses.replace(PLAIN, rope=None, alibi=True, embedding_norm=True)
 PROMPTS = ([5, 6, 7, 8, 9], [3, 4])
+SIDES = ("left", "right")
 NEW = 6
 
 
@@ -57,8 +60,8 @@ def decode(model: Decoder, tokens: jax.Array, cache) -> tuple:
 
 @pytest.mark.parametrize(
     ("config", "side"),
-    [(config, side) for config in (PLAIN, MIXED, ALIBI) for side in ("left", "right")],
-    ids=[f"{name}-{side}" for name in ("plain", "mixed", "alibi") for side in ("left", "right")],
+    [*((config, side) for config in (PLAIN, MIXED, ALIBI) for side in SIDES), (NEAR, "right")],
+    ids=[*(f"{name}-{side}" for name in ("plain", "mixed", "alibi") for side in SIDES), "near"],
 )
 def test_greedy_decoding_equals_full_forward_passes(config, side):
     model = random_decoder(config)

@@ -94,6 +94,21 @@ def cases(draw):
     return arrays, normal(batch, queries, heads, 5), options
 
 
+def test_keys_that_fill_a_block_up_are_not_read():
+    """Six keys in blocks of four, which neither causality nor a mask hides."""
+    query, key = jnp.ones((1, 3, 1, 4)), jnp.ones((1, 6, 1, 4))
+    np.testing.assert_allclose(chunked_attention(query, key, key, block=4), query, rtol=1e-6)
+
+
+def test_a_window_that_ends_with_a_block_is_seen_to_its_end():
+    """Blocks that one pair of tokens alone connects are no pair that is left out."""
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 12, 1, 4))
+    in_blocks, at_once = (
+        chunked_attention(query, key, value, window=6, block=block) for block in (4, 12)
+    )
+    np.testing.assert_allclose(in_blocks, at_once, rtol=1e-5, atol=1e-6)
+
+
 @settings(max_examples=12)
 @given(cases())
 def test_output_and_gradients_against_float64(case):

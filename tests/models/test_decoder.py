@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from qlora_jax.models import (
     DecoderConfig,
     attend,
     attention_for,
+    capability_here,
     next_token_loss,
     stack,
     unfreeze,
@@ -263,6 +265,15 @@ def test_16_bit_compute_keeps_logits_in_float32():
     function, lora, rest = mean_loss(model)
     gradient = jax.eval_shape(jax.grad(function), lora, rest)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
+
+
+def test_what_the_device_says_of_itself(monkeypatch):
+    for told, capability in (
+        ("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx942", None), ("9.4.2", None), (None, None),
+    ):  # fmt: skip
+        device = SimpleNamespace(compute_capability=told)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        assert capability_here() == capability
 
 
 def test_attention_is_chosen_for_the_target():

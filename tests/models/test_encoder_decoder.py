@@ -67,7 +67,11 @@ def logits(model, source, read, mask=None, key=None):
 
 @functools.partial(jax.jit, static_argnums=1)
 def prefilled(model, cache_length):
-    return model.prefill(SOURCE, cache_length=cache_length)
+    """With padding in front of the source."""
+    front = ((0, 0), (2, 0))
+    mask = jnp.pad(jnp.ones_like(SOURCE), front)
+    ids = jnp.pad(SOURCE, front, constant_values=7)
+    return model.prefill(ids, mask, cache_length=cache_length)
 
 
 READ = shift_right(LABELS, start=0, pad=0)
@@ -205,6 +209,14 @@ def test_the_models_own_dropout():
     assert float(jnp.abs(one - still).max()) > 1e-3
 
 
+def test_written_out_attention_sees_itself_and_no_later_word():
+    """In training; each word has a value of its own, so that a row tells whom it sees."""
+    still, value = jnp.zeros((1, 3, 1, 3)), jnp.eye(3)[None, :, None]
+    options = {"causal": True, "scale": 1.0, "rate": 1e-9, "implementation": "xla"}
+    seen = dropped_attention(still, still, value, dropout_key=jax.random.key(0), **options)
+    np.testing.assert_allclose(seen[0, :, 0], np.tri(3) / [[1], [2], [3]], rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_written_out_attention_is_attention():
     keys = jax.random.split(jax.random.key(0), 4)
@@ -268,15 +280,16 @@ def test_saved_and_loaded_with_a_head_of_its_own(tmp_path):
     assert tied.config == dataclasses.replace(CONFIG, tie_word_embeddings=True)
 
 
-@pytest.mark.parametrize("said", [{}, {"scale_decoder_outputs": True}])
+@pytest.mark.parametrize("said", [{}, {"tie_word_embeddings": True, "scale_decoder_outputs": True}])
 def test_a_tied_head_of_other_numbers_is_read(said, tmp_path):
     """Scaled all the same, as by transformers 5; transformers 4 leaves it out."""
     model = t5()
     save_model(tmp_path, model)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
-    del config["scale_decoder_outputs"]
-    file.write_text(json.dumps(config | {"tie_word_embeddings": True} | said))
+    # What neither says is so in a T5.
+    del config["scale_decoder_outputs"], config["tie_word_embeddings"]
+    file.write_text(json.dumps(config | said))
     loaded = load_model(tmp_path, quant=None, lora=None, compute_dtype=jnp.float32)
     np.testing.assert_array_equal(loaded.lm_head.weight[...], model.lm_head.weight[...])
     assert loaded.config.scale_decoder_outputs

@@ -168,14 +168,17 @@ def test_every_token_meets_exactly_its_experts():
     call = jax.jit(lambda moe, x: moe(x, dropout_keys=keys))
     crowded = np.zeros_like(gate)
     crowded[1] = np.abs(gate).sum() * np.sign(x.reshape(-1, 32).sum(0))
-    for router in (gate, crowded):
+    # Shares of the chosen add up to 1, or are of all.
+    for router, normed in ((gate, True), (crowded, True), (gate / 20, False)):
+        moe.config = dataclasses.replace(config, norm_topk_prob=normed)
         moe.gate.set_value(jnp.asarray(router, jnp.float32))
         flat = x.reshape(-1, 32).astype(np.float64)
         scores = flat @ router.T
         share = np.exp(scores - scores.max(-1, keepdims=True))
+        whole = share.sum(-1, keepdims=True)
         lowest = np.argsort(-share, axis=-1, kind="stable")[:, config.num_experts_per_tok :]
         np.put_along_axis(share, lowest, 0.0, axis=-1)
-        share /= share.sum(-1, keepdims=True)
+        share /= share.sum(-1, keepdims=True) if normed else whole
         inner = np.einsum("te,xie->txi", flat, w1)
         inner = inner / (1 + np.exp(-inner)) * np.einsum("te,xie->txi", flat, w3)
         expected = np.einsum("txi,xei,tx->te", inner, w2, share).reshape(x.shape)
@@ -466,6 +469,8 @@ def test_layers_that_slide_where_a_file_does_not_say():
     assert [layer for layer, slides in enumerate(seen) if not slides] == [5, 11, 17, 23, 29]
     late = {"model_type": "qwen2", "use_sliding_window": True}
     config = FAMILIES["qwen2"].read_config(deep | late)
+    every = FAMILIES["qwen2"].read_config(deep | late | {"max_window_layers": 0})
+    assert all(every.sliding_layers)
     assert (config.sliding_window, config.sliding_layers.index(True)) == (4096, 28)
 
 

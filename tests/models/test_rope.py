@@ -144,6 +144,25 @@ def test_dynamic_frequencies_grow_with_the_length_read():
         np.testing.assert_allclose(sin[0, -1], jnp.sin(angle), atol=5e-4)
 
 
+def test_long_factors_begin_behind_the_original_length():
+    config = RopeConfig(
+        rope_type="longrope",
+        attention_factor=1.0,
+        original_max_position_embeddings=8,
+        short_factor=(1.0,),
+        long_factor=(4.0,),
+    )
+    for length, factor in ((8, 1), (9, 4)):
+        for told in (None, length):
+            _, sin = rotations(jnp.arange(length)[None], config, 2, told)
+            np.testing.assert_allclose(sin[0, :, 0], np.sin(np.arange(length) / factor), atol=1e-6)
+
+
+def test_a_share_of_a_head_is_rounded_down():
+    """As in transformers."""
+    assert RopeConfig(partial_rotary_factor=0.35).turned(8) == 2
+
+
 @settings(max_examples=20)
 @given(st.integers(0, 400), st.integers(0, 400), st.integers(0, 100), st.sampled_from([2, 8, 16]))
 def test_a_product_depends_on_the_distance_alone(first, second, shift, dim):

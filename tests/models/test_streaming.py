@@ -135,6 +135,19 @@ def test_gradients_reach_what_a_layer_closes_over_and_what_it_puts_out():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_that_stay_are_not_moved():
+    """Where layers are updated in the backward pass, of a model that is on the device."""
+    weights = jnp.zeros((2, 8, 8))
+
+    def run(x, stay):
+        step = lambda x, weight, _: (x @ weight, None)  # noqa: E731
+        return streaming.stream_layers(step, x, weights, None, stay=stay)[0]
+
+    for stay in (False, True):
+        program = str(jax.make_jaxpr(run, static_argnums=1)(jnp.zeros((3, 8)), stay))
+        assert ("host" in program.lower()) is not stay
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "attention"])
 def test_a_policy_that_keeps_what_streams_is_refused(remat):
     with pytest.raises(ValueError, match="'full' or 'offload'"):

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import qlora_jax as ql
 from qlora_jax.checkpoints import load_adapter, save_adapter
+from qlora_jax.checkpoints.adapter_file import TOKENS, token_indices
 from qlora_jax.data import IGNORE, Batch, load_tokenizer
 from qlora_jax.models import Decoder, train_rows_of
 from qlora_jax.models.embedding import Embedding
@@ -66,9 +67,11 @@ def test_new_rows_are_the_mean_and_the_vocabulary_grows(tied: bool, tokenizer) -
     assert added(jnp.asarray([[1, 24]])).shape == (1, 2, 25)
 
 
-def test_only_the_rows_are_trained_and_the_head_follows(tokenizer) -> None:
+def test_only_the_rows_are_trained_and_the_head_follows(tokenizer, tmp_path) -> None:
     added = model(tied=True)
     ql.add_tokens(added, tokenizer, ["<|x|>", "c"])
+    save_adapter(tmp_path, added, LORA, "base")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["ensure_weight_tying"]
     graphdef, lora, rest = nnx.split(added, nnx.LoRAParam, ...)
     assert set(lora["embed_tokens"]) == {"token_rows"}
     ids = jnp.asarray([[1, 22, 5, 2]])
@@ -91,7 +94,7 @@ def test_saved_and_read_with_the_adapter(tokenizer, tmp_path) -> None:
     added = model()
     extended = ql.add_tokens(added, tokenizer, ["<|x|>", "<|y|>", "<|z|>"])
     for matrix in (added.embed_tokens, added.lm_head):
-        matrix.token_rows[...] = matrix.token_rows[...] + 0.5
+        matrix.token_rows[...] = matrix.token_rows[...] + jnp.asarray([[0.5], [0.25], [1]])
     save_adapter(tmp_path, added, LORA, "base", tokenizer=extended)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == {
@@ -102,6 +105,12 @@ def test_saved_and_read_with_the_adapter(tokenizer, tmp_path) -> None:
     load_adapter(tmp_path, fresh)
     ids = jnp.asarray([[1, 24, 22, 3]])
     np.testing.assert_array_equal(fresh(ids), added(ids))
+    # Whatever the order in which a model trains them already.
+    other = model()
+    ql.resize_token_embeddings(other, 25)
+    ql.train_tokens(other, [24, 22])
+    load_adapter(tmp_path, other)
+    np.testing.assert_array_equal(other.embed_tokens(ids), added.embed_tokens(ids))
     again = load_tokenizer(tmp_path)
     assert again.encode("a <|z|> b", special=True) == extended.encode("a <|z|> b", special=True)
     assert again.eos_token_id == 21
@@ -111,6 +120,16 @@ def test_saved_and_read_with_the_adapter(tokenizer, tmp_path) -> None:
     save_file(tensors | {name: tensors[name][:, :-1].copy()}, weights)
     with pytest.raises(ValueError, match=r"of 'lm_head' are of shape \[3, 31\], but \[3, 32\] is"):
         load_adapter(tmp_path, model())
+
+
+def test_rows_are_named_by_an_end_of_their_modules_name() -> None:
+    """At a dot; what no tensor is there for stays as the file has it."""
+    names = [f"base_model.model.{name}.{TOKENS}" for name in ("model.embed_tokens", "lm_head")]
+    found = token_indices({"trainable_token_indices": {"embed_tokens": [5], "head": [6]}}, names)
+    assert found == {"model.embed_tokens": (5,), "head": (6,)}
+    assert token_indices({"trainable_token_indices": [7]}, names[:1]) == {
+        "model.embed_tokens": (7,)
+    }
 
 
 def test_rows_that_are_trained_already_keep_every_bit() -> None:

@@ -112,6 +112,11 @@ def test_a_stack_has_no_stream_for_dropout() -> None:
     model = ql.add_lora(Stack(), lora, rngs=nnx.Rngs(1))
     assert model.layers.dropout_rngs is None
     assert model.head.dropout_rngs is not None
+    # Nor has a layer that goes by another name: `Decoder` hands out keys itself.
+    named = ql.add_lora(Stack(), lora, rngs=nnx.Rngs(1), names={"head": ["head"]})
+    assert named.head.dropout_rngs is None
+    with pytest.raises(ValueError, match="layers is a stack of 4 layers, but has 1 names"):
+        ql.add_lora(Stack(), lora, rngs=nnx.Rngs(1), names={"layers": ["q_proj"]})
 
 
 def test_gaussian_start_has_each_layers_own_deviation() -> None:
@@ -150,6 +155,14 @@ def test_modules_to_save() -> None:
     assert "kernel" in nnx.state(model, FrozenParam)["layers"]
     after = trained(model, steps=1)
     assert (after.head.kernel[...] != Stack().head.kernel[...]).any()
+
+
+def test_a_layer_of_flax_own_is_saved_whole_as_well() -> None:
+    model = Stack()
+    model.head = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+    lora = ql.LoraConfig(r=2, target_modules=("layers",), modules_to_save=("head",))
+    ql.add_lora(model, lora, rngs=nnx.Rngs(1))
+    assert set(nnx.state(model, TrainedParam)["head"]) == {"kernel", "bias"}
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,15 @@ def test_a_dtype_or_kernel_that_is_not_there_is_refused(given: dict[str, str]) -
     assert isinstance(model.blocks[0].query, nnx.Linear)
 
 
+def test_a_layer_keeps_its_own_dtype_and_takes_the_kernel_that_is_named() -> None:
+    model = Model(nnx.Rngs(0))
+    model.blocks[0].query.dtype = jnp.bfloat16
+    ql.quantize_module(model, implementation="xla")
+    query, value = model.blocks[0].query, model.blocks[0].value
+    assert (query.compute_dtype, value.compute_dtype) == (jnp.bfloat16, jnp.float32)
+    assert (query.implementation, value.implementation) == ("xla", "xla")
+
+
 def test_add_lora_gives_exactly_the_adapters() -> None:
     model = ql.quantize_module(Model(nnx.Rngs(0)))
     lora = ql.LoraConfig(r=4, target_modules=("query",))

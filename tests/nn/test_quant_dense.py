@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 import qlora_jax as ql
 from qlora_jax.nn import FrozenParam, linen_quant_dense
+from qlora_jax.nn.lora import dropout
 
 SMALL = ql.LoraConfig(r=4, alpha=8)
 
@@ -92,6 +93,15 @@ def test_dropout_only_with_a_key() -> None:
     keys = jax.random.split(key, 400)
     mean = jax.vmap(lambda k: layer(x, dropout_key=k))(keys).mean(0)
     assert float(jnp.abs(mean - layer(x)).max()) < 0.5 * float(jnp.abs(dropped - layer(x)).max())
+
+
+def test_dropout_drops_its_rate_and_scales_the_rest() -> None:
+    """At a rate that is not as good the other way round."""
+    x = jnp.ones((100, 100), jnp.float32)
+    y, pull = jax.vjp(lambda x: dropout(x, 0.1, jax.random.key(0)), x)
+    assert abs(float(jnp.mean(y == 0)) - 0.1) < 0.01
+    np.testing.assert_allclose(y[y != 0], 1 / 0.9, rtol=1e-6)
+    np.testing.assert_array_equal(pull(x)[0], y)
 
 
 def test_dropout_from_a_stream_follows_train_eval_and_view() -> None:

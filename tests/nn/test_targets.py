@@ -19,6 +19,7 @@ Q = "model.layers.0.self_attn.q_proj"
         ("q_proj", Q, False),  # a text is a regular expression over the whole path
         (r".*\.q_proj", Q, True),
         (r"model\.layers\.[1-9]\..*", Q, False),
+        (r".*\.q_pro", Q, False),
         ("all-linear", Q, True),
         ("all-linear", "lm_head", False),
         ("all-linear", "embed_out", False),

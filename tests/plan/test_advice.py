@@ -1,7 +1,10 @@
 """What a plan advises and tells, and its small parts, without compiling anything."""
 
 import dataclasses
+import sys
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,17 +14,24 @@ from qlora_jax.data import IGNORE
 from qlora_jax.models import DecoderConfig
 from qlora_jax.models.streaming import HOST_LIMIT
 from qlora_jax.nn import LoraConfig
-from qlora_jax.plan import Workload, compiled, find_config, memory
+from qlora_jax.plan import Workload, check_fits, compiled, find_config, memory, preflight
 from qlora_jax.plan.advice import SWITCHES, Advice
 from qlora_jax.plan.devices import with_cut_weights
 from qlora_jax.plan.measure import random_batch
 from qlora_jax.plan.memory import Components, Plan
 from qlora_jax.plan.report import LONGEST_SEQUENCE, Report, _positions, text
-from qlora_jax.plan.workload import batch_shapes
+from qlora_jax.plan.workload import (
+    Program,
+    batch_shapes,
+    decoding_step,
+    largest_dense,
+    model_shapes,
+)
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import Crossing, HostTraffic, TrainConfig
 from tests.plan.test_plan import TINY, TINY_T5
 
+report_module = sys.modules[Report.__module__]  # whose name in the package is a function's
 GIB = 2**30
 CONFIG, T5 = find_config(TINY), find_config(TINY_T5)
 OPT = find_config(
@@ -128,12 +138,14 @@ def test_a_switch_changes_what_it_names_and_nothing_else(name, given, made):
     [
         ("l40", {}, "chunked", None, ["training takes cuDNN's, which needs about as much"]),
         ("l40", {"attention": "xla"}, "xla", None, []),
-        (
-            "l40",
-            {"config": dataclasses.replace(CONFIG, attn_logit_softcapping=50.0)},
-            "xla",
-            None,
-            ["attention: xla, since cuDNN's does not take this model."],
+        *(
+            ("l40", taken, "xla", None, ["attention: xla, since cuDNN's does not take this model."])
+            for taken in (
+                {"config": dataclasses.replace(CONFIG, attn_logit_softcapping=50.0)},
+                {"config": dataclasses.replace(CONFIG, rope=None, alibi=True)},
+                {"config": T5},
+                {"packed": True},
+            )
         ),
         (
             "t4",
@@ -183,6 +195,18 @@ def made(total: int, memory: int | None = 100 * GIB, **changes) -> Plan:
     """A plan of so many bytes."""
     device = Components(0, 0, 0, 0, 0, 0, temporaries=total)
     return Plan(work_with(**changes), "l40", memory, device, 0, HostTraffic(), ())
+
+
+def test_the_pinned_pool_is_of_all_cards_that_are_here(monkeypatch):
+    asked = []
+    monkeypatch.setattr(preflight, "check_host_memory_limit", lambda *given: asked.append(given[0]))
+    monkeypatch.setattr(
+        preflight, "plan", lambda *_, **__: dataclasses.replace(made(GIB), host=10 * GIB)
+    )
+    here = jax.local_device_count()
+    for devices in (1, 2, 2 * here):
+        check_fits(work_with(micro_batch_size=devices, devices=devices), memory=GIB)
+    assert asked == [10 * GIB, 20 * GIB, here * 10 * GIB]
 
 
 def test_a_twentieth_of_a_card_is_not_a_programs():
@@ -260,6 +284,86 @@ def test_a_workload_that_cannot_be_is_refused(changes, message):
 def test_a_program_needs_its_arguments_and_what_it_makes():
     found = compiled.ProgramBytes(1, 2, 4, 8, 16, 32, 64, 128)
     assert (found.device, found.host) == (1 + 2 - 4 + 8, 16 + 32 - 64 + 128)
+
+
+def test_an_answer_is_of_its_program_its_card_its_options_and_the_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv(compiled.CACHE_VARIABLE, str(tmp_path))
+    asked = []
+    buffers = ("argument", "output", "alias", "temp")
+    memory = {f"{where}{b}_size_in_bytes": 1 for where in ("", "host_") for b in buffers}
+
+    def compiles(lowered, options):
+        asked.append((lowered, options))
+        return SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**memory))
+
+    monkeypatch.setattr(
+        compiled, "lower_for", lambda card, fn, **_: SimpleNamespace(as_text=lambda: fn)
+    )
+    monkeypatch.setattr(compiled, "compile_lowered", compiles)
+
+    def count(text="a", card="l40", **more):
+        """How often was asked so far."""
+        compiled.program_bytes(Program(text, (), **more), CARDS[card])
+        return len(asked)
+
+    assert [count(), count(), count("b"), count(card="h100")] == [1, 1, 2, 3]
+    assert count(options=(("x", True),)) == 4
+    # Of several cards an address stands in the text, and what it leads to does not.
+    here, there = ({"text": f'backend_config = "{n}"', "devices": 2} for n in (1, 2))
+    assert [count(**here), count(**there)] == [5, 5]
+    monkeypatch.setattr(compiled, "_kernel_sources", lambda: "others")
+    assert [count(**there), count()] == [6, 6]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_other")
+    assert count() == 7
+    # What another version kept under the name is asked anew.
+    for file in compiled.cache_folder().iterdir():
+        file.write_text("{}")
+    assert [count(), count()] == [8, 8]
+
+
+def test_what_is_searched_fits_and_is_asked_as_it_would_run(monkeypatch):
+    asked = []
+
+    def planned(work, card, *, memory):
+        asked.append((work.train.micro_batch_size, work.sequence))
+        assert memory == 10_000
+        return made(work.train.micro_batch_size * work.sequence, memory)
+
+    monkeypatch.setattr(report_module, "plan", planned)
+    start = planned(work_with(devices=2, sequence=256), None, memory=10_000)
+    start = dataclasses.replace(start, work=work_with(devices=2, sequence=256))
+    asked.clear()
+    # Of 9500 bytes that are usable: rows of 256 in pairs, and two rows in steps of 256.
+    assert report_module._largest(start, None) == (36, 4608)
+    assert all(rows % 2 == 0 if tokens == 256 else rows == 2 for rows, tokens in asked)
+
+
+def test_gradients_are_of_one_layer_where_each_is_updated_at_once():
+    lora = {
+        "layers": {"A": jax.ShapeDtypeStruct((3, 5), jnp.float32)},
+        "head": {"A": jax.ShapeDtypeStruct((7,), jnp.float32)},
+    }
+    assert memory._gradients(work_with(), lora) == 4 * (3 * 5 + 7)
+    assert memory._gradients(work_with(**BACKWARD), lora) == 4 * (5 + 7)
+
+
+def test_a_run_that_adds_noise_and_starts_from_the_weights_is_planned():
+    started = LoraConfig(r=2, target_modules=("q_proj",), init_lora_weights="loftq")
+    work = work_with(neftune_noise_alpha=5.0, lora=started, param_dtype="float32")
+    model = model_shapes(work)
+    assert model.neftune_noise_alpha == 5.0
+    assert model.embed_tokens.weight.get_value().dtype == jnp.float32
+
+
+def test_a_vocabulary_is_the_largest_tensor_that_is_loaded_as_it_is():
+    """What is in stacks comes layer by layer."""
+    assert largest_dense(work_with(quant=None)) == 2 * 256 * 128
+
+
+def test_a_decoding_t5_keeps_keys_of_its_source_and_of_its_own_words():
+    program = decoding_step(work_with(config=T5), batch=3, length=8)
+    cache = program.args[3]
+    assert (cache.key.shape, cache.source_key.shape) == ((2, 3, 2, 8, 32), (2, 3, 2, 32, 32))
 
 
 def test_where_answers_are_kept(monkeypatch, tmp_path):

@@ -131,6 +131,11 @@ def test_cutting_is_advised_where_whole_weights_do_not_fit():
     assert advised[-1].plan.fits
 
 
+def test_more_devices_than_there_are_are_refused():
+    with pytest.raises(ValueError, match=r"devices is 999, but this process has \d+ "):
+        mesh_of(None, 999)
+
+
 def test_what_does_not_divide_is_refused(capsys):
     with pytest.raises(ValueError, match="devices is 4 and micro_batch_size is 6"):
         WORK.at(6)

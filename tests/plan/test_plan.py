@@ -27,6 +27,7 @@ from qlora_jax.plan.measure import random_batch, random_weights
 from qlora_jax.plan.memory import Components, Plan
 from qlora_jax.plan.report import Streaming, report, text
 from qlora_jax.plan.workload import model_shapes, training_step
+from qlora_jax.quant import QuantConfig
 from qlora_jax.train import HostTraffic, TrainConfig, host_traffic
 from tests.memory.goals import needs_compiler
 
@@ -409,6 +410,63 @@ def test_the_command_needs_a_card(capsys):
         pytest.skip("there is one")
     assert main(["plan", "llama-7b"]) == 2
     assert "--card" in capsys.readouterr().err
+
+
+def test_every_option_of_the_command_is_planned(monkeypatch):
+    seen = []
+
+    def keep(name, work, card, **options):
+        seen.append((work, card.name, options))
+        raise ValueError("seen")
+
+    monkeypatch.setattr("qlora_jax.cli.plan.report", keep)
+    monkeypatch.setattr("qlora_jax.cli.plan.gpu_compiler_available", lambda: True)
+    many = (
+        "--batch 4 --devices 2 --cut-weights --accumulation 3 --sequence 64 --packed --rank 8 "
+        "--lora-dtype bfloat16 --optim lion --lora-dropout 0.1 --quant fp4 --no-double-quant "
+        "--embedding-bits 8 --no-paged --no-clip --remat offload --mlp-tile 128 --stream-weights "
+        "--gradients-on-host --attention chunked --matmul xla --decode-batch 3 --decode-length 32 "
+        "--no-search"
+    )
+    for model, options in (
+        ("llama-7b", many),
+        ("llama-7b", "--devices 2 --update-in-backward --quant none"),
+        ("t5-small", "--target 9"),
+    ):
+        assert main(["plan", model, "--card", "l40", *options.split()]) == 2
+    llama = Workload(find_config("llama-7b"))
+    train = TrainConfig(
+        micro_batch_size=4,
+        gradient_accumulation_steps=3,
+        max_grad_norm=None,
+        paged=False,
+        gradients_on_host=True,
+        optim="lion",
+        master_weights=True,
+    )
+    every = dataclasses.replace(
+        llama,
+        sequence=64,
+        packed=True,
+        train=train,
+        lora=LoraConfig(r=8, lora_dropout=0.1, dtype=jnp.dtype("bfloat16")),
+        quant=QuantConfig("fp4", double_quant=False),
+        embedding_bits=8,
+        remat="offload",
+        stream_weights=True,
+        mlp_tile=128,
+        attention="chunked",
+        matmul="xla",
+        devices=2,
+        cut_weights=True,
+    )
+    at_once = TrainConfig(micro_batch_size=2, update_in_backward=True, max_grad_norm=None)
+    usual = {"search": True, "decode_batch": 1, "decode_length": 2048}
+    assert seen == [
+        (every, "l40", {"search": False, "decode_batch": 3, "decode_length": 32}),
+        (dataclasses.replace(llama, train=at_once, quant=None, devices=2), "l40", usual),
+        (Workload(find_config("t5-small"), target=9), "l40", usual),
+    ]
 
 
 def test_what_a_configuration_trains_is_planned():

@@ -57,6 +57,26 @@ def test_what_was_compiled_last_is_kept_where_the_budget_ends():
     assert math.ceil(found**1.7) <= 10**6
 
 
+def test_points_at_hand_are_of_use_within_the_search_alone():
+    known = {5: 5, 60: 60}
+    assert largest_that_fits(lambda n: n, 100, start=10, step=10, most=50, known=known) == 50
+
+
+def test_nothing_is_asked_beyond_what_is_known_to_be_too_large():
+    asked = []
+
+    def bytes_at(n):
+        asked.append(n)
+        return 10 * n
+
+    assert largest_that_fits(bytes_at, 55, known={1: 10, 8: 80}, second=20) == 5
+    assert max(asked) < 8
+
+
+def test_bytes_that_do_not_grow_lead_to_the_end():
+    assert largest_that_fits(lambda n: 7, 10, most=64) == 64
+
+
 @pytest.mark.parametrize("most", [1, 5])
 def test_the_search_ends(most):
     assert largest_that_fits(lambda n: n, 100, most=most) == most

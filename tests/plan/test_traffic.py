@@ -86,8 +86,11 @@ def test_streamed_weights_come_in_twice_and_one_layer_more():
     # Codes alone are large enough here to be worth a transfer: 4 bits a weight.
     assert found == HostTraffic(streamed_weights=Crossing((2 * LAYERS + 1) * WEIGHTS // 2, 0))
     # The last layer's input is fetched before the backward loop, and the first one's twice.
-    found = counted(paged=False, stream_weights=True, remat="offload")
+    offloaded = step_of(paged=False, stream_weights=True, remat="offload")
+    found = host_traffic(offloaded.program.fn, *offloaded.placed)
     assert found.activations == Crossing((LAYERS + 1) * INPUT, LAYERS * INPUT)
+    stays = step_of(paged=False, stream_weights=True)
+    assert stays.saved - offloaded.saved == LAYERS * INPUT
 
 
 @needs_compiler

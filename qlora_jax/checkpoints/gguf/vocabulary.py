@@ -270,10 +270,12 @@ def from_metadata(metadata: Mapping[str, Any]) -> Vocabulary:
             f"The file's tokenizer is {value('model')!r}, but of GGUF tokenizers gpt2 and llama "
             "are read: put the checkpoint's tokenizer files beside the file and give their folder."
         )
-    tokens = value("tokens")
+    tokens, pre = value("tokens"), value("pre", "default")
+    # Llama 3's files are older than the key, and llama.cpp puts bos in front by their rule's name.
+    begins = value("model") == "llama" or pre == "llama-bpe"
     return Vocabulary(
         model=value("model"),
-        pre=value("pre", "default"),
+        pre=pre,
         tokens=tokens,
         types=value("token_type", [_NORMAL] * len(tokens)),
         scores=value("scores", []),
@@ -283,7 +285,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Vocabulary:
             for role in _ROLES
             if value(f"{role}_token_id") is not None
         },
-        add_bos=value("add_bos_token", value("model") == "llama"),
+        add_bos=value("add_bos_token", begins),
         add_eos=value("add_eos_token", False),
         add_space_prefix=value("add_space_prefix", value("model") == "llama"),
         chat_template=metadata.get("tokenizer.chat_template"),

@@ -114,7 +114,7 @@ def save_gguf(
 
 
 def _names(checkpoint: Checkpoint, architecture: Architecture, config: dict) -> dict[str, str]:
-    """The tensors to write → their short names; the head first where llama.cpp wants it none."""
+    """The tensors to write → their short names; of a tied head llama.cpp wants none."""
     tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     wanted = [
         name
