@@ -203,32 +203,13 @@ def test_every_option_reaches_the_model_and_its_sampling(folder, tmp_path, capsy
         return [SimpleNamespace(text="!") for _ in prompts]
 
     monkeypatch.setattr("qlora_jax.cli.generate.generate_text", write)
-    options = [
-        "--revision",
-        "v1",
-        "--dtype",
-        "float16",
-        "--max-new-tokens",
-        "5",
-        "--temperature",
-        "0.5",
-        "--top-p",
-        "0.75",
-        "--top-k",
-        "3",
-        "--seed",
-        "9",
-        "--quant-type",
-        "fp4",
-        "--blocksize",
-        "32",
-        "--no-double-quant",
-        "--embedding-bits",
-        "8",
-        "--stop",
-        "END",
-    ]
-    assert main(["generate", str(folder), "A", "B", "--adapter", str(tmp_path), *options]) == 0
+    command = (
+        f"generate {folder} A B --adapter {tmp_path} "
+        "--revision v1 --dtype float16 --max-new-tokens 5 --temperature 0.5 --top-p 0.75 --top-k 3 "
+        "--min-p 0.125 --repetition-penalty 1.5 --seed 9 --quant-type fp4 --blocksize 32 "
+        "--no-double-quant --embedding-bits 8 --stop END"
+    ).split()
+    assert main(command) == 0
     (folder / "generation_config.json").unlink()
     assert capsys.readouterr().out == "A!\n\nB!\n\n"
     assert jax.random.key_data(seen.pop("key")).tolist() == [0, 9]
@@ -245,6 +226,8 @@ def test_every_option_reaches_the_model_and_its_sampling(folder, tmp_path, capsy
             temperature=0.5,
             top_k=3,
             top_p=0.75,
+            min_p=0.125,
+            repetition_penalty=1.5,
             stop=("END",),
             eos_token_ids=(7,),
         ),
