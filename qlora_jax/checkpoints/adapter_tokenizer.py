@@ -13,6 +13,11 @@ from qlora_jax.data import Tokenizer
 _OTHER = ("generation_config.json", "chat_template.jinja", "chat_template.json")
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a tokenizer lies in an adapter's folder."""
+    return any((Path(folder) / name).is_file() for name in VOCABULARIES)
+
+
 def adapter_tokenizer(folder: str | Path, base: Checkpoint) -> Tokenizer:
     """The tokenizer that lies in an adapter's folder, or its base's where none does.
 
@@ -20,18 +25,18 @@ def adapter_tokenizer(folder: str | Path, base: Checkpoint) -> Tokenizer:
         FileNotFoundError: there is none in either.
         ValueError: it is damaged, or cuts texts by a rule that is not known here.
     """
-    own = read_companions(Path(folder))
-    if not VOCABULARIES & own.keys():
+    if not has_tokenizer(folder):
         return checkpoint_tokenizer(base)
+    own = read_companions(Path(folder))
     config = {"config.json": json.dumps(dict(base.config)).encode()}
     return replace(tokenizer_from_files(own | config), name=Path(folder).name)
 
 
 def with_adapter_tokenizer(base: Checkpoint, folder: str | Path) -> Checkpoint:
     """The same with the tokenizer that lies in an adapter's folder, if one does."""
-    own = read_companions(Path(folder))
-    if not VOCABULARIES & own.keys():
+    if not has_tokenizer(folder):
         return base
+    own = read_companions(Path(folder))
 
     def companions() -> dict[str, bytes]:
         kept = {name: file for name, file in base.companions().items() if name in _OTHER}

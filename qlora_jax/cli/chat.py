@@ -1,13 +1,16 @@
 """`qlora-jax chat`: a conversation with a model, turn by turn on the terminal."""
 
 import argparse
+import contextlib
 import sys
+from pathlib import Path
 
 import jax
 
+from qlora_jax.checkpoints.adapter_tokenizer import has_tokenizer
 from qlora_jax.cli import SUBCOMMANDS
 from qlora_jax.cli.writing import add_writing, load_writer
-from qlora_jax.data import load_chat_template
+from qlora_jax.data import ChatTemplate, load_chat_template
 from qlora_jax.generate import chat, newest_turns, prompt_room
 from qlora_jax.generate.text import Message
 from qlora_jax.pretrained import find_source
@@ -19,9 +22,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "chat",
         help=SUBCOMMANDS["chat"],
         description="Each line is a turn; an empty line, or the end of the input, ends the "
-        "conversation. Turns are written by the model's own chat template; the oldest are "
-        "forgotten where the model's positions end.",
-        epilog="example: qlora-jax chat HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/x",
+        "conversation. Turns are written by the model's own chat template, or the adapter's; the "
+        "oldest are forgotten where the model's positions end.",
+        epilog="example: qlora-jax chat HuggingFaceTB/SmolLM2-135M-Instruct --adapter x/adapter",
     )
     add_writing(parser)
     parser.add_argument("--system", metavar="TEXT", help="what stands before the first turn")
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             "model folder, or continue texts with qlora-jax generate."
         )
     try:
-        template = load_chat_template(path)
+        template = _template(path, args.adapter)
     except ValueError as error:
         raise ValueError(f"{error} Without one, qlora-jax generate continues texts.") from error
     model, tokenizer, config, key = load_writer(args, path)
@@ -79,6 +82,14 @@ def run(args: argparse.Namespace) -> int:
         )
         print()
         messages.append({"role": "assistant", "content": answer})
+
+
+def _template(model: Path, adapter: Path | None) -> ChatTemplate:
+    """The one beside an adapter's own tokenizer, where that has one, else the model's."""
+    if adapter is not None and has_tokenizer(adapter):
+        with contextlib.suppress(ValueError):
+            return load_chat_template(adapter)
+    return load_chat_template(model)
 
 
 def _tell(text: str) -> None:
