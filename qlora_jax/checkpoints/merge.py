@@ -74,6 +74,7 @@ def merge(
     mode: str,
     *,
     quant: QuantConfig = QuantConfig(),
+    dtype: Any = None,
 ) -> Checkpoint:
     """An adapter in its base, as a checkpoint to load or to write.
 
@@ -82,6 +83,8 @@ def merge(
         adapter: folder in PEFT's format.
         mode: one of `MODES`, as the module's prologue describes them.
         quant: how a 16-bit base was quantized in training.
+        dtype: of the weights that are quantized or adapted, to which the sum is rounded once, or
+            which 4-bit ones are said to have had; None for each one's own.
 
     Raises:
         FileNotFoundError: the adapter's files are missing.
@@ -106,14 +109,14 @@ def merge(
             "the 16-bit weights: give their folder, or the mode 'dequantized'."
         )
     if mode == "original":
-        return merged(_original(base, lora), adapter)
+        return merged(_original(base, lora), adapter, dtype=dtype)
     packed = base if base.quant else _packed(base, lora, quant)
     if mode == "dequantized":
-        return merged(packed, adapter)
+        return merged(packed, adapter, dtype=dtype)
     names = {name for name, info in packed.tensors.items() if info.quant}
     before = next(info.dtype for info in packed.tensors.values() if info.quant)
     wide = merged(packed, adapter, dtype=np.float32)
-    return quantized(wide, names, packed.quant or quant, dtype=before)
+    return quantized(wide, names, packed.quant or quant, dtype=dtype or before)
 
 
 def _packed(base: Checkpoint, lora: LoraConfig, quant: QuantConfig) -> Checkpoint:

@@ -121,7 +121,9 @@ def _merged(args: argparse.Namespace) -> Checkpoint:
             f"--mode requantized makes a 4-bit folder, but --format is {args.format}: use "
             "`qlora-jax merge`, or the mode dequantized."
         )
-    return merge(checkpoint, args.adapter, args.mode, quant=quant_config(args))
+    # What a GGUF file holds is rounded from float32.
+    dtype = "float32" if args.format == "gguf" else args.dtype
+    return merge(checkpoint, args.adapter, args.mode, quant=quant_config(args), dtype=dtype)
 
 
 def _adapter_of(source: Path, step: int | None) -> Path:

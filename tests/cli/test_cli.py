@@ -162,6 +162,15 @@ def test_export(models, tmp_path, capsys):
     stored, name = open_checkpoint(packed), "model.layers.1.mlp.up_proj.weight"
     assert {info.dtype for info in stored.tensors.values()} == {"BF16"}
     np.testing.assert_array_equal(open_checkpoint(wide).read(name), dense(stored.read(name)))
+    # And the sum with an adapter is rounded once, to what is asked for.
+    merged = ["--adapter", adapter, "--mode", "dequantized", "--dtype", "float32"]
+    assert main(["export", packed, str(tmp_path / "s"), *flags[:2], *merged]) == 0
+    lora = load_file(models / "adapter" / "adapter_model.safetensors")
+    module = "model.layers.1.self_attn.q_proj"
+    a, b = (np.float64(lora[f"base_model.model.{module}.lora_{x}.weight"]) for x in "AB")
+    expected = dense(stored.read(f"{module}.weight")) + LORA.scaling * b @ a
+    found = open_checkpoint(tmp_path / "s").read(f"{module}.weight")
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
     stories = str(shared_path("data/models/stories260K"))
     out = tmp_path / "model.gguf"
     assert main(["export", stories, str(out), "--format", "gguf", "--type", "F16"]) == 0
