@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(to_yaml(run), end="", highlight=False, markup=False, soft_wrap=True)
                 return 0
             folder = options.out or default_folder(run)
-            callbacks = wandb_callbacks(options.wandb, folder, run)
+            wandb_callbacks(options.wandb, folder, run)  # refused before anything is deleted
             if options.overwrite:
                 check(run)
                 on_first(lambda: delete_run(folder))
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
             return refuse(error)
         except KeyboardInterrupt:
             return interrupted()
-        return _train(run, folder, callbacks, console)
+        return _train(run, folder, wandb_callbacks(options.wandb, folder, run), console)
 
 
 def _train(run: RunConfig, folder: Path, callbacks: list[Callback], console: Console) -> int:

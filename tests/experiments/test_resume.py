@@ -136,11 +136,17 @@ def test_tiles_are_another_run_where_units_are_dropped_by_tile(tmp_path, begin):
 
 
 def test_both_commands_go_on_with_the_date_of_their_folder(tmp_path, tiny_model, monkeypatch):
-    told = []
+    told, shown = [], []
 
     def execute(run, folder, **_):
         told.append(run.data.date)
         raise ValueError("that will do")
+
+    def wandb_callbacks(project, folder, run):
+        shown.append(run.data.date)
+        return []
+
+    monkeypatch.setattr(finetune, "wandb_callbacks", wandb_callbacks)
 
     for command in (finetune, sweep):
         monkeypatch.setattr(command, "execute", execute)
@@ -151,6 +157,7 @@ def test_both_commands_go_on_with_the_date_of_their_folder(tmp_path, tiny_model,
     tree = finetune.read_run(finetune.make_parser().parse_args(dated))
     (tmp_path / "config.yaml").write_text(to_yaml(tree))
     assert finetune.main(flags) == 2
+    assert shown[-1] == "2026-11-30"
     cell = Cell({"seed": "0"}, finetune.read_run(finetune.make_parser().parse_args(flags)))
     shutil.copytree(tmp_path, tmp_path / cell.name)
     assert sweep.plan(Sweep("s", (cell,)), tmp_path) == [cell]
