@@ -180,9 +180,9 @@ def check_packed(
 
 
 def _layout(
-    codes: Array, absmax: Array, shape: tuple[int, ...] | None, quant_type: str, blocksize: int
+    codes: Any, absmax: Any, shape: tuple[int, ...] | None, quant_type: str, blocksize: int
 ) -> Layout:
-    """What the codes of one weight hold."""
+    """What codes hold, by their types: of a layer in a stack there is no more."""
     if codes.dtype != jnp.uint8:
         raise ValueError(f"codes has dtype {codes.dtype}; expected uint8, packed bytes")
     per_byte = 1 if quant_type == "int8" else 2
@@ -203,7 +203,7 @@ def _layout(
     return layout
 
 
-def _check_nested(layout: Layout, nested_absmax: Array | None, offset: Array | None) -> None:
+def _check_nested(layout: Layout, nested_absmax: Any, offset: Any) -> None:
     """Check the second level of quantization, which is there if the first is codes."""
     for name, value, wanted in (
         ("nested_absmax", nested_absmax, (layout.nested_blocks,)),
