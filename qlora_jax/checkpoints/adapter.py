@@ -22,6 +22,7 @@ from qlora_jax.checkpoints.adapter_file import (
     TOKENS,
     WEIGHTS,
     PeftAdapter,
+    check_copies,
     check_head_rows,
     read_adapter,
 )
@@ -183,6 +184,7 @@ def load_adapter(folder: str | Path, model: Any) -> None:
     tensors = _tensors(adapter, model)
     advice = "build the model with read_adapter_config(folder)"
     _check_tied(model, adapter)
+    check_copies(folder, tensors)
     if getattr(model.config, "tie_word_embeddings", False):
         tensors.pop(_TIED, None)
     _check_same(model, adapter.config, str(folder), advice)

@@ -32,6 +32,7 @@ from qlora_jax.checkpoints.checkpoint import DTYPES
 from qlora_jax.checkpoints.folder import open_safetensors
 from qlora_jax.checkpoints.text_part import PREFIX, text_name
 from qlora_jax.nn import LoraConfig
+from qlora_jax.nn.targets import ALSO_CALLED
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 # With bias="all", PEFT saves the biases of a module to save three times: as the others, under the
@@ -202,3 +203,24 @@ def check_head_rows(folder: str | Path, named: Iterable[str], modules: Iterable[
             "base's files call 'embed_out': train them in PEFT with transformers 4, or the whole "
             "head (modules_to_save)."
         )
+
+
+def check_copies(folder: str | Path, named: Iterable[str]) -> None:
+    """Refuses an adapter that trains whole one of the copies that transformers reads T5's embedding
+    by, and not the other: PEFT's wrapper of one leaves the other as it was.
+
+    Args:
+        folder: the adapter's.
+        named: its tensors, with or without PEFT's prefix.
+
+    Raises:
+        ValueError: it does.
+    """
+    plain = {text_name(name.removeprefix(PREFIX)).replace(COPY, ".") for name in named}
+    for module, others in ALSO_CALLED.items():
+        trained = [other for other in others if f"{other}.weight" in plain]
+        if trained and len(trained) < len(others):
+            raise ValueError(
+                f"{folder} trains {trained[0]!r} alone, one of the copies ({', '.join(others)}) of "
+                f"what is one matrix here, {module!r}: use the adapter in PEFT."
+            )

@@ -32,6 +32,7 @@ from qlora_jax.checkpoints.adapter_file import (
     TOKENS,
     UNUSED,
     WEIGHTS,
+    check_copies,
     check_head_rows,
     open_weights,
     token_indices,
@@ -237,6 +238,7 @@ class AdapterFile:
             }
         shapes = self._with_experts_apart(shapes, base, config.get("peft_version"))
         check_head_rows(folder, shapes, (name.removesuffix(".weight") for name in base.tensors))
+        check_copies(folder, shapes)
         self._tokens = token_indices(config, shapes)
         self._called = names_in(base.config)
         for key, shape in shapes.items():

@@ -380,18 +380,26 @@ def test_what_transformers_calls_otherwise_is_saved_under_all_its_names(
     read = read_adapter_config(tmp_path)
     assert read.modules_to_save == (module, *others)
 
-    # Any one of the names is enough, and stands for the others.
-    for other in others:
-        one = f"base_model.model.{other}.weight"
-        new = written[one] + 1
-        save_file({n: x for n, x in written.items() if n not in whole} | {one: new}, weights)
-        change_config(tmp_path, file="adapter_config.json", modules_to_save=[other])
-        again = load_model(folder, lora=read_adapter_config(tmp_path), **options)
-        load_adapter(tmp_path, again)
-        path = FAMILIES[again.config.model_type].weight_names(again.config)[f"{module}.weight"].path
-        np.testing.assert_array_equal(node_at(again, path)[...], new)
-        merged = merge(open_checkpoint(folder), tmp_path, "original").read(f"{module}.weight")
-        np.testing.assert_array_equal(merged, new.astype(merged.dtype))
+    # The copies that transformers computes with are enough.
+    new = written[f"base_model.model.{module}.weight"] + 1
+    copies = {f"base_model.model.{other}.weight": new for other in others}
+    rest = {n: x for n, x in written.items() if n not in whole}
+    save_file(rest | copies, weights)
+    change_config(tmp_path, file="adapter_config.json", modules_to_save=list(others))
+    again = load_model(folder, lora=read_adapter_config(tmp_path), **options)
+    load_adapter(tmp_path, again)
+    path = FAMILIES[again.config.model_type].weight_names(again.config)[f"{module}.weight"].path
+    np.testing.assert_array_equal(node_at(again, path)[...], new)
+    merged = merge(open_checkpoint(folder), tmp_path, "original").read(f"{module}.weight")
+    np.testing.assert_array_equal(merged, new.astype(merged.dtype))
+
+    for other in others if len(others) > 1 else ():
+        # In PEFT the other copy is then as it was.
+        save_file(rest | {f"base_model.model.{other}.weight": new}, weights)
+        with pytest.raises(ValueError, match=f"trains '{other}' alone, one of the copies"):
+            load_adapter(tmp_path, again)
+        with pytest.raises(ValueError, match=f"trains '{other}' alone, one of the copies"):
+            merge(open_checkpoint(folder), tmp_path, "original")
 
     save_file(written | {f"base_model.model.{others[-1]}.weight": new + 1}, weights)
     with pytest.raises(ValueError, match="apart, which are one matrix"):
