@@ -185,6 +185,7 @@ def load_adapter(folder: str | Path, model: Any) -> None:
     advice = "build the model with read_adapter_config(folder)"
     _check_tied(model, adapter)
     check_copies(folder, tensors)
+    check_head_rows(folder, tensors, token_modules(model))
     if getattr(model.config, "tie_word_embeddings", False):
         tensors.pop(_TIED, None)
     _check_same(model, adapter.config, str(folder), advice)
@@ -233,7 +234,6 @@ def load_adapter(folder: str | Path, model: Any) -> None:
             f"{folder} has an adapter of 'lm_head', but linear layers below the head alone take "
             "one here: merge it into its base, with `qlora-jax merge --no-report`."
         )
-    check_head_rows(folder, tensors, token_modules(model))
     if tensors:
         raise ValueError(
             f"{folder} holds {sorted(tensors)[0]!r} (and {len(tensors) - 1} more) that the model "

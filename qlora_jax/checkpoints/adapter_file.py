@@ -186,7 +186,8 @@ def token_indices(raw: Mapping[str, Any], named: Iterable[str]) -> dict[str, tup
 
 
 def check_head_rows(folder: str | Path, named: Iterable[str], modules: Iterable[str]) -> None:
-    """Refuses trained rows of GPT-NeoX's head under the name that only transformers 5 has for it.
+    """Refuses trained rows of GPT-NeoX's head under the name that only transformers 5 has for it,
+    and such of T5's embedding that may be of its own head, too.
 
     Args:
         folder: the adapter's.
@@ -196,8 +197,15 @@ def check_head_rows(folder: str | Path, named: Iterable[str], modules: Iterable[
     Raises:
         ValueError: there are such rows.
     """
-    plain = (name.removeprefix(PREFIX) for name in named)
-    if f"lm_head.{TOKENS}" in plain and "embed_out" in modules:
+    plain, modules = {name.removeprefix(PREFIX) for name in named}, set(modules)
+    head = f"lm_head.{TOKENS}" in plain
+    if f"shared.{TOKENS}" in plain and not head and "lm_head" in modules:
+        raise ValueError(
+            f"{folder} has trained rows of 'shared', which PEFT takes for rows of 'lm_head' as "
+            "well with transformers 5, though this base has a head of its own, and not with "
+            "transformers 4: merge it in PEFT, with the version that trained it."
+        )
+    if head and "embed_out" in modules:
         raise ValueError(
             f"{folder} has trained rows of 'lm_head', as transformers 5 calls the head that this "
             "base's files call 'embed_out': train them in PEFT with transformers 4, or the whole "

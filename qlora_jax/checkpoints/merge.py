@@ -237,7 +237,10 @@ class AdapterFile:
                 for key in file.keys()  # noqa: SIM118
             }
         shapes = self._with_experts_apart(shapes, base, config.get("peft_version"))
-        check_head_rows(folder, shapes, (name.removesuffix(".weight") for name in base.tensors))
+        family = family_of(base.config)
+        shape = family.for_weights(family.read_config(base.config), base.tensors)
+        modules = (name.removesuffix(".weight") for name in family.weight_names(shape))
+        check_head_rows(folder, shapes, modules)
         check_copies(folder, shapes)
         self._tokens = token_indices(config, shapes)
         self._called = names_in(base.config)

@@ -158,6 +158,34 @@ def test_rows_of_a_head_that_transformers_calls_otherwise_are_refused(tmp_path: 
         merge(open_checkpoint(tmp_path / "base"), tmp_path, "original")
 
 
+def _t5_with_a_head(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    shutil.copytree(shared_path("vectors/models/t5_v1_1"), folder)
+    change_config(folder, tie_word_embeddings=False)
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["shared.weight"] + 1}))
+    return folder
+
+
+def test_rows_of_t5s_embedding_that_may_be_its_heads_are_refused(tmp_path: Path) -> None:
+    base = _t5_with_a_head(tmp_path)
+    lora = LoraConfig(r=2, target_modules=("q",))
+    model = load_model(base, quant=None, lora=lora)
+    train_tokens(model, [3, 5])
+    save_adapter(tmp_path, model, lora, "base")
+    load_adapter(tmp_path, model)  # it has the head's own beside them
+    weights = tmp_path / "adapter_model.safetensors"
+    rows = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+    tensors = load_file(weights)
+    del tensors[rows]
+    save_file(tensors, weights)
+    change_config(tmp_path, file="adapter_config.json", trainable_token_indices={"shared": [3, 5]})
+    words = "trained rows of 'shared', which PEFT takes for rows of 'lm_head' as well"
+    with pytest.raises(ValueError, match=words):
+        load_adapter(tmp_path, model)
+    with pytest.raises(ValueError, match=words):
+        merge(open_checkpoint(base), tmp_path, "original")
+
+
 def test_biases_that_peft_saves_thrice_are_read_once(tmp_path: Path) -> None:
     config = VARIANTS["gpt_neox-serial"]
     names = module_names(FAMILIES["gpt_neox"].weight_names(config))
@@ -364,11 +392,9 @@ def test_vocabularies_take_no_adapters(targets, named, tied, tmp_path: Path) -> 
 def test_what_transformers_calls_otherwise_is_saved_under_all_its_names(
     name: str, module: str, others: tuple[str, ...], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(shared_path(f"vectors/models/{name}"), folder)
+    folder = shared_path(f"vectors/models/{name}")
     if name == "t5_v1_1":
-        change_config(folder, tie_word_embeddings=False)
-        change_tensors(folder, lambda t: t.update({"lm_head.weight": t["shared.weight"] + 1}))
+        folder = _t5_with_a_head(tmp_path)
     lora = LoraConfig(r=2, target_modules=("dense", "q"), modules_to_save=(module,))
     options = {"quant": None, "compute_dtype": jnp.float32}
     model = load_model(folder, lora=lora, **options)
