@@ -13,6 +13,7 @@ Adapters are small, so nothing is streamed here.
 """
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,14 @@ from qlora_jax.nn.targets import ALSO_CALLED
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 # With bias="all", PEFT saves the biases of a module to save three times: as the others, under the
-# wrapper's name for the trained copy, and untrained, of the base.
-COPY, UNUSED = ".modules_to_save.", ".original_module."
+# wrapper's name for the trained copy, and untrained, of the base. Inside of such a module the
+# adapter's own name, such as "default", follows the wrapper's.
+_COPY, UNUSED = re.compile(r"\.modules_to_save\.(?:[^.]+\.(?=[^.]+\.))?"), ".original_module."
+
+
+def without_copy(name: str) -> str:
+    """The name of a trained copy's tensor without the wrapper's."""
+    return _COPY.sub(".", name)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
     with open_weights(folder) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     named = {
-        text_name(name.removeprefix(PREFIX)).replace(COPY, "."): tensor
+        without_copy(text_name(name.removeprefix(PREFIX))): tensor
         for name, tensor in tensors.items()
         if UNUSED not in name
     }
@@ -224,7 +231,7 @@ def check_copies(folder: str | Path, named: Iterable[str]) -> None:
     Raises:
         ValueError: it does.
     """
-    plain = {text_name(name.removeprefix(PREFIX)).replace(COPY, ".") for name in named}
+    plain = {without_copy(text_name(name.removeprefix(PREFIX))) for name in named}
     for module, others in ALSO_CALLED.items():
         trained = [other for other in others if f"{other}.weight" in plain]
         if trained and len(trained) < len(others):

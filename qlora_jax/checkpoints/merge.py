@@ -27,7 +27,6 @@ from qlora_jax.checkpoints.adapter_config import (
     read_config_json,
 )
 from qlora_jax.checkpoints.adapter_file import (
-    COPY,
     PREFIX,
     TOKENS,
     UNUSED,
@@ -36,6 +35,7 @@ from qlora_jax.checkpoints.adapter_file import (
     check_head_rows,
     open_weights,
     token_indices,
+    without_copy,
 )
 from qlora_jax.checkpoints.checkpoint import (
     DTYPES,
@@ -287,7 +287,7 @@ class AdapterFile:
             name = self._called.get(name, name)
             self.adapted.add(name)
         else:
-            name = name.replace(".base_layer.", ".").replace(COPY, ".")
+            name = without_copy(name.replace(".base_layer.", "."))
             name = self._called.get(name, name)
             name = next((n for n in _names(name) if n in base.tensors), name)
             self.replaced[name] = shape

@@ -212,6 +212,29 @@ def test_biases_that_peft_saves_thrice_are_read_once(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again[ours[0]], tensors[ours[0]])
 
 
+def test_biases_that_peft_saves_thrice_inside_of_a_copy(tmp_path: Path) -> None:
+    """A classifier's head is a module of two layers: the adapter's name stands in theirs."""
+    base = tmp_path / "base"
+    save_model(base, EncoderClassifier(EncoderConfig(8, 8, 8, 1, 1), rngs=nnx.Rngs(0)))
+    lora = LoraConfig(r=2, bias="all", target_modules=("query",))
+    model = load_model(base, quant=None, lora=lora, compute_dtype=jnp.float32)
+    save_adapter(tmp_path, model, lora, "base")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head = "base_model.model.classifier"
+    for layer in ("dense", "out_proj"):
+        tensors[f"{head}.{layer}.bias"] += 1
+        bias = tensors[f"{head}.{layer}.bias"]
+        tensors[f"{head}.modules_to_save.default.{layer}.bias"] = bias
+        tensors[f"{head}.original_module.{layer}.bias"] = bias + 1
+    save_file(tensors, file)
+    load_adapter(tmp_path, model)
+    expected = tensors[f"{head}.dense.bias"]
+    np.testing.assert_array_equal(model.classifier.dense.bias[...], expected)
+    merged = merge(open_checkpoint(base), tmp_path, "original").read("classifier.dense.bias")
+    np.testing.assert_array_equal(merged, expected.astype(merged.dtype))
+
+
 def names_of(dense: Decoder, folder: Path, lora: LoraConfig) -> dict[str, np.ndarray]:
     save_adapter(folder, adapted(dense, lora), lora, "base")
     return load_file(folder / "adapter_model.safetensors")
