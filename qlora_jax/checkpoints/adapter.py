@@ -20,6 +20,7 @@ from qlora_jax.checkpoints.adapter_file import (
     TOKENS,
     WEIGHTS,
     PeftAdapter,
+    check_copies,
     check_head_rows,
     read_adapter,
 )
@@ -182,13 +183,15 @@ def load_adapter(folder: str | Path, model: Any) -> None:
     tensors = _tensors(adapter, model)
     advice = "build the model with read_adapter_config(folder)"
     _check_tied(model, adapter)
+    check_copies(folder, tensors)
+    check_head_rows(folder, tensors, token_modules(model))
     if getattr(model.config, "tie_word_embeddings", False):
         tensors.pop(_TIED, None)
     _check_same(model, adapter.config, str(folder), advice)
     _check_whole(model, adapter.config, str(folder), advice)
     rows = _token_rows(model, adapter, tensors)
     parts = _parts(model, adapter, tensors, advice)
-    _refuse_left(folder, tensors, token_modules(model))
+    _refuse_left(folder, tensors)
     put(parts)
     largest = max((max(ids) for _, ids, _ in rows), default=-1)
     if largest >= model.config.vocab_size:
@@ -255,14 +258,13 @@ def _parts(
     return taken
 
 
-def _refuse_left(folder: str | Path, tensors: dict[str, np.ndarray], modules: Any) -> None:
+def _refuse_left(folder: str | Path, tensors: dict[str, np.ndarray]) -> None:
     """Refuses an adapter of which something has no place in the model."""
     if "lm_head.lora_A.weight" in tensors:
         raise ValueError(
             f"{folder} has an adapter of 'lm_head', but linear layers below the head alone take "
             "one here: merge it into its base, with `qlora-jax merge --no-report`."
         )
-    check_head_rows(folder, tensors, modules)
     if tensors:
         raise ValueError(
             f"{folder} holds {sorted(tensors)[0]!r} (and {len(tensors) - 1} more) that the model "

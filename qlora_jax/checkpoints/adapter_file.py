@@ -13,6 +13,7 @@ Adapters are small, so nothing is streamed here.
 """
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,18 @@ from qlora_jax.checkpoints.checkpoint import DTYPES
 from qlora_jax.checkpoints.folder import open_safetensors
 from qlora_jax.checkpoints.text_part import PREFIX, text_name
 from qlora_jax.nn import LoraConfig
+from qlora_jax.nn.targets import ALSO_CALLED
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 # With bias="all", PEFT saves the biases of a module to save three times: as the others, under the
-# wrapper's name for the trained copy, and untrained, of the base.
-COPY, UNUSED = ".modules_to_save.", ".original_module."
+# wrapper's name for the trained copy, and untrained, of the base. Inside of such a module the
+# adapter's own name, such as "default", follows the wrapper's.
+_COPY, UNUSED = re.compile(r"\.modules_to_save\.(?:[^.]+\.(?=[^.]+\.))?"), ".original_module."
+
+
+def without_copy(name: str) -> str:
+    """The name of a trained copy's tensor without the wrapper's."""
+    return _COPY.sub(".", name)
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
     with open_weights(folder) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     named = {
-        text_name(name.removeprefix(PREFIX)).replace(COPY, "."): tensor
+        without_copy(text_name(name.removeprefix(PREFIX))): tensor
         for name, tensor in tensors.items()
         if UNUSED not in name
     }
@@ -185,7 +193,8 @@ def token_indices(raw: Mapping[str, Any], named: Iterable[str]) -> dict[str, tup
 
 
 def check_head_rows(folder: str | Path, named: Iterable[str], modules: Iterable[str]) -> None:
-    """Refuses trained rows of GPT-NeoX's head under the name that only transformers 5 has for it.
+    """Refuses trained rows of GPT-NeoX's head under the name that only transformers 5 has for it,
+    and such of T5's embedding that may be of its own head, too.
 
     Args:
         folder: the adapter's.
@@ -195,10 +204,38 @@ def check_head_rows(folder: str | Path, named: Iterable[str], modules: Iterable[
     Raises:
         ValueError: there are such rows.
     """
-    plain = (name.removeprefix(PREFIX) for name in named)
-    if f"lm_head.{TOKENS}" in plain and "embed_out" in modules:
+    plain, modules = {name.removeprefix(PREFIX) for name in named}, set(modules)
+    head = f"lm_head.{TOKENS}" in plain
+    if f"shared.{TOKENS}" in plain and not head and "lm_head" in modules:
+        raise ValueError(
+            f"{folder} has trained rows of 'shared', which PEFT takes for rows of 'lm_head' as "
+            "well with transformers 5, though this base has a head of its own, and not with "
+            "transformers 4: merge it in PEFT, with the version that trained it."
+        )
+    if head and "embed_out" in modules:
         raise ValueError(
             f"{folder} has trained rows of 'lm_head', as transformers 5 calls the head that this "
             "base's files call 'embed_out': train them in PEFT with transformers 4, or the whole "
             "head (modules_to_save)."
         )
+
+
+def check_copies(folder: str | Path, named: Iterable[str]) -> None:
+    """Refuses an adapter that trains whole one of the copies that transformers reads T5's embedding
+    by, and not the other: PEFT's wrapper of one leaves the other as it was.
+
+    Args:
+        folder: the adapter's.
+        named: its tensors, with or without PEFT's prefix.
+
+    Raises:
+        ValueError: it does.
+    """
+    plain = {without_copy(text_name(name.removeprefix(PREFIX))) for name in named}
+    for module, others in ALSO_CALLED.items():
+        trained = [other for other in others if f"{other}.weight" in plain]
+        if trained and len(trained) < len(others):
+            raise ValueError(
+                f"{folder} trains {trained[0]!r} alone, one of the copies ({', '.join(others)}) of "
+                f"what is one matrix here, {module!r}: use the adapter in PEFT."
+            )

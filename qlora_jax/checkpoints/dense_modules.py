@@ -11,6 +11,7 @@ A layer that the folder holds otherwise is not read. So a folder needs the list 
 T5's `wo` in 16 or 32 bits.
 """
 
+import itertools
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from fnmatch import fnmatchcase
 from qlora_jax.checkpoints.checkpoint import Checkpoint, dequantized
 from qlora_jax.checkpoints.matching import linear_weights
 from qlora_jax.models import family_of
+from qlora_jax.nn.targets import ALSO_CALLED
 
 
 def packable_weights(checkpoint: Checkpoint) -> frozenset[str]:
@@ -40,7 +42,7 @@ def skip_modules(checkpoint: Checkpoint) -> list[str] | None:
     """`llm_int8_skip_modules` for a folder of a checkpoint in 4 bits.
 
     None where transformers, left alone, expects as dense what is dense. Else as few names as mean
-    all of it and nothing that is in codes.
+    all of it, in any version of transformers, and nothing that is in codes.
 
     Raises:
         ValueError: an unknown architecture.
@@ -60,7 +62,8 @@ def skip_modules(checkpoint: Checkpoint) -> list[str] | None:
     unasked = {m for m in modules if m == family.output or _matches(m, family.kept_dense)}
     if set(dense) == unasked:
         return None
-    return list(dict.fromkeys(_short(module, packed) for module in dense))
+    names = [(_short(module, packed), *ALSO_CALLED.get(module, ())) for module in dense]
+    return list(dict.fromkeys(itertools.chain.from_iterable(names)))
 
 
 def _kept_dense(checkpoint: Checkpoint) -> frozenset[str]:

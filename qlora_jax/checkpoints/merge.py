@@ -27,14 +27,15 @@ from qlora_jax.checkpoints.adapter_config import (
     read_config_json,
 )
 from qlora_jax.checkpoints.adapter_file import (
-    COPY,
     PREFIX,
     TOKENS,
     UNUSED,
     WEIGHTS,
+    check_copies,
     check_head_rows,
     open_weights,
     token_indices,
+    without_copy,
 )
 from qlora_jax.checkpoints.adapter_tokenizer import with_adapter_tokenizer
 from qlora_jax.checkpoints.checkpoint import (
@@ -244,7 +245,11 @@ class AdapterFile:
                 for key in file.keys()  # noqa: SIM118
             }
         shapes = self._with_experts_apart(shapes, base, config.get("peft_version"))
-        check_head_rows(folder, shapes, (name.removesuffix(".weight") for name in base.tensors))
+        family = family_of(base.config)
+        shape = family.for_weights(family.read_config(base.config), base.tensors)
+        modules = (name.removesuffix(".weight") for name in family.weight_names(shape))
+        check_head_rows(folder, shapes, modules)
+        check_copies(folder, shapes)
         self._tokens = token_indices(config, shapes)
         self._called = names_in(base.config)
         for key, shape in shapes.items():
@@ -290,7 +295,7 @@ class AdapterFile:
             name = self._called.get(name, name)
             self.adapted.add(name)
         else:
-            name = name.replace(".base_layer.", ".").replace(COPY, ".")
+            name = without_copy(name.replace(".base_layer.", "."))
             name = self._called.get(name, name)
             name = next((n for n in _names(name) if n in base.tensors), name)
             self.replaced[name] = shape

@@ -190,6 +190,34 @@ def test_rows_of_a_head_that_transformers_calls_otherwise_are_refused(tmp_path: 
         merge(open_checkpoint(tmp_path / "base"), tmp_path, "original")
 
 
+def _t5_with_a_head(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    shutil.copytree(shared_path("vectors/models/t5_v1_1"), folder)
+    change_config(folder, tie_word_embeddings=False)
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["shared.weight"] + 1}))
+    return folder
+
+
+def test_rows_of_t5s_embedding_that_may_be_its_heads_are_refused(tmp_path: Path) -> None:
+    base = _t5_with_a_head(tmp_path)
+    lora = LoraConfig(r=2, target_modules=("q",))
+    model = load_model(base, quant=None, lora=lora)
+    train_tokens(model, [3, 5])
+    save_adapter(tmp_path, model, lora, "base")
+    load_adapter(tmp_path, model)  # it has the head's own beside them
+    weights = tmp_path / "adapter_model.safetensors"
+    rows = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+    tensors = load_file(weights)
+    del tensors[rows]
+    save_file(tensors, weights)
+    change_config(tmp_path, file="adapter_config.json", trainable_token_indices={"shared": [3, 5]})
+    words = "trained rows of 'shared', which PEFT takes for rows of 'lm_head' as well"
+    with pytest.raises(ValueError, match=words):
+        load_adapter(tmp_path, model)
+    with pytest.raises(ValueError, match=words):
+        merge(open_checkpoint(base), tmp_path, "original")
+
+
 def test_biases_that_peft_saves_thrice_are_read_once(tmp_path: Path) -> None:
     config = VARIANTS["gpt_neox-serial"]
     names = module_names(FAMILIES["gpt_neox"].weight_names(config))
@@ -214,6 +242,29 @@ def test_biases_that_peft_saves_thrice_are_read_once(tmp_path: Path) -> None:
     }
     assert len(ours) == 1
     np.testing.assert_array_equal(again[ours[0]], tensors[ours[0]])
+
+
+def test_biases_that_peft_saves_thrice_inside_of_a_copy(tmp_path: Path) -> None:
+    """A classifier's head is a module of two layers: the adapter's name stands in theirs."""
+    base = tmp_path / "base"
+    save_model(base, EncoderClassifier(EncoderConfig(8, 8, 8, 1, 1), rngs=nnx.Rngs(0)))
+    lora = LoraConfig(r=2, bias="all", target_modules=("query",))
+    model = load_model(base, quant=None, lora=lora, compute_dtype=jnp.float32)
+    save_adapter(tmp_path, model, lora, "base")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head = "base_model.model.classifier"
+    for layer in ("dense", "out_proj"):
+        tensors[f"{head}.{layer}.bias"] += 1
+        bias = tensors[f"{head}.{layer}.bias"]
+        tensors[f"{head}.modules_to_save.default.{layer}.bias"] = bias
+        tensors[f"{head}.original_module.{layer}.bias"] = bias + 1
+    save_file(tensors, file)
+    load_adapter(tmp_path, model)
+    expected = tensors[f"{head}.dense.bias"]
+    np.testing.assert_array_equal(model.classifier.dense.bias[...], expected)
+    merged = merge(open_checkpoint(base), tmp_path, "original").read("classifier.dense.bias")
+    np.testing.assert_array_equal(merged, expected.astype(merged.dtype))
 
 
 def names_of(dense: Decoder, folder: Path, lora: LoraConfig) -> dict[str, np.ndarray]:
@@ -406,11 +457,9 @@ def test_vocabularies_take_no_adapters(targets, named, tied, tmp_path: Path) -> 
 def test_what_transformers_calls_otherwise_is_saved_under_all_its_names(
     name: str, module: str, others: tuple[str, ...], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(shared_path(f"vectors/models/{name}"), folder)
+    folder = shared_path(f"vectors/models/{name}")
     if name == "t5_v1_1":
-        change_config(folder, tie_word_embeddings=False)
-        change_tensors(folder, lambda t: t.update({"lm_head.weight": t["shared.weight"] + 1}))
+        folder = _t5_with_a_head(tmp_path)
     lora = LoraConfig(r=2, target_modules=("dense", "q"), modules_to_save=(module,))
     options = {"quant": None, "compute_dtype": jnp.float32}
     model = load_model(folder, lora=lora, **options)
@@ -422,18 +471,26 @@ def test_what_transformers_calls_otherwise_is_saved_under_all_its_names(
     read = read_adapter_config(tmp_path)
     assert read.modules_to_save == (module, *others)
 
-    # Any one of the names is enough, and stands for the others.
-    for other in others:
-        one = f"base_model.model.{other}.weight"
-        new = written[one] + 1
-        save_file({n: x for n, x in written.items() if n not in whole} | {one: new}, weights)
-        change_config(tmp_path, file="adapter_config.json", modules_to_save=[other])
-        again = load_model(folder, lora=read_adapter_config(tmp_path), **options)
-        load_adapter(tmp_path, again)
-        path = FAMILIES[again.config.model_type].weight_names(again.config)[f"{module}.weight"].path
-        np.testing.assert_array_equal(node_at(again, path)[...], new)
-        merged = merge(open_checkpoint(folder), tmp_path, "original").read(f"{module}.weight")
-        np.testing.assert_array_equal(merged, new.astype(merged.dtype))
+    # The copies that transformers computes with are enough.
+    new = written[f"base_model.model.{module}.weight"] + 1
+    copies = {f"base_model.model.{other}.weight": new for other in others}
+    rest = {n: x for n, x in written.items() if n not in whole}
+    save_file(rest | copies, weights)
+    change_config(tmp_path, file="adapter_config.json", modules_to_save=list(others))
+    again = load_model(folder, lora=read_adapter_config(tmp_path), **options)
+    load_adapter(tmp_path, again)
+    path = FAMILIES[again.config.model_type].weight_names(again.config)[f"{module}.weight"].path
+    np.testing.assert_array_equal(node_at(again, path)[...], new)
+    merged = merge(open_checkpoint(folder), tmp_path, "original").read(f"{module}.weight")
+    np.testing.assert_array_equal(merged, new.astype(merged.dtype))
+
+    for other in others if len(others) > 1 else ():
+        # In PEFT the other copy is then as it was.
+        save_file(rest | {f"base_model.model.{other}.weight": new}, weights)
+        with pytest.raises(ValueError, match=f"trains '{other}' alone, one of the copies"):
+            load_adapter(tmp_path, again)
+        with pytest.raises(ValueError, match=f"trains '{other}' alone, one of the copies"):
+            merge(open_checkpoint(folder), tmp_path, "original")
 
     save_file(written | {f"base_model.model.{others[-1]}.weight": new + 1}, weights)
     with pytest.raises(ValueError, match="apart, which are one matrix"):

@@ -169,6 +169,14 @@ def test_the_list_is_null_where_transformers_needs_none(dense):
     assert skip_modules(in_4_bits(dense["llama"], more=("lm_head.weight",))) == []
 
 
+def test_a_head_that_transformers_5_calls_otherwise_is_listed_by_both_names():
+    """Else a GPT-NeoX's `lm_head` would become a 4-bit layer there, with numbers for codes."""
+    base = random_checkpoint(VARIANTS["gpt_neox-serial"])
+    mixed = in_4_bits(base, "*.query_key_value.weight")
+    assert skip_modules(mixed) == ["embed_out", "lm_head", "query_key_value"]
+    assert skip_modules(in_4_bits(base)) is None
+
+
 def test_a_short_name_means_nothing_packed_to_transformers_4_or_5():
     """5 asks how a module's name ends, 4 whether it has a part of this name."""
     assert _short("b.wo", {"b.two"}) == "b.wo"

@@ -43,6 +43,16 @@ _FILES: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 1e4,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
+    "gemma3_text-long": {
+        **_GEMMA,
+        "sliding_window_pattern": 2,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.5, 2.0, 4.0, 4.5],
+            "original_max_position_embeddings": 8,
+        },
+    },
     # As deep as a Gemma 3 that has no layer with full attention yet.
     "gemma3_text-windows": {**_GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
     "phi3-long": {

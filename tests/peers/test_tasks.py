@@ -122,3 +122,22 @@ def test_pefts_here(name, targets, in_4_bits, bases, tmp_path):
     assert back.keys() == first.keys()
     for tensor, value in first.items():
         np.testing.assert_array_equal(back[tensor], value, err_msg=tensor)
+
+
+def test_pefts_biases_of_the_head(bases, tmp_path):
+    """All biases, of which PEFT saves the head's three times, by longer names than elsewhere."""
+    folder = bases["roberta", False]
+    base = theirs(folder)
+    before = their_logits(base)
+    config = peft.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS", bias="all")
+    torch.manual_seed(1)
+    trained = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    trained.save_pretrained(tmp_path)
+    model = ours(folder, read_adapter_config(tmp_path), False)
+    load_adapter(tmp_path, model)
+    same(our_logits(model), their_logits(trained))
+    changed(their_logits(trained), before)

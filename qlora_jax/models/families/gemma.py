@@ -118,7 +118,12 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
     given["attn_logit_softcapping"] = None
     # transformers 4 has fields of their own for the layers that slide, transformers 5 two of all.
     both = given.get("rope_parameters") or {}
-    whole = {**given, "rope_parameters": both.get("full_attention")}
+    whole = {
+        **given,
+        "rope_parameters": both.get("full_attention"),
+        # transformers reads it inside of the rope's own fields alone.
+        "original_max_position_embeddings": None,
+    }
     local = {
         "rope_parameters": both.get("sliding_attention"),
         "rope_theta": given.get("rope_local_base_freq"),
@@ -149,6 +154,12 @@ def write_gemma3(config: DecoderConfig) -> dict[str, Any]:
     fields = _write(config, "Gemma3ForCausalLM") | {
         "rope_local_base_freq": None if local is None else local.rope_theta,
     }
+    if config.rope is not None and config.rope.rope_type == "longrope":
+        # Under the names that a Gemma 3's are read by, and inside.
+        scaling = fields["rope_scaling"]
+        scaling["rope_type"] = scaling.pop("type")
+        before = "original_max_position_embeddings"
+        scaling[before] = fields.pop(before)
     # What transformers read before `layer_types`: the distance of layers that see everything.
     period = sliding.index(False) + 1 if False in sliding else len(sliding) + 1
     return fields | {"sliding_window_pattern": period}
