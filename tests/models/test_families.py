@@ -474,6 +474,21 @@ def test_layers_that_slide_where_a_file_does_not_say():
     assert (config.sliding_window, config.sliding_layers.index(True)) == (4096, 28)
 
 
+def test_a_mistral_whose_windows_are_in_some_layers():
+    """Ministral's: transformers 5 reads a Mistral's `layer_types`, too."""
+    types = ["full_attention", "sliding_attention", "sliding_attention"]
+    given = _BASE | {"model_type": "mistral", "num_attention_heads": 4, "num_hidden_layers": 3}
+    family = FAMILIES["mistral"]
+    config = family.read_config(given | {"sliding_window": 5, "layer_types": types})
+    assert (config.sliding_window, config.sliding_layers) == (5, (False, True, True))
+    assert family.write_config(config)["layer_types"] == types
+    assert family.read_config(family.write_config(config)) == config
+    every = family.read_config(given)
+    assert (every.sliding_window, every.sliding_layers) == (4096, (True,) * 3)
+    # A file that says so is another model to transformers.
+    assert "layer_types" not in family.write_config(every)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

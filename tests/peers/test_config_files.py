@@ -28,6 +28,12 @@ FILES = {
     "llama, a length outside": {"rope_scaling": _LLAMA3, "original_max_position_embeddings": 16},
     "llama, two lengths": {"rope_scaling": _YARN, "original_max_position_embeddings": 2048},
     "phi3, a length of its class": {"rope_scaling": _LONG, "max_position_embeddings": 8192},
+    # To transformers 5 a Ministral.
+    "mistral, windows in some layers": {
+        "head_dim": 8,
+        "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
     "phi3, a window": {"sliding_window": 6, "partial_rotary_factor": 0.5},
     "gpt_neox, names of others": {"rope_theta": 500.0, "partial_rotary_factor": 0.75},
     "gemma3, a head of its own": SEEING | {"tie_word_embeddings": False},

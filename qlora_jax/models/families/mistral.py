@@ -1,4 +1,7 @@
-"""Mistral 7B and its kin (arXiv 2310.06825): Llama's format, every layer with a sliding window."""
+"""Mistral 7B and its kin (arXiv 2310.06825): Llama's format, every layer with a sliding window.
+
+A file with `layer_types` (Ministral's) may let some layers see everything.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +11,12 @@ from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.families.config_json import (
     read_activation,
     read_decoder,
+    read_layer_types,
     refuse,
     write_decoder,
 )
 from qlora_jax.models.families.tensor_names import decoder_weights
-from qlora_jax.models.family import Family
+from qlora_jax.models.family import Family, required
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -22,18 +26,20 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         ValueError: a field is missing or asks for what a Mistral has not.
     """
     refuse(config, attention_bias=False, mlp_bias=False)
+    usual = ("sliding_attention",) * required(config, "num_hidden_layers")
     return read_decoder(
         config,
         context=131072,
         hidden_act=read_activation(config, "hidden_act", "silu"),
         # transformers' default for a file that does not say is 4096, and null is no window.
-        sliding_window=config.get("sliding_window", 4096),
+        **read_layer_types(config, config.get("sliding_window", 4096), usual),
     )
 
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
     """The config.json that `read_config` reads back."""
-    return write_decoder(config, "MistralForCausalLM") | {"sliding_window": config.sliding_window}
+    fields = write_decoder(config, "MistralForCausalLM") | {"sliding_window": config.sliding_window}
+    return fields | ({"layer_types": list(config.layer_types)} if config.layer_types else {})
 
 
 MISTRAL = Family("mistral", read_config, write_config, decoder_weights, build=Decoder)
