@@ -219,6 +219,8 @@ USUAL_NAMES = {
     "train.micro_batch_size": ("batch", "batch_size", "per_device_train_batch_size"),
     "train.max_grad_norm": ("clip", "grad_clip", "max_grad_norm"),
     "train.eval_every": ("eval_steps",),
+    "train.patience": ("early_stopping_patience", "early_stopping"),
+    "train.keep_best": ("load_best_model_at_end", "save_best"),
     "train.save_every": ("save_steps",),
     "train.log_every": ("logging_steps",),
     "train.seed": ("seed",),

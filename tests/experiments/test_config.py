@@ -66,6 +66,7 @@ def test_a_resolved_run_comes_back_from_its_yaml():
         ({"train": {"lr": 1e-3}}, "the nearest is train.learning_rate"),
         ({"train": {"batch_size": 4}}, "the nearest is train.micro_batch_size"),
         ({"train": {"num_train_epochs": 1}}, "the nearest is train.steps"),
+        ({"train": {"early_stopping": 3}}, "the nearest is train.patience"),
         ({"quant": {"blocksiz": 64}}, "the nearest is quant.blocksize"),
         ({"train": {"steps": "many"}}, "train.steps in a test is 'many', but should be a whole"),
         ({"train": {"steps": 1.5}}, "should be a whole number"),
