@@ -307,6 +307,9 @@ def test_text_part_of_a_gemma_that_sees(tmp_path):
     one, other = load_model(folder, **options), load_model(tmp_path, **options)
     # It only remembers that the whole sees, for the names of its adapters.
     assert dataclasses.replace(one.config, sees=True) == other.config
+    # transformers caps the logits of a text model alone.
+    capped = whole | {"text_config": text | {"final_logit_softcapping": 3.0}}
+    assert FAMILIES["gemma3"].read_config(capped) == other.config
     save_model(tmp_path / "saved", other)
     assert load_model(tmp_path / "saved", **options).config == one.config
     assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(tensors)
