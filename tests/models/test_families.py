@@ -347,6 +347,15 @@ def test_the_length_that_a_rope_was_trained_for(model_type, given, expected):
     assert rope.original_max_position_embeddings == expected
 
 
+def test_the_length_of_a_gemma_3s_other_rope():
+    """That of the windows, where it is scaled and names none."""
+    ropes = {"full_attention": {"rope_type": "default"}, "sliding_attention": _DYNAMIC}
+    given = {"model_type": "gemma3_text", "rope_parameters": ropes, "num_key_value_heads": 2}
+    given |= _BASE | {"max_position_embeddings": 64}
+    rope = FAMILIES["gemma3_text"].read_config(given).local_rope
+    assert rope.original_max_position_embeddings == 64
+
+
 def test_a_bloom_as_it_was_published():
     """config.json of 2022, which has two names for a width, and tensors without `transformer.`."""
     config = VARIANTS["bloom-even"]

@@ -121,6 +121,7 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
     both = given.get("rope_parameters") or {}
     whole = {**given, "rope_parameters": both.get("full_attention")}
     local = {
+        "max_position_embeddings": given["max_position_embeddings"],
         "rope_parameters": both.get("sliding_attention"),
         "rope_theta": given.get("rope_local_base_freq"),
     }
