@@ -157,15 +157,33 @@ def plainly_scaled(lora: LoraConfig, modules: Iterable[str]) -> LoraConfig:
     """The same scales without rsLoRA, if some of the adapted modules are experts'.
 
     PEFT stacks the factors of gate and up into one pair and takes twice their rank and alpha, which
-    leaves α / r as it is, and of α / √r makes √2 times as much (0.21.2).
+    leaves α / r as it is, and of α / √r makes √2 times as much (0.21.2). It holds patterns against
+    the packed names, so an alpha on which all experts agree stands at a pattern that matches them.
     """
     modules = list(modules)
     if not lora.use_rslora or not any(".experts." in module for module in modules):
         return lora
     alphas = {module: own.scaling * own.r for module in modules if (own := lora.at(module))}
     usual = lora.scaling * lora.r
-    other = {re.escape(module): alpha for module, alpha in alphas.items() if alpha != usual}
+    together: dict[str, set[float]] = {}
+    for module, alpha in alphas.items():
+        together.setdefault(_packed_too(module), set()).add(alpha)
+    other = {
+        pattern if len(together[pattern := _packed_too(module)]) == 1 else re.escape(module): alpha
+        for module, alpha in alphas.items()
+        if alpha != usual
+    }
     return replace(lora, alpha=usual, alpha_pattern=other, use_rslora=False)
+
+
+def _packed_too(module: str) -> str:
+    """A regular expression for the path of a layer, and of an expert's for all that are packed into
+    one parameter with it."""
+    for expression in map(_expression, _LAYERS):
+        found = re.fullmatch(rf"(.*\.)?{expression}", module)
+        if found is not None:
+            return re.escape(found[1] or "") + expression
+    return re.escape(module)
 
 
 class Cut(NamedTuple):

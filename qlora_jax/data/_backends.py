@@ -54,10 +54,30 @@ class JsonBackend:
 
     def with_tokens(self, tokens: Sequence[str]) -> "JsonBackend":
         """The same with more special tokens behind the last id."""
+        return self._extended((token, True) for token in tokens)
+
+    def with_added(self, added: Mapping[int, tuple[str, bool]]) -> "JsonBackend":
+        """The same with what its folder says was added besides: id -> (token, whether it is
+        special); one that is not is read in every text.
+
+        Raises:
+            ValueError: the ids of tokens that the file lacks do not follow its last one by one.
+        """
+        lacking = sorted(id_ for id_, (token, _) in added.items() if self.token_id(token) is None)
+        if lacking != list(range(self.vocab_size, self.vocab_size + len(lacking))):
+            raise ValueError(
+                f"{self._file} ends with the id {self.vocab_size - 1} and lacks tokens that the "
+                f"files beside it list with the ids {', '.join(map(str, lacking))}, not the next "
+                "ones in turn: take all files from one folder, as the tokenizer was saved."
+            )
+        return self._extended(added[id_] for id_ in lacking) if lacking else self
+
+    def _extended(self, tokens: Iterable[tuple[str, bool]]) -> "JsonBackend":
+        """More tokens, special or not, behind the last id."""
         traits = ("single_word", "lstrip", "rstrip", "normalized")
         added = [
-            {"id": id_, "content": token, **dict.fromkeys(traits, False), "special": True}
-            for id_, token in enumerate(tokens, self.vocab_size)
+            {"id": id_, "content": token, **dict.fromkeys(traits, False), "special": special}
+            for id_, (token, special) in enumerate(tokens, self.vocab_size)
         ]
         spec = {**self._spec, "added_tokens": [*(self._spec.get("added_tokens") or []), *added]}
         return JsonBackend(self._file, spec)

@@ -5,7 +5,7 @@
 special tokens and whether the family begins its texts with bos. Which tokens are special is read
 from where Hugging Face puts it, the first that answers winning: the arguments,
 `tokenizer_config.json`, `special_tokens_map.json`, `config.json`, the SentencePiece model itself.
-Tokens that were added to a SentencePiece model stand beside it, in `added_tokens.json`.
+Tokens that were added may stand beside the vocabulary alone, in `added_tokens.json`.
 
 Two choices that differ from the Hugging Face default:
 
@@ -193,7 +193,7 @@ def load_tokenizer(
         backend: JsonBackend | SentencePieceBackend = JsonBackend(file)
     else:
         backend = SentencePieceBackend(file, sentinels=_sentinels(config, model_config))
-        backend = backend.with_added(added_tokens(listed, config, token_map))
+    backend = backend.with_added(added_tokens(listed, config, token_map))
     given = {"bos": bos_token, "eos": eos_token, "pad": pad_token}
 
     def special_id(kind: str) -> int | None:
@@ -236,10 +236,11 @@ def load_tokenizer(
 def added_tokens(
     listed: Mapping[str, int], config: Mapping[str, Any], token_map: Mapping[str, Any]
 ) -> dict[int, tuple[str, bool]]:
-    """What was added to a SentencePiece model: id -> (token, whether it is special).
+    """What was added to a tokenizer: id -> (token, whether it is special).
 
-    transformers leaves the model's own file alone and keeps them beside it: in `added_tokens.json`
-    (`listed`), and since 4.34 in tokenizer_config.json, too.
+    transformers leaves a SentencePiece model's own file alone and keeps them beside it: in
+    `added_tokens.json` (`listed`), and since 4.34 in tokenizer_config.json, too. A tokenizer.json
+    holds them itself, unless it comes from another folder than those.
     """
     named: set[str] = set()
     for given in (config, token_map):

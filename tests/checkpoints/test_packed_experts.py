@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -171,6 +172,12 @@ def test_rslora_of_experts_is_written_as_larger_alphas() -> None:
         assert own.r == before.r
         assert own.scaling == pytest.approx(before.scaling, rel=1e-15)
     assert plainly_scaled(lora, modules[:1]) == lora
+    # Where the experts agree, PEFT finds the alpha by the packed name, too.
+    modules = [f"model.layers.0.block_sparse_moe.experts.{n}.w2" for n in range(2)]
+    packed = plainly_scaled(dataclasses.replace(lora, alpha_pattern={"w2": 5}), modules)
+    (pattern,) = packed.alpha_pattern
+    assert re.fullmatch(pattern, "model.layers.0.mlp.experts.down_proj")
+    assert not re.fullmatch(pattern, "model.layers.1.mlp.experts.down_proj")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

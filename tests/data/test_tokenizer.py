@@ -293,10 +293,12 @@ def test_sentencepiece_itself_reads_added_tokens(tmp_path):
     assert processor.is_control(32000)
 
 
+@pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json"])
 @pytest.mark.parametrize("newer", [False, True])
-def test_tokens_that_stand_beside_a_sentencepiece_model(newer, tmp_path):
-    """As folders of finetuned Llamas have them, since before there was a tokenizer.json."""
-    shutil.copy(shared_path("data/tokenizers/llama2/tokenizer.model"), tmp_path)
+def test_tokens_that_stand_beside_a_vocabulary(newer, file, tmp_path):
+    """As folders of finetuned Llamas have them, since before there was a tokenizer.json; and as
+    those have them to which the base's was copied."""
+    shutil.copy(shared_path(f"data/tokenizers/llama2/{file}"), tmp_path)
     config = {"pad_token": "[PAD]", "eos_token": "</s>"}
     listed = {"<|im|>": 32001, "[PAD]": 32000, "<s>": 1}
     if newer:
@@ -310,17 +312,20 @@ def test_tokens_that_stand_beside_a_sentencepiece_model(newer, tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.vocab_size, tokenizer.pad_token_id) == (32002, 32000)
     # As transformers' LlamaTokenizer; only special tokens stay text where a text is only text.
-    ids = [1, 263, 29871, 32001, 289]
-    assert tokenizer.encode("a <|im|> b") == ids
-    assert tokenizer.decode(ids) == "a <|im|> b"
+    # (Of a tokenizer.json to the token: behind it a text begins anew, with one more space.)
+    text, ids = "a <|im|> b", [1, 263, 29871, 32001, 289]
+    if file == "tokenizer.json":
+        text, ids = text.removesuffix(" b"), ids[:-1]
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.decode(ids) == text
     assert tokenizer.encode("[PAD]", special=True) == [1, 32000]
     assert 32000 not in tokenizer.encode("[PAD]")
     assert tokenizer.with_tokens(["<|z|>"]).token_id("<|z|>") == 32002
     tokenizer.save(tmp_path / "saved")
-    assert load_tokenizer(tmp_path / "saved").encode("a <|im|> b") == ids
+    assert load_tokenizer(tmp_path / "saved").encode(text) == ids
     if not newer:
         (tmp_path / "added_tokens.json").write_text(json.dumps(listed | {"<|x|>": 32005}))
-        with pytest.raises(ValueError, match="have the ids 32000, 32001, 32005, not the next ones"):
+        with pytest.raises(ValueError, match=r"the ids 32000, 32001, 32005, not the next ones"):
             load_tokenizer(tmp_path)
 
 

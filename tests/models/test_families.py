@@ -307,6 +307,9 @@ def test_text_part_of_a_gemma_that_sees(tmp_path):
     one, other = load_model(folder, **options), load_model(tmp_path, **options)
     # It only remembers that the whole sees, for the names of its adapters.
     assert dataclasses.replace(one.config, sees=True) == other.config
+    # transformers caps the logits of a text model alone.
+    capped = whole | {"text_config": text | {"final_logit_softcapping": 3.0}}
+    assert FAMILIES["gemma3"].read_config(capped) == other.config
     save_model(tmp_path / "saved", other)
     assert load_model(tmp_path / "saved", **options).config == one.config
     assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(tensors)
@@ -342,6 +345,15 @@ _LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0
 def test_the_length_that_a_rope_was_trained_for(model_type, given, expected):
     rope = FAMILIES[model_type].read_config(_BASE | {"model_type": model_type} | given).rope
     assert rope.original_max_position_embeddings == expected
+
+
+def test_the_length_of_a_gemma_3s_other_rope():
+    """That of the windows, where it is scaled and names none."""
+    ropes = {"full_attention": {"rope_type": "default"}, "sliding_attention": _DYNAMIC}
+    given = {"model_type": "gemma3_text", "rope_parameters": ropes, "num_key_value_heads": 2}
+    given |= _BASE | {"max_position_embeddings": 64}
+    rope = FAMILIES["gemma3_text"].read_config(given).local_rope
+    assert rope.original_max_position_embeddings == 64
 
 
 def test_a_bloom_as_it_was_published():

@@ -37,6 +37,8 @@ FILES = {
     "phi3, a window": {"sliding_window": 6, "partial_rotary_factor": 0.5},
     "gpt_neox, names of others": {"rope_theta": 500.0, "partial_rotary_factor": 0.75},
     "gemma3, a head of its own": SEEING | {"tie_word_embeddings": False},
+    "gemma3, a cap": SEEING
+    | {"text_config": SEEING["text_config"] | {"final_logit_softcapping": 1.0}},
     "gemma3, a text with a head": SEEING
     | {"text_config": SEEING["text_config"] | {"tie_word_embeddings": False}},
 }

@@ -36,6 +36,11 @@ KINDS = {
     "down alone": {"target_modules": ["q_proj"], "target_parameters": [DOWN]},
     "gate and up alone": {"target_modules": ["q_proj"], "target_parameters": [GATE_UP]},
     "rslora": {"target_parameters": [GATE_UP, DOWN], "use_rslora": True},
+    "rslora, alphas": {
+        "target_parameters": [GATE_UP, DOWN],
+        "use_rslora": True,
+        "alpha_pattern": {"down_proj": 5},
+    },
     "patterns": {
         "target_modules": ["q_proj"],
         "target_parameters": [GATE_UP, DOWN],

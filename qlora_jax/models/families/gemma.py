@@ -114,7 +114,8 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
     if text is not config:
         # Of a model that sees, the whole has the word, not its text part.
         given["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
-    # transformers has the field and computes without it.
+        given["final_logit_softcapping"] = None
+    # transformers has the field and computes without it, and without the other where it sees.
     given["attn_logit_softcapping"] = None
     # transformers 4 has fields of their own for the layers that slide, transformers 5 two of all.
     both = given.get("rope_parameters") or {}
@@ -125,6 +126,7 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
         "original_max_position_embeddings": None,
     }
     local = {
+        "max_position_embeddings": given["max_position_embeddings"],
         "rope_parameters": both.get("sliding_attention"),
         "rope_theta": given.get("rope_local_base_freq"),
     }
