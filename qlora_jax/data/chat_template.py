@@ -188,9 +188,12 @@ def load_chat_template(path: str | Path, name: str | None = None) -> ChatTemplat
             f"{folder} has no chat template {wanted!r} ({has}): put one in chat_template.jinja, or "
             "use the format 'messages' or 'messages-chatml'."
         )
+    # What a model has besides, such as an image's token; a list of them has no names.
+    more = config.get("extra_special_tokens")
+    named = {**token_map, **config, **(more if isinstance(more, dict) else {})}
     special = {
         key: value["content"] if isinstance(value, dict) else value
-        for key, value in {**token_map, **config}.items()
+        for key, value in named.items()
         if key.endswith("_token") and is_token(value)
     }
     return ChatTemplate(templates[wanted], special, folder.resolve().name)

@@ -379,12 +379,13 @@ def test_bad_input(tmp_path):
 def test_where_templates_are_found(tmp_path):
     several = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
     config = {"chat_template": several, "eos_token": {"content": "</s>"}, "pad_token": None}
+    config["extra_special_tokens"] = more = {"image_token": "<img>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     token_map = {"eos_token": "<end>", "bos_token": "<s>"}  # the configuration speaks first
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(token_map))
     assert load_chat_template(tmp_path).source == "a"
     assert load_chat_template(tmp_path, "tool_use").source == "b"
-    assert load_chat_template(tmp_path).special_tokens == TOKENS
+    assert load_chat_template(tmp_path).special_tokens == TOKENS | more
     with pytest.raises(ValueError, match=r"'rag' \(it has default, tool_use\)"):
         load_chat_template(tmp_path, "rag")
     (tmp_path / "chat_template.jinja").write_text("c")

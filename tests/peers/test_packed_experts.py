@@ -41,6 +41,10 @@ KINDS = {
         "use_rslora": True,
         "alpha_pattern": {"down_proj": 5},
     },
+    "one layer's alpha": {
+        "target_parameters": [GATE_UP, DOWN],
+        "alpha_pattern": {r"layers\.1\.mlp\.experts\.gate_up_proj": 40},
+    },
     "patterns": {
         "target_modules": ["q_proj"],
         "target_parameters": [GATE_UP, DOWN],
@@ -58,9 +62,10 @@ KINDS = {
         "target_modules": ["q_proj", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"]
     },
 }
-MISREAD = {"gate and up alone"}
+MISREAD = {"gate and up alone", "one layer's alpha"}
 """What PEFT 0.21.2 packs wrongly out of adapters with a module per expert: gate and up of which no
-`down` is adapted, whose factors it looks for one wrapper too deep."""
+`down` is adapted, whose factors it looks for one wrapper too deep; and gate and up of another alpha
+than `lora_alpha`, which it takes twice for both."""
 
 
 @pytest.mark.parametrize("name", sorted(EXPERTS))
