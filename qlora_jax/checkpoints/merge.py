@@ -246,8 +246,8 @@ class AdapterFile:
             }
         shapes = self._with_experts_apart(shapes, base, config.get("peft_version"))
         family = family_of(base.config)
-        shape = family.for_weights(family.read_config(base.config), base.tensors)
-        modules = (name.removesuffix(".weight") for name in family.weight_names(shape))
+        model_config = family.for_weights(family.read_config(base.config), base.tensors)
+        modules = (name.removesuffix(".weight") for name in family.weight_names(model_config))
         check_head_rows(folder, shapes, modules)
         check_copies(folder, shapes)
         self._tokens = token_indices(config, shapes)

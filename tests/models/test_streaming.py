@@ -139,8 +139,10 @@ def test_weights_that_stay_are_not_moved():
     """Where layers are updated in the backward pass, of a model that is on the device."""
     weights = jnp.zeros((2, 8, 8))
 
+    def step(x, weight, _):
+        return x @ weight, None
+
     def run(x, stay):
-        step = lambda x, weight, _: (x @ weight, None)  # noqa: E731
         return streaming.stream_layers(step, x, weights, None, stay=stay)[0]
 
     for stay in (False, True):
