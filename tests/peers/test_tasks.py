@@ -75,6 +75,17 @@ def changed(logits: np.ndarray, base: np.ndarray) -> None:
     assert np.abs(logits - base).max() > 1e-2 * np.ptp(base), "the adapter changes nothing"
 
 
+def as_if_trained(base, config):
+    """The base with PEFT's adapter, moved at random."""
+    torch.manual_seed(1)
+    trained = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return trained
+
+
 @pytest.mark.parametrize(("name", "targets", "in_4_bits"), CASES)
 def test_ours_in_peft(name, targets, in_4_bits, bases, tmp_path):
     folder = bases[name, in_4_bits]
@@ -101,12 +112,7 @@ def test_pefts_here(name, targets, in_4_bits, bases, tmp_path):
     before = their_logits(base)
     named = targets if isinstance(targets, str) else list(targets)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=named, task_type=TASKS[name][0])
-    torch.manual_seed(1)
-    trained = peft.get_peft_model(base, config).eval()
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
+    trained = as_if_trained(base, config)
     trained.save_pretrained(tmp_path / "theirs")
     lora = read_adapter_config(tmp_path / "theirs")
     model = ours(folder, lora, in_4_bits)
@@ -130,12 +136,7 @@ def test_pefts_biases_of_the_head(bases, tmp_path):
     base = theirs(folder)
     before = their_logits(base)
     config = peft.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS", bias="all")
-    torch.manual_seed(1)
-    trained = peft.get_peft_model(base, config).eval()
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
+    trained = as_if_trained(base, config)
     trained.save_pretrained(tmp_path)
     model = ours(folder, read_adapter_config(tmp_path), False)
     load_adapter(tmp_path, model)
