@@ -2,11 +2,11 @@
 
     config.yaml      the run, resolved; `python -m experiments.finetune --config` takes it back
     metrics.jsonl    every step and evaluation             (qlora_jax.train)
-    mmlu.jsonl       the answers of the finished model     (with `mmlu` configured)
-    answers.jsonl    those to the held-out rows' prompts   (with `rouge` configured)
     checkpoints/     what a killed run resumes from        (qlora_jax.train)
     adapters/        the adapter as of each checkpoint     (likewise)
     best/            with `train.keep_best`, the one of the lowest held-out loss
+    mmlu.jsonl       the finished model's answers          (with `mmlu` configured)
+    answers.jsonl    those to the held-out rows' prompts   (with `rouge` configured)
     adapter/         the trained adapter in PEFT's format
     result.json      held-out loss before and after, speed, memory; written last, when all is done
     error.txt        instead, where it failed
@@ -42,7 +42,7 @@ from experiments.room import check_room, row_lengths
 from experiments.rouge import score
 from experiments.rows import context_length, told_of_cuts
 from experiments.tree import differences, option_names, read_yaml, to_tree, to_yaml
-from qlora_jax.checkpoints import save_adapter
+from qlora_jax.checkpoints import load_adapter, save_adapter
 from qlora_jax.data import Batches, Examples, PackedBatches, Pairs, Seq2SeqBatches, Tokenizer
 from qlora_jax.evaluate import loss_for
 from qlora_jax.files import write_whole
@@ -58,6 +58,7 @@ from qlora_jax.train.peak import (
     peak_device_bytes,
     peak_host_bytes,
 )
+from qlora_jax.train.run_folder import ADAPTER, BEST
 
 CONFIG = "config.yaml"
 
@@ -148,7 +149,7 @@ def execute(
         console=console,
     )
     trained = time.perf_counter()
-    adapter = {"adapter": on_first(lambda: adapter_digest(folder / "adapter"))}
+    adapter = {"adapter": _to_examine(model, folder, run.train.keep_best)}
     examined = final(model, tokenizer, run.mmlu, context, folder, adapter, console)
     examined |= score(model, tokenizer, checked.exercise, folder, adapter, console)
     beside_training += time.perf_counter() - trained
@@ -166,6 +167,17 @@ def execute(
         return result
 
     return on_first(conclude)
+
+
+def _to_examine(model: nnx.Module, folder: Path, keep_best: bool) -> str:
+    """Gives a trained model the adapter that is examined, the best that was kept or the last;
+    returns its digest."""
+    # None is the best where every held-out loss was infinite.
+    best = keep_best and on_first((folder / BEST).is_dir)
+    digest: str = on_first(lambda: adapter_digest(folder / (BEST if best else ADAPTER)))
+    if best:
+        load_adapter(folder / BEST, model)
+    return digest
 
 
 def _load(run: RunConfig, folder: Path, length: int) -> tuple[Any, Tokenizer]:

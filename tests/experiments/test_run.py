@@ -2,6 +2,7 @@
 is read from; nothing is trained here."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,16 @@ import pytest
 
 from experiments import examination
 from experiments import run as runs
+from experiments.answering import adapter_digest
 from experiments.checks import Checked, mesh_of
 from experiments.config import MmluConfig, build_run
 from experiments.report import METRICS
+from qlora_jax.checkpoints import save_adapter
 from qlora_jax.data import Batches, Examples, PackedBatches, Pair, Pairs, Seq2SeqBatches
 from qlora_jax.evaluate import MmluResult
+from qlora_jax.models import Decoder
+from qlora_jax.nn import LoraConfig
+from tests.random_decoder import ONE_LAYER, random_decoder
 from tests.train.toy import Toy, adapters
 
 
@@ -121,6 +127,24 @@ def test_a_result_is_of_the_whole_run(tmp_path):
     # Codes, absmax, and of these the absmax and the offset.
     assert result["base_bytes"] == 24 * 64 // 2 + 24 + 4 + 4
     assert result["labels"] == {"seed": "1"}
+
+
+def test_with_keep_best_the_best_adapter_is_examined(tmp_path):
+    def trained(seed: int) -> Decoder:
+        return random_decoder(ONE_LAYER, seed=seed, lora=lora)
+
+    lora = LoraConfig(r=2)
+    for name, seed in (("adapter", 1), ("best", 2)):
+        save_adapter(tmp_path / name, trained(seed), lora, "base")
+    last, best = (adapter_digest(tmp_path / name) for name in ("adapter", "best"))
+    model = trained(1)
+    assert runs._to_examine(model, tmp_path, keep_best=False) == last
+    jax.tree.map(np.testing.assert_array_equal, adapters(model), adapters(trained(1)))
+    assert runs._to_examine(model, tmp_path, keep_best=True) == best
+    jax.tree.map(np.testing.assert_array_equal, adapters(model), adapters(trained(2)))
+    # No held-out loss was finite: none was the best.
+    shutil.rmtree(tmp_path / "best")
+    assert runs._to_examine(model, tmp_path, keep_best=True) == last
 
 
 def test_what_a_resumed_run_is_compared_by():
