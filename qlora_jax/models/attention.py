@@ -217,8 +217,13 @@ class Attention(nnx.Module):
             made = dense(name, linear.inputs, linear.outputs, use_bias=linear.bias)
             setattr(self, name, made)
         if config.qk_norm:
-            self.q_norm = norm_for(config, config.head_dim)
-            self.k_norm = norm_for(config, config.head_dim)
+            queries, keys = (
+                (config.num_attention_heads, config.num_key_value_heads)
+                if config.qk_norm == "all"
+                else (1, 1)
+            )
+            self.q_norm = norm_for(config, queries * config.head_dim)
+            self.k_norm = norm_for(config, keys * config.head_dim)
         self.config = config
 
     def __call__(
@@ -239,8 +244,10 @@ class Attention(nnx.Module):
             dropout_keys: one a projection, by its name.
         """
         query, key, value = self._heads(x, dropout_keys)
-        if self.config.qk_norm:
+        if self.config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
+        elif self.config.qk_norm == "all":
+            query, key = _as_one(self.q_norm, query), _as_one(self.k_norm, key)
         if turns is not None:
             query, key = rotate(query, *turns), rotate(key, *turns)
         mixed, kept = mix(query, key, value)
@@ -268,6 +275,11 @@ class Attention(nnx.Module):
             fused = project(names.qkv, width)
             query, key, value = jnp.split(fused, (queries, queries + keys), axis=2)
         return query, key, value
+
+
+def _as_one(norm: Callable[[Array], Array], heads: Array) -> Array:
+    """The norm of all heads [batch, seq, heads, head_dim] together."""
+    return norm(heads.reshape(*heads.shape[:2], -1)).reshape(heads.shape)
 
 
 def capability_here() -> tuple[int, int] | None:

@@ -2,13 +2,17 @@
 
 | field | Llama | others |
 |---|---|---|
-| residual | pre | post (OPT-350M), parallel (GPT-NeoX), sandwich (Gemma) |
-| norm | rms | layer (GPT-NeoX, OPT, BLOOM) |
+| residual | pre | post (OPT-350M), after (OLMo), parallel (GPT-NeoX), sandwich (Gemma 2, 3) |
+| norm | rms | layer (GPT-NeoX, OPT, BLOOM, StarCoder 2, StableLM) |
 | fused_qkv | none | blocks (Phi-3), heads (GPT-NeoX, BLOOM) |
 | rope, alibi | rotary | None: learned positions (OPT), ALiBi (BLOOM) |
+| rope_layers | every layer turns | SmolLM3 |
 | embedding_norm | no | BLOOM |
-| sliding_window, layer_types | every layer sees everything | Mistral, Phi-3, Gemma, Qwen |
-| qk_norm, attention_scale, soft caps, embedding_scale, norm_offset | none | Gemma, Qwen3 |
+| sliding_window, layer_types | every layer sees everything | Mistral, Phi-3, Gemma, Qwen, OLMo 3 |
+| qk_norm | None | head (Gemma 3, Qwen 3), all (OLMo) |
+| attention_scale, embedding_scale | none | Gemma, Granite |
+| residual_multiplier, logits_scaling | 1 | Granite |
+| soft caps, norm_offset | none | Gemma |
 | num_local_experts | 0 | Mixtral, Qwen3 |
 """
 
@@ -67,15 +71,20 @@ class DecoderConfig:
         final_norm: whether the last layer's output is normalised before the head.
         residual: where the norms of a layer stand, with n for a norm, a for attention, m for MLP:
             "pre" x + a(n(x)), then x + m(n(x)); "post" n(x + a(x)), then n(x + m(x));
-            "sandwich" x + n(a(n(x))), then x + n(m(n(x))); "parallel" x + a(n(x)) + m(n'(x)).
+            "after" x + n(a(x)), then x + n(m(x)); "sandwich" x + n(a(n(x))), then x + n(m(n(x)));
+            "parallel" x + a(n(x)) + m(n'(x)).
+        residual_multiplier: what attention and MLP give is multiplied by it before it is added.
         hidden_act: the MLP's activation; "gelu" is exact, "gelu_tanh" its approximation.
         gated_mlp: down(act(gate(x)) · up(x)) rather than down(act(up(x))).
         qkv_bias, o_bias, mlp_bias: which linear layers carry a bias.
         fused_qkv: None, or one projection for all three: "blocks" (all queries, all keys, all
             values) or "heads" (query, key and value of one head after another).
         fused_gate_up: one projection: all gates, then all ups.
-        qk_norm: RMSNorm over every query and key head, before the rotation.
+        qk_norm: RMSNorm over queries and keys before the rotation: over each "head" by itself or
+            over "all" heads together; None for none.
         rope: rotary frequencies and their scaling; None for learned positions or `alibi`.
+        rope_layers: which layers turn their queries and keys by it; None for all. The others tell
+            positions by causality alone.
         alibi: positions as biases on the scores (`alibi.py`); needs rope to be None.
         local_rope: of the layers with a sliding window, where they have their own.
         position_offset: unused rows in front of the learned positions (2 in OPT).
@@ -84,6 +93,7 @@ class DecoderConfig:
         attention_scale: scores are multiplied by it; None for 1 / √head_dim.
         attn_logit_softcapping, final_logit_softcapping: c in c · tanh(x / c) over the scores and
             the logits; None for none.
+        logits_scaling: logits are divided by it.
         embedding_scale: embeddings are multiplied by it.
         embedding_norm: embeddings are normalised before the first layer.
         word_embed_proj_dim: width of the embedding, where linear maps `project_in` and
@@ -110,7 +120,8 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     norm_offset: float = 0.0
     final_norm: bool = True
-    residual: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    residual: Literal["pre", "post", "after", "sandwich", "parallel"] = "pre"
+    residual_multiplier: float = 1.0
     hidden_act: Activation = "silu"
     gated_mlp: bool = True
     qkv_bias: bool = False
@@ -118,8 +129,9 @@ class DecoderConfig:
     mlp_bias: bool = False
     fused_qkv: Literal["blocks", "heads"] | None = None
     fused_gate_up: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "all"] | None = None
     rope: RopeConfig | None = field(default_factory=RopeConfig)
+    rope_layers: tuple[bool, ...] | None = None
     alibi: bool = False
     local_rope: RopeConfig | None = None
     position_offset: int = 0
@@ -128,6 +140,7 @@ class DecoderConfig:
     attention_scale: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    logits_scaling: float = 1.0
     embedding_scale: float = 1.0
     embedding_norm: bool = False
     word_embed_proj_dim: int | None = None
@@ -170,11 +183,13 @@ class DecoderConfig:
                 f"sliding_window is {self.sliding_window}, but a token sees at least itself: give "
                 "a positive number, or None for no window."
             )
-        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries, but there are "
-                f"{self.num_hidden_layers} layers: give one for each."
-            )
+        for name in ("layer_types", "rope_layers"):
+            entries = getattr(self, name)
+            if entries is not None and len(entries) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(entries)} entries, but there are {self.num_hidden_layers} "
+                    "layers: give one for each."
+                )
         if self.sliding_window is None and any(self.sliding_layers):
             raise ValueError(
                 "layer_types has 'sliding_attention', but sliding_window is None: say how many "
@@ -197,6 +212,11 @@ class DecoderConfig:
         if self.layer_types is None:
             return (self.sliding_window is not None,) * self.num_hidden_layers
         return tuple(kind == "sliding_attention" for kind in self.layer_types)
+
+    @property
+    def turned_layers(self) -> tuple[bool, ...]:
+        """Which layers turn their queries and keys."""
+        return self.rope_layers or (self.rope is not None,) * self.num_hidden_layers
 
     @property
     def attention_linears(self) -> dict[str, Linear]:
@@ -246,4 +266,6 @@ class DecoderConfig:
         """The norms of a layer over the residual stream, by their names."""
         norms = ("input_layernorm", "post_attention_layernorm")
         around_mlp = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+        if self.residual == "after":
+            return norms[1:] + around_mlp[1:]
         return norms + around_mlp if self.residual == "sandwich" else norms

@@ -42,11 +42,11 @@ from qlora_jax.models.cache import (
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_layer import DecoderLayer
 from qlora_jax.models.embedding import Embedding, check_ids
+from qlora_jax.models.layer_kinds import LayerKinds, chosen, layer_kinds, turns_for
 from qlora_jax.models.neftune import with_noise
 from qlora_jax.models.norm import norm_for
 from qlora_jax.models.positions import positions_of
 from qlora_jax.models.remat import check_remat
-from qlora_jax.models.rope import rotations
 from qlora_jax.models.spread import scores_of
 from qlora_jax.models.stack import Storage, check_options, scan_layers, split_key, stack_layers
 from qlora_jax.models.tile import check_mlp_tile
@@ -229,17 +229,17 @@ class Decoder(nnx.Module):
             cache: of `prefill` or an earlier step. Where it is full already, logits are NaN.
         """
         config, positions = self.config, cache.positions[:, None]
-        turns, local_turns = self._turns(positions, cache.length)
+        turns = turns_for(config, positions, cache.length)
         seen = visible(cache, None)
         near = None if config.sliding_window is None else visible(cache, config.sliding_window)
         alike = near if all(config.sliding_layers) else seen
         bias = self._bias(slot_positions(cache))
 
         def apply(
-            layer: DecoderLayer, carry: tuple[Array, Pair], given: tuple[Any, Array]
+            layer: DecoderLayer, carry: tuple[Array, Pair], given: tuple[LayerKinds, Array]
         ) -> tuple[tuple[Array, Pair], None]:
             x, cached = carry
-            sliding, number = given
+            kind, number = given
 
             def mix(query: Array, key: Array, value: Array) -> tuple[Array, Pair]:
                 whole, (key, value) = store(cached, (key, value), number, cache.filled)
@@ -247,7 +247,7 @@ class Decoder(nnx.Module):
                     query,
                     key,
                     value,
-                    mask=_chosen(sliding, near, alike),
+                    mask=chosen(kind.sliding, near, alike),
                     causal=False,
                     scale=config.attention_scale,
                     softcap=config.attn_logit_softcapping,
@@ -256,12 +256,11 @@ class Decoder(nnx.Module):
                 )
                 return mixed, whole
 
-            turned = _chosen(sliding, local_turns, turns)
-            return layer(x, turned, mix, dropout_key=None), None
+            return layer(x, turns.of(kind), mix, dropout_key=None), None
 
         numbers = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
         carry = (self._embed(tokens[:, None], positions, None), (cache.key, cache.value))
-        given = (self._sliding(), numbers)
+        given = (layer_kinds(config), numbers)
         (x, cached), _ = scan_layers(
             self.layers,
             apply,
@@ -314,16 +313,16 @@ class Decoder(nnx.Module):
                 )
             return mixed, None if cache_length is None else kept(key, value, cache_length)
 
-        turns, local_turns = self._turns(positions, cache_length)
+        turns = turns_for(config, positions, cache_length)
 
         def apply(
-            layer: DecoderLayer, x: Array, given: tuple[Array | None, Array | None]
+            layer: DecoderLayer, x: Array, given: tuple[LayerKinds, Array | None]
         ) -> tuple[Array, Any]:
-            sliding, key = given
+            kind, key = given
             return layer(
                 x,
-                _chosen(sliding, local_turns, turns),
-                functools.partial(mix, sliding),
+                turns.of(kind),
+                functools.partial(mix, kind.sliding),
                 dropout_key=key,
                 mlp_tile=self.mlp_tile,
             )
@@ -333,7 +332,7 @@ class Decoder(nnx.Module):
             self.layers,
             apply,
             self._embed(input_ids, positions, dropout_key),
-            (self._sliding(), keys),
+            (layer_kinds(config), keys),
             remat=self.remat,
             stream_weights=self.stream_weights,
         )
@@ -346,7 +345,9 @@ class Decoder(nnx.Module):
         `spread.scores_of`."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         logits = scores_of(hidden, head) if few else head.attend(hidden)
-        cap = self.config.final_logit_softcapping
+        config, cap = self.config, self.config.final_logit_softcapping
+        if config.logits_scaling != 1:
+            logits = logits / config.logits_scaling
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embed(
@@ -391,30 +392,6 @@ class Decoder(nnx.Module):
                 "shorten it."
             )
 
-    def _turns(
-        self, positions: Array, length: int | None
-    ) -> tuple[tuple[Array, Array] | None, tuple[Array, Array] | None]:
-        """cos and sin of the positions, and of sliding layers where they have their own."""
-        rope, local, dim = self.config.rope, self.config.local_rope, self.config.head_dim
-        if local is not None and all(self.config.sliding_layers):
-            rope = local
-        return (
-            None if rope is None else rotations(positions, rope, dim, length),
-            None if local is None else rotations(positions, local, dim, length),
-        )
-
     def _bias(self, positions: Array) -> Float[Array, "batch heads 1 keys"] | None:
         """What the positions of keys add to the scores."""
         return alibi_bias(positions, self.config.num_attention_heads) if self.config.alibi else None
-
-    def _sliding(self) -> Bool[Array, " layers"] | None:
-        """Which layers have a window, where not all are alike."""
-        layers = self.config.sliding_layers
-        return None if len(set(layers)) == 1 else jnp.asarray(layers)
-
-
-def _chosen(flag: Array | None, yes: Any, no: Any) -> Any:
-    """`yes` where the flag is set and there is one, else `no`; both are pytrees of arrays."""
-    if flag is None or yes is None:
-        return no
-    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), yes, no)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -21,11 +22,8 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: DecoderConfig, storage: Storage, rngs: nnx.Rngs) -> None:
         """Base weights are drawn from the stream `params`."""
         names = config.names
-        self.input_layernorm = norm_for(config, config.hidden_size)
-        self.post_attention_layernorm = norm_for(config, config.hidden_size)
-        if config.residual == "sandwich":
-            self.pre_feedforward_layernorm = norm_for(config, config.hidden_size)
-            self.post_feedforward_layernorm = norm_for(config, config.hidden_size)
+        for name in config.layer_norms:
+            setattr(self, name, norm_for(config, config.hidden_size))
         attention = storage.dense(f"layers.{names.attention}", rngs)
         setattr(self, names.attention, Attention(config, attention))
         path = f"layers.{names.mlp}"
@@ -61,27 +59,40 @@ class DecoderLayer(nnx.Module):
             keys = dict(zip(linears, split, strict=True))
 
         def attention(x: Array) -> tuple[Array, Any]:
-            return getattr(self, config.names.attention)(x, turns, mix, dropout_keys=keys)
+            module = getattr(self, config.names.attention)
+            mixed, kept = module(x, turns, mix, dropout_keys=keys)
+            return _times(mixed, config.residual_multiplier), kept
 
         def mlp(x: Array) -> Array:
             module = getattr(self, config.names.mlp)
             check_mlp_tile(mlp_tile, experts=config.num_local_experts)
             if mlp_tile is None:
-                return module(x, dropout_keys=keys)
-            own = {name: keys[name] for name in config.mlp_linears}
-            return by_tile(module, x, dropout_keys=own, tile=mlp_tile)
+                y = module(x, dropout_keys=keys)
+            else:
+                own = {name: keys[name] for name in config.mlp_linears}
+                y = by_tile(module, x, dropout_keys=own, tile=mlp_tile)
+            return _times(y, config.residual_multiplier)
 
-        first, second = self.input_layernorm, self.post_attention_layernorm
+        first, second, *more = (getattr(self, name) for name in config.layer_norms)
         if config.residual == "parallel":
             mixed, kept = attention(first(x))
             return x + mixed + mlp(second(x)), kept
-        if config.residual == "post":
+        if config.residual in ("post", "after"):
             mixed, kept = attention(x)
-            x = first(x + mixed)
-            return second(x + mlp(x)), kept
+            if config.residual == "post":
+                x = first(x + mixed)
+                return second(x + mlp(x)), kept
+            x = x + first(mixed)
+            return x + second(mlp(x)), kept
         mixed, kept = attention(first(x))
         if config.residual == "sandwich":
+            third, fourth = more
             x = x + second(mixed)
-            return x + self.post_feedforward_layernorm(mlp(self.pre_feedforward_layernorm(x))), kept
+            return x + fourth(mlp(third(x))), kept
         x = x + mixed
         return x + mlp(second(x)), kept
+
+
+def _times(y: Array, factor: float) -> Array:
+    """Multiplied in float32: in bfloat16 the factor itself would be rounded."""
+    return y if factor == 1 else (y.astype(jnp.float32) * factor).astype(y.dtype)

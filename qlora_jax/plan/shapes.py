@@ -64,6 +64,15 @@ _QWEN_3_EXPERTS = {
     "norm_topk_prob": True,
 }
 _TIED = {"tie_word_embeddings": True}
+_GRANITE_33 = {
+    "max_position_embeddings": 131072,
+    "rope_theta": 1e7,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.0078125,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 16.0,
+}
+_OLMO_2 = {"max_position_embeddings": 4096, "rope_theta": 500000.0, "rms_norm_eps": 1e-6}
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": _decoder("llama", (4096, 11008, 32, 32, 32, 32000)),
@@ -108,6 +117,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_QWEN_3_EXPERTS,
         moe_intermediate_size=1536,
     ),
+    "granite-3.3-8b": _decoder("granite", (4096, 12800, 40, 32, 8, 49159), **_GRANITE_33, **_TIED),
+    "olmo-2-7b": _decoder("olmo2", (4096, 11008, 32, 32, 32, 100352), **_OLMO_2),
+    "olmo-2-13b": _decoder("olmo2", (5120, 13824, 40, 40, 40, 100352), **_OLMO_2),
+    "smollm3-3b": _decoder("smollm3", (2048, 11008, 36, 16, 4, 128256)),
     "t5-small": _t5((512, 64, 2048, 6, 8)),
     "t5-base": _t5((768, 64, 3072, 12, 12)),
     "t5-large": _t5((1024, 64, 4096, 24, 16)),

@@ -33,6 +33,15 @@ MIXED = dataclasses.replace(
 # A Mistral: no layer sees everything.
 NEAR = dataclasses.replace(PLAIN, sliding_window=3)
 ALIBI = dataclasses.replace(PLAIN, rope=None, alibi=True, embedding_norm=True)
+# Norms behind each half, and a layer that does not turn.
+BEHIND = dataclasses.replace(
+    PLAIN,
+    residual="after",
+    qk_norm="all",
+    rope_layers=(True, False, True),
+    residual_multiplier=0.5,
+    logits_scaling=3.0,
+)
 PROMPTS = ([5, 6, 7, 8, 9], [3, 4])
 SIDES = ("left", "right")
 NEW = 6
@@ -60,8 +69,16 @@ def decode(model: Decoder, tokens: jax.Array, cache) -> tuple:
 
 @pytest.mark.parametrize(
     ("config", "side"),
-    [*((config, side) for config in (PLAIN, MIXED, ALIBI) for side in SIDES), (NEAR, "right")],
-    ids=[*(f"{name}-{side}" for name in ("plain", "mixed", "alibi") for side in SIDES), "near"],
+    [
+        *((config, side) for config in (PLAIN, MIXED, ALIBI) for side in SIDES),
+        (NEAR, "right"),
+        (BEHIND, "left"),
+    ],
+    ids=[
+        *(f"{name}-{side}" for name in ("plain", "mixed", "alibi") for side in SIDES),
+        "near",
+        "behind",
+    ],
 )
 def test_greedy_decoding_equals_full_forward_passes(config, side):
     model = random_decoder(config)

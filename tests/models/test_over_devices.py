@@ -67,6 +67,20 @@ def alibi() -> Decoder:
     return model
 
 
+def heads_normalised_as_one() -> Decoder:
+    config = dataclasses.replace(
+        DECODER,
+        qk_norm="all",
+        residual="after",
+        rope_layers=(True, False),
+        residual_multiplier=0.5,
+        logits_scaling=3.0,
+    )
+    model = Decoder(config, quant=QUANT, lora=LORA, stream_weights=True, rngs=nnx.Rngs(0))
+    streaming.move_to_host(model.layers)
+    return model
+
+
 def dense() -> Decoder:
     return Decoder(DECODER, lora=LORA, rngs=nnx.Rngs(0))
 
@@ -121,6 +135,7 @@ def of_loss(model: Any) -> tuple[Any, tuple[Any, Any, Any]]:
         alibi,
         pytest.param(streamed, marks=pytest.mark.slow),
         pytest.param(dora, marks=pytest.mark.slow),
+        pytest.param(heads_normalised_as_one, marks=pytest.mark.slow),
         pytest.param(encoder_decoder, marks=pytest.mark.slow),
     ],
 )

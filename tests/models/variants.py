@@ -35,6 +35,41 @@ _FILES: dict[str, dict[str, Any]] = {
     "qwen3-biased": {"attention_bias": True, "head_dim": 16},
     "qwen3_moe-normed": {**_EXPERTS, "norm_topk_prob": True, "attention_bias": True},
     "qwen3_moe-shares": {**_EXPERTS, "use_sliding_window": True, "sliding_window": 4},
+    "ministral-mixed": {
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "granite-scaled": {
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 7.0,
+    },
+    "smollm3-still": {"no_rope_layers": [1, 0, 1]},
+    "smollm3-window": {
+        "no_rope_layer_interval": 3,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "olmo2-biased": {"attention_bias": True},
+    "olmo3-yarn": {
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "sliding_window": 4,
+        "rope_theta": 3e5,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 8,
+        },
+    },
+    # As deep as an OLMo 3 that has no layer with full attention yet.
+    "olmo3-windows": {"sliding_window": 4},
+    "starcoder2-window": {"sliding_window": 5},
+    "starcoder2-unbiased": {"use_bias": False, "tie_word_embeddings": False},
+    "stablelm-biased": {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    "gemma-first": {"hidden_act": "gelu"},
     "gemma2-plain": {**_GEMMA, "tie_word_embeddings": False},
     "gemma3_text-scaled": {
         **_GEMMA,

@@ -72,12 +72,15 @@ def test_bitsandbytes_computes_with_our_4_bit_folder(quant, tmp_path):
     np.testing.assert_allclose(their_logits(model, ids), ours, rtol=0, atol=1e-5)
 
 
-def test_bitsandbytes_computes_with_a_bloom_in_4_bits(tmp_path):
-    """Whose embedding and norms lie elsewhere than a Llama's. Rows are whole blocks: of others
+@pytest.mark.parametrize(
+    "name", ["bloom-even", "granite-scaled", "olmo2-biased", "smollm3-still", "starcoder2-window"]
+)
+def test_bitsandbytes_computes_with_other_families_in_4_bits(name, tmp_path):
+    """Whose embedding, norms or MLP lie elsewhere than a Llama's. Rows are whole blocks: of others
     bitsandbytes' CPU code takes wrong scales."""
     pytest.importorskip("bitsandbytes")
     shape = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16}
-    config = dataclasses.replace(VARIANTS["bloom-even"], **shape)
+    config = dataclasses.replace(VARIANTS[name], **shape)
     save_model(tmp_path / "dense", random_decoder(config))
     base = open_checkpoint(tmp_path / "dense")
     packed = quantized(base, linear_weights(base), QuantConfig())

@@ -5,15 +5,20 @@ from typing import Any
 
 from qlora_jax.models.families.bloom import BLOOM
 from qlora_jax.models.families.field_kinds import check_config
-from qlora_jax.models.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
+from qlora_jax.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT
 from qlora_jax.models.families.gpt_neox import GPT_NEOX
+from qlora_jax.models.families.granite import GRANITE
 from qlora_jax.models.families.llama import LLAMA
-from qlora_jax.models.families.mistral import MISTRAL
+from qlora_jax.models.families.mistral import MINISTRAL, MISTRAL
 from qlora_jax.models.families.mixtral import MIXTRAL
+from qlora_jax.models.families.olmo import OLMO2, OLMO3
 from qlora_jax.models.families.opt import OPT
 from qlora_jax.models.families.phi3 import PHI3
 from qlora_jax.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from qlora_jax.models.families.roberta import ROBERTA
+from qlora_jax.models.families.smollm3 import SMOLLM3
+from qlora_jax.models.families.stablelm import STABLELM
+from qlora_jax.models.families.starcoder2 import STARCODER2
 from qlora_jax.models.families.t5 import T5
 from qlora_jax.models.family import Family
 
@@ -22,14 +27,22 @@ FAMILIES: dict[str, Family] = {
     for family in (
         LLAMA,
         MISTRAL,
+        MINISTRAL,
         MIXTRAL,
         QWEN2,
         QWEN3,
         QWEN3_MOE,
+        GEMMA,
         GEMMA2,
         GEMMA3,
         GEMMA3_TEXT,
         PHI3,
+        GRANITE,
+        SMOLLM3,
+        OLMO2,
+        OLMO3,
+        STARCODER2,
+        STABLELM,
         GPT_NEOX,
         OPT,
         BLOOM,

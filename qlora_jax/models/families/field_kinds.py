@@ -27,7 +27,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "max_position_embeddings original_max_position_embeddings type_vocab_size num_labels "
         "d_model d_kv d_ff num_layers num_heads relative_attention_num_buckets "
         "relative_attention_max_distance ffn_dim word_embed_proj_dim sliding_window_pattern "
-        "n_embed n_layer n_head seq_length moe_intermediate_size",
+        "n_embed n_layer n_head seq_length moe_intermediate_size no_rope_layer_interval",
     ),
     (
         "a whole number, 0 or more",
@@ -40,7 +40,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "a positive number",
         lambda value: is_real(value) and value > 0,
-        "query_pre_attn_scalar rotary_emb_base",
+        "query_pre_attn_scalar rotary_emb_base logits_scaling",
     ),
     (
         "a number",
@@ -49,7 +49,8 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "partial_rotary_factor rotary_pct attn_logit_softcapping final_logit_softcapping "
         "dropout_rate hidden_dropout_prob attention_probs_dropout_prob classifier_dropout factor "
         "low_freq_factor high_freq_factor beta_fast beta_slow attention_factor mscale "
-        "mscale_all_dim",
+        "mscale_all_dim norm_epsilon embedding_multiplier attention_multiplier "
+        "residual_multiplier",
     ),
     (
         "true or false",
@@ -57,7 +58,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_parallel_residual "
         "do_layer_norm_before enable_bias layer_norm_elementwise_affine _remove_final_layer_norm "
         "scale_decoder_outputs truncate apply_residual_connection_post_layernorm "
-        "norm_topk_prob",
+        "norm_topk_prob use_bias use_qkv_bias qk_layernorm",
     ),
     (
         "a text",
@@ -67,6 +68,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("a list of texts", listed(is_text), "layer_types"),
     ("a list of numbers", listed(is_real), "short_factor long_factor"),
+    ("a list of whole numbers", listed(is_whole), "no_rope_layers"),
     (
         "an object",
         is_object,

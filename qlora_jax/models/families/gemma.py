@@ -1,9 +1,9 @@
-"""Gemma 2 (arXiv 2408.00118) and Gemma 3 (2503.19786), text.
+"""Gemma (arXiv 2403.08295), Gemma 2 (2408.00118) and Gemma 3 (2503.19786), text.
 
-Both normalise before and after each half of a layer, keep the norms' weights around 0, scale the
-embedding by √hidden_size and let some layers see a window only. Gemma 2 caps scores and logits and
-alternates the layers; Gemma 3 normalises queries and keys, slides in five layers of six, and turns
-those by a base of their own.
+All keep the norms' weights around 0 and scale the embedding by √hidden_size; else the first has
+Llama's layers. The others normalise before and after each half of a layer and let some layers see a
+window only. Gemma 2 caps scores and logits and alternates the layers; Gemma 3 normalises queries
+and keys, slides in five layers of six, and turns those by a base of their own.
 
 `gemma3` is the format of the models that also see (4B and up): their text part is read, what
 belongs to the eye is left out, and what is saved is a `gemma3_text`.
@@ -25,6 +25,7 @@ from qlora_jax.models.families.config_json import (
 from qlora_jax.models.families.tensor_names import decoder_weights
 from qlora_jax.models.family import Family, Slot, number, read_rope, required
 
+_TANH = "gelu_pytorch_tanh"
 # transformers' values of fields that published files leave out.
 _GEMMA2 = {
     "head_dim": 256,
@@ -47,28 +48,36 @@ _GEMMA3 = {
 
 
 def _read(config: Mapping[str, Any], period: int, **fields: Any) -> DecoderConfig:
-    """What both have; every `period`-th layer sees everything."""
-    refuse(config, use_bidirectional_attention=False)
+    """What the later two have; every `period`-th layer sees everything."""
     depth = required(config, "num_hidden_layers")
     usual = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(depth)]
-    bias = bool(config.get("attention_bias", False))
     cap, final_cap = (
         None if config.get(name) is None else number(config, name, 0.0)
         for name in ("attn_logit_softcapping", "final_logit_softcapping")
     )
+    return _read_all(
+        config,
+        residual="sandwich",
+        hidden_act=read_activation(config, "hidden_activation", _TANH),
+        attention_scale=required(config, "query_pre_attn_scalar") ** -0.5,
+        attn_logit_softcapping=cap,
+        final_logit_softcapping=final_cap,
+        **read_layer_types(config, config["sliding_window"], usual),
+        **fields,
+    )
+
+
+def _read_all(config: Mapping[str, Any], **fields: Any) -> DecoderConfig:
+    """What all three have."""
+    refuse(config, use_bidirectional_attention=False)
+    bias = bool(config.get("attention_bias", False))
     return read_decoder(
         config,
         tied=True,
         norm_offset=1.0,
-        residual="sandwich",
-        hidden_act=read_activation(config, "hidden_activation", "gelu_pytorch_tanh"),
         qkv_bias=bias,
         o_bias=bias,
-        attention_scale=required(config, "query_pre_attn_scalar") ** -0.5,
-        attn_logit_softcapping=cap,
-        final_logit_softcapping=final_cap,
         embedding_scale=required(config, "hidden_size") ** 0.5,
-        **read_layer_types(config, config["sliding_window"], usual),
         **fields,
     )
 
@@ -87,6 +96,27 @@ def _write(config: DecoderConfig, architecture: str) -> dict[str, Any]:
         "layer_types": ["sliding_attention" if on else "full_attention" for on in sliding],
     }
     return write_decoder(config, architecture) | fields
+
+
+def read_gemma(config: Mapping[str, Any]) -> DecoderConfig:
+    """A first Gemma's config.json as a `DecoderConfig`.
+
+    Raises:
+        ValueError: a field is missing or asks for what a Gemma has not.
+    """
+    # Published files say "gelu", of which transformers makes what the weights were trained with.
+    for key in ("hidden_act", "hidden_activation"):
+        read_activation(config, key, _TANH, "gelu")
+    usual = {"head_dim": 256, "max_position_embeddings": 8192}
+    return _read_all(usual | dict(config), hidden_act="gelu_tanh")
+
+
+def write_gemma(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json that `read_gemma` reads back."""
+    return write_decoder(config, "GemmaForCausalLM") | {
+        "hidden_activation": write_activation(config.hidden_act),
+        "attention_bias": config.qkv_bias,
+    }
 
 
 def read_gemma2(config: Mapping[str, Any]) -> DecoderConfig:
@@ -133,7 +163,7 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
     return _read(
         given,
         required(given, "sliding_window_pattern"),
-        qk_norm=True,
+        qk_norm="head",
         rope=read_rope(whole, theta=1e6),
         local_rope=read_rope(local),
         sees=text is not config,
@@ -172,6 +202,7 @@ def seeing_weights(config: DecoderConfig) -> dict[str, Slot]:
     return decoder_weights(config, root="language_model.model", head="language_model.lm_head")
 
 
+GEMMA = Family("gemma", read_gemma, write_gemma, decoder_weights, build=Decoder)
 GEMMA2 = Family("gemma2", read_gemma2, write_gemma2, decoder_weights, build=Decoder)
 GEMMA3 = Family(
     "gemma3",

@@ -1,6 +1,7 @@
 """Mistral 7B and its kin (arXiv 2310.06825): Llama's format, every layer with a sliding window.
 
-A file with `layer_types` (Ministral's) may let some layers see everything.
+A file with `layer_types` may let some layers see everything, as Ministral's does, whose own
+`model_type` stands for nothing else.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from qlora_jax.models.families.config_json import (
 )
 from qlora_jax.models.families.tensor_names import decoder_weights
 from qlora_jax.models.family import Family, required
+
+_ARCHITECTURES = {"mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -38,8 +41,10 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
     """The config.json that `read_config` reads back."""
-    fields = write_decoder(config, "MistralForCausalLM") | {"sliding_window": config.sliding_window}
+    fields = write_decoder(config, _ARCHITECTURES[config.model_type])
+    fields["sliding_window"] = config.sliding_window
     return fields | ({"layer_types": list(config.layer_types)} if config.layer_types else {})
 
 
 MISTRAL = Family("mistral", read_config, write_config, decoder_weights, build=Decoder)
+MINISTRAL = Family("ministral", read_config, write_config, decoder_weights, build=Decoder)

@@ -71,7 +71,7 @@ def read_qwen3(config: Mapping[str, Any]) -> DecoderConfig:
         ValueError: a field is missing or asks for what a Qwen 3 has not.
     """
     bias = bool(config.get("attention_bias", False))
-    return _read({"head_dim": 128} | dict(config), qk_norm=True, qkv_bias=bias, o_bias=bias)
+    return _read({"head_dim": 128} | dict(config), qk_norm="head", qkv_bias=bias, o_bias=bias)
 
 
 def write_qwen3(config: DecoderConfig) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def read_qwen3_moe(config: Mapping[str, Any]) -> DecoderConfig:
         config,
         sliding_window=_window(config),
         intermediate_size=config.get("moe_intermediate_size") or 768,
-        qk_norm=True,
+        qk_norm="head",
         qkv_bias=bias,
         o_bias=bias,
         num_local_experts=experts,

@@ -1,0 +1,50 @@
+"""Granite 3 and 4, dense (arXiv 2405.04324): Llama's format with four factors.
+
+They scale embeddings, scores, what every half of a layer adds, and logits (µP's way to keep one
+learning rate for all widths, arXiv 2203.03466).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.families.config_json import read_activation, read_decoder, write_decoder
+from qlora_jax.models.families.tensor_names import decoder_weights
+from qlora_jax.models.family import Family, number
+
+
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """A Granite's config.json as a `DecoderConfig`.
+
+    Raises:
+        ValueError: a field is missing or asks for what a Granite has not.
+    """
+    bias = bool(config.get("attention_bias", False))
+    return read_decoder(
+        config,
+        hidden_act=read_activation(config, "hidden_act", "silu"),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        embedding_scale=number(config, "embedding_multiplier", 1.0),
+        attention_scale=number(config, "attention_multiplier", 1.0),
+        residual_multiplier=number(config, "residual_multiplier", 1.0),
+        logits_scaling=number(config, "logits_scaling", 1.0),
+    )
+
+
+def write_config(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json that `read_config` reads back."""
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    return write_decoder(config, "GraniteForCausalLM") | {
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "embedding_multiplier": config.embedding_scale,
+        "attention_multiplier": scale,
+        "residual_multiplier": config.residual_multiplier,
+        "logits_scaling": config.logits_scaling,
+    }
+
+
+GRANITE = Family("granite", read_config, write_config, decoder_weights, build=Decoder)
