@@ -2,7 +2,7 @@
 # make test           lint, types and all tests but the slow ones, in parallel
 # make test-gpu-compile  every kernel compiled for every card; CI runs it after `make test`
 # make test-slow      all slow tests: those, and the largest models planned for their cards
-# make test-peers     round trips through transformers, PEFT and bitsandbytes, in .venv-peers
+# make test-peers     round trips through transformers, PEFT, bitsandbytes and llama.cpp, in .venv-peers
 #
 # Each creates its environment if there is none. PYTHON=python3.12 chooses the interpreter of a new one.
 
@@ -41,12 +41,17 @@ test-slow: $(VENV)/.installed-test
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/peers
 
-# torch's own wheel, by version: unpinned it would bring gigabytes of CUDA.
+LLAMA_CPP := node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+
+# torch's own wheel, by version: unpinned it would bring gigabytes of CUDA. llama.cpp comes built, by
+# npm; where there is none, its tests are skipped.
 $(PEERS)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
 	$(PEERS)/bin/python -m pip install --quiet torch==2.13.0
 	$(PEERS)/bin/python -m pip install --quiet -e ".[test,peers]"
+	npm install --silent --prefix $(PEERS) --ignore-scripts --omit=optional $(LLAMA_CPP) \
+		|| echo "llama.cpp is not compared with: npm is missing, or failed"
 	touch $@
 
 $(VENV)/bin/python:

@@ -24,7 +24,8 @@ from qlora_jax.checkpoints import (
     save_gguf,
 )
 from qlora_jax.checkpoints.gguf import FILE_TYPES
-from qlora_jax.checkpoints.gguf.architecture import swap_rows, to_config, to_metadata
+from qlora_jax.checkpoints.gguf.architecture import swap_rows
+from qlora_jax.checkpoints.gguf.hyperparameters import to_config, to_metadata
 from qlora_jax.checkpoints.gguf.vocabulary import (
     _from_json,
     from_files,
@@ -39,7 +40,7 @@ from tests.shared import shared_path
 from tests.vectors.qlora_run import logits
 
 # What llama.cpp has no key for is set to what it assumes.
-_GEMMA = {"query_pre_attn_scalar": 32}
+_GEMMA = {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 _MODELS = {
     "llama_ropescaled_tied": {},
     "mistral_sw8": {},
@@ -378,7 +379,11 @@ def checkpoint(**config) -> Checkpoint:
         ({}, "Q4_K", r"choose one of .*reads K-quants but does not write them.*llama-quantize"),
         ({}, "Q3", "choose one of F32, F16"),
         ({"model_type": "gpt_neox"}, "Q8_0", "'gpt_neox', but GGUF files are written for llama"),
-        ({"model_type": "gemma2", "query_pre_attn_scalar": 24}, "F16", "cannot say otherwise"),
+        (
+            {"model_type": "gemma2", **_GEMMA, "query_pre_attn_scalar": 24},
+            "F16",
+            "cannot say otherwise",
+        ),
         (
             {"model_type": "gemma2", "layer_types": ["full_attention"] * 2, **_GEMMA},
             "F16",

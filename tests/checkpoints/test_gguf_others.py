@@ -17,7 +17,8 @@ from qlora_jax.checkpoints import (
     open_gguf,
     save_gguf,
 )
-from qlora_jax.checkpoints.gguf.architecture import ROPE_FACTORS, to_config, to_metadata
+from qlora_jax.checkpoints.gguf.hyperparameters import to_config, to_metadata
+from qlora_jax.checkpoints.gguf.rope import ROPE_FACTORS
 from qlora_jax.checkpoints.gguf.vocabulary import (
     Vocabulary,
     from_files,

@@ -6,13 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_jax.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo
-from qlora_jax.checkpoints.gguf.architecture import (
-    ROPE_FACTORS,
-    by_metadata,
-    swap_rows,
-    to_config,
-)
+from qlora_jax.checkpoints.gguf.architecture import by_metadata, swap_rows
+from qlora_jax.checkpoints.gguf.hyperparameters import to_config
 from qlora_jax.checkpoints.gguf.names import gguf_names, heads_of, is_offset, library
+from qlora_jax.checkpoints.gguf.rope import ROPE_FACTORS
 from qlora_jax.checkpoints.gguf.vocabulary import from_metadata, tokenizer_files
 from qlora_jax.models import family_of
 

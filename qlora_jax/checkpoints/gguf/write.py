@@ -8,12 +8,8 @@ import numpy as np
 
 from qlora_jax.checkpoints.checkpoint import Checkpoint, dequantized
 from qlora_jax.checkpoints.gguf import vocabulary
-from qlora_jax.checkpoints.gguf.architecture import (
-    Architecture,
-    by_model_type,
-    swap_rows,
-    to_metadata,
-)
+from qlora_jax.checkpoints.gguf.architecture import Architecture, by_model_type, swap_rows
+from qlora_jax.checkpoints.gguf.hyperparameters import to_metadata
 from qlora_jax.checkpoints.gguf.names import gguf_names, heads_of, is_offset, library
 from qlora_jax.files import new_file
 from qlora_jax.models import family_of
