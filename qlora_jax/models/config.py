@@ -10,9 +10,9 @@
 | embedding_norm | no | BLOOM |
 | sliding_window, layer_types | every layer sees everything | Mistral, Phi-3, Gemma, Qwen, OLMo 3 |
 | qk_norm | None | head (Gemma 3, Qwen 3), all (OLMo) |
-| attention_scale, embedding_scale | none | Gemma, Granite |
-| residual_multiplier, logits_scaling | 1 | Granite |
-| soft caps, norm_offset | none | Gemma |
+| attention_scale | None | Gemma, Granite |
+| embedding_multiplier, residual_multiplier, logits_scaling | 1 | Granite |
+| soft caps, norm_offset, embedding_scale | none | Gemma |
 | num_local_experts | 0 | Mixtral, Qwen3 |
 """
 
@@ -94,7 +94,8 @@ class DecoderConfig:
         attn_logit_softcapping, final_logit_softcapping: c in c · tanh(x / c) over the scores and
             the logits; None for none.
         logits_scaling: logits are divided by it.
-        embedding_scale: embeddings are multiplied by it.
+        embedding_scale: embeddings are multiplied by it, rounded to their dtype.
+        embedding_multiplier: they are multiplied by it as it is, NEFTune's noise with them.
         embedding_norm: embeddings are normalised before the first layer.
         word_embed_proj_dim: width of the embedding, where linear maps `project_in` and
             `project_out` lie between it and the layers; None where it is `hidden_size`.
@@ -142,6 +143,7 @@ class DecoderConfig:
     final_logit_softcapping: float | None = None
     logits_scaling: float = 1.0
     embedding_scale: float = 1.0
+    embedding_multiplier: float = 1.0
     embedding_norm: bool = False
     word_embed_proj_dim: int | None = None
     num_local_experts: int = 0

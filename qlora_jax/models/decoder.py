@@ -40,7 +40,7 @@ from qlora_jax.models.cache import (
     visible,
 )
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder_layer import DecoderLayer
+from qlora_jax.models.decoder_layer import DecoderLayer, times
 from qlora_jax.models.embedding import Embedding, check_ids
 from qlora_jax.models.layer_kinds import LayerKinds, chosen, layer_kinds, turns_for
 from qlora_jax.models.neftune import with_noise
@@ -358,8 +358,9 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(ids).astype(self.compute_dtype)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
-        # On what transformers' embedding gives, whose own the scale is, and the norm is not.
+        # On what transformers' embedding gives, whose own the scale is, and what follows is not.
         x = with_noise(x, positions, self.neftune_noise_alpha, self._outer_key(dropout_key, 2))
+        x = times(x, config.embedding_multiplier)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         if self.project_in is not None:

@@ -61,7 +61,7 @@ class DecoderLayer(nnx.Module):
         def attention(x: Array) -> tuple[Array, Any]:
             module = getattr(self, config.names.attention)
             mixed, kept = module(x, turns, mix, dropout_keys=keys)
-            return _times(mixed, config.residual_multiplier), kept
+            return times(mixed, config.residual_multiplier), kept
 
         def mlp(x: Array) -> Array:
             module = getattr(self, config.names.mlp)
@@ -71,7 +71,7 @@ class DecoderLayer(nnx.Module):
             else:
                 own = {name: keys[name] for name in config.mlp_linears}
                 y = by_tile(module, x, dropout_keys=own, tile=mlp_tile)
-            return _times(y, config.residual_multiplier)
+            return times(y, config.residual_multiplier)
 
         first, second, *more = (getattr(self, name) for name in config.layer_norms)
         if config.residual == "parallel":
@@ -93,6 +93,6 @@ class DecoderLayer(nnx.Module):
         return x + mlp(second(x)), kept
 
 
-def _times(y: Array, factor: float) -> Array:
-    """Multiplied in float32: in bfloat16 the factor itself would be rounded."""
-    return y if factor == 1 else (y.astype(jnp.float32) * factor).astype(y.dtype)
+def times(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+    """x · factor in x's dtype, by way of float32: in bfloat16 the factor would be rounded."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)

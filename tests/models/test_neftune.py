@@ -76,9 +76,10 @@ def test_16_bits_stay_16_bits():
     assert with_noise(x, positions, 5.0, jax.random.key(0)).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("variant", ["gemma2-plain", "bloom-even", "opt-350m"])
+@pytest.mark.parametrize("variant", ["gemma2-plain", "bloom-even", "granite-scaled", "opt-350m"])
 def test_what_the_embedding_gives_is_noisy(variant, monkeypatch):
-    """With its scale, before the norm and the projection that follow, as in transformers."""
+    """With its scale, before the norm, the projection and the factor that follow, as in
+    transformers."""
     given = []
 
     def spied(x, positions, alpha, key):

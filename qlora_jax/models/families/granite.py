@@ -27,7 +27,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
-        embedding_scale=number(config, "embedding_multiplier", 1.0),
+        embedding_multiplier=number(config, "embedding_multiplier", 1.0),
         attention_scale=number(config, "attention_multiplier", 1.0),
         residual_multiplier=number(config, "residual_multiplier", 1.0),
         logits_scaling=number(config, "logits_scaling", 1.0),
@@ -40,7 +40,7 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     return write_decoder(config, "GraniteForCausalLM") | {
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
-        "embedding_multiplier": config.embedding_scale,
+        "embedding_multiplier": config.embedding_multiplier,
         "attention_multiplier": scale,
         "residual_multiplier": config.residual_multiplier,
         "logits_scaling": config.logits_scaling,
