@@ -66,6 +66,8 @@ _FILES: dict[str, dict[str, Any]] = {
     },
     # As deep as an OLMo 3 that has no layer with full attention yet.
     "olmo3-windows": {"sliding_window": 4},
+    "olmoe-normed": {"num_experts": 5, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    "olmoe-shares": {"num_experts": 4, "num_experts_per_tok": 2, "attention_bias": True},
     "starcoder2-window": {"sliding_window": 5},
     "starcoder2-unbiased": {"use_bias": False, "tie_word_embeddings": False},
     "stablelm-biased": {"use_qkv_bias": True, "partial_rotary_factor": 0.5},

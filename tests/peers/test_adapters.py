@@ -53,10 +53,11 @@ TARGETS = {
     "starcoder2-window": ("q_proj", "c_fc", "c_proj"),
     "mixtral": ("q_proj", "w1", "w2", "w3"),
     "qwen3_moe-normed": ("q_proj", "gate_proj", "up_proj", "down_proj"),
+    "olmoe-normed": ("q_proj", "gate_proj", "up_proj", "down_proj"),
     "t5_v1_0": ("q", "v"),
     "t5_v1_1": ("q", "wi_0", "wo"),
 }
-EXPERTS = {"mixtral", "qwen3_moe-normed"}
+EXPERTS = {"mixtral", "olmoe-normed", "qwen3_moe-normed"}
 """Whose new adapters PEFT writes as `target_parameters`: `test_packed_experts.py`."""
 
 

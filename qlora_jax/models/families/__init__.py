@@ -11,7 +11,7 @@ from qlora_jax.models.families.granite import GRANITE
 from qlora_jax.models.families.llama import LLAMA
 from qlora_jax.models.families.mistral import MINISTRAL, MISTRAL
 from qlora_jax.models.families.mixtral import MIXTRAL
-from qlora_jax.models.families.olmo import OLMO2, OLMO3
+from qlora_jax.models.families.olmo import OLMO2, OLMO3, OLMOE
 from qlora_jax.models.families.opt import OPT
 from qlora_jax.models.families.phi3 import PHI3
 from qlora_jax.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
@@ -41,6 +41,7 @@ FAMILIES: dict[str, Family] = {
         SMOLLM3,
         OLMO2,
         OLMO3,
+        OLMOE,
         STARCODER2,
         STABLELM,
         GPT_NEOX,

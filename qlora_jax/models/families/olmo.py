@@ -1,8 +1,9 @@
-"""OLMo 2 (arXiv 2501.00656) and OLMo 3: Llama's linear layers, with norms behind each half.
+"""OLMo 2 (arXiv 2501.00656), OLMo 3 and OLMoE (2409.02060): Llama's linear layers, other norms.
 
-What attention and MLP give is normalised before it is added, and nothing is before; queries and
-keys are normalised over all heads together. In OLMo 3 three layers of four slide, and a scaled rope
-(yarn) is that of the others alone.
+Queries and keys are normalised over all heads together. In OLMo 2 and 3 what attention and MLP give
+is normalised before it is added, and nothing is before. In OLMo 3 three layers of four slide, and a
+scaled rope (yarn) is that of the others alone. OLMoE has 64 experts in every layer, eight of them a
+token, and norms where Llama has them.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from qlora_jax.models.families.config_json import (
     read_activation,
     read_decoder,
     read_layer_types,
+    refuse,
     write_decoder,
 )
 from qlora_jax.models.families.tensor_names import decoder_weights
@@ -29,7 +31,6 @@ def _read(config: Mapping[str, Any], **fields: Any) -> DecoderConfig:
     return read_decoder(
         config,
         eps=1e-5,
-        residual="after",
         qk_norm="all",
         hidden_act=read_activation(config, "hidden_act", "silu"),
         qkv_bias=bias,
@@ -50,7 +51,7 @@ def read_olmo2(config: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         ValueError: a field is missing or asks for what an OLMo 2 has not.
     """
-    return _read(config)
+    return _read(config, residual="after")
 
 
 def write_olmo2(config: DecoderConfig) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def read_olmo3(config: Mapping[str, Any]) -> DecoderConfig:
         theta=_THETA,
     )
     own = None if local == rope or layers["sliding_window"] is None else local
-    return _read(config, rope=rope, local_rope=own, **layers)
+    return _read(config, residual="after", rope=rope, local_rope=own, **layers)
 
 
 def write_olmo3(config: DecoderConfig) -> dict[str, Any]:
@@ -108,6 +109,30 @@ def write_olmo3(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def read_olmoe(config: Mapping[str, Any]) -> DecoderConfig:
+    """An OLMoE's config.json as a `DecoderConfig`.
+
+    Raises:
+        ValueError: a field is missing or asks for what an OLMoE has not.
+    """
+    refuse(config, clip_qkv=None)
+    return _read(
+        config,
+        num_local_experts=config.get("num_experts") or 64,
+        num_experts_per_tok=config.get("num_experts_per_tok") or 8,
+        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
+    )
+
+
+def write_olmoe(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json that `read_olmoe` reads back."""
+    return _write(config, "OlmoeForCausalLM") | {
+        "num_experts": config.num_local_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
+
+
 def _rope_parameters(rope: RopeConfig | None) -> dict[str, Any]:
     """transformers 5's fields of one rope, by way of transformers 4's."""
     written = write_rope(rope)
@@ -116,3 +141,6 @@ def _rope_parameters(rope: RopeConfig | None) -> dict[str, Any]:
 
 OLMO2 = Family("olmo2", read_olmo2, write_olmo2, decoder_weights, build=Decoder)
 OLMO3 = Family("olmo3", read_olmo3, write_olmo3, decoder_weights, build=Decoder)
+OLMOE = Family(
+    "olmoe", read_olmoe, write_olmoe, decoder_weights, build=Decoder, linears=("*.mlp.gate",)
+)
