@@ -83,24 +83,24 @@ def committed(state: TrainState) -> TrainState:
     """The state with every array bound to where it lies (while tracing: as it is).
 
     A step returns arrays bound to their device and memory, and `jax.jit` compiles anew for the
-    difference: unbound arrays in the first step would cost a second compile in the next. Where
-    the adapters are spread over a mesh, what lies on one device alone (counters, the key) is
-    replicated over that mesh, since a program runs on one set of devices.
+    difference: unbound arrays in the first step would cost a second compile in the next. What lies
+    on other devices than the adapters (counters, the key) goes to theirs, since a program runs on
+    one set of devices; it is replicated where they are spread over a mesh.
     """
-    leaves = jax.tree.leaves(state)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
         return state
-    meshes = [
-        leaf.sharding.mesh
-        for leaf in leaves
-        if isinstance(leaf.sharding, jax.sharding.NamedSharding)
-    ]
+    there: Any = None
+    for leaf in jax.tree.leaves(state.lora):
+        if isinstance(leaf.sharding, jax.sharding.NamedSharding):
+            there = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+            break
+        there = leaf.sharding
 
     def bound(leaf: jax.Array) -> jax.Array:
-        if meshes and len(leaf.sharding.device_set) < meshes[0].size:
-            everywhere = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
-            return distribute(leaf, everywhere)
-        return jax.device_put(leaf, leaf.sharding)
+        at = leaf.sharding
+        if there is not None and at.device_set != there.device_set:
+            at = there.with_memory_kind(at.memory_kind)
+        return distribute(leaf, at)
 
     return jax.tree.map(bound, state)
 
