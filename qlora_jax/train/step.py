@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from qlora_jax.evaluate import LossFn, causal_lm_loss
 from qlora_jax.optim import resting_shardings
-from qlora_jax.processes import distribute
+from qlora_jax.optim.per_parameter import beside
 from qlora_jax.train import in_backward
 from qlora_jax.train.accumulate import accumulated
 
@@ -89,18 +89,11 @@ def committed(state: TrainState) -> TrainState:
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
         return state
-    there: Any = None
-    for leaf in jax.tree.leaves(state.lora):
-        if isinstance(leaf.sharding, jax.sharding.NamedSharding):
-            there = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
-            break
-        there = leaf.sharding
+    moved = beside(state.lora)
 
     def bound(leaf: jax.Array) -> jax.Array:
-        at = leaf.sharding
-        if there is not None and at.device_set != there.device_set:
-            at = there.with_memory_kind(at.memory_kind)
-        return distribute(leaf, at)
+        leaf = moved(leaf)
+        return jax.device_put(leaf, leaf.sharding)
 
     return jax.tree.map(bound, state)
 
