@@ -36,10 +36,9 @@ from jaxtyping import Array, Float, PyTree
 from pallas_kernels import mesh_of_rows
 from qlora_jax.models.embedding import Embedding
 from qlora_jax.nn import QuantDense
+from qlora_jax.nn.placing import COLUMNS, CUTS, ROWS, cut_sharding
 from qlora_jax.processes import distribute
 from qlora_jax.quant import QuantizedTensor
-
-_ROWS, _COLUMNS = -2, -1
 
 _Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
@@ -108,10 +107,9 @@ def shardings_of(model: nnx.Module, mesh: _Mesh, *, over: str | None = None) -> 
     cuts: dict[int, tuple[int, ...]] = {}
     for _, node in nnx.iter_graph(model):
         if isinstance(node, QuantDense):
-            cuts |= {id(node.kernel): (_ROWS,), id(node.lora_B): (_ROWS,)}
-            cuts[id(node.lora_A)] = (_ROWS, _COLUMNS)
+            cuts |= {id(getattr(node, name)): axes for name, axes in CUTS.items()}
         elif isinstance(node, Embedding):
-            cuts[id(node.weight)] = (_COLUMNS,)
+            cuts[id(node.weight)] = (COLUMNS,)
     return {
         path: _shardings(node.get_value(), cuts.get(id(node), ()), mesh, over)
         for path, node in nnx.iter_graph(model)
@@ -133,13 +131,7 @@ def _shardings(value: PyTree, axes: tuple[int, ...], mesh: _Mesh, over: str | No
     `axes` that divides."""
 
     def cut(leaf: Any, axes: tuple[int, ...]) -> jax.sharding.NamedSharding:
-        parts: list[str | None] = [None] * leaf.ndim
-        if over is not None:
-            divide = (axis for axis in axes if leaf.shape[axis] % mesh.shape[over] == 0)
-            axis = next(divide, None)
-            if axis is not None:
-                parts[axis] = over
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*parts))
+        return cut_sharding(leaf, axes, mesh, over)
 
     if not isinstance(value, QuantizedTensor):
         return jax.tree.map(lambda leaf: cut(leaf, axes), value)
@@ -148,7 +140,7 @@ def _shardings(value: PyTree, axes: tuple[int, ...], mesh: _Mesh, over: str | No
     axes = axes if matrix else ()
     leaves, treedef = jax.tree.flatten(value)
     # codes | absmax, row after row | what double quantization adds
-    each = [axes, (-1,) if axes == (_ROWS,) else (), *[()] * (len(leaves) - 2)]
+    each = [axes, (-1,) if axes == (ROWS,) else (), *[()] * (len(leaves) - 2)]
     return jax.tree.unflatten(treedef, [cut(leaf, a) for leaf, a in zip(leaves, each, strict=True)])
 
 

@@ -2,7 +2,8 @@
 
 from flax import nnx
 
-from qlora_jax.nn import FrozenParam, TrainedParam
+from qlora_jax.nn import FrozenParam
+from qlora_jax.nn.variables import trained
 from qlora_jax.quant import QuantizedTensor
 
 
@@ -27,4 +28,4 @@ def unfreeze(model: nnx.Module) -> None:
                         f"{where} is quantized, and codes cannot be trained: build or load the "
                         "model with quant=None and embedding_bits=None to train its base weights."
                     )
-                setattr(node, name, TrainedParam(weight))
+                setattr(node, name, trained(weight))

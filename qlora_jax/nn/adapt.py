@@ -18,7 +18,7 @@ from qlora_jax.nn.checks import check_rngs
 from qlora_jax.nn.convert import LINEAR, children, frozen_dense, listed, replace_layers
 from qlora_jax.nn.dense import Factors, QuantDense
 from qlora_jax.nn.lora import LoraConfig
-from qlora_jax.nn.variables import FrozenParam, TrainedParam
+from qlora_jax.nn.variables import FrozenParam, TrainedParam, trained
 from qlora_jax.quant import QuantizedTensor
 
 Names = Mapping[str, Sequence[str]]
@@ -191,7 +191,7 @@ def _trained(variable: nnx.Variable, path: str) -> TrainedParam:
             f"{path} is quantized, and codes cannot be trained: leave it out of modules_to_save, "
             "or keep it dense"
         )
-    return TrainedParam(value)
+    return trained(value)
 
 
 def _modules(node: Any, path: str, visited: set[int]) -> Iterator[tuple[str, nnx.Module]]:

@@ -27,6 +27,7 @@ from pallas_kernels import LowRank, in_auto_axes, product_spec, reads_layers, ro
 from qlora_jax.nn.checks import check_dtype, check_matmul, check_rngs
 from qlora_jax.nn.dora import adapted_squares, magnification, magnify, row_squares
 from qlora_jax.nn.lora import LoraConfig, dropout, init_lora_a, lora_hidden
+from qlora_jax.nn.placing import beside
 from qlora_jax.nn.variables import FrozenParam
 from qlora_jax.quant import (
     QuantConfig,
@@ -168,7 +169,7 @@ class QuantDense(nnx.Module):
         dropout_rngs: nnx.Rngs | None = None,
         start: Sequence[Factors | None] | None = None,
     ) -> None:
-        """Attaches fresh adapters, or none, in place.
+        """Attaches fresh adapters, or none, in place, on the devices that the weight lies on.
 
         Args:
             loras: the configuration of each layer of the stack, its leading axes flattened (of a
@@ -205,6 +206,7 @@ class QuantDense(nnx.Module):
             own_a, own_b = ([None if x is None else x[i] for x in start] for i in (0, 1))
             a = _stacked(own_a, stack, (r, self.in_features), dtype)
             b = _stacked(own_b, stack, (self.out_features, r), dtype)
+        a, b = beside(self.kernel.get_value(), lora_A=a, lora_B=b)
         self.lora, self.lora_A, self.lora_B = own, nnx.LoRAParam(a), nnx.LoRAParam(b)
         if not uniform:
             scales = [0 if lora is None else lora.scaling for lora in loras]

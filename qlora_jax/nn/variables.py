@@ -11,6 +11,9 @@ from adapters by that filter. Types of their own keep them apart:
 its checkpoints) takes it along, and nothing there needs to know of it.
 """
 
+from typing import Any
+
+import jax
 from flax import nnx
 
 
@@ -21,3 +24,11 @@ class FrozenParam(nnx.Variable):
 class TrainedParam(nnx.LoRAParam):
     """A weight of the base that is trained and saved whole: PEFT's `modules_to_save`, trained
     biases, the rows of added tokens. It is found wherever adapters are found."""
+
+
+def trained(weight: Any) -> TrainedParam:
+    """A frozen weight as a trained one, in the device's own memory: frozen ones alone stream."""
+    concrete = isinstance(weight, jax.Array) and not isinstance(weight, jax.core.Tracer)
+    if concrete and weight.sharding.memory_kind == "pinned_host":
+        weight = jax.device_put(weight, weight.sharding.with_memory_kind("device"))
+    return TrainedParam(weight)

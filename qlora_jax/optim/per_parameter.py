@@ -15,6 +15,8 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from qlora_jax.processes import distribute
+
 
 def wrapped(inner: Any, wrapper: str) -> optax.GradientTransformationExtraArgs:
     """`inner`, which `wrapper` was given, as a transformation that takes further arguments.
@@ -56,6 +58,32 @@ def shapes(tree: PyTree) -> PyTree:
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
     return jax.tree.map(shape, tree)
+
+
+def beside(params: PyTree) -> Callable[[Any], Any]:
+    """A function that moves an array to the devices that the parameters lie on, if it is not there:
+    whole on each of them where they are spread over a mesh. While tracing it moves nothing.
+
+    Counters are made on JAX's default device, and a program runs on one set of devices.
+    """
+    placed = [leaf.sharding for leaf in jax.tree.leaves(params) if _lies_somewhere(leaf)]
+    meshes = (at.mesh for at in placed if isinstance(at, jax.sharding.NamedSharding))
+    mesh = next(meshes, None)
+
+    def put(leaf: Any) -> Any:
+        if not placed or not _lies_somewhere(leaf):
+            return leaf
+        there = placed[0] if mesh is None else jax.sharding.NamedSharding(mesh, jax.P())
+        at = leaf.sharding
+        if at.device_set == there.device_set:
+            return leaf
+        return distribute(leaf, there.with_memory_kind(at.memory_kind))
+
+    return put
+
+
+def _lies_somewhere(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 def owners(

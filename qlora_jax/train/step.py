@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from qlora_jax.evaluate import LossFn, causal_lm_loss
 from qlora_jax.optim import resting_shardings
-from qlora_jax.processes import distribute
+from qlora_jax.optim.per_parameter import beside
 from qlora_jax.train import in_backward
 from qlora_jax.train.accumulate import accumulated
 
@@ -83,23 +83,16 @@ def committed(state: TrainState) -> TrainState:
     """The state with every array bound to where it lies (while tracing: as it is).
 
     A step returns arrays bound to their device and memory, and `jax.jit` compiles anew for the
-    difference: unbound arrays in the first step would cost a second compile in the next. Where
-    the adapters are spread over a mesh, what lies on one device alone (counters, the key) is
-    replicated over that mesh, since a program runs on one set of devices.
+    difference: unbound arrays in the first step would cost a second compile in the next. What lies
+    on other devices than the adapters (counters, the key) goes to theirs, since a program runs on
+    one set of devices; it is replicated where they are spread over a mesh.
     """
-    leaves = jax.tree.leaves(state)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
         return state
-    meshes = [
-        leaf.sharding.mesh
-        for leaf in leaves
-        if isinstance(leaf.sharding, jax.sharding.NamedSharding)
-    ]
+    moved = beside(state.lora)
 
     def bound(leaf: jax.Array) -> jax.Array:
-        if meshes and len(leaf.sharding.device_set) < meshes[0].size:
-            everywhere = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
-            return distribute(leaf, everywhere)
+        leaf = moved(leaf)
         return jax.device_put(leaf, leaf.sharding)
 
     return jax.tree.map(bound, state)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax.models import Decoder, DecoderConfig, shardings_of, spread, spread_rows, streaming
-from qlora_jax.nn import LoraConfig
+from qlora_jax.nn import LoraConfig, add_lora
 from qlora_jax.quant import QuantConfig
 
 CONFIG = DecoderConfig(
@@ -129,3 +129,17 @@ def test_meshes_that_do_not_serve_are_refused():
 def test_devices_are_no_mesh():
     with pytest.raises(TypeError, match=r"^mesh is \[.*\], but a jax.sharding.Mesh is needed"):
         spread(decoder(), jax.devices())
+
+
+@pytest.mark.parametrize("over", ["data", None])
+def test_adapters_that_come_later_lie_where_spread_would_put_them(over):
+    lora = LoraConfig(r=2, target_modules=("q_proj", "down_proj"))
+    names = {"layers.self_attn.q_proj": ["q_proj"] * 3, "layers.mlp.down_proj": ["down_proj"] * 3}
+    model = Decoder(CONFIG, quant=QuantConfig(), rngs=nnx.Rngs(0))
+    spread(model, MESH, over=over)
+    add_lora(model, lora, rngs=nnx.Rngs(0), names=names)
+    adapters = nnx.state(model, nnx.LoRAParam)
+    lie = [leaf.sharding for leaf in jax.tree.leaves(adapters)]
+    spread(model, MESH, over=over)
+    assert lie == [leaf.sharding for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))]
+    assert len(lie) == 4

@@ -1,5 +1,6 @@
 """Weights that stream give the bits of weights that stay."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.models import REMAT, Decoder, DecoderConfig, next_token_loss, streaming
-from qlora_jax.nn import FrozenParam, LoraConfig
+from qlora_jax.models import REMAT, Decoder, DecoderConfig, next_token_loss, streaming, unfreeze
+from qlora_jax.nn import FrozenParam, LoraConfig, add_lora
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train import TrainConfig, init_state, make_train_step
 from tests.random_decoder import random_decoder
@@ -230,3 +231,22 @@ def test_generation_streams_too():
         return some(state)
 
     same_bits(written(model(host=True)), written(model()))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_trained_of_the_base_does_not_stream(whole, monkeypatch):
+    """A bias that is as large as what streams, and a base that is trained whole."""
+    monkeypatch.setattr(streaming, "MIN_STREAM_BYTES", 64)
+    config = dataclasses.replace(CONFIG, qkv_bias=True)
+    trained = random_decoder(config, quant=None if whole else QuantConfig())
+    streaming.move_to_host(trained.layers)
+    bias = trained.layers.self_attn.q_proj.bias
+    assert bias.get_value().sharding.memory_kind == "pinned_host"
+    names = {"layers.self_attn.q_proj": ["q_proj"] * 3}
+    lora = LoraConfig(r=2, target_modules=("q_proj",), bias="lora_only")
+    add_lora(trained, lora, rngs=nnx.Rngs(0), names=names)
+    if whole:
+        unfreeze(trained)
+    kinds = [x.sharding.memory_kind for x in jax.tree.leaves(nnx.state(trained, nnx.LoRAParam))]
+    assert kinds == ["device"] * len(kinds)
+    assert len(kinds) > 2

@@ -25,8 +25,10 @@ def _params(shapes: list[tuple[int, ...]], seed: int = 0) -> dict:
     }
 
 
-def _run(tx: optax.GradientTransformation, params, steps: int = 3, donate: bool = False):
-    state = tx.init(params)
+def _run(
+    tx: optax.GradientTransformation, params, steps: int = 3, donate: bool = False, start=None
+):
+    state = tx.init(params) if start is None else start
     # Donation ends the caller's arrays.
     params = jax.tree.map(jnp.copy, params)
 
@@ -154,6 +156,26 @@ def test_sharded_parameters_keep_their_sharding_on_the_host():
         assert leaf.sharding.memory_kind == "pinned_host"
         assert leaf.sharding.spec == sharding.spec
     _assert_same_bits(found, _run(tx, params))
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_counters_are_bound_where_sharded_parameters_lie(kind):
+    """As the docstring tells a loop of one's own to bind what goes into the first step."""
+    mesh = jax.make_mesh((8,), ("shard",), axis_types=(kind,))
+    rows = jax.sharding.NamedSharding(mesh, jax.P("shard"))
+    tx = paged(optax.adamw(1e-2), min_size=0)
+
+    def run(params):
+        state = tx.init(params)
+        params, state = (
+            jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
+            for tree in (params, state)
+        )
+        return _run(tx, params, start=state)
+
+    params = _params([(16, 4), (8, 32)])
+    one, many = run(params), run(jax.device_put(params, rows))
+    _assert_same_bits(one, many)
 
 
 def test_no_parameters():

@@ -265,3 +265,24 @@ def test_adapters_spread_over_a_mesh_train_as_on_one_device():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     moments = jax.tree.leaves(many.opt_state[1][0].mu)
     assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host"}
+
+
+@pytest.mark.parametrize("meshed", [False, True])
+def test_a_model_that_lies_on_another_device_than_jaxs_default_trains_there(meshed):
+    device = jax.devices()[5]
+    mesh = jax.sharding.Mesh([device], ("data",))
+    there = jax.sharding.NamedSharding(mesh, jax.P()) if meshed else device
+
+    def run(place):
+        graphdef, lora, frozen = _split(Toy())
+        tx = TrainConfig(page_min_size=0).optimizer()
+        state = init_state(place(lora), tx, seed=0)
+        step = make_train_step(graphdef, tx, toy_loss, state=state)
+        return step(state, place(frozen), ToyBatches(1, 4).at(0))[0]
+
+    one, other = run(lambda tree: tree), run(lambda tree: jax.device_put(tree, there))
+    for a, b in zip(jax.tree.leaves(one.lora), jax.tree.leaves(other.lora), strict=True):
+        assert b.devices() == {device}
+        np.testing.assert_array_equal(a, b)
+    moments = jax.tree.leaves(other.opt_state[1][0].mu)
+    assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host"}
