@@ -26,8 +26,9 @@ from jaxtyping import Array, Float, Key, PyTree
 from pallas_kernels import LowRank, in_auto_axes, product_spec, reads_layers, rows_as_cut
 from qlora_jax.nn.checks import check_dtype, check_matmul, check_rngs
 from qlora_jax.nn.dora import adapted_squares, magnification, magnify, row_squares
-from qlora_jax.nn.lora import LoraConfig, dropout, init_lora_a, lora_hidden
+from qlora_jax.nn.lora import LoraConfig, dropout, lora_hidden
 from qlora_jax.nn.placing import beside
+from qlora_jax.nn.stacks import drawn_a, stacked
 from qlora_jax.nn.variables import FrozenParam
 from qlora_jax.quant import (
     QuantConfig,
@@ -200,12 +201,12 @@ class QuantDense(nnx.Module):
 
         if start is None:
             ranks = tuple(0 if lora is None else lora.r for lora in loras)
-            a = _drawn(rngs.params(), ranks, stack, self.in_features, dtype, own.init_lora_weights)
+            a = drawn_a(rngs.params(), ranks, stack, self.in_features, dtype, own.init_lora_weights)
             b = jnp.zeros((*stack, self.out_features, r), dtype)
         else:
             own_a, own_b = ([None if x is None else x[i] for x in start] for i in (0, 1))
-            a = _stacked(own_a, stack, (r, self.in_features), dtype)
-            b = _stacked(own_b, stack, (self.out_features, r), dtype)
+            a = stacked(own_a, stack, (r, self.in_features), dtype)
+            b = stacked(own_b, stack, (self.out_features, r), dtype)
         a, b = beside(self.kernel.get_value(), lora_A=a, lora_B=b)
         self.lora, self.lora_A, self.lora_B = own, nnx.LoRAParam(a), nnx.LoRAParam(b)
         if not uniform:
@@ -367,39 +368,3 @@ class QuantDense(nnx.Module):
         if bias is not None:
             y = y + bias
         return y if lora is None else y + low_rank_product(*lora)
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _drawn(
-    key: Key[Array, ""],
-    ranks: tuple[int, ...],
-    stack: tuple[int, ...],
-    in_features: int,
-    dtype: Any,
-    init: bool | str,
-) -> Float[Array, "*stack r in"]:
-    """Fresh A of each layer of a stack; zeros below each one's own rank."""
-    if not stack:
-        return init_lora_a(key, ranks[0], in_features, dtype, init)
-    r, own = max(ranks), jnp.asarray(ranks)[:, None, None]
-    keys = jax.random.split(key, len(ranks))
-    a = jax.vmap(lambda key: init_lora_a(key, r, in_features, dtype, init))(keys)
-    if init == "gaussian":
-        # The deviation is 1 / the layer's own rank.
-        a = a * (r / jnp.maximum(own, 1)).astype(dtype)
-    a = jnp.where(jnp.arange(r)[:, None] < own, a, 0)
-    return a.reshape(*stack, r, in_features)
-
-
-def _stacked(
-    parts: Sequence[jax.Array | np.ndarray | None],
-    stack: tuple[int, ...],
-    shape: tuple[int, int],
-    dtype: Any,
-) -> jax.Array:
-    """The layers' own A or B as one array of a stack, filled up with zeros."""
-    whole = np.zeros((len(parts), *shape), dtype)
-    for index, part in enumerate(parts):
-        if part is not None:
-            whole[index, : part.shape[0], : part.shape[1]] = part
-    return jnp.asarray(whole.reshape(*stack, *shape))
