@@ -16,6 +16,7 @@ from pallas_kernels._sharding_types import (
 )
 from pallas_kernels._stack import layer_of
 from pallas_kernels._triton_config import TritonConfig
+from pallas_kernels.candidates import configs_to_try
 from pallas_kernels.cards import CARDS, Card, find_card
 from pallas_kernels.codebooks import (
     BLOCKSIZES,
@@ -24,7 +25,7 @@ from pallas_kernels.codebooks import (
     DYNAMIC_UNSIGNED,
     NESTED_BLOCKSIZE,
 )
-from pallas_kernels.dispatch import Choice, configs_to_try, which_implementation
+from pallas_kernels.dispatch import Choice, which_implementation
 from pallas_kernels.nf4_dequantize.api import nf4_dequantize
 from pallas_kernels.nf4_gemv.api import nf4_gemv
 from pallas_kernels.nf4_gemv.mosaic_plan import GemvConfig
