@@ -1,6 +1,6 @@
 """Find the tile sizes that suit a card, and write them as rules that the dispatch reads.
 
-For one op and number of rows every candidate of `dispatch.configs_to_try` is compiled for a few
+For one op and number of rows every candidate of `configs_to_try` is compiled for a few
 shapes (many threads), checked against the XLA path, and timed. A rule holds for all shapes of that
 op and the rows that were measured (`rows_covered`), so the winner is the candidate with the least
 *regret*: the geometric mean over shapes of its time over the shape's best.
@@ -41,7 +41,7 @@ from benchmarks._programs import (
     timing,
     worst_error,
 )
-from pallas_kernels import dispatch
+from pallas_kernels import configs_to_try, dispatch
 from pallas_kernels._arguments import Layout
 from pallas_kernels.dispatch import MAX_ROWS
 
@@ -136,9 +136,7 @@ def measure_candidates(
     of_shape = {
         shape: [
             run.program(Point(job.op, job.implementation, job.rows, shape, n, k, config=config))
-            for config in dispatch.configs_to_try(
-                job.name, max(job.rows, 1), n, k, job.implementation
-            )
+            for config in configs_to_try(job.name, max(job.rows, 1), n, k, job.implementation)
         ]
         for shape, (n, k) in run.shapes().items()
     }

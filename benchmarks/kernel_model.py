@@ -32,7 +32,7 @@ import jax
 from benchmarks._autotune import TUNED, dispatch_op
 from benchmarks._points import SHAPES, Point
 from benchmarks._programs import make_input, op_function, packed_weight
-from pallas_kernels import compile_for, dispatch
+from pallas_kernels import compile_for, configs_to_try, dispatch
 from pallas_kernels._arguments import Layout
 from pallas_kernels._mosaic import BLOCK, SMS
 from pallas_kernels._table import config_type
@@ -320,7 +320,7 @@ def model_point(card: Card, point: Point) -> tuple[compile_for.KernelCode, Predi
         return kernel, predict_mosaic(card, kernel, point)
     assert isinstance(config, TritonConfig)
     if not config.fused:  # the rule leaves the product to XLA: what is modelled is a kernel of ours
-        config = dispatch.configs_to_try(op, rows, point.n, point.k)[0]
+        config = configs_to_try(op, rows, point.n, point.k)[0]
     kernel = compile_point(card, dataclasses.replace(point, config=config))
     weights, passes = tile(config, point, math.prod(kernel.grid))
     prediction = predict(card, kernel, point, weights, passes)
