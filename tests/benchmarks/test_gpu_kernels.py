@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import _autotune, _points, _programs, _report, gpu_kernels
 from benchmarks._points import Point
-from pallas_kernels import GemvConfig, _table, dispatch
+from pallas_kernels import GemvConfig, _table
 from pallas_kernels._triton_config import TritonConfig
 from pallas_kernels.cards import CARDS
 
@@ -63,7 +63,7 @@ def test_a_spent_budget_leaves_valid_results(tmp_path):
 
 def test_tuning_leaves_the_results_of_a_run_alone(tmp_path, monkeypatch):
     """A card's tables and its tuning go to one folder."""
-    monkeypatch.setattr(dispatch, "configs_to_try", lambda *_: [])
+    monkeypatch.setattr(_autotune, "configs_to_try", lambda *_: [])
     kept = {name: tmp_path / name for name in ("kernels.json", "kernels.md", "rules.json")}
     for name, path in kept.items():
         path.write_text(name)
@@ -237,7 +237,7 @@ def test_roofline_without_points_is_no_plot(tmp_path):
 
 def test_autotuning_writes_rules_that_the_dispatch_can_read(tmp_path, monkeypatch):
     candidates = [TritonConfig(1, 8, 256, num_warps=w, num_stages=1) for w in (2, 4)]
-    monkeypatch.setattr(dispatch, "configs_to_try", lambda *_: candidates)
+    monkeypatch.setattr(_autotune, "configs_to_try", lambda *_: candidates)
     base = ["--toy", "--out", str(tmp_path), "--threads", "1", "--shapes", "toy"]
     assert gpu_kernels.main([*base, "--autotune", "matmul:1"]) == 0
     (rule,) = json.loads((tmp_path / "tuned.json").read_text())
@@ -252,7 +252,7 @@ def test_autotuning_writes_rules_that_the_dispatch_can_read(tmp_path, monkeypatc
 def test_autotuning_a_hopper_kernel_writes_cuts_that_the_dispatch_can_read(tmp_path, monkeypatch):
     """The Hopper kernel cannot run here: XLA stands in for it, and the clock says who wins."""
     candidates = [GemvConfig(), GemvConfig(selects=2)]
-    monkeypatch.setattr(dispatch, "configs_to_try", lambda *_: candidates)
+    monkeypatch.setattr(_autotune, "configs_to_try", lambda *_: candidates)
     honest = _programs.op_function
     stand_in = {"implementation": "xla", "config": None}
     monkeypatch.setattr(
@@ -362,7 +362,7 @@ def test_a_cut_of_many_rows_does_not_reach_down_to_the_gemv_s():
 def test_weights_that_cannot_be_made_cost_only_their_shape(tmp_path, monkeypatch):
     """As where a card is out of memory: the other shape's times are kept."""
     candidates = [TritonConfig(1, 8, 256, num_warps=w, num_stages=1) for w in (2, 4)]
-    monkeypatch.setattr(dispatch, "configs_to_try", lambda *_: candidates)
+    monkeypatch.setattr(_autotune, "configs_to_try", lambda *_: candidates)
     honest = _autotune.make_weights
 
     def made(program, seed):
