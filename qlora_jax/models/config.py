@@ -17,12 +17,24 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from qlora_jax.models.rope import RopeConfig
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 LayerType = Literal["sliding_attention", "full_attention"]
+Norm = Literal["rms", "layer"]
+Residual = Literal["pre", "post", "after", "sandwich", "parallel"]
+Fused = Literal["blocks", "heads"]
+Normalised = Literal["head", "all"]
+
+_KNOWN: dict[str, tuple[str | None, ...]] = {
+    "norm": get_args(Norm),
+    "residual": get_args(Residual),
+    "hidden_act": get_args(Activation),
+    "fused_qkv": (None, *get_args(Fused)),
+    "qk_norm": (None, *get_args(Normalised)),
+}
 
 
 class Linear(NamedTuple):
@@ -117,20 +129,20 @@ class DecoderConfig:
     head_dim: int
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Norm = "rms"
     norm_eps: float = 1e-5
     norm_offset: float = 0.0
     final_norm: bool = True
-    residual: Literal["pre", "post", "after", "sandwich", "parallel"] = "pre"
+    residual: Residual = "pre"
     residual_multiplier: float = 1.0
     hidden_act: Activation = "silu"
     gated_mlp: bool = True
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    fused_qkv: Literal["blocks", "heads"] | None = None
+    fused_qkv: Fused | None = None
     fused_gate_up: bool = False
-    qk_norm: Literal["head", "all"] | None = None
+    qk_norm: Normalised | None = None
     rope: RopeConfig | None = field(default_factory=RopeConfig)
     rope_layers: tuple[bool, ...] | None = None
     alibi: bool = False
@@ -167,6 +179,10 @@ class DecoderConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, but a positive integer is needed.")
+        for name, known in _KNOWN.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, but one of {known} is needed.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, which num_key_value_heads, "

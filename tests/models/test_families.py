@@ -579,8 +579,31 @@ def test_a_mistral_whose_windows_are_in_some_layers():
             | {"layer_types": ["sliding_attention", "full_attention"]},
             "layer_types has 2 entries, but there are 1 layers",
         ),
+        (
+            {"model_type": "smollm3", "num_hidden_layers": 2, "no_rope_layers": [0]},
+            "rope_layers has 1 entries, but there are 2 layers",
+        ),
+        ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm True"),
+        ({"model_type": "stablelm", "use_parallel_residual": True}, "use_parallel_residual True"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv 8.0"),
+        ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling 0"),
     ],
 )
 def test_configs_that_are_not_built_here(given, message):
     with pytest.raises(ValueError, match=message):
         family_of(given).read_config(_BASE | given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "known"),
+    [
+        # What it was before there were two kinds.
+        ("qk_norm", True, r"\(None, 'head', 'all'\)"),
+        ("residual", "sandwhich", "'pre', 'post', 'after', 'sandwich', 'parallel'"),
+        ("hidden_act", "gelu_pytorch_tanh", "'gelu_tanh'"),
+    ],
+)
+@pytest.mark.usefixtures("as_users_run_it")
+def test_kinds_that_there_are_not(name, value, known):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}, but one of .*{known}"):
+        dataclasses.replace(VARIANTS["llama-biased"], **{name: value})
