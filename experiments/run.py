@@ -149,9 +149,11 @@ def execute(
         console=console,
     )
     trained = time.perf_counter()
-    adapter = {"adapter": _to_examine(model, folder, run.train.keep_best)}
-    examined = final(model, tokenizer, run.mmlu, context, folder, adapter, console)
-    examined |= score(model, tokenizer, checked.exercise, folder, adapter, console)
+    examined: dict[str, Any] = {}
+    if run.mmlu is not None or checked.exercise is not None:
+        adapter = {"adapter": _load_examined(model, folder, run.train.keep_best)}
+        examined |= final(model, tokenizer, run.mmlu, context, folder, adapter, console)
+        examined |= score(model, tokenizer, checked.exercise, folder, adapter, console)
     beside_training += time.perf_counter() - trained
 
     def conclude() -> dict[str, Any]:
@@ -169,9 +171,9 @@ def execute(
     return on_first(conclude)
 
 
-def _to_examine(model: nnx.Module, folder: Path, keep_best: bool) -> str:
-    """Gives a trained model the adapter that is examined, the best that was kept or the last;
-    returns its digest."""
+def _load_examined(model: nnx.Module, folder: Path, keep_best: bool) -> str:
+    """Puts into a trained model the adapter that is examined: the best that was kept, or the last,
+    which it has. Returns that adapter's digest."""
     # None is the best where every held-out loss was infinite.
     best = keep_best and on_first((folder / BEST).is_dir)
     digest: str = on_first(lambda: adapter_digest(folder / (BEST if best else ADAPTER)))

@@ -29,7 +29,7 @@ import optax
 from jaxtyping import PyTree
 
 from qlora_jax.optim.dataflow import LazyOutputs, sources
-from qlora_jax.optim.per_parameter import beside, by_path, only, owners, shapes, wrapped
+from qlora_jax.optim.per_parameter import by_path, only, owners, shapes, to_devices_of, wrapped
 
 _HOST = jax.memory.Space.Host
 _DEVICE = jax.memory.Space.Device
@@ -87,7 +87,7 @@ def paged(
     def init(params: PyTree) -> PyTree:
         whole = jax.eval_shape(inner.init, params)
         owner = owners(inner, params, whole, needed_by="paged")
-        shared = jax.tree.map(beside(params), inner.init(only(params, ())))
+        shared = jax.tree.map(to_devices_of(params), inner.init(only(params, ())))
         parts = [dict(by_path(shared))]
         # Group by group, so that the card never holds the whole state.
         for group in _groups([leaf.size for leaf in jax.tree.leaves(params)], _GROUP):

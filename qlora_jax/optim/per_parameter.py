@@ -60,7 +60,7 @@ def shapes(tree: PyTree) -> PyTree:
     return jax.tree.map(shape, tree)
 
 
-def beside(params: PyTree) -> Callable[[Any], Any]:
+def to_devices_of(params: PyTree) -> Callable[[Any], Any]:
     """A function that moves an array to the devices that the parameters lie on, if it is not there:
     whole on each of them where they are spread over a mesh. While tracing it moves nothing.
 

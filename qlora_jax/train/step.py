@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from qlora_jax.evaluate import LossFn, causal_lm_loss
 from qlora_jax.optim import resting_shardings
-from qlora_jax.optim.per_parameter import beside
+from qlora_jax.optim.per_parameter import to_devices_of
 from qlora_jax.train import in_backward
 from qlora_jax.train.accumulate import accumulated
 
@@ -89,7 +89,7 @@ def committed(state: TrainState) -> TrainState:
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
         return state
-    moved = beside(state.lora)
+    moved = to_devices_of(state.lora)
 
     def bound(leaf: jax.Array) -> jax.Array:
         leaf = moved(leaf)

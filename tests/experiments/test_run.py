@@ -138,13 +138,13 @@ def test_with_keep_best_the_best_adapter_is_examined(tmp_path):
         save_adapter(tmp_path / name, trained(seed), lora, "base")
     last, best = (adapter_digest(tmp_path / name) for name in ("adapter", "best"))
     model = trained(1)
-    assert runs._to_examine(model, tmp_path, keep_best=False) == last
+    assert runs._load_examined(model, tmp_path, keep_best=False) == last
     jax.tree.map(np.testing.assert_array_equal, adapters(model), adapters(trained(1)))
-    assert runs._to_examine(model, tmp_path, keep_best=True) == best
+    assert runs._load_examined(model, tmp_path, keep_best=True) == best
     jax.tree.map(np.testing.assert_array_equal, adapters(model), adapters(trained(2)))
     # No held-out loss was finite: none was the best.
     shutil.rmtree(tmp_path / "best")
-    assert runs._to_examine(model, tmp_path, keep_best=True) == last
+    assert runs._load_examined(model, tmp_path, keep_best=True) == last
 
 
 def test_what_a_resumed_run_is_compared_by():

@@ -90,7 +90,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 GELU = ("starcoder2", "gemma", "gemma2", "gemma3_text")
 """llama.cpp looks GELU up in a table of float16: up to 5.6e-3 were seen of these, 3.5e-5 of others.
-With such a table in `numpy_decoder`, what was 5.1e-3 of a Gemma is 5e-4."""
+By hand, with such a table in `numpy_decoder`: what was 5.1e-3 of a Gemma is 5e-4."""
 IDS = np.random.default_rng(0).integers(5, 2000, 24).astype(np.int32)
 
 TOKENIZERS = {

@@ -5,11 +5,12 @@ learning rate for all widths, arXiv 2203.03466).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.families.config_json import read_activation, read_decoder, write_decoder
+from qlora_jax.models.families import llama
 from qlora_jax.models.families.tensor_names import decoder_weights
 from qlora_jax.models.family import Family, number
 
@@ -20,13 +21,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         ValueError: a field is missing or asks for what a Granite has not.
     """
-    bias = bool(config.get("attention_bias", False))
-    return read_decoder(
-        config,
-        hidden_act=read_activation(config, "hidden_act", "silu"),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+    return replace(
+        llama.read_config(config),
         embedding_multiplier=number(config, "embedding_multiplier", 1.0),
         attention_scale=number(config, "attention_multiplier", 1.0),
         residual_multiplier=number(config, "residual_multiplier", 1.0),
@@ -35,11 +31,14 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json that `read_config` reads back."""
+    """The config.json that `read_config` reads back.
+
+    Raises:
+        ValueError: the decoder has what a Granite's file cannot say.
+    """
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-    return write_decoder(config, "GraniteForCausalLM") | {
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
+    return llama.write_config(config) | {
+        "architectures": ["GraniteForCausalLM"],
         "embedding_multiplier": config.embedding_multiplier,
         "attention_multiplier": scale,
         "residual_multiplier": config.residual_multiplier,
